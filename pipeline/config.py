@@ -1,0 +1,216 @@
+"""The configuration: one frozen section a stage, checked before anything runs.
+
+A field whose ``identity`` is False (paths, worker counts) never enters a recipe; every other field does, for the stages
+that list it in ``pipeline.stages``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import field_validator
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+CropFraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Triple = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    """A frozen group of fields; unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def provenance(default: Any, description: str) -> Any:
+    """Return a field that is written down but is no part of any recipe."""
+    return Field(default=default, description=description, json_schema_extra={"identity": False})
+
+
+class Images(Section):
+    sources: tuple[str, ...] = provenance((), "folders (DOMAIN/...) or tables (.csv, .parquet) of images")
+    cache_size: PositiveInt = Field(256, description="pixels of the shorter side kept in the pixel cache")
+    max_rejected: Fraction = Field(0.05, description="share of unreadable files above which the stage stops")
+    max_pixels: PositiveInt = Field(100_000_000, description="a larger image is refused as a decompression bomb")
+    shard_size: PositiveInt = Field(1024, description="images a file of the pixel cache; the unit of resuming")
+
+
+class Backbone(Section):
+    name: str = Field("vit_small_patch16_224.dino", description="a timm VisionTransformer with a class token")
+    weights: str | None = provenance(None, "a .safetensors file or a state dict; null: the hub's weights")
+    image_size: PositiveInt | None = Field(None, description="pixels of the square input; null: the model's own")
+    crop_fraction: CropFraction | None = Field(
+        None, description="share of the shorter side seen; null: the model's own"
+    )
+    mean: Triple | None = Field(None, description="channel means of the input, 0-1; null: the model's own")
+    std: Triple | None = Field(None, description="channel deviations of the input, 0-1; null: the model's own")
+    options: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="further arguments for timm.create_model, such as {depth: 6}"
+    )
+
+
+class Features(Section):
+    precision: Precision = Field("auto", description="auto: bfloat16 where the device has it in hardware")
+
+
+class Neighbors(Section):
+    num_neighbors: PositiveInt = Field(10, description="nearest train images kept for each image")
+
+
+class Clusters(Section):
+    num_clusters: Literal["auto"] | tuple[PositiveInt, ...] = Field(
+        "auto", description="the pseudo-granularities; auto: 4 geometric values from N/64 to N/3 of N train images"
+    )
+    num_iterations: PositiveInt = Field(20, description="iterations of spherical k-means")
+    seed: NonNegativeInt = Field(0, description="seed of the initial centroids")
+
+    @field_validator("num_clusters")
+    @classmethod
+    def _ascending(cls, value: Literal["auto"] | tuple[int, ...]) -> Literal["auto"] | tuple[int, ...]:
+        if value == "auto":
+            return value
+        if not value or min(value) < 2 or len(set(value)) != len(value):
+            raise ValueError(f"found {list(value)}; give one or more different numbers, each at least 2")
+        return tuple(sorted(value))
+
+
+class Augmented(Section):
+    """Views shared by the two training stages; every draw belongs to (seed, stage, instance, epoch, image_id)."""
+
+    min_crop: CropFraction = Field(0.6, description="smallest side of a training crop, as a share of the shorter side")
+    flip: Fraction = Field(0.5, description="chance of a mirrored view")
+    brightness: Fraction = Field(0.3, description="strength of the brightness change")
+    contrast: Fraction = Field(0.3, description="strength of the contrast change")
+    saturation: Fraction = Field(0.3, description="strength of the saturation change")
+    grayscale: Fraction = Field(0.05, description="chance of a grey view")
+
+
+class Adaptors(Augmented):
+    bottleneck_dim: PositiveInt = Field(48, description="width of an adaptor's bottleneck")
+    num_epochs: PositiveInt = Field(4, description="passes over the train images")
+    batch_size: PositiveInt = Field(64, description="images a step")
+    learning_rate: PositiveFloat = Field(1e-3, description="peak of the adaptors' cosine schedule (AdamW)")
+    proxy_learning_rate: PositiveFloat = Field(1e-3, description="peak of the class proxies' cosine schedule")
+    weight_decay: NonNegativeFloat = Field(1e-2, description="AdamW's weight decay on the adaptors")
+    warmup: Fraction = Field(0.1, description="share of the steps in which the rate rises linearly")
+    temperature: PositiveFloat = Field(0.05, description="tau of the normalised softmax")
+    seed: NonNegativeInt = Field(0, description="seed of initial weights, order and views")
+    precision: Precision = Field("auto", description="auto: bfloat16 autocast where the device has it in hardware")
+
+
+class Fusion(Augmented):
+    pairs: tuple[Literal["neighbors", "views"], ...] = provenance(
+        ("neighbors",), "the fusions to train: neighbors, and for the ablation views (two views of one image)"
+    )
+    loss: Literal["mutual_information", "swapped", "barlow_twins"] = Field(
+        "mutual_information", description="attention propagation's loss (see grappa.losses)"
+    )
+    barlow_weight: NonNegativeFloat = Field(0.0, description="weight of Barlow Twins on the fused embeddings, added")
+    attention_level: Literal["token", "cls"] = Field(
+        "token", description="one attention a token, or the CLS token's for all"
+    )
+    attention_temperature: PositiveFloat = Field(1.0, description="the attention's logits are divided by it")
+    marginal_weight: NonNegativeFloat = Field(
+        1.0, description="weight of the mean attention's entropy (keeps all sets in use)"
+    )
+    initial_std: PositiveFloat = Field(
+        0.02, description="spread of the keys' start; breaks the symmetry of equal attention"
+    )
+    num_epochs: PositiveInt = Field(2, description="passes over the train images")
+    batch_size: PositiveInt = Field(64, description="pairs a step")
+    learning_rate: PositiveFloat = Field(1e-3, description="peak of the cosine schedule (AdamW)")
+    weight_decay: NonNegativeFloat = Field(1e-4, description="AdamW's weight decay")
+    warmup: Fraction = Field(0.1, description="share of the steps in which the rate rises linearly")
+    num_neighbors: PositiveInt = Field(5, description="a pair's second image is one of so many nearest neighbours")
+    seed: NonNegativeInt = Field(0, description="seed of initial weights, order, partners and views")
+    precision: Precision = Field("auto", description="auto: bfloat16 autocast where the device has it in hardware")
+
+    @field_validator("pairs")
+    @classmethod
+    def _with_neighbors(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "neighbors" not in value or len(set(value)) != len(value):
+            raise ValueError(f"found {list(value)}; give [neighbors] or [neighbors, views]")
+        return value
+
+
+class Embeddings(Section):
+    precision: Precision = Field("auto", description="auto: bfloat16 where the device has it in hardware")
+    whitening_power: Fraction = Field(0.5, description="strength of zero_shot_whitened: 0 none, 1 full PCA whitening")
+
+
+class Evaluation(Section):
+    seed: NonNegativeInt = Field(0, description="seed of the hash that breaks ties")
+
+
+class Index(Section):
+    rows: Literal["all", "train", "test"] = Field("all", description="the images that can be found")
+    ivf_above: PositiveInt = Field(1_000_000, description="more rows than this get an inverted-file index")
+
+
+class Compute(Section):
+    """Where and how fast, never what: no field here is part of a recipe."""
+
+    device: Literal["auto", "cpu", "cuda"] = provenance("auto", "auto: a GPU if there is one")
+    num_threads: NonNegativeInt = provenance(0, "CPU threads of torch and faiss; 0: all cores")
+    num_workers: NonNegativeInt = provenance(0, "threads that decode and crop images; 0: all cores")
+    inference_batch_size: PositiveInt = provenance(64, "images a forward pass without gradients")
+    checkpoint_seconds: PositiveFloat = provenance(60.0, "time between two checkpoints")
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    images: Images = Images()
+    backbone: Backbone = Backbone()
+    features: Features = Features()
+    neighbors: Neighbors = Neighbors()
+    clusters: Clusters = Clusters()
+    adaptors: Adaptors = Adaptors()
+    fusion: Fusion = Fusion()
+    embeddings: Embeddings = Embeddings()
+    evaluation: Evaluation = Evaluation()
+    index: Index = Index()
+    compute: Compute = Compute()
+
+    @property
+    def granularities(self) -> tuple[str, ...]:
+        """The names of the pseudo-granularities, ordered by number."""
+        if self.clusters.num_clusters == "auto":
+            raise ValueError("clusters.num_clusters is still `auto`; `grappa init RUN` resolves it")
+        return tuple(granularity_name(k) for k in self.clusters.num_clusters)
+
+
+def granularity_name(num_clusters: int) -> str:
+    """Return ``k00256`` for 256: "k" and at least five digits."""
+    return f"k{num_clusters:05d}"
+
+
+def num_clusters_of(granularity: str) -> int:
+    """Return 256 for ``k00256``."""
+    return int(granularity.removeprefix("k"))
+
+
+def automatic_num_clusters(num_train: int) -> tuple[int, ...]:
+    """Return 4 geometric values from N/64 to N/3, each in 2..N/2, without repeats; N train images, N >= 4."""
+    low, high = max(2.0, num_train / 64), max(2.0, num_train / 3)
+    values = (round(low * (high / low) ** (step / 3)) for step in range(4))
+    return tuple(sorted({min(max(2, value), num_train // 2) for value in values}))
+
+
+def identity_settings(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return ``{"clusters.seed": 0, ...}`` for sections (``clusters``) and single fields (``clusters.seed``)."""
+    settings: dict[str, Any] = {}
+    for name in names:
+        section_name, _, field_name = name.partition(".")
+        section: Section = getattr(config, section_name)
+        dumped = section.model_dump(mode="json")
+        fields = [field_name] if field_name else [field for field in dumped if is_identity(section, field)]
+        settings.update({f"{section_name}.{field}": dumped[field] for field in fields})
+    return settings
+
+
+def is_identity(section: Section, field: str) -> bool:
+    """Tell whether a field may enter a recipe."""
+    extra = type(section).model_fields[field].json_schema_extra
+    return not (isinstance(extra, dict) and extra.get("identity") is False)

@@ -1,0 +1,167 @@
+"""The graph as data: what each stage reads, which instances it has, and where its code lives.
+
+A stage's *recipe* is its version, the configuration it lists here and the digests of the files it lists here: nothing
+else can change its result. Bump ``version`` when the same recipe would give another result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.config import Config
+
+PIXELS = ("images.parquet", "pixels/")
+WEIGHTS = ("weights.safetensors", "backbone.json")
+
+
+@dataclass(frozen=True)
+class Input:
+    """Files of one upstream artifact: names, or folders ending in ``/``."""
+
+    stage: str
+    files: tuple[str, ...]
+    instance: str | None = None
+
+    @property
+    def name(self) -> str:
+        return artifact_name(self.stage, self.instance)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline.
+
+    ``settings`` gives the sections or single fields of the configuration that an instance reads; ``externals`` the things
+    outside the run folder that it reads (``sources``: the list of images, ``weights``: the backbone's file).
+    """
+
+    name: str
+    version: int
+    settings: Callable[[str | None], tuple[str, ...]]
+    inputs: Callable[[Config, str | None], tuple[Input, ...]]
+    instances: Callable[[Config], tuple[str | None, ...]] = lambda config: (None,)
+    externals: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> str:
+        return f"pipeline.{self.name}"
+
+
+def artifact_name(stage: str, instance: str | None) -> str:
+    """Return ``features`` or ``clusters/k00256``."""
+    return stage if instance is None else f"{stage}/{instance}"
+
+
+def _settings(*names: str) -> Callable[[str | None], tuple[str, ...]]:
+    return lambda instance: names
+
+
+def _embedding_settings(instance: str | None) -> tuple[str, ...]:
+    return {"zero_shot": (), "zero_shot_whitened": ("embeddings.whitening_power",)}.get(
+        str(instance), ("embeddings.precision",)
+    )
+
+
+def _granularities(config: Config) -> tuple[str | None, ...]:
+    return config.granularities
+
+
+def embedding_rows(config: Config) -> tuple[str, ...]:
+    """Return the models whose embeddings are kept: the default rows of the result table but the oracle."""
+    views = ("fused_views",) if "views" in config.fusion.pairs else ()
+    return ("zero_shot", "zero_shot_whitened", *config.granularities, "mean", "fused", *views)
+
+
+def _feature_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    return (Input("images", ("images.parquet",)), Input("features", ("features.npy",)))
+
+
+def _adaptor_inputs(config: Config) -> tuple[Input, ...]:
+    return tuple(Input("adaptors", ("adaptors.safetensors",), name) for name in config.granularities)
+
+
+def _fusion_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    neighbors = (Input("neighbors", ("neighbors.npy",)),) if instance == "neighbors" else ()
+    return (Input("images", PIXELS), Input("backbone", WEIGHTS), *neighbors, *_adaptor_inputs(config))
+
+
+def fusion_instance(row: str) -> str:
+    """Return the fusion behind an embedding row: ``fused`` -> ``neighbors``, ``fused_views`` -> ``views``."""
+    return {"fused": "neighbors", "fused_views": "views"}[row]
+
+
+def _embedding_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    row = str(instance)
+    if row == "zero_shot":
+        return (Input("features", ("features.npy",)),)
+    if row == "zero_shot_whitened":
+        return _feature_inputs(config, instance)
+    base = (Input("images", PIXELS), Input("backbone", WEIGHTS))
+    if row == "mean":
+        return (*base, *_adaptor_inputs(config))
+    if row in config.granularities:
+        return (*base, Input("adaptors", ("adaptors.safetensors",), row))
+    return (*base, *_adaptor_inputs(config), Input("fusion", ("fusion.safetensors",), fusion_instance(row)))
+
+
+def _evaluation_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    rows = tuple(Input("embeddings", ("embeddings.npy",), row) for row in embedding_rows(config))
+    return (Input("images", ("images.parquet", "labels.parquet")), *rows)
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("backbone", 1, _settings("backbone"), lambda config, instance: (), externals=("weights",)),
+    Stage("images", 1, _settings("images"), lambda config, instance: (), externals=("sources",)),
+    Stage(
+        "features",
+        1,
+        _settings("features"),
+        lambda config, instance: (Input("images", PIXELS), Input("backbone", WEIGHTS)),
+    ),
+    Stage(
+        "neighbors",
+        1,
+        _settings("neighbors"),
+        _feature_inputs,
+    ),
+    Stage(
+        "clusters",
+        1,
+        _settings("clusters.num_iterations", "clusters.seed"),
+        _feature_inputs,
+        _granularities,
+    ),
+    Stage(
+        "adaptors",
+        1,
+        _settings("adaptors"),
+        lambda config, instance: (
+            Input("images", PIXELS),
+            Input("backbone", WEIGHTS),
+            Input("clusters", ("assignments.parquet", "centroids.npy"), instance),
+        ),
+        _granularities,
+    ),
+    Stage("fusion", 1, _settings("fusion"), _fusion_inputs, lambda config: config.fusion.pairs),
+    Stage("model", 1, _settings(), lambda config, instance: _embedding_inputs(config, "fused")),
+    Stage("embeddings", 1, _embedding_settings, _embedding_inputs, embedding_rows),
+    Stage("evaluation", 1, _settings("evaluation"), _evaluation_inputs),
+    Stage(
+        "index",
+        1,
+        _settings("index"),
+        lambda config, instance: (
+            Input("images", ("images.parquet",)),
+            Input("embeddings", ("embeddings.npy",), "fused"),
+        ),
+    ),
+)
+
+
+def find_stage(name: str) -> Stage:
+    """Return a stage by name, or a ValueError that lists the names."""
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    raise ValueError(f"no stage is called {name!r}; the stages are {', '.join(stage.name for stage in STAGES)}")
