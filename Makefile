@@ -1,0 +1,38 @@
+# make install   a virtual environment in .venv with the `grappa` command, once
+# make demo      the whole pipeline on built-in images, offline after the installation
+# make test      lint, types and tests
+# The faiss build follows the machine: a GPU if nvidia-smi sees one. Otherwise say it: `make clean install EXTRA=gpu`.
+
+PYTHON ?= python3
+EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+TEST_WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+PRODUCT := $(wildcard grappa pipeline slurm)
+
+.PHONY: install demo test lint clean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; say which: make PYTHON=python3.12 install")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRA),dev]'
+	touch $@
+
+demo: install
+	$(BIN)/grappa demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(PRODUCT)
+
+test: lint
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -q --numprocesses $(TEST_WORKERS) --dist loadfile
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
