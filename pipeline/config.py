@@ -103,17 +103,19 @@ class Fusion(Augmented):
     pairs: tuple[Literal["neighbors", "views"], ...] = provenance(
         ("neighbors",), "the fusions to train: neighbors, and for the ablation views (two views of one image)"
     )
-    loss: Literal["mutual_information", "swapped", "barlow_twins"] = Field(
-        "mutual_information", description="attention propagation's loss (see grappa.losses)"
+    attention_loss: Literal["mutual_information", "swapped", "none"] = Field(
+        "mutual_information", description="how a pair's granularity attentions are led to agree (see grappa.losses)"
     )
-    barlow_weight: NonNegativeFloat = Field(0.0, description="weight of Barlow Twins on the fused embeddings, added")
+    marginal_weight: NonNegativeFloat = Field(
+        1.0, description="mutual_information: weight of the mean attention's entropy (keeps all sets in use)"
+    )
+    sharpness: PositiveFloat = Field(2.0, description="swapped: power by which the partner's attention is sharpened")
+    barlow_weight: NonNegativeFloat = Field(0.0, description="weight of Barlow Twins on the pair's fused embeddings")
+    barlow_off_diagonal: NonNegativeFloat = Field(3.9e-3, description="Barlow Twins' weight of the off-diagonal terms")
     attention_level: Literal["token", "cls"] = Field(
         "token", description="one attention a token, or the CLS token's for all"
     )
     attention_temperature: PositiveFloat = Field(1.0, description="the attention's logits are divided by it")
-    marginal_weight: NonNegativeFloat = Field(
-        1.0, description="weight of the mean attention's entropy (keeps all sets in use)"
-    )
     initial_std: PositiveFloat = Field(
         0.02, description="spread of the keys' start; breaks the symmetry of equal attention"
     )

@@ -1,0 +1,280 @@
+"""The frozen pretrained model: any timm VisionTransformer with a class token.
+
+Shapes: B batch, T tokens, D width, S image side.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Residual = Callable[[Tensor], Tensor]
+_shim: list[torch.library.Library] = []
+
+
+class BackboneError(ValueError):
+    """A backbone that cannot be built or weights that do not fit; the sentence says what to do."""
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """All it takes to build the architecture and to prepare its input, without any file or network."""
+
+    name: str
+    image_size: int
+    crop_fraction: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> BackboneSpec:
+        return cls(**{**record, "mean": tuple(record["mean"]), "std": tuple(record["std"])})
+
+
+class Backbone(nn.Module):
+    """A frozen VisionTransformer whose blocks can be followed by residuals."""
+
+    def __init__(self, vit: nn.Module, spec: BackboneSpec) -> None:
+        super().__init__()
+        self.vit = vit.eval()
+        self.spec = spec
+        self.requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        return int(self.vit.embed_dim)  # type: ignore[arg-type]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.vit.blocks)  # type: ignore[arg-type]
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in evaluation mode: the backbone is frozen."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, residuals: Sequence[Residual] | None = None) -> Tensor:
+        """Embed images.
+
+        Args:
+            images: (B, 3, S, S) float, normalised with ``spec.mean`` and ``spec.std``.
+            residuals: one function a block, (B, T, D) -> (B, T, D); its value is added to the block's output.
+
+        Returns:
+            (B, D) the class token after the final norm, not normalised.
+        """
+        vit: Any = self.vit
+        hidden_BTD = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        for number, block in enumerate(vit.blocks):
+            hidden_BTD = block(hidden_BTD)
+            if residuals is not None:
+                hidden_BTD = hidden_BTD + residuals[number](hidden_BTD)
+        embedding: Tensor = vit.norm(hidden_BTD[:, 0])
+        return embedding
+
+
+def embed(backbone: Backbone, images: Tensor, residuals: Sequence[Residual] | None = None) -> Tensor:
+    """Return (B, D) float32 L2-normalised embeddings of (B, 3, S, S) normalised images."""
+    return F.normalize(backbone(images, residuals).float(), dim=-1)
+
+
+def import_timm() -> Any:
+    """Import timm, also where a CPU-only torch stands beside a CUDA-built torchvision.
+
+    There torchvision's compiled operators do not load and its import fails on the missing schema of ``nms``; declaring
+    the two schemas is enough for all that timm needs. Where torchvision loads, this does nothing.
+    """
+    try:
+        return importlib.import_module("timm")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _shim.append(library)
+    return importlib.import_module("timm")
+
+
+def build_backbone(spec: BackboneSpec) -> Backbone:
+    """Build the architecture with random weights; no file and no network is touched."""
+    vit = _create(spec.name, spec.image_size, spec.options, pretrained=False)
+    return Backbone(vit, spec)
+
+
+def load_backbone(
+    name: str,
+    *,
+    weights: Path | None = None,
+    image_size: int | None = None,
+    crop_fraction: float | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Backbone:
+    """Load a pretrained backbone from a file, or from timm's hub when ``weights`` is None.
+
+    Args:
+        name: a timm model name; it must be a VisionTransformer with a class token.
+        weights: a .safetensors file or a state dict (read with ``weights_only=True``), in timm's or DINO's key layout.
+        image_size: side of the square input in pixels; positions are resampled. None: the model's own.
+        crop_fraction, mean, std: how an image is prepared; None: the model's own.
+        options: further arguments for ``timm.create_model``.
+
+    Raises:
+        BackboneError: unknown or unsuitable model, hub out of reach, weights that do not fit.
+    """
+    spec = _resolve_spec(name, image_size, crop_fraction, mean, std, options or {})
+    if weights is None:
+        return Backbone(_from_hub(spec), spec)
+    backbone = build_backbone(spec)
+    load_state(backbone.vit, read_state_dict(weights), source=str(weights))
+    return backbone
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from safetensors or a torch file, never unpickling code; float32 tensors, timm's names."""
+    if not path.is_file():
+        raise BackboneError(f"backbone.weights names {path}, which is no file; give an existing file")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except SafetensorError as error:
+        raise BackboneError(f"{path} is no readable safetensors file ({error}); give whole weights") from error
+    except Exception as error:  # torch raises many kinds here; all mean the same to a user
+        raise BackboneError(
+            f"{path} is no plain state dict that can be read without running code; save it as safetensors"
+        ) from error
+    return {_timm_key(key): value.float() for key, value in _innermost(state, path).items()}
+
+
+def load_state(vit: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Load a state dict into a VisionTransformer; a head is ignored, positions are resampled, all else must fit."""
+    wanted = vit.state_dict()
+    given = {key: value for key, value in state.items() if key in wanted or not _is_head(key)}
+    if "pos_embed" in given and given["pos_embed"].shape != wanted["pos_embed"].shape:
+        given["pos_embed"] = _resample_positions(vit, given["pos_embed"], source)
+    missing, unknown = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+    wrong = [key for key in wanted if key in given and wanted[key].shape != given[key].shape]
+    if missing or unknown or wrong:
+        raise BackboneError(_misfit(source, missing, unknown, wrong, given, wanted))
+    vit.load_state_dict(dict(given), strict=True)
+
+
+def _misfit(
+    source: str,
+    missing: list[str],
+    unknown: list[str],
+    wrong: list[str],
+    given: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+) -> str:
+    parts = [f"{len(missing)} tensors missing (first: {missing[0]})"] if missing else []
+    parts += [f"{len(unknown)} unknown (first: {unknown[0]})"] if unknown else []
+    parts += [f"{k} is {tuple(given[k].shape)} instead of {tuple(wanted[k].shape)}" for k in wrong[:1]]
+    return (
+        f"the weights in {source} do not fit backbone.name: {'; '.join(parts)}; set the name and options they belong to"
+    )
+
+
+def _resolve_spec(
+    name: str,
+    image_size: int | None,
+    crop_fraction: float | None,
+    mean: tuple[float, float, float] | None,
+    std: tuple[float, float, float] | None,
+    options: Mapping[str, Any],
+) -> BackboneSpec:
+    default = _default_cfg(name)
+    own_size = int(options.get("img_size", default["input_size"][-1]))
+    return BackboneSpec(
+        name=name,
+        image_size=image_size or own_size,
+        crop_fraction=crop_fraction or float(default["crop_pct"]),
+        mean=mean or tuple(default["mean"]),
+        std=std or tuple(default["std"]),
+        options={key: value for key, value in options.items() if key != "img_size"},
+    )
+
+
+def _default_cfg(name: str) -> dict[str, Any]:
+    timm = import_timm()
+    if not timm.is_model(name.split(".")[0]):
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*"), n=1)
+        hint = f"did you mean {close[0]}?" if close else "see timm.list_models()"
+        raise BackboneError(f"timm has no model called {name!r}; {hint}")
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None:
+        raise BackboneError(f"timm has no pretrained configuration called {name!r}; leave out what follows the dot")
+    record: dict[str, Any] = cfg.to_dict()
+    return record
+
+
+def _create(name: str, image_size: int, options: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
+    timm = import_timm()
+    kind = timm.models.vision_transformer.VisionTransformer
+    arguments = {"num_classes": 0, "global_pool": "token", "img_size": image_size, **options}
+    try:
+        vit = timm.create_model(name, pretrained=pretrained, **arguments)
+    except (TypeError, AssertionError) as error:
+        raise BackboneError(
+            f"{name!r} cannot be built as a VisionTransformer with a class token ({error}); choose such a model"
+        ) from error
+    if not isinstance(vit, kind) or getattr(vit, "cls_token", None) is None:
+        raise BackboneError(f"{name!r} is a {type(vit).__name__}, not a VisionTransformer with a class token")
+    return vit
+
+
+def _from_hub(spec: BackboneSpec) -> nn.Module:
+    _create(spec.name, spec.image_size, spec.options, pretrained=False)
+    try:
+        return _create(spec.name, spec.image_size, spec.options, pretrained=True)
+    except Exception as error:  # hub clients raise many kinds; all mean the same to a user
+        raise BackboneError(
+            f"the pretrained weights of {spec.name!r} could not be had from the hub ({type(error).__name__}); "
+            "give a local file with --set backbone.weights=FILE"
+        ) from error
+
+
+def _innermost(state: Any, path: Path) -> dict[str, Tensor]:
+    for name in ("teacher", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise BackboneError(f"{path} holds no state dict (names with tensors); give such a file")
+    return state
+
+
+def _timm_key(key: str) -> str:
+    for prefix in ("module.", "backbone.", "vit."):
+        key = key.removeprefix(prefix)
+    return key
+
+
+def _is_head(key: str) -> bool:
+    return key.split(".")[0] in {"head", "head_dist", "pre_logits", "fc", "mask_token"}
+
+
+def _resample_positions(vit: nn.Module, positions: Tensor, source: str) -> Tensor:
+    timm = import_timm()
+    model: Any = vit
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    side = (positions.shape[1] - prefix) ** 0.5
+    if positions.ndim != 3 or positions.shape[2] != model.embed_dim or side != int(side):
+        raise BackboneError(f"the positions in {source} have shape {tuple(positions.shape)}, which is no square grid")
+    resampled: Tensor = timm.layers.resample_abs_pos_embed(
+        positions, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=prefix
+    )
+    return resampled

@@ -1,0 +1,44 @@
+"""The device a computation runs on, and the precision that suits it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+
+def resolve_device(requested: str) -> torch.device:
+    """Return the torch device for ``auto``, ``cpu`` or ``cuda``; ValueError when ``cuda`` is asked for in vain."""
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise ValueError("the device is set to cuda but torch finds no GPU; set compute.device to auto or cpu")
+    return torch.device(requested)
+
+
+def resolve_precision(requested: str, device: torch.device) -> str:
+    """Return ``float32`` or ``bfloat16``; ``auto`` is decided by what the hardware has, never by timing."""
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if _cpu_flags() & {"avx512_bf16", "amx_bf16"} else "float32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Return a context in which matrix products run in ``precision``; parameters and the residual stream stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Bound torch's CPU threads (>= 1); faiss and BLAS follow the same OpenMP setting."""
+    torch.set_num_threads(num_threads)
+
+
+def _cpu_flags() -> set[str]:
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return set()
+    lines = (line for line in path.read_text().splitlines() if line.startswith("flags"))
+    return set(next(lines, "").split())

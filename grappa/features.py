@@ -1,0 +1,58 @@
+"""Embedding many images with a frozen model, in blocks that can be resumed.
+
+Shapes: N images, B batch, D width, S image side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from grappa.backbone import Backbone, Residual, embed
+from grappa.devices import autocast
+from grappa.pixels import PixelCache
+from grappa.transforms import eval_batch, normalize, prefetch
+
+
+def extract_features(
+    backbone: Backbone,
+    cache: PixelCache,
+    out: NDArray[np.float32],
+    *,
+    residuals: Sequence[Residual] | None = None,
+    start: int = 0,
+    batch_size: int = 64,
+    device: torch.device | None = None,
+    precision: str = "float32",
+    num_workers: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write the L2-normalised embeddings of the cache's images ``start``..N-1 into ``out`` (N, D) float32.
+
+    Args:
+        out: an array or a memory map; its rows are the cache's rows.
+        residuals: what follows each block (an adaptor set, a fusion); None: the plain backbone.
+        start: rows before it are there already; a multiple of ``batch_size``, so that batches are the same.
+        progress: told the rows newly written, after they are written.
+    """
+    device = device or torch.device("cpu")
+    spec = backbone.spec
+    backbone = backbone.to(device)
+    bounds = range(start, len(cache), batch_size)
+
+    def make(number: int) -> Tensor:
+        rows = np.arange(bounds[number], min(bounds[number] + batch_size, len(cache)))
+        return eval_batch(
+            cache, rows, image_size=spec.image_size, crop_fraction=spec.crop_fraction, num_workers=num_workers
+        )
+
+    for begin, images in zip(bounds, prefetch(make, len(bounds)), strict=True):
+        with torch.inference_mode(), autocast(device, precision):
+            embeddings = embed(backbone, normalize(images.to(device), spec.mean, spec.std), residuals)
+        out[begin : begin + len(images)] = embeddings.cpu().numpy()
+        if progress:
+            progress(len(images))

@@ -1,0 +1,147 @@
+"""Fusion: in each block, attention over the adaptor sets (AdapterFusion, Pfeiffer et al. 2021).
+
+For each token h: ``u_g = A_g(h)``, ``a = softmax_g(<Wq h, Wk u_g> / temperature)``, residual ``sum_g a_g u_g``. As in the
+paper keys come from adaptor outputs without the residual and there is no 1/sqrt(D); ours differs in having no value
+matrix, no bias, and Wk = 0 at birth, so an untrained fusion is the mean over sets.
+
+Shapes: B batch, T tokens, D width, R bottleneck, G pseudo-granularities, L blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grappa.adaptors import AdaptorSet
+
+AttentionLevel = Literal["token", "cls"]
+
+
+class FusionLayer(nn.Module):
+    """Attention over the G adaptors of one block.
+
+    The adaptors are frozen copies: ``down`` (G*R, D), ``bias`` (G*R,), ``up`` (G*R, D). Only ``query`` and ``key``, both
+    (D, D), are trained. No (B, T, G, D) tensor is made: <Wq h, Wk U_g v_g> = <U_g^T Wk^T Wq h, v_g>.
+    """
+
+    def __init__(self, adaptors: Sequence[nn.Module], *, level: AttentionLevel = "token", temperature: float = 1.0):
+        super().__init__()
+        self.num_sets, self.level, self.temperature = len(adaptors), level, temperature
+        self.register_buffer("down", torch.cat([a.down.weight.detach() for a in adaptors]))  # type: ignore[union-attr, operator]
+        self.register_buffer("bias", torch.cat([a.down.bias.detach() for a in adaptors]))  # type: ignore[union-attr, operator]
+        self.register_buffer("up", torch.cat([a.up.weight.detach().T for a in adaptors]))  # type: ignore[union-attr, operator]
+        width = self.down.shape[1]
+        self.query = nn.Parameter(torch.zeros(width, width))
+        self.key = nn.Parameter(torch.zeros(width, width))
+
+    down: Tensor
+    bias: Tensor
+    up: Tensor
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the residual (B, T, D)."""
+        return self.with_attention(hidden_BTD)[0]
+
+    def with_attention(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the residual (B, T, D) and the granularity attention (B, T or 1, G): non-negative, sum 1 over G."""
+        values = self._split(F.gelu(F.linear(hidden_BTD, self.down, self.bias)))
+        seen = hidden_BTD if self.level == "token" else hidden_BTD[:, :1]
+        searched = F.linear(F.linear(seen, self.query), self.key.T)
+        attention = self._attend(self._split(F.linear(searched, self.up)), values)
+        return self._mix(attention, values), attention
+
+    def fold(self) -> FoldedFusionLayer:
+        """Return the equal inference form with one projection less."""
+        return FoldedFusionLayer(self)
+
+    def _split(self, stacked: Tensor) -> Tensor:
+        return stacked.unflatten(-1, (self.num_sets, -1))
+
+    def _attend(self, searched_BTGR: Tensor, values_BTGR: Tensor) -> Tensor:
+        values = values_BTGR[:, : searched_BTGR.shape[1]]
+        scores = (searched_BTGR.float() * values.float()).sum(-1) / self.temperature
+        return scores.softmax(-1)
+
+    def _mix(self, attention_BTG: Tensor, values_BTGR: Tensor) -> Tensor:
+        weighted = attention_BTG.to(values_BTGR.dtype).unsqueeze(-1) * values_BTGR
+        return F.linear(weighted.flatten(-2), self.up.T)
+
+
+class FoldedFusionLayer(nn.Module):
+    """A fusion layer for inference: h -> [v_1..v_G | s_1..s_G] in one product, s_g = U_g^T Wk^T Wq h."""
+
+    def __init__(self, layer: FusionLayer) -> None:
+        super().__init__()
+        self.num_sets, self.level, self.temperature = layer.num_sets, layer.level, layer.temperature
+        search = (layer.up @ layer.key.T @ layer.query).detach()
+        self.register_buffer("project", torch.cat([layer.down, search]))
+        self.register_buffer("bias", torch.cat([layer.bias, torch.zeros_like(layer.bias)]))
+        self.register_buffer("up", layer.up.clone())
+
+    project: Tensor
+    bias: Tensor
+    up: Tensor
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the residual (B, T, D), equal to the plain layer's up to rounding."""
+        if self.level == "cls":
+            return self._forward_cls(hidden_BTD)
+        values, searched = F.linear(hidden_BTD, self.project, self.bias).chunk(2, dim=-1)
+        return self._combine(F.gelu(values), searched)
+
+    def _forward_cls(self, hidden_BTD: Tensor) -> Tensor:
+        half = len(self.up)
+        values = F.gelu(F.linear(hidden_BTD, self.project[:half], self.bias[:half]))
+        return self._combine(values, F.linear(hidden_BTD[:, :1], self.project[half:]))
+
+    def _combine(self, values: Tensor, searched: Tensor) -> Tensor:
+        values = values.unflatten(-1, (self.num_sets, -1))
+        searched = searched.unflatten(-1, (self.num_sets, -1))
+        scores = (searched.float() * values[:, : searched.shape[1]].float()).sum(-1) / self.temperature
+        weighted = scores.softmax(-1).to(values.dtype).unsqueeze(-1) * values
+        return F.linear(weighted.flatten(-2), self.up.T)
+
+
+class Fusion(nn.Module):
+    """One fusion layer a block over G adaptor sets; iterating gives the blocks' residuals."""
+
+    def __init__(
+        self, sets: Sequence[AdaptorSet], *, level: AttentionLevel = "token", temperature: float = 1.0
+    ) -> None:
+        super().__init__()
+        if not sets or len({len(adaptor_set) for adaptor_set in sets}) != 1:
+            raise ValueError(f"found {len(sets)} adaptor sets; fusion needs one or more, all with as many blocks")
+        blocks = zip(*sets, strict=True)
+        self.layers = nn.ModuleList(FusionLayer(block, level=level, temperature=temperature) for block in blocks)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.layers)
+
+    def __getitem__(self, block: int) -> nn.Module:
+        return self.layers[block]
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return the trained tensors only: ``layers.<l>.query`` and ``layers.<l>.key``, each (D, D)."""
+        return {name: value.detach() for name, value in self.named_parameters()}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Load what ``trained_state`` returned; ValueError when names differ."""
+        if set(state) != set(self.trained_state()):
+            raise ValueError(
+                f"found tensors {sorted(state)[:3]}, expected those of a fusion of {len(self.layers)} blocks"
+            )
+        self.load_state_dict(state, strict=False)
+
+    def start(self, *, query_std: float, key_std: float, generator: torch.Generator) -> None:
+        """Draw the starting point of training: with equal attention every attention loss has a zero gradient."""
+        for layer in self.layers:
+            nn.init.normal_(layer.query, std=query_std, generator=generator)  # type: ignore[arg-type]
+            nn.init.normal_(layer.key, std=key_std, generator=generator)  # type: ignore[arg-type]
+
+    def folded(self) -> nn.ModuleList:
+        """Return the blocks' residuals in their inference form."""
+        return nn.ModuleList(layer.fold() for layer in self.layers)  # type: ignore[operator]

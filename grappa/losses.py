@@ -1,0 +1,80 @@
+"""The losses: pure functions of tensors.
+
+Shapes: B batch (pairs), D width, C classes, L blocks, G pseudo-granularities.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def norm_softmax(embeddings_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, *, temperature: float) -> Tensor:
+    """Return the normalised softmax loss, mean over B (Zhai & Wu 2019; no bias).
+
+    ``-log softmax_c(<x, p_c> / temperature)[y]`` with x and every p_c L2-normalised. ``labels_B`` int64 in 0..C-1.
+    """
+    logits = F.normalize(_full(embeddings_BD), dim=-1) @ F.normalize(_full(proxies_CD), dim=-1).T
+    return F.cross_entropy(logits / temperature, labels_B)
+
+
+def barlow_twins(first_BD: Tensor, second_BD: Tensor, *, off_diagonal: float) -> Tensor:
+    """Return Barlow Twins' loss (Zbontar et al. 2021) divided by D, on batch-standardised columns.
+
+    ``sum_d (C_dd - 1)^2 + off_diagonal * sum_{d != e} C_de^2`` with ``C = x^T y / B``, B >= 2. Columns are centred and
+    divided by ``sqrt(variance + 1e-6)``.
+    """
+    correlation = _standardised(first_BD).T @ _standardised(second_BD) / len(first_BD)
+    diagonal = correlation.diagonal()
+    on = (diagonal - 1).square().sum()
+    off = correlation.square().sum() - diagonal.square().sum()
+    return (on + off_diagonal * off) / correlation.shape[0]
+
+
+def attention_propagation(first_BLG: Tensor, second_BLG: Tensor, *, marginal_weight: float = 1.0) -> Tensor:
+    """Return the loss by which neighbours come to share granularity attention; 0 .. about log G + ..., mean over L.
+
+    ``-log <a_i, a_j> + mean entropy of each attention - marginal_weight * entropy of the batch-mean attention``. The
+    first term is agreement (SCAN, Van Gansbeke et al. 2020); the last two keep it from the trivial optimum, the same
+    attention for every image (mutual information). Ours: the paper's own loss is not known.
+
+    Args:
+        first_BLG, second_BLG: granularity attentions of the pairs, sum 1 over G.
+    """
+    agreement = -(first_BLG * second_BLG).sum(-1).clamp_min(1e-12).log().mean()
+    both = torch.cat([first_BLG, second_BLG])
+    return agreement + entropy(both).mean() - marginal_weight * entropy(both.mean(0)).mean()
+
+
+def swapped_attention(first_BLG: Tensor, second_BLG: Tensor, *, sharpness: float, num_iterations: int = 3) -> Tensor:
+    """Return the swapped prediction loss (SwAV, Caron et al. 2020) on granularity attentions, mean over B and L.
+
+    Each image predicts its partner's attention, sharpened (power ``sharpness``) and balanced over the batch
+    (Sinkhorn-Knopp, so that all sets stay in use), without gradient.
+    """
+    targets = [_balanced(a.detach(), sharpness, num_iterations) for a in (first_BLG, second_BLG)]
+    logs = [a.clamp_min(1e-12).log() for a in (first_BLG, second_BLG)]
+    return -((targets[1] * logs[0]).sum(-1).mean() + (targets[0] * logs[1]).sum(-1).mean()) / 2
+
+
+def entropy(attention: Tensor) -> Tensor:
+    """Return the entropy over the last dimension in nats: 0 .. log G."""
+    return -(attention * attention.clamp_min(1e-12).log()).sum(-1)
+
+
+def _balanced(attention_BLG: Tensor, sharpness: float, num_iterations: int) -> Tensor:
+    target = attention_BLG.clamp_min(1e-12).pow(sharpness)
+    for _ in range(num_iterations):
+        target = target / target.sum(0, keepdim=True)
+        target = target / target.sum(-1, keepdim=True)
+    return target
+
+
+def _full(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _standardised(columns_BD: Tensor) -> Tensor:
+    columns = _full(columns_BD) - _full(columns_BD).mean(0)
+    return columns / columns.square().mean(0).add(1e-6).sqrt()

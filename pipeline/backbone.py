@@ -1,0 +1,31 @@
+"""Stage ``backbone``: the pretrained weights, brought into the run once, so that later stages need no hub and no file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.context import StageContext
+from pipeline.storage import atomic_write_json
+
+
+def run(context: StageContext) -> str:
+    from safetensors.torch import save_file
+
+    from grappa.backbone import load_backbone
+
+    settings = context.config.backbone
+    backbone = load_backbone(
+        settings.name,
+        weights=Path(settings.weights) if settings.weights else None,
+        image_size=settings.image_size,
+        crop_fraction=settings.crop_fraction,
+        mean=settings.mean,
+        std=settings.std,
+        options=settings.options,
+    )
+    state = {name: value.contiguous() for name, value in backbone.vit.state_dict().items()}
+    save_file(state, context.path / "weights.safetensors")
+    atomic_write_json(context.path / "backbone.json", backbone.spec.to_json())
+    millions = sum(value.numel() for value in state.values()) / 1e6
+    spec = backbone.spec
+    return f"{spec.name}: {millions:.1f} M parameters, {backbone.num_blocks} blocks, {spec.image_size} px input"

@@ -1,0 +1,66 @@
+"""Checkpoints of a stage at work, in its partial folder: tensors as safetensors, the rest as JSON; never a pickle."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.storage import atomic_write_bytes, atomic_write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TENSORS_FILE, RECORD_FILE = "checkpoint.safetensors", "checkpoint.json"
+
+
+class FileCheckpoint:
+    """Keeps the newest state of a training in a folder; due every ``seconds``.
+
+    The record goes into the safetensors file's own metadata, so one rename publishes both.
+    """
+
+    def __init__(self, folder: Path, *, seconds: float) -> None:
+        self._path, self._seconds, self._last = folder / TENSORS_FILE, seconds, time.monotonic()
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return what ``save`` kept, or None when nothing was."""
+        from safetensors import safe_open
+
+        if not self._path.exists():
+            return None
+        with safe_open(self._path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return tensors, json.loads(file.metadata()["record"])
+
+    def due(self) -> bool:
+        """Tell whether the interval since the last checkpoint has passed."""
+        return time.monotonic() - self._last >= self._seconds
+
+    def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Replace the checkpoint, whole or not at all."""
+        from safetensors.torch import save
+
+        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        atomic_write_bytes(self._path, save(plain, {"record": json.dumps(record)}))
+        self._last = time.monotonic()
+
+
+class RowCheckpoint:
+    """Remembers how many rows of a memory-mapped array are on disk; due every ``seconds``."""
+
+    def __init__(self, folder: Path, *, seconds: float) -> None:
+        self._path, self._seconds, self._last = folder / RECORD_FILE, seconds, time.monotonic()
+
+    def load(self) -> int:
+        """Return the number of rows that are done."""
+        return int(json.loads(self._path.read_text())["rows"]) if self._path.exists() else 0
+
+    def offer(self, num_rows: int, flush: Any) -> None:
+        """Call ``flush`` and note ``num_rows`` when the interval has passed."""
+        if time.monotonic() - self._last >= self._seconds:
+            flush()
+            atomic_write_json(self._path, {"rows": num_rows})
+            self._last = time.monotonic()

@@ -1,0 +1,71 @@
+"""Stage ``clusters``: one partition of the train images a pseudo-granularity; test images take their nearest centroid."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.config import num_clusters_of
+from pipeline.context import StageContext
+from pipeline.inputs import read_images, settle_device, train_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from grappa.clusters import Clustering
+
+
+def run(context: StageContext) -> str:
+    import numpy as np
+
+    from grappa.clusters import cluster
+    from grappa.randomness import id_numbers
+
+    settings = context.config.clusters
+    images = read_images(context.input("images"))
+    features = np.load(context.input("features") / "features.npy", allow_pickle=False)
+    rows, num_clusters = train_rows(images), num_clusters_of(str(context.instance))
+    device = str(settle_device(context))
+    with context.task("clustering", len(rows) * (settings.num_iterations + 1)) as advance:
+        found = cluster(
+            features[rows],
+            num_clusters=num_clusters,
+            ids=id_numbers(images["image_id"].iloc[rows].tolist()),
+            num_iterations=settings.num_iterations,
+            seed=settings.seed,
+            device=device,
+            progress=advance,
+        )
+    _write(context, images["image_id"].tolist(), *_all_rows(features, rows, found, device))
+    np.save(context.path / "centroids.npy", found.centroids)
+    return _summary(found, len(rows))
+
+
+def _all_rows(
+    features: NDArray[np.float32], rows: NDArray[np.int64], found: Clustering, device: str
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    from grappa.clusters import assign
+
+    labels, distances = assign(features, found.centroids, device=device)
+    labels[rows], distances[rows] = found.pseudo_labels, found.distances
+    return labels, distances
+
+
+def _write(
+    context: StageContext, image_ids: list[str], labels: NDArray[np.int64], distances: NDArray[np.float32]
+) -> None:
+    import pandas as pd
+
+    table = pd.DataFrame({"image_id": image_ids, "pseudo_label": labels, "distance": distances})
+    table.to_parquet(context.path / "assignments.parquet", index=False)
+
+
+def _summary(found: Clustering, num_train: int) -> str:
+    from grappa.clusters import cluster_health
+
+    health = cluster_health(found.sizes)
+    return (
+        f"{len(found.sizes)} clusters of {num_train} images, mean cosine {found.objective:.3f}, median size "
+        f"{health.median_size:g}, {health.num_empty} empty, {health.num_singletons} singletons, largest share "
+        f"{health.largest_share:.1%}"
+    )

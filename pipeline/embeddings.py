@@ -1,0 +1,54 @@
+"""Stage ``embeddings``: every image's embedding by each model of the result table, (N, D) float32, L2-normalised."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.context import StageContext
+from pipeline.features import extract
+from pipeline.fused import open_fusion
+from pipeline.inputs import open_backbone, open_sets, read_images, train_rows
+from pipeline.stages import fusion_instance
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import nn
+
+FILE = "embeddings.npy"
+
+
+def run(context: StageContext) -> str:
+    row = str(context.instance)
+    if row in ("zero_shot", "zero_shot_whitened"):
+        return _from_features(context, whitened=row == "zero_shot_whitened")
+    backbone = open_backbone(context)
+    residuals = list(_residuals(context, row))
+    num_rows, width = extract(context, backbone, residuals, FILE, context.config.embeddings.precision)
+    return f"{num_rows} embeddings of {width} dimensions by {row}"
+
+
+def _residuals(context: StageContext, row: str) -> nn.Module:
+    from grappa.fusion import Fusion
+
+    if row in context.config.granularities:
+        return open_sets(context, (row,))[row]
+    sets = open_sets(context, context.config.granularities)
+    fusion = Fusion(list(sets.values())) if row == "mean" else open_fusion(context, fusion_instance(row), sets)
+    return fusion.folded()
+
+
+def _from_features(context: StageContext, *, whitened: bool) -> str:
+    import numpy as np
+
+    features = np.load(context.input("features") / "features.npy", allow_pickle=False)
+    np.save(context.path / FILE, _whiten(context, features) if whitened else features)
+    how = f"whitened with power {context.config.embeddings.whitening_power:g}" if whitened else "unchanged"
+    return f"{len(features)} features of {features.shape[1]} dimensions, {how}"
+
+
+def _whiten(context: StageContext, features: NDArray[np.float32]) -> NDArray[np.float32]:
+    from grappa.whitening import fit_whitening
+
+    rows = train_rows(read_images(context.input("images")))
+    return fit_whitening(features[rows], power=context.config.embeddings.whitening_power).apply(features)

@@ -1,0 +1,86 @@
+"""Stage ``evaluation``: retrieval metrics of every model on the test rows, in the domains' galleries and the merged one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.context import StageContext
+from pipeline.inputs import read_images, test_rows
+from pipeline.stages import embedding_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GALLERIES = ("domain", "merged")
+
+
+def run(context: StageContext) -> str:
+    import pandas as pd
+
+    images = read_images(context.input("images"))
+    labels = pd.read_parquet(context.input("images") / "labels.parquet")["label"]
+    rows, transductive = test_rows(images)
+    num_labeled = int(labels.iloc[rows].notna().sum())
+    per_query = _evaluate_all(context, images.iloc[rows], labels.iloc[rows], rows) if num_labeled else _nothing()
+    metrics = _write(context, per_query)
+    if not num_labeled:
+        return "no test image has a label: nothing to evaluate (the model and its index are complete all the same)"
+    where = "transductive: no image is split, all rows are both" if transductive else "test rows"
+    return f"{_headline(metrics)} ({where}, {num_labeled} of {len(rows)} labeled)"
+
+
+def _evaluate_all(context: StageContext, images: pd.DataFrame, labels: pd.Series, rows: object) -> pd.DataFrame:
+    import numpy as np
+    import pandas as pd
+
+    from grappa.evaluation import evaluate, oracle
+    from grappa.randomness import id_numbers
+
+    ids, names = images["image_id"].to_numpy(), embedding_rows(context.config)
+    parts = []
+    with context.task("evaluating", len(names) * len(GALLERIES), unit="tables") as advance:
+        for name in names:
+            embeddings = np.load(
+                context.input("embeddings", name) / "embeddings.npy", mmap_mode="r", allow_pickle=False
+            )
+            chosen = np.asarray(embeddings[rows])
+            for gallery in GALLERIES:
+                table = evaluate(
+                    chosen,
+                    labels=labels.to_numpy(),
+                    domains=images["domain"].to_numpy(),
+                    ids=id_numbers(ids.tolist()),
+                    gallery=gallery,
+                    seed=context.config.evaluation.seed,
+                )
+                table.insert(0, "image_id", ids[table.pop("row").to_numpy()])
+                parts.append(table.assign(model=name, gallery=gallery))
+                advance(1)
+    per_query = pd.concat(parts, ignore_index=True)
+    return pd.concat([per_query, oracle(per_query, list(context.config.granularities))], ignore_index=True)
+
+
+def _nothing() -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(
+        {"image_id": pd.Series(dtype=str), "model": pd.Series(dtype=str), "gallery": pd.Series(dtype=str)}
+    )
+
+
+def _write(context: StageContext, per_query: pd.DataFrame) -> pd.DataFrame:
+    import pandas as pd
+
+    from grappa.evaluation import METRIC_COLUMNS, summarize
+
+    metrics = summarize(per_query) if len(per_query) else pd.DataFrame(columns=list(METRIC_COLUMNS))
+    per_query.to_parquet(context.path / "per_query.parquet", index=False)
+    metrics.to_csv(context.path / "metrics.csv", index=False)
+    return metrics
+
+
+def _headline(metrics: pd.DataFrame) -> str:
+    means = metrics[(metrics["domain"] == "_mean") & (metrics["gallery"] == "domain")].set_index("model")["map"]
+    return (
+        f"mean mAP {means['zero_shot']:.3f} zero-shot, {means['mean']:.3f} mean over sets, {means['fused']:.3f} fused"
+    )

@@ -1,0 +1,60 @@
+"""Stage ``features``: the frozen backbone's L2-normalised class tokens, (N, D) float32."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.checkpoints import RowCheckpoint
+from pipeline.context import StageContext
+from pipeline.inputs import open_backbone, open_pixels, settle_device, settle_precision
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from grappa.backbone import Backbone, Residual
+
+
+def run(context: StageContext) -> str:
+    num_rows, width = extract(context, open_backbone(context), None, "features.npy", context.config.features.precision)
+    return f"{num_rows} features of {width} dimensions"
+
+
+def extract(
+    context: StageContext, backbone: Backbone, residuals: Sequence[Residual] | None, file: str, precision: str
+) -> tuple[int, int]:
+    """Write the embeddings of all cached images into ``file``, going on where an interrupted try stopped; (N, D)."""
+    import numpy as np
+
+    from grappa.features import extract_features
+
+    cache, device = open_pixels(context), settle_device(context)
+    settled = settle_precision(context, precision, device)
+    shape, path = (len(cache), backbone.width), context.path / file
+    checkpoint = RowCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
+    start = checkpoint.load() if path.exists() else 0
+    out = np.lib.format.open_memmap(
+        path, mode="r+" if start else "w+", dtype=np.float32, shape=None if start else shape
+    )
+    with context.task("embedding", len(cache), done=start) as advance:
+        done = start
+
+        def written(number: int) -> None:
+            nonlocal done
+            done += number
+            advance(number)
+            checkpoint.offer(done, out.flush)
+
+        extract_features(
+            backbone,
+            cache,
+            out,
+            residuals=residuals,
+            start=start,
+            batch_size=context.config.compute.inference_batch_size,
+            device=device,
+            precision=settled,
+            num_workers=context.num_workers,
+            progress=written,
+        )
+    out.flush()
+    return shape

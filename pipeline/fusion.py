@@ -1,0 +1,80 @@
+"""Stage ``fusion``: attention over the adaptor sets, led by propagating granularity attention across neighbours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pipeline.adaptors import num_images, optimization, training_run, write_metrics
+from pipeline.context import StageContext
+from pipeline.inputs import open_backbone, open_sets, open_views, read_images, train_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from grappa.training import PropagationLoss
+
+
+def run(context: StageContext) -> str:
+    from safetensors.torch import save_file
+
+    from grappa.training import train_fusion
+
+    settings = context.config.fusion
+    backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
+    rows = train_rows(read_images(context.input("images")))
+    views = open_views(context, settings, backbone.spec.image_size)
+    with context.task("training", num_images(settings, len(rows)), unit="pairs") as advance:
+        fusion, result = train_fusion(
+            backbone,
+            list(sets.values()),
+            views,
+            rows,
+            _partners(context, rows),
+            level=settings.attention_level,
+            attention_temperature=settings.attention_temperature,
+            propagation=_propagation(settings),
+            initial_std=settings.initial_std,
+            optimization=optimization(settings),
+            seed=settings.seed,
+            run=training_run(context, settings, len(rows), advance),
+        )
+    tensors = {name: value.contiguous() for name, value in fusion.trained_state().items()}
+    metadata = {"level": settings.attention_level, "temperature": str(settings.attention_temperature)}
+    save_file(tensors, context.path / "fusion.safetensors", metadata)
+    write_metrics(context, result)
+    last = result.metrics[-1]
+    return f"{settings.num_epochs} epochs, loss {last['loss']:.3f}, attention entropy {last['entropy']:.3f} of {_most(sets):.3f}"
+
+
+def _partners(context: StageContext, rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    import numpy as np
+
+    if context.instance == "views":
+        return None
+    neighbors = np.load(context.input("neighbors") / "neighbors.npy", allow_pickle=False)
+    wanted = context.config.fusion.num_neighbors
+    if wanted > neighbors.shape[1]:
+        raise ValueError(
+            f"fusion.num_neighbors is {wanted} but stage neighbors kept {neighbors.shape[1]}; raise neighbors.num_neighbors"
+        )
+    nearest: NDArray[np.int64] = neighbors[rows, :wanted]
+    return nearest
+
+
+def _propagation(settings: Any) -> PropagationLoss:
+    from grappa.training import PropagationLoss
+
+    return PropagationLoss(
+        attention=settings.attention_loss,
+        marginal_weight=settings.marginal_weight,
+        sharpness=settings.sharpness,
+        barlow_weight=settings.barlow_weight,
+        barlow_off_diagonal=settings.barlow_off_diagonal,
+    )
+
+
+def _most(sets: dict[str, Any]) -> float:
+    import math
+
+    return math.log(len(sets))

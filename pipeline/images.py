@@ -1,0 +1,58 @@
+"""Stage ``images``: the listed files, decoded once into the pixel cache; the image table, the labels, the rejected."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.context import StageContext
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class TooManyRejectedError(ValueError):
+    """More files than ``images.max_rejected`` could not be used."""
+
+
+def run(context: StageContext) -> str:
+    import pandas as pd
+
+    from grappa.ingest import decode_all
+
+    settings = context.config.images
+    path, roots = context.sources()
+    listing = pd.read_parquet(path)
+    with context.task("decoding", len(listing)) as advance:
+        images, labels, rejected = decode_all(
+            listing,
+            roots,
+            context.path / "pixels",
+            cache_size=settings.cache_size,
+            max_pixels=settings.max_pixels,
+            shard_size=settings.shard_size,
+            num_workers=context.num_workers,
+            progress=advance,
+        )
+    _check_rejected(rejected, len(listing), settings.max_rejected)
+    for name, table in (("images", images), ("labels", labels), ("rejected", rejected)):
+        table.to_parquet(context.path / f"{name}.parquet", index=False)
+    return _summary(images, rejected)
+
+
+def _check_rejected(rejected: pd.DataFrame, num_listed: int, max_rejected: float) -> None:
+    if len(rejected) <= max_rejected * num_listed and len(rejected) < num_listed:
+        return
+    reasons = rejected["reason"].value_counts()
+    first = rejected.iloc[0]
+    raise TooManyRejectedError(
+        f"{len(rejected)} of {num_listed} files could not be used (images.max_rejected allows {max_rejected:.0%}); most often: "
+        f"{reasons.index[0]} ({reasons.iloc[0]} files); first: {first['path']}: {first['reason']}"
+    )
+
+
+def _summary(images: pd.DataFrame, rejected: pd.DataFrame) -> str:
+    duplicates = int((images["duplicate_of"] != "").sum())
+    return (
+        f"{len(images)} images of {images['domain'].nunique()} domains, {len(rejected)} rejected, "
+        f"{duplicates} exact duplicates"
+    )

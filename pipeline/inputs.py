@@ -1,0 +1,108 @@
+"""What stages read from upstream artifacts, and the device and precision they run with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    import torch
+    from numpy.typing import NDArray
+
+    from grappa.adaptors import AdaptorSet
+    from grappa.backbone import Backbone
+    from grappa.pixels import PixelCache
+    from grappa.training import Views
+    from pipeline.config import Augmented
+    from pipeline.context import StageContext
+
+
+def read_images(folder: Path) -> pd.DataFrame:
+    """Return the image table of an images artifact; row i is row i of every array."""
+    import pandas as pd
+
+    return pd.read_parquet(folder / "images.parquet")
+
+
+def train_rows(images: pd.DataFrame) -> NDArray[np.int64]:
+    """Return the rows that are learned from: all but the test rows, or all rows where nothing is split."""
+    import numpy as np
+
+    return np.flatnonzero((images["split"] != "test").to_numpy())
+
+
+def test_rows(images: pd.DataFrame) -> tuple[NDArray[np.int64], bool]:
+    """Return the rows that are evaluated, and whether they are the train rows too (nothing is split: transductive)."""
+    import numpy as np
+
+    rows = np.flatnonzero((images["split"] == "test").to_numpy())
+    return (rows, False) if len(rows) else (np.arange(len(images)), True)
+
+
+def open_pixels(context: StageContext) -> PixelCache:
+    """Return the pixel cache of the images artifact."""
+    from grappa.pixels import PixelCache
+
+    return PixelCache.open(context.input("images") / "pixels")
+
+
+def open_backbone(context: StageContext) -> Backbone:
+    """Return the backbone of the backbone artifact: no hub, no file outside the run."""
+    from grappa.backbone import BackboneSpec, build_backbone, load_state, read_state_dict
+
+    folder = context.input("backbone")
+    backbone = build_backbone(BackboneSpec.from_json(json.loads((folder / "backbone.json").read_text())))
+    load_state(backbone.vit, read_state_dict(folder / "weights.safetensors"), source=str(folder))
+    return backbone
+
+
+def open_sets(context: StageContext, names: tuple[str, ...]) -> dict[str, AdaptorSet]:
+    """Return the adaptor sets of the given pseudo-granularities, in their order."""
+    from safetensors.torch import load_file
+
+    from grappa.adaptors import AdaptorSet
+
+    paths = {name: context.input("adaptors", name) / "adaptors.safetensors" for name in names}
+    return {name: AdaptorSet.from_state_dict(load_file(path)) for name, path in paths.items()}
+
+
+def open_views(context: StageContext, settings: Augmented, image_size: int) -> Views:
+    """Return the augmented views of the cached images that a training stage draws."""
+    from grappa.randomness import id_numbers
+    from grappa.training import Views
+    from grappa.transforms import Augmentation
+
+    return Views(
+        cache=open_pixels(context),
+        ids=id_numbers(read_images(context.input("images"))["image_id"].tolist()),
+        image_size=image_size,
+        augmentation=Augmentation(
+            min_crop=settings.min_crop,
+            flip=settings.flip,
+            brightness=settings.brightness,
+            contrast=settings.contrast,
+            saturation=settings.saturation,
+            grayscale=settings.grayscale,
+        ),
+        num_workers=context.num_workers,
+    )
+
+
+def settle_device(context: StageContext) -> torch.device:
+    """Return the device to compute on and bound the threads of torch; both are noted in the provenance."""
+    from grappa.devices import resolve_device, set_num_threads
+
+    set_num_threads(context.num_threads)
+    device = resolve_device(context.config.compute.device)
+    context.resolve("device", str(device))
+    return device
+
+
+def settle_precision(context: StageContext, requested: str, device: torch.device) -> str:
+    """Return the precision to compute with; resumed work keeps the one it began with."""
+    from grappa.devices import resolve_precision
+
+    return context.resolve("precision", resolve_precision(requested, device))
