@@ -1,0 +1,63 @@
+"""Domain `glyphs`: printed characters; a class is a character, the typeface is nuisance.
+
+The demo uses capital Latin letters. The pretraining uses other characters, none of which looks like one of those.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.demo import drawing
+
+DEMO_CLASSES = tuple("ABCDEFGHJKLMNPQRSTUVWXYZ")
+PRETRAINING_CLASSES = tuple("ΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπρστφψωБДЖЗИЛЦЧШЩЪЫЬЭЮЯabdefghilmnqrt&@#%?!§€£¶+=<>")  # noqa: RUF001
+
+FONTS = (
+    *(f"DejaVuSans{style}.ttf" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSansMono{style}.ttf" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSerif{style}.ttf" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
+    *(f"STIXGeneral{style}.ttf" for style in ("", "Bol", "Italic", "BolIta")),
+)
+
+_FONT_SIZE = 84  # pixels of the canvas
+
+
+def draw(label: str, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Return (64, 64, 3) uint8, the character ``label`` in one typeface, pose, coloring and clutter."""
+    ink, paper = drawing.ink_and_paper(rng)
+    image = Image.new("RGB", (drawing.CANVAS_SIZE, drawing.CANVAS_SIZE), paper)
+    drawing.add_strokes(image, rng, color=drawing.blend(paper, ink, rng.uniform(0.2, 0.9)), max_strokes=4)
+    mask = drawing.posed(
+        _character_mask(label, rng),
+        angle=rng.normal(0, 12),
+        scale=rng.uniform(0.75, 1.25),
+        shear=rng.normal(0, 0.15),
+        shift=(rng.normal(0, 8), rng.normal(0, 8)),
+    )
+    image.paste(ink, mask=mask)
+    return drawing.finish(image, rng, noise=0.1)
+
+
+def _character_mask(label: str, rng: np.random.Generator) -> Image.Image:
+    mask = Image.new("L", (drawing.CANVAS_SIZE, drawing.CANVAS_SIZE))
+    hollow = rng.uniform() < 0.25
+    center = (drawing.CANVAS_SIZE / 2, drawing.CANVAS_SIZE / 2)
+    font = _font(FONTS[rng.integers(len(FONTS))])
+    draw_on = ImageDraw.Draw(mask)
+    if hollow:  # an outline: the stroke in ink, the inside empty again
+        draw_on.text(center, label, fill=0, font=font, anchor="mm", stroke_width=3, stroke_fill=255)
+    else:
+        draw_on.text(center, label, fill=255, font=font, anchor="mm")
+    return mask
+
+
+@lru_cache(maxsize=len(FONTS))
+def _font(name: str) -> ImageFont.FreeTypeFont:
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
+    return ImageFont.truetype(str(path), _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
