@@ -1,0 +1,57 @@
+"""Searching a run's index with an image of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artifacts import RunFolder
+from pipeline.published import published
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from grappa.model import GrappaModel
+
+MAX_PIXELS = 100_000_000  # a larger image is refused as a decompression bomb
+
+
+def load_model(run: str | Path) -> GrappaModel:
+    """Return the adapted model of a run as a torch module (``grappa.model.GrappaModel``), in evaluation mode."""
+    from grappa.model import load_model as open_folder
+
+    return open_folder(published(RunFolder.open(Path(run)), "model"))
+
+
+def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
+    """Return the ``k`` most similar images of the index, nearest first.
+
+    Each is a dict of image_id, path (relative to its image root), domain and similarity (cosine, -1 to 1).
+    """
+    import pandas as pd
+    import torch
+
+    from grappa.index import SearchIndex
+
+    folder = RunFolder.open(run)
+    model = load_model(run)
+    index = SearchIndex.load(published(folder, "index"))
+    images = pd.read_parquet(published(folder, "images") / "images.parquet").set_index("image_id")
+    with torch.inference_mode():
+        query = model(model.preprocess(open_image(image)).unsqueeze(0))
+    ids, similarities = index.search(query.numpy(), k)
+    found = images.loc[list(ids[0]), ["path", "domain"]]
+    rows = zip(ids[0], found["path"], found["domain"], similarities[0], strict=True)
+    return [{"image_id": i, "path": p, "domain": d, "similarity": float(s)} for i, p, d, s in rows]
+
+
+def open_image(path: Path) -> Image.Image:
+    """Return an image file as a PIL image, RGB and upright; a sentence when it is none."""
+    from PIL import Image
+
+    from grappa.decoding import ImageDecodeError, decode_image
+
+    try:
+        return Image.fromarray(decode_image(path.read_bytes(), max_pixels=MAX_PIXELS))
+    except ImageDecodeError as error:
+        raise ValueError(f"{path} cannot be searched with: {error}") from error
