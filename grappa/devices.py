@@ -27,7 +27,7 @@ def resolve_precision(requested: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """Return a context in which matrix products run in ``precision``; parameters and the residual stream stay float32."""
+    """Return a context in which matrix products run in ``precision``; parameters and residual stream stay float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 

@@ -1,7 +1,7 @@
 """Fusion: in each block, attention over the adaptor sets (AdapterFusion, Pfeiffer et al. 2021).
 
-For each token h: ``u_g = A_g(h)``, ``a = softmax_g(<Wq h, Wk u_g> / temperature)``, residual ``sum_g a_g u_g``. As in the
-paper keys come from adaptor outputs without the residual and there is no 1/sqrt(D); ours differs in having no value
+For each token h: ``u_g = A_g(h)``, ``a = softmax_g(<Wq h, Wk u_g> / temperature)``, residual ``sum_g a_g u_g``. As in
+the paper keys come from adaptor outputs without the residual and there is no 1/sqrt(D); ours differs in having no value
 matrix, no bias, and Wk = 0 at birth, so an untrained fusion is the mean over sets.
 
 Shapes: B batch, T tokens, D width, R bottleneck, G pseudo-granularities, L blocks.
@@ -24,8 +24,8 @@ AttentionLevel = Literal["token", "cls"]
 class FusionLayer(nn.Module):
     """Attention over the G adaptors of one block.
 
-    The adaptors are frozen copies: ``down`` (G*R, D), ``bias`` (G*R,), ``up`` (G*R, D). Only ``query`` and ``key``, both
-    (D, D), are trained. No (B, T, G, D) tensor is made: <Wq h, Wk U_g v_g> = <U_g^T Wk^T Wq h, v_g>.
+    The adaptors are frozen copies: ``down`` (G*R, D), ``bias`` (G*R,), ``up`` (G*R, D). Only ``query`` and ``key``,
+    both (D, D), are trained. No (B, T, G, D) tensor is made: <Wq h, Wk U_g v_g> = <U_g^T Wk^T Wq h, v_g>.
     """
 
     def __init__(self, adaptors: Sequence[nn.Module], *, level: AttentionLevel = "token", temperature: float = 1.0):

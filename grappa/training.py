@@ -1,7 +1,7 @@
 """Training on a frozen backbone: one adaptor set from pseudo-labels, then the fusion over all sets.
 
-Order, views and partners are functions of (seed, stage, instance, epoch, image_id); a checkpoint therefore holds tensors
-and a step number only, and a resumed training equals an undisturbed one bit for bit on a CPU.
+Order, views and partners are functions of (seed, stage, instance, epoch, image_id); a checkpoint therefore holds
+tensors and a step number only, and a resumed training equals an undisturbed one bit for bit on a CPU.
 
 Shapes: B batch, D width, S image side, K neighbours, L blocks, G pseudo-granularities, n train rows.
 """
@@ -93,7 +93,7 @@ def train_adaptor_set(
     """Train one adaptor set by the normalised softmax over pseudo-labels; the proxies start at the centroids.
 
     Args:
-        rows: (n,) the train rows of the cache; ``pseudo_labels``: (n,) int64 in 0..k-1; ``centroids``: (k, D) unit rows.
+        rows: (n,) train rows of the cache; ``pseudo_labels``: (n,) int64 in 0..k-1; ``centroids``: (k, D) unit rows.
         name: the pseudo-granularity, part of every random draw's key.
 
     Returns:
@@ -203,7 +203,7 @@ def fused_forward(backbone: Backbone, fusion: Fusion, images: Tensor) -> tuple[T
 
 
 def propagation_loss(attention_BLG: Tensor, projected_BD: Tensor | None, options: PropagationLoss) -> Tensor:
-    """Return the loss of a batch whose second half holds the partners of the first; ValueError when nothing is asked."""
+    """Return the loss of a batch whose second half are the partners of the first; ValueError when nothing is asked."""
     first, second = attention_BLG.chunk(2)
     terms = []
     if options.attention == "mutual_information":

@@ -1,4 +1,4 @@
-"""Stage ``backbone``: the pretrained weights, brought into the run once, so that later stages need no hub and no file."""
+"""Stage ``backbone``: the pretrained weights, brought into the run once, so that no later stage needs hub or file."""
 
 from __future__ import annotations
 

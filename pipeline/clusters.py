@@ -1,4 +1,4 @@
-"""Stage ``clusters``: one partition of the train images a pseudo-granularity; test images take their nearest centroid."""
+"""Stage ``clusters``: one partition of the train images a granularity; test images take their nearest centroid."""
 
 from __future__ import annotations
 

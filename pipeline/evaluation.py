@@ -1,4 +1,4 @@
-"""Stage ``evaluation``: retrieval metrics of every model on the test rows, in the domains' galleries and the merged one."""
+"""Stage ``evaluation``: retrieval metrics of every model on the test rows, per domain and over the merged gallery."""
 
 from __future__ import annotations
 

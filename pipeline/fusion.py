@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from pipeline.adaptors import num_images, optimization, training_run, write_metrics
@@ -44,7 +45,8 @@ def run(context: StageContext) -> str:
     save_file(tensors, context.path / "fusion.safetensors", metadata)
     write_metrics(context, result)
     last = result.metrics[-1]
-    return f"{settings.num_epochs} epochs, loss {last['loss']:.3f}, attention entropy {last['entropy']:.3f} of {_most(sets):.3f}"
+    spread = f"attention entropy {last['entropy']:.3f} of {math.log(len(sets)):.3f}"
+    return f"{settings.num_epochs} epochs, loss {last['loss']:.3f}, {spread}"
 
 
 def _partners(context: StageContext, rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
@@ -56,7 +58,8 @@ def _partners(context: StageContext, rows: NDArray[np.int64]) -> NDArray[np.int6
     wanted = context.config.fusion.num_neighbors
     if wanted > neighbors.shape[1]:
         raise ValueError(
-            f"fusion.num_neighbors is {wanted} but stage neighbors kept {neighbors.shape[1]}; raise neighbors.num_neighbors"
+            f"fusion.num_neighbors is {wanted} but stage neighbors kept {neighbors.shape[1]}; "
+            "raise neighbors.num_neighbors"
         )
     nearest: NDArray[np.int64] = neighbors[rows, :wanted]
     return nearest
@@ -72,9 +75,3 @@ def _propagation(settings: Any) -> PropagationLoss:
         barlow_weight=settings.barlow_weight,
         barlow_off_diagonal=settings.barlow_off_diagonal,
     )
-
-
-def _most(sets: dict[str, Any]) -> float:
-    import math
-
-    return math.log(len(sets))

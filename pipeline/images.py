@@ -45,8 +45,8 @@ def _check_rejected(rejected: pd.DataFrame, num_listed: int, max_rejected: float
     reasons = rejected["reason"].value_counts()
     first = rejected.iloc[0]
     raise TooManyRejectedError(
-        f"{len(rejected)} of {num_listed} files could not be used (images.max_rejected allows {max_rejected:.0%}); most often: "
-        f"{reasons.index[0]} ({reasons.iloc[0]} files); first: {first['path']}: {first['reason']}"
+        f"{len(rejected)} of {num_listed} files could not be used (images.max_rejected allows {max_rejected:.0%}); "
+        f"most often: {reasons.index[0]} ({reasons.iloc[0]} files); first: {first['path']}: {first['reason']}"
     )
 
 

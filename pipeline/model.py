@@ -15,4 +15,4 @@ def run(context: StageContext) -> str:
     save_model(context.path, backbone, sets, fusion, cache_size=context.config.images.cache_size)
     model = load_model(context.path)
     added = sum(value.numel() for value in model.residuals.state_dict().values()) / 1e6
-    return f"{len(sets)} adaptor sets fused into one model of {model.embedding_dim} dimensions, {added:.2f} M numbers added"
+    return f"{len(sets)} adaptor sets in one model of {model.embedding_dim} dimensions, {added:.2f} M weights added"

@@ -32,8 +32,8 @@ class Input:
 class Stage:
     """One step of the pipeline.
 
-    ``settings`` gives the sections or single fields of the configuration that an instance reads; ``externals`` the things
-    outside the run folder that it reads (``sources``: the list of images, ``weights``: the backbone's file).
+    ``settings`` gives the sections or single fields of the configuration that an instance reads; ``externals`` the
+    things outside the run folder that it reads (``sources``: the list of images, ``weights``: the backbone's file).
     """
 
     name: str

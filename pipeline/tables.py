@@ -12,8 +12,9 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.artifacts import RunFolder
-from pipeline.config import Config
+from pipeline.config import Config, num_clusters_of
 from pipeline.config_file import load_config
+from pipeline.published import published
 from pipeline.stages import find_stage
 
 
@@ -21,11 +22,11 @@ def load_assignments(run: str | Path) -> pd.DataFrame:
     """Return who is in which cluster: index image_id; columns path, domain, split, label, and for each granularity
     ``k00256`` (int64, the pseudo-label) and ``k00256_distance`` (float32, 1 - cosine to its centroid)."""
     folder, config = _open(run)
-    images = _artifact(folder, "images")
+    images = published(folder, "images")
     table = pd.read_parquet(images / "images.parquet").set_index("image_id")[["path", "domain", "split"]]
     table["label"] = pd.read_parquet(images / "labels.parquet").set_index("image_id")["label"]
     for name in config.granularities:
-        found = pd.read_parquet(_artifact(folder, "clusters", name) / "assignments.parquet").set_index("image_id")
+        found = pd.read_parquet(published(folder, "clusters", name) / "assignments.parquet").set_index("image_id")
         table[name], table[f"{name}_distance"] = found["pseudo_label"], found["distance"]
     return table
 
@@ -34,7 +35,7 @@ def cluster_sizes(run: str | Path) -> pd.DataFrame:
     """Return one row a cluster: granularity, pseudo_label, num_train, num_images; empty clusters included."""
     table, parts = load_assignments(run), []
     for name in _granularities(table):
-        everyone = pd.RangeIndex(_num_clusters(name))
+        everyone = pd.RangeIndex(num_clusters_of(name))
         counts = table[name].value_counts().reindex(everyone, fill_value=0)
         train = table.loc[table["split"] != "test", name].value_counts().reindex(everyone, fill_value=0)
         part = {"granularity": name, "pseudo_label": everyone, "num_train": train.array, "num_images": counts.array}
@@ -60,7 +61,7 @@ def learning_curves(run: str | Path) -> pd.DataFrame:
     parts = []
     for stage in ("adaptors", "fusion"):
         for instance in find_stage(stage).instances(config):
-            lines = (_artifact(folder, stage, instance) / "metrics.jsonl").read_text().splitlines()
+            lines = (published(folder, stage, instance) / "metrics.jsonl").read_text().splitlines()
             part = pd.DataFrame([json.loads(line) for line in lines])
             part.insert(0, "stage", stage)
             part.insert(1, "instance", instance)
@@ -69,21 +70,21 @@ def learning_curves(run: str | Path) -> pd.DataFrame:
 
 
 def load_metrics(run: str | Path) -> pd.DataFrame:
-    """Return the result table: model, domain (``_mean`` is the mean over domains), gallery (domain | merged), metrics."""
+    """Return the result table: model, domain (``_mean``: over all domains), gallery (domain | merged), metrics."""
     folder, _ = _open(run)
-    return pd.read_csv(_artifact(folder, "evaluation") / "metrics.csv")
+    return pd.read_csv(published(folder, "evaluation") / "metrics.csv")
 
 
 def load_per_query(run: str | Path) -> pd.DataFrame:
     """Return the metrics of every query: image_id, domain, model, gallery, num_positives, average_precision, ..."""
     folder, _ = _open(run)
-    return pd.read_parquet(_artifact(folder, "evaluation") / "per_query.parquet")
+    return pd.read_parquet(published(folder, "evaluation") / "per_query.parquet")
 
 
 def load_rejected(run: str | Path) -> pd.DataFrame:
     """Return the files that could not be used: path, root, domain, reason."""
     folder, _ = _open(run)
-    return pd.read_parquet(_artifact(folder, "images") / "rejected.parquet")
+    return pd.read_parquet(published(folder, "images") / "rejected.parquet")
 
 
 def _open(run: str | Path) -> tuple[RunFolder, Config]:
@@ -91,17 +92,6 @@ def _open(run: str | Path) -> tuple[RunFolder, Config]:
     return folder, load_config(folder.config_path)
 
 
-def _gone(folder: RunFolder, stage: str, instance: str | None = None) -> Path:
-    artifact = folder.artifact(stage, instance)
-    if artifact.manifest() is None:
-        raise ValueError(f"{artifact.name} is missing in {folder.root}; run `grappa run {folder.root} --until {stage}`")
-    return artifact.home
-
-
 def _granularities(table: pd.DataFrame) -> list[str]:
     distances = [name for name in table.columns if name.endswith("_distance")]
     return [name.removesuffix("_distance") for name in distances]
-
-
-def _num_clusters(name: str) -> int:
-    return int(name.removeprefix("k"))
