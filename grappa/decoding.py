@@ -1,0 +1,110 @@
+"""One image file's bytes to RGB pixels, the same on every machine, with a plain reason where that cannot be done."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+_EXIF_ORIENTATION, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 274, 262, 0
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageDecodeError(ValueError):
+    """The bytes cannot be used as an image; the message is the plain reason, without the file's name."""
+
+
+def decode_image(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
+    """Decode a JPEG, PNG, WebP, BMP or TIFF file to (H, W, 3) uint8 RGB.
+
+    EXIF orientation is applied (an EXIF block that cannot be read counts as none). Of several frames the first is used.
+    Transparency is laid on white; of 16-bit samples the high byte is kept; color profiles are ignored.
+
+    Raises:
+        ImageDecodeError: empty, not an image of these formats, truncated or broken, more than ``max_pixels`` pixels
+            (found in the header, before decoding), or samples without a known range (32-bit, floating point).
+    """
+    if not data:
+        raise ImageDecodeError("empty file")
+    try:
+        with _open(data, max_pixels) as image:
+            image.load()
+            return np.array(_oriented(_rgb(image), _orientation(image)))
+    except (ImageDecodeError, MemoryError):
+        raise
+    except Exception as error:  # a broken file makes PIL raise nearly anything: SyntaxError, struct.error, KeyError ...
+        raise ImageDecodeError(f"truncated or broken image: {_first_line(error)}") from error
+
+
+def shrink(image: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]:
+    """Resize (H, W, 3) uint8 to a shorter side of ``shorter_side``, bicubic with antialiasing; never enlarges."""
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    if shorter <= shorter_side:
+        return image
+    size = (round(width * shorter_side / shorter), round(height * shorter_side / shorter))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ImageDecodeError("not an image in JPEG, PNG, WebP, BMP or TIFF format") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageDecodeError(f"decompression bomb: {error}") from None
+    if image.width * image.height > max_pixels:
+        raise ImageDecodeError(
+            f"decompression bomb: {image.width} x {image.height} pixels, more than the limit of {max_pixels}"
+        )
+    return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") and image.format != "PNG":
+        raise ImageDecodeError(f"samples of 32 bits (mode {image.mode}) have no known range: save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16-bit samples as 8-bit grey, with alpha where one grey value is declared transparent."""
+    samples = np.asarray(image).astype(np.uint16)
+    grey = (samples >> 8).astype(np.uint8)
+    if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 255 - grey
+    transparent = image.info.get("transparency")
+    if transparent is None:
+        return Image.fromarray(grey)
+    alpha = np.where(samples == transparent, 0, 255).astype(np.uint8)
+    return Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
+
+
+def _oriented(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # noqa: BLE001 - an unreadable EXIF block: viewers take no notice of it either
+        return 1
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
