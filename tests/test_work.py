@@ -220,6 +220,21 @@ def test_kill_at_every_step_of_the_recovery_loses_nothing(tmp_path: Path) -> Non
     assert step > 5
 
 
+def test_partial_half_emptied_by_a_kill_is_never_resumed(tmp_path: Path) -> None:
+    names = [f"shard{number}" for number in range(5)]
+    for step in range(60):
+        artifact = RunFolder.create(tmp_path / f"run{step}").artifact("clusters", "k00256")
+        with open_work(artifact, recipe(20)) as work:
+            for name in names:
+                (work.path / name).write_text("")
+        status = in_child(partial(open_work, artifact, recipe(50)), kill_step=step)
+        with open_work(artifact, recipe(20)) as work:
+            assert contents(work.path) == ["recipe.json", *(names if work.resumed else [])]
+        if status == 0:
+            break
+    assert step > 5
+
+
 def test_lone_old_is_read_in_place_and_put_back(artifact: Artifact) -> None:
     make(artifact, "one")
     os.rename(artifact.path, artifact.old)
