@@ -20,7 +20,7 @@ MAY_IMPORT = {"grappa": {"grappa"}, "pipeline": {"pipeline", "grappa"}, "slurm":
 FOREIGN = {"grappa": {"pydantic", "rich", "submitit", "typer", "yaml"}, "pipeline": {"submitit"}, "slurm": set[str]()}
 SLOW = {"torch", "torchvision", "timm", "faiss"}
 HEAVY = SLOW | {"matplotlib", "numpy", "pandas", "pyarrow", "scipy", "sklearn"}
-SCRIPTS = {"pipeline.demo.pretrain"}
+SCRIPTS = {"pipeline.demo.pretrain", "pipeline.demo.views"}  # run by hand, once
 PICKLERS = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
@@ -142,7 +142,7 @@ def test_no_import_cycle() -> None:
 @pytest.mark.parametrize("module", [name for name in modules() if name.startswith("pipeline")])
 def test_pipeline_modules_load_nothing_slow(module: str) -> None:
     if module in SCRIPTS:
-        pytest.skip("a script run by hand")
+        pytest.skip("run by hand, once")
     loaded = loaded_by(module)
     slow = [f"{name} (by {loaded[name]})" for name in sorted(SLOW & set(loaded))]
     assert not slow, f"importing {module} loads {', '.join(slow)}; import it inside the function that needs it"
