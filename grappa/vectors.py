@@ -1,0 +1,51 @@
+"""What every module that compares vectors needs: checks on entry, tensors of arrays, and honest float32 products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+NORM_TOLERANCE = 1e-2
+
+
+def check_unit_vectors(name: str, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return ``vectors`` as (N, D) float32; ValueError unless 2-D, finite and L2-normalised (within 1 %)."""
+    checked = check_vectors(name, vectors)
+    norms = np.sqrt(np.einsum("nd,nd->n", checked, checked))
+    wrong = np.flatnonzero(np.abs(norms - 1.0) > NORM_TOLERANCE)
+    if len(wrong):
+        raise ValueError(
+            f"{name}: {len(wrong)} rows are not of length 1 (row {wrong[0]}: {norms[wrong[0]]:.4g}); L2-normalise them"
+        )
+    return checked
+
+
+def check_vectors(name: str, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return ``vectors`` as contiguous (N, D) float32; ValueError unless 2-D, not empty and finite."""
+    checked = np.ascontiguousarray(vectors, dtype=np.float32)
+    if checked.ndim != 2 or checked.shape[0] == 0 or checked.shape[1] == 0:
+        raise ValueError(f"{name} has shape {np.shape(vectors)}; expected (rows, width) with at least one of each")
+    wrong = np.flatnonzero(~np.isfinite(np.einsum("nd->n", checked)))
+    if len(wrong):
+        raise ValueError(f"{name}: {len(wrong)} rows hold NaN or infinity (first: row {wrong[0]}); extract them again")
+    return checked
+
+
+def as_tensor(array: NDArray[np.float32], device: str) -> torch.Tensor:
+    """Return a float32 tensor on ``device``; a read-only array (a memory map) is copied, any other shared on a CPU."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Switch reduced-precision float32 products (TF32, bfloat16) off for a while: exact search needs the error bound."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
