@@ -1,0 +1,214 @@
+"""Spherical k-means on the pooled features of all domains, at one k or several (start and re-seeding are ours).
+
+Lloyd's iterations on unit vectors: an image belongs to the centroid of largest cosine, a centroid is the normalised
+mean of its images. Every image is used (no sub-sampling), rows are handled in blocks (never an N x k array), and images
+are put in the order of their ids first: the order of the rows changes nothing. A result depends on its own k only.
+"""
+
+# B images of a block, D width, N images, C clusters (the argument num_clusters, "k")
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from grappa.cluster_steps import Progress, fill_empty, means, nearest, start
+from grappa.randomness import key
+from grappa.vectors import as_tensor, check_unit_vectors, full_float32
+
+MAX_STARTS, STARTS_BUDGET = 4, 256
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """One partition: pseudo_labels (N,) int64 in [0, k), centroids (k, D) float32 unit, distances (N,) float32 = 1 -
+    cosine to the own centroid in [0, 2], sizes (k,) int64, objective = mean cosine, num_reseeded = re-seeded
+    clusters."""
+
+    pseudo_labels: NDArray[np.int64]
+    centroids: NDArray[np.float32]
+    distances: NDArray[np.float32]
+    sizes: NDArray[np.int64]
+    objective: float
+    num_reseeded: int
+
+
+@dataclass(frozen=True)
+class ClusterHealth:
+    """What is wrong with a partition's sizes: empty, singleton and dominating clusters (share in [0, 1])."""
+
+    num_clusters: int
+    num_empty: int
+    num_singletons: int
+    largest_share: float
+    median_size: float
+
+
+def cluster(
+    features: NDArray[np.float32],
+    *,
+    num_clusters: int,
+    ids: NDArray[np.uint64],
+    num_iterations: int = 20,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Clustering:
+    """Cluster features (N, D), L2-normalised, into ``num_clusters`` clusters; see :func:`cluster_many`."""
+    return cluster_many(
+        features, [num_clusters], ids=ids, num_iterations=num_iterations, seed=seed, device=device, progress=progress
+    )[0]
+
+
+def cluster_many(
+    features: NDArray[np.float32],
+    num_clusters: Sequence[int],
+    *,
+    ids: NDArray[np.uint64],
+    num_iterations: int = 20,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> list[Clustering]:
+    """Cluster features (N, D) float32, L2-normalised, once for each k of ``num_clusters``; each equals its own call.
+
+    ids (N,) uint64, unique, name the images: every draw is a function of (seed, k, id). At most ``num_iterations`` of
+    Lloyd's iterations are made, fewer when no label changes; empty clusters are re-seeded on the worst-served images
+    after each. The labels returned are those of the nearest centroids. ``progress`` is called with images newly
+    assigned, :func:`num_assignments` in all. ValueError when k < 1, k > N/2, fewer distinct images than k, the same id
+    twice, or vectors that are not of length 1.
+    """
+    features = check_unit_vectors("features", features)
+    _check(features, num_clusters, ids, num_iterations)
+    order = np.argsort(ids, kind="stable")
+    ordered = ids[order].astype(np.uint64)
+    points = as_tensor(features[order], device)
+    with full_float32():
+        found = [_cluster(points, ordered, k, num_iterations, seed, progress or _silent) for k in num_clusters]
+    return [_in_rows(result, order) for result in found]
+
+
+def assign(
+    features: NDArray[np.float32],
+    centroids: NDArray[np.float32],
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the nearest of centroids (k, D) for features (N, D), both L2-normalised: labels (N,) int64, distances (N,)
+    float32 = 1 - cosine in [0, 2]. ``progress`` is called with images newly assigned. ValueError when widths differ."""
+    features, centroids = check_unit_vectors("features", features), check_unit_vectors("centroids", centroids)
+    if features.shape[1] != centroids.shape[1]:
+        raise ValueError(f"features are {features.shape[1]} wide and centroids {centroids.shape[1]}; cluster again")
+    with full_float32():
+        labels, cosines = nearest(as_tensor(features, device), as_tensor(centroids, device), progress or _silent)
+    return labels.cpu().numpy(), _distances(cosines)
+
+
+def cluster_health(sizes: NDArray[np.int64]) -> ClusterHealth:
+    """Count what is wrong with the sizes (k,) of a partition."""
+    return ClusterHealth(
+        num_clusters=len(sizes),
+        num_empty=int((sizes == 0).sum()),
+        num_singletons=int((sizes == 1).sum()),
+        largest_share=float(sizes.max() / sizes.sum()),
+        median_size=float(np.median(sizes)),
+    )
+
+
+def _silent(_: int) -> None:
+    return None
+
+
+def _check(
+    features: NDArray[np.float32], num_clusters: Sequence[int], ids: NDArray[np.uint64], num_iterations: int
+) -> None:
+    if not num_clusters:
+        raise ValueError("num_clusters is empty; give at least one number of clusters")
+    low, high, number = min(num_clusters), max(num_clusters), len(features)
+    if low < 1:
+        raise ValueError(f"num_clusters is {low}; expected at least 1")
+    if 2 * high > number:
+        raise ValueError(f"num_clusters is {high}, but {number} images allow at most {number // 2}; ask for fewer")
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations is {num_iterations}; expected at least 1")
+    if len(ids) != number or len(np.unique(ids)) != number:
+        raise ValueError(f"ids holds {len(np.unique(ids))} different ids for {number} images; give each image its own")
+    distinct = _count_distinct(features, high)
+    if distinct < high:
+        raise ValueError(f"num_clusters is {high}, but only {distinct} of {number} images differ; ask for fewer")
+
+
+def _count_distinct(features: NDArray[np.float32], enough: int) -> int:
+    """Count different rows, stopping as soon as there are ``enough``."""
+    seen: set[int] = set()
+    for row in features:
+        seen.add(hash(row.tobytes()))
+        if len(seen) >= enough:
+            break
+    return len(seen)
+
+
+def _in_rows(result: Clustering, order: NDArray[np.int64]) -> Clustering:
+    """Bring what was computed in the order of ids back to the caller's rows."""
+    labels, distances = np.empty_like(result.pseudo_labels), np.empty_like(result.distances)
+    labels[order], distances[order] = result.pseudo_labels, result.distances
+    return Clustering(labels, result.centroids, distances, result.sizes, result.objective, result.num_reseeded)
+
+
+def num_assignments(num_images: int, num_clusters: Sequence[int], num_iterations: int) -> int:
+    """Return what the progress of :func:`cluster_many` sums to: images assigned, over all k, starts and iterations."""
+    return sum(_num_starts(k) for k in num_clusters) * num_images * (num_iterations + 1)
+
+
+def _num_starts(num_clusters: int) -> int:
+    """A small k costs little and ends in poor local optima often: up to four starts, the best is kept."""
+    return min(max(STARTS_BUDGET // num_clusters, 1), MAX_STARTS)
+
+
+def _cluster(
+    points_ND: torch.Tensor,
+    ids: NDArray[np.uint64],
+    num_clusters: int,
+    num_iterations: int,
+    seed: int,
+    progress: Progress,
+) -> Clustering:
+    keys = [key(seed, "clusters", num_clusters, number) for number in range(_num_starts(num_clusters))]
+    found = (_cluster_once(points_ND, ids, num_clusters, num_iterations, one, progress) for one in keys)
+    return max(found, key=lambda result: result.objective)
+
+
+def _cluster_once(
+    points_ND: torch.Tensor,
+    ids: NDArray[np.uint64],
+    num_clusters: int,
+    num_iterations: int,
+    start_key: int,
+    progress: Progress,
+) -> Clustering:
+    centroids, labels = start(points_ND, ids, num_clusters, start_key)
+    progress(len(ids))
+    num_reseeded = 0
+    for iteration in range(num_iterations):
+        before = labels
+        centroids = means(points_ND, labels, centroids)
+        labels, cosines = nearest(points_ND, centroids, progress)
+        labels, cosines, centroids, num_new = fill_empty(points_ND, labels, cosines, centroids)
+        num_reseeded += num_new
+        if torch.equal(labels, before):
+            progress(len(ids) * (num_iterations - 1 - iteration))
+            break
+    sizes = torch.bincount(labels, minlength=num_clusters)
+    objective = float(cosines.double().mean())
+    arrays = labels.cpu().numpy(), centroids.cpu().numpy(), _distances(cosines), sizes.cpu().numpy()
+    return Clustering(*arrays, objective=objective, num_reseeded=num_reseeded)
+
+
+def _distances(cosines: torch.Tensor) -> NDArray[np.float32]:
+    distances: NDArray[np.float32] = (1.0 - cosines).clamp(0.0, 2.0).cpu().numpy()
+    return distances
