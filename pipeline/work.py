@@ -103,9 +103,8 @@ def recover(artifact: Artifact, *, job: str | None = None) -> None:
     """Completes or undoes a publish that a crash interrupted; cheap when there is none, nothing while one is alive."""
     if not artifact.old.exists() and not (artifact.partial / MANIFEST_FILE).exists():
         return
-    with suppress(LockedError), acquire(artifact.lock, what=artifact.name, job=job):
-        with storage_errors(artifact.path):
-            _recover(artifact)
+    with suppress(LockedError), acquire(artifact.lock, what=artifact.name, job=job), storage_errors(artifact.path):
+        _recover(artifact)
 
 
 def _recover(artifact: Artifact) -> Manifest | None:
