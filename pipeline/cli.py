@@ -1,0 +1,232 @@
+"""The command `grappa`: parse, call, exit code. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="grappa",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="the run folder")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn expected errors of a command into one sentence on stderr and an exit code; ``--debug`` shows them whole."""
+
+    @functools.wraps(command)
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+            sentence, code = _explained(error)
+            if sentence is None or "--debug" in sys.argv:
+                raise
+            print(f"grappa: {sentence}", file=sys.stderr, flush=True)
+            raise typer.Exit(code) from None
+
+    return call
+
+
+def _explained(error: BaseException) -> tuple[str | None, int]:
+    """Return an expected error's sentence and exit code; None for a RuntimeError that is not a lost race for a lock."""
+    from pipeline.locks import LockedError, LockLostError
+
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; the same command resumes", 130
+    if isinstance(error, RuntimeError) and not isinstance(error, LockedError | LockLostError):
+        return None, 1
+    if isinstance(error, OSError) and error.filename and error.strerror and str(error).startswith("[Errno"):
+        return f"{os.fsdecode(error.filename)}: {error.strerror}", 1
+    return " ".join(str(error).split()) or type(error).__name__, 1
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of every error")] = False,
+) -> None:
+    """Adapt one pretrained vision model to several retrieval domains at once, without labels."""
+
+
+@app.command()
+@guarded
+def init(
+    run: Run,
+    images: Annotated[
+        list[str] | None, typer.Option(metavar="DIR_OR_TABLE", help="DOMAIN/... or .csv, .parquet")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_FILE", help="a recipe: grappa, small, or a file")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change one value")
+    ] = None,
+    other: Annotated[
+        Path | None, typer.Option("--from", metavar="OTHER_RUN", help="take over artifacts with the same recipe")
+    ] = None,
+) -> None:
+    """Make a run folder, or change one: keeps what is not given, adds new images, says what becomes stale."""
+    from pipeline.initialize import Request, initialize
+
+    initialize(run, Request(images or (), config, assignments or (), other), say=say)
+
+
+@app.command("run")
+@guarded
+def run_command(
+    run: Run,
+    stage: Annotated[str | None, typer.Option(metavar="STAGE", help="run this stage only")] = None,
+    instance: Annotated[str | None, typer.Option(metavar="NAME", help="run this instance of the stage only")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="run all stages up to this one")] = None,
+    force: Annotated[bool, typer.Option("--force", help="run also what is fresh")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be run, and why; change nothing")] = False,
+) -> None:
+    """Run what is not fresh, in order; interrupted work goes on where it was."""
+    from pipeline.artifacts import RunFolder
+    from pipeline.execution import Selection, planned
+    from pipeline.status import read_config
+
+    selection = Selection(stage, instance, until, force)
+    folder = RunFolder.open(run, writable=not dry_run)
+    if not dry_run:
+        run_and_report(folder, selection)
+        return
+    steps = planned(folder, read_config(folder), selection)
+    for name, state in steps:
+        say(f"would run {name}: {state}")
+    if not steps:
+        say("nothing to run, all is fresh")
+
+
+@app.command()
+@guarded
+def status(
+    run: Run,
+    verify: Annotated[bool, typer.Option("--verify", help="re-read every byte; check the images' sizes")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say of every stage and instance whether it is missing, fresh, stale (why) or corrupt (what)."""
+    from pipeline.artifacts import RunFolder
+    from pipeline.status import read_config, states, status_lines
+
+    folder = RunFolder.open(run)
+    found = states(folder, read_config(folder), verify=verify)
+    if as_json:
+        say(json.dumps([each.to_json() for each in found], indent=2))
+        return
+    for line in status_lines(found):
+        say(line)
+
+
+@app.command()
+@guarded
+def search(
+    run: Run,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="an image file")],
+    k: Annotated[int, typer.Option("-k", min=1, help="how many images to find")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Find the images nearest to one of your own, with similarity and domain."""
+    from pipeline.search import search as find
+
+    found = find(run, image, k)
+    if as_json:
+        say(json.dumps(found, indent=2))
+        return
+    for each in found:
+        say(f"{each['similarity']:.4f}  {each['domain']}  {each['path']}  {each['image_id']}")
+
+
+@app.command()
+@guarded
+def embed(
+    run_or_model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="a run or an exported model")],
+    images: Annotated[Path, typer.Option(metavar="DIR_OR_TABLE", help="the new images")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="a new folder")],
+) -> None:
+    """Embed new images: embeddings.npy and ids.parquet."""
+    from pipeline.embed import embed as write_embeddings
+    from pipeline.progress import Progress, totals
+
+    with totals(Progress(), "embedding") as report:
+        sentence = write_embeddings(run_or_model, images, out, report)
+    say(sentence)
+
+
+@app.command()
+@guarded
+def export(
+    run: Run, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the model")]
+) -> None:
+    """Write the self-contained model folder that `grappa.load_model` opens."""
+    from pipeline.export import export as write_model
+
+    say(write_model(run, folder))
+
+
+@app.command()
+@guarded
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where to work")] = Path("runs/demo"),
+) -> None:
+    """Run the whole pipeline on images that the package draws itself, offline."""
+    from pipeline.artifacts import RunFolder
+    from pipeline.demo.dataset import write_demo_images
+    from pipeline.execution import Selection
+    from pipeline.initialize import Request, initialize
+
+    table = write_demo_images(folder.with_name(f"{folder.name}_images"))
+    weights = [f"backbone.weights={Path(__file__).parent / 'demo' / 'vit_demo.safetensors'}"]
+    initialize(folder, Request([os.fspath(table)], "demo", weights), say=say)
+    run_and_report(RunFolder.open(folder, writable=True), Selection())
+    say("With your own images (a folder DOMAIN/..., or a table with path, domain and perhaps label, split):")
+    say("  grappa init runs/mine --images DIR_OR_TABLE --config small --set backbone.weights=FILE")
+    say("  grappa run runs/mine && grappa search runs/mine IMAGE")
+
+
+def run_and_report(folder: object, selection: object) -> None:
+    """Run the selected stages, then print the results table (if the evaluation was selected) and the times."""
+    from pipeline.artifacts import RunFolder
+    from pipeline.execution import Selection, run_stages, selected
+    from pipeline.progress import Progress
+    from pipeline.results import print_table, times_line
+    from pipeline.status import read_config
+
+    assert isinstance(folder, RunFolder) and isinstance(selection, Selection)
+    config = read_config(folder)
+    report = run_stages(folder, config, selection, progress=Progress(), say=say)
+    if not report.seconds:
+        say(f"{report.num_fresh} fresh; --force runs again")
+    metrics = folder.artifact("evaluation").path / "metrics.csv"
+    if metrics.exists() and any(stage.name == "evaluation" for stage, _ in selected(config, selection)):
+        print_table(metrics)
+    if report.seconds:
+        say(times_line(report.seconds))
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+def main() -> None:
+    """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    app()

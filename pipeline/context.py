@@ -1,0 +1,107 @@
+"""What a stage's ``run(context)`` gets: where its inputs lie, where its outputs go, how it shows that it lives."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.artifacts import LOG_FILE, RunFolder
+from pipeline.config import Config
+from pipeline.progress import Advance, Progress
+from pipeline.stages import Input, Stage, artifact_name
+from pipeline.work import Work
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """One instance of a stage at work. A stage reads what it declares, and writes below ``path``."""
+
+    run: RunFolder
+    config: Config
+    stage: Stage
+    instance: str | None
+    work: Work
+    progress: Progress
+    resolved: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The artifact's name, such as ``clusters/k00256``."""
+        return artifact_name(self.stage.name, self.instance)
+
+    @property
+    def path(self) -> Path:
+        """The folder for the outputs; each file below it is published."""
+        return self.work.path
+
+    @property
+    def resumed(self) -> bool:
+        """Whether ``path`` holds the unfinished work of the same recipe."""
+        return self.work.resumed
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads to compute with (``compute.num_threads``)."""
+        return self.config.compute.num_threads or num_cores()
+
+    @property
+    def num_workers(self) -> int:
+        """Threads to decode and crop with (``compute.num_workers``)."""
+        return self.config.compute.num_workers or num_cores()
+
+    def input(self, stage: str, instance: str | None = None) -> Path:
+        """Return the published folder of a declared upstream artifact."""
+        declared: tuple[Input, ...] = self.stage.inputs(self.config, self.instance)
+        names = [each.name for each in declared]
+        wanted = artifact_name(stage, instance)
+        assert wanted in names, f"{self.name} reads {wanted}, but pipeline.stages declares {names}"
+        return self.run.artifact(stage, instance).home
+
+    def sources(self) -> tuple[Path, list[str]]:
+        """Return the table of the listed images and the root folders that its column ``root`` numbers."""
+        assert "sources" in self.stage.externals, f"{self.name} does not declare `sources` in pipeline.stages"
+        artifact = self.run.artifact("sources")
+        manifest = artifact.manifest()
+        assert manifest is not None, "the recipe could not have been made without the sources"
+        return artifact.home / "sources.parquet", list(manifest.provenance["roots"])
+
+    @contextmanager
+    def task(self, description: str, total: int, unit: str = "images", *, done: int = 0) -> Iterator[Advance]:
+        """Show progress: call the yielded ``advance(n)`` with items newly done; the speed goes to ``log.jsonl``."""
+        with self.progress.task(f"{self.name}: {description}", total, unit=unit, done=done) as (advance, meter):
+            yield advance
+        speed = {"seconds": round(meter.seconds, 3), "per_second": round(meter.speed, 3)}
+        self.log({"task": description, "unit": unit, "total": total, "new": meter.new, **speed})
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append times and speeds to ``log.jsonl``: kept with the artifact, no part of its identity."""
+        self.work.log(record)
+
+    def resolve(self, name: str, value: T) -> T:
+        """Note what an ``auto`` became, for the provenance; resumed work gets back the value that it began with."""
+        kept: T = self._kept().get(name, value) if self.resumed and name != "device" else value
+        if self.resolved.get(name) != kept:
+            self.resolved[name] = kept
+            self.log({"resolved": {name: kept}})
+        return kept
+
+    def _kept(self) -> dict[str, Any]:
+        """Return what the log says was resolved when this work began."""
+        log = self.path / LOG_FILE
+        records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        kept: dict[str, Any] = {}
+        for record in records:
+            kept = {**record.get("resolved", {}), **kept}
+        return kept
+
+
+def num_cores() -> int:
+    """Return the CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

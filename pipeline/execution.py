@@ -1,0 +1,150 @@
+"""Running stages: in the order of the graph, each judged just before, each published whole or not at all."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from pipeline.artifacts import RunFolder
+from pipeline.config import Config
+from pipeline.context import StageContext
+from pipeline.freshness import State
+from pipeline.progress import Progress, duration
+from pipeline.provenance import provenance
+from pipeline.recipes import expected_recipe
+from pipeline.stages import STAGES, Stage, artifact_name, find_stage
+from pipeline.status import Judge, instances
+from pipeline.work import open_work, recover
+
+Step = tuple[Stage, str | None]
+Say = Callable[[str], None]
+
+
+class NotReadyError(ValueError):
+    """A stage was asked for whose inputs are not fresh; the message names the reason and the command."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to run: everything, one stage (instance), or all up to a stage; ``force``: also what is fresh."""
+
+    stage: str | None = None
+    instance: str | None = None
+    until: str | None = None
+    force: bool = False
+
+
+@dataclass
+class Report:
+    """What was run: seconds a stage, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    num_fresh: int = 0
+
+
+def run_stages(run: RunFolder, config: Config, selection: Selection, *, progress: Progress, say: Say) -> Report:
+    """Run every selected instance that is not fresh; ``say`` gets one line for each.
+
+    Raises NotReadyError when one stage was selected and what it reads is not fresh, LockedError when another process
+    is writing an artifact, and whatever a stage raises: finished artifacts stay, and unfinished work is resumed by the
+    same call.
+    """
+    steps = selected(config, selection)
+    for stage, instance in instances(config):
+        recover(run.artifact(stage.name, instance))
+    judge, report = Judge(run, config), Report()
+    if selection.stage:
+        _refuse_unready(run, judge, steps, force=selection.force)
+    for stage, instance in steps:
+        if judge.state(stage, instance).kind == "fresh" and not selection.force:
+            report.num_fresh += 1
+            continue
+        _refuse_unready(run, judge, [(stage, instance)], force=True)
+        seconds = execute(run, config, stage, instance, progress=progress, say=say)
+        report.seconds[stage.name] = report.seconds.get(stage.name, 0.0) + seconds
+        judge.forget(stage, instance)
+    return report
+
+
+def planned(run: RunFolder, config: Config, selection: Selection) -> list[tuple[str, State]]:
+    """Return the instances that ``run_stages`` would run as things are now, with their states; nothing is changed.
+
+    What only has stale inputs may turn out to be fresh, when these come out with the same bytes.
+    """
+    steps, judge = selected(config, selection), Judge(run, config)
+    if selection.stage:
+        _refuse_unready(run, judge, steps, force=selection.force)
+    found = [(artifact_name(stage.name, instance), judge.state(stage, instance)) for stage, instance in steps]
+    return [(name, state) for name, state in found if selection.force or state.kind != "fresh"]
+
+
+def selected(config: Config, selection: Selection) -> list[Step]:
+    """Return the selected instances in the order of the graph; ValueError for names that do not exist."""
+    if selection.stage and selection.until:
+        raise ValueError("--stage and --until exclude each other: give one of them")
+    if selection.instance and not selection.stage:
+        raise ValueError("--instance needs --stage: it names one instance of that stage")
+    names = [stage.name for stage in STAGES]
+    if selection.until:
+        names = names[: names.index(find_stage(selection.until).name) + 1]
+    if selection.stage:
+        names = [find_stage(selection.stage).name]
+    steps = [(stage, instance) for stage, instance in instances(config) if stage.name in names]
+    if selection.instance is None:
+        return steps
+    known = [str(instance) for _, instance in steps if instance]
+    if selection.instance not in known:
+        listed = ", ".join(known) or "none"
+        raise ValueError(f"{selection.stage} has no instance {selection.instance!r}; it has: {listed}")
+    return [(stage, instance) for stage, instance in steps if instance == selection.instance]
+
+
+def execute(
+    run: RunFolder, config: Config, stage: Stage, instance: str | None, *, progress: Progress, say: Say
+) -> float:
+    """Run one instance whose inputs are fresh and publish its artifact; return the seconds it took."""
+    name, job = artifact_name(stage.name, instance), os.environ.get("SLURM_JOB_ID")
+    expected = expected_recipe(run, config, stage, instance)
+    started, start = datetime.now(UTC), time.monotonic()
+    with open_work(run.artifact(stage.name, instance), expected.recipe, job=job) as work:
+        if work.finished:
+            shutil.rmtree(work.path)
+            say(f"{name}: was finished, its interrupted publication is completed")
+            return 0.0
+        context = StageContext(run, config, stage, instance, work, progress)
+        sentence: str = importlib.import_module(stage.module).run(context)
+        seconds = time.monotonic() - start
+        work.log({"result": sentence, "seconds": round(seconds, 3), "resumed": work.resumed})
+        origin = provenance(started=started, device=context.resolved.get("device", "cpu"), job=job)
+        work.publish({**origin, "seconds": round(seconds, 3), "resolved": context.resolved, **expected.notes})
+    say(f"{name}: {sentence} ({spent(seconds)})")
+    return seconds
+
+
+def spent(seconds: float) -> str:
+    """Return ``0.8 s`` or ``2:05``."""
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
+
+
+def _refuse_unready(run: RunFolder, judge: Judge, steps: list[Step], *, force: bool) -> None:
+    for stage, instance in steps:
+        problems = judge.upstream_problems(stage, instance)
+        if problems and (force or judge.state(stage, instance).kind != "fresh"):
+            raise NotReadyError(f"{artifact_name(stage.name, instance)} cannot run: {_advice(run, judge, problems)}")
+
+
+def _advice(run: RunFolder, judge: Judge, problems: list[str]) -> str:
+    """Return the first problem, the reason behind it and the command that mends it."""
+    first = problems[0]
+    if not first.startswith("upstream ") or " is " not in first or "sources" in first:
+        return first
+    name = first.removeprefix("upstream ").partition(" is ")[0]
+    stage, _, instance = name.partition("/")
+    reasons = judge.state(find_stage(stage), instance or None).reasons
+    why = f" ({'; '.join(reasons)})" if reasons else ""
+    return f"{first}{why}; run `grappa run {run.root} --until {stage}` first"

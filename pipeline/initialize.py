@@ -1,0 +1,160 @@
+"""`grappa init`: make a run folder or change one: list the images, resolve and write the configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artifacts import RunFolder
+from pipeline.config import Config, automatic_num_clusters
+from pipeline.config_file import (
+    ConfigError,
+    Settings,
+    dump_config,
+    merged,
+    parse_assignments,
+    parse_settings,
+    read_settings,
+    recipe_path,
+)
+from pipeline.sources import list_sources, publish_listing, published_listing
+from pipeline.status import read_config, states
+from pipeline.storage import atomic_write_text
+from pipeline.takeover import take_over
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `grappa init` was asked for; nothing given keeps what the run has."""
+
+    images: Sequence[str] = ()
+    config: str | None = None
+    assignments: Sequence[str] = ()
+    other: Path | None = None
+
+
+def initialize(root: Path, request: Request, *, say: Say) -> Config:
+    """Make or change the run folder ``root``; ``say`` gets what was found, what changed and what becomes stale.
+
+    A new run begins with the defaults, or with the configuration of ``request.other`` if no recipe is named, an
+    existing one with its ``config.yaml`` as it is now. Everything is checked before anything is written.
+    """
+    known = RunFolder.open(root, writable=True) if (root / "run.json").exists() else None
+    config = parse_settings(_settings(known, request), _origin(request))
+    _check_weights(config, known)
+    listing = list_sources(_given_sources(config))
+    config = resolve_num_clusters(config, _num_train(listing))
+    run = RunFolder.create(root)
+    former = published_listing(run)
+    publish_listing(run, listing, config.images.sources, former)
+    atomic_write_text(run.config_path, dump_config(config))
+    _say_images(listing, former, say)
+    if request.other:
+        take_over(RunFolder.open(request.other), run, config, say=say)
+    _say_states(run, config, say)
+    return config
+
+
+def resolve_num_clusters(config: Config, num_train: int) -> Config:
+    """Replace ``clusters.num_clusters: auto`` by numbers; ConfigError when a number is above half the train images."""
+    values = config.clusters.num_clusters
+    if num_train < 4:
+        raise ConfigError(f"found {num_train} train images, expected at least 4; give more by --images")
+    if values == "auto":
+        values = automatic_num_clusters(num_train)
+    if max(values) > num_train // 2:
+        raise ConfigError(
+            f"clusters.num_clusters: {max(values)} clusters are more than half of the {num_train} train images; "
+            f"give at most {num_train // 2}, or auto"
+        )
+    clusters = config.clusters.model_copy(update={"num_clusters": values})
+    return config.model_copy(update={"clusters": clusters})
+
+
+def _settings(known: RunFolder | None, request: Request) -> Settings:
+    """Return the settings to begin with, under the recipe, under the assignments, under the images given."""
+    settings = _base(known, request)
+    if request.config:
+        settings = merged(settings, _absolute(read_settings(recipe_path(request.config))))
+    settings = merged(settings, _absolute(parse_assignments(request.assignments)))
+    if request.images:
+        sources = [os.path.abspath(source) for source in request.images]
+        settings = merged(settings, {"images": {"sources": sources}})
+    return settings
+
+
+def _base(known: RunFolder | None, request: Request) -> Settings:
+    if known and known.config_path.exists():
+        return _absolute(read_settings(known.config_path))
+    if request.other is None:
+        return {}
+    other = read_config(RunFolder.open(request.other)).model_dump(mode="json")
+    return {"images": {"sources": other["images"]["sources"]}} if request.config else other
+
+
+def _absolute(settings: Settings) -> Settings:
+    """Make the paths absolute that a user may give relative to the working folder."""
+    changed: Settings = {}
+    weights: Any = settings.get("backbone", {}).get("weights")
+    if isinstance(weights, str):
+        changed["backbone"] = {"weights": os.path.abspath(weights)}
+    sources: Any = settings.get("images", {}).get("sources")
+    if isinstance(sources, list) and all(isinstance(source, str) for source in sources):
+        changed["images"] = {"sources": [os.path.abspath(source) for source in sources]}
+    return merged(settings, changed)
+
+
+def _origin(request: Request) -> str:
+    given = [f"--config {request.config}"] if request.config else []
+    return ", ".join([*given, "--set"] if request.assignments else given) or "config.yaml"
+
+
+def _check_weights(config: Config, known: RunFolder | None) -> None:
+    """Refuse weights that are not there, unless the run has read them already."""
+    path = config.backbone.weights
+    if path is None or os.path.isfile(path):
+        return
+    before = read_settings(known.config_path) if known and known.config_path.exists() else {}
+    if before.get("backbone", {}).get("weights") != path:
+        raise ConfigError(f"backbone.weights: no such file {path}; give a .safetensors file or a state dict")
+
+
+def _given_sources(config: Config) -> tuple[str, ...]:
+    if not config.images.sources:
+        raise ConfigError("no images given; name a folder (DOMAIN/...) or a table (.csv, .parquet) by --images")
+    return config.images.sources
+
+
+def _num_train(listing: pd.DataFrame) -> int:
+    """Count the images that are learned from: all but the test images; all where nothing is split."""
+    return int((listing["split"] != "test").sum())
+
+
+def _say_images(listing: pd.DataFrame, former: pd.DataFrame | None, say: Say) -> None:
+    sizes = listing["domain"].value_counts().sort_index()
+    splits = listing["split"].value_counts()
+    split = f", {splits.get('train', 0)} train and {splits.get('test', 0)} test" if len(splits) else ", no split"
+    say(f"{len(listing)} images of {len(sizes)} domains{split}: {', '.join(f'{d} {n}' for d, n in sizes.items())}")
+    if former is not None:
+        old, new = (set(zip(table["domain"], table["path"], strict=True)) for table in (former, listing))
+        say(f"{len(new - old)} images added, {len(old - new)} removed")
+    for domain in sizes.index[sizes == 1]:
+        say(f"warning: domain {domain} has one image only: a query there has nothing to find")
+
+
+def _say_states(run: RunFolder, config: Config, say: Say) -> None:
+    found = states(run, config)
+    for each in found:
+        if each.state.kind in ("stale", "corrupt"):
+            say(f"{each.name} is {each.state}")
+    kinds = [each.state.kind for each in found]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    say(f"{len(found)} artifacts: {counts}; next: grappa run {run.root}" if set(kinds) != {"fresh"} else "all is fresh")

@@ -1,0 +1,111 @@
+"""The recipe an instance has now: from the configuration, upstream manifests and what lies outside the run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import CorruptManifest, Manifest, RunFolder
+from pipeline.config import Config, identity_settings
+from pipeline.stages import Input, Stage
+from pipeline.storage import file_digest
+
+SOURCES_FILE = "sources.parquet"
+SOURCES_RECIPE: dict[str, Any] = {"stage": "sources", "instance": None, "version": 1, "config": {}, "inputs": {}}
+
+
+class MissingInputError(ValueError):
+    """An input has no usable manifest or file, so that a recipe cannot be known; the message is a reason line."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A recipe, and notes for the provenance (where the weights lay)."""
+
+    recipe: dict[str, Any]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def expected_recipe(run: RunFolder, config: Config, stage: Stage, instance: str | None) -> Expected:
+    """Return the recipe of an instance; only manifests are read, and weights that changed since they were.
+
+    Raises MissingInputError when an input is missing: a line such as ``upstream features is missing``.
+    """
+    inputs: dict[str, dict[str, str]] = {}
+    notes: dict[str, Any] = {}
+    for each in stage.inputs(config, instance):
+        inputs.setdefault(each.name, {}).update(_input_digests(run, each))
+    if "sources" in stage.externals:
+        inputs["sources"] = {SOURCES_FILE: sources_manifest(run).outputs[SOURCES_FILE]["sha256"]}
+    if "weights" in stage.externals:
+        inputs["weights"], notes = _weights(run, config, stage)
+    recipe = {"stage": stage.name, "instance": instance, "version": stage.version}
+    return Expected(recipe | {"config": identity_settings(config, stage.settings(instance)), "inputs": inputs}, notes)
+
+
+def read_manifest(run: RunFolder, stage: str, instance: str | None = None) -> Manifest | None:
+    """Return a manifest, None when it is missing or corrupt."""
+    try:
+        return run.artifact(stage, instance).manifest()
+    except CorruptManifest:
+        return None
+
+
+def sources_manifest(run: RunFolder) -> Manifest:
+    """Return the manifest of the listed images; MissingInputError when there is none."""
+    manifest = read_manifest(run, "sources")
+    if manifest is None or SOURCES_FILE not in manifest.outputs:
+        raise MissingInputError(f"upstream sources is missing: run `grappa init {run.root}`")
+    return manifest
+
+
+def digest_of(outputs: Mapping[str, Any], name: str) -> str | None:
+    """Return the digest of an output, or of a folder (``pixels/``): that of its sorted ``name sha256`` lines."""
+    if not name.endswith("/"):
+        return str(outputs[name]["sha256"]) if name in outputs else None
+    lines = [f"{file} {outputs[file]['sha256']}\n" for file in sorted(outputs) if file.startswith(name)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
+
+
+def _input_digests(run: RunFolder, source: Input) -> dict[str, str]:
+    manifest = read_manifest(run, source.stage, source.instance)
+    if manifest is None:
+        raise MissingInputError(f"upstream {source.name} is missing")
+    digests = {name: digest_of(manifest.outputs, name) for name in source.files}
+    lacking = [name for name, digest in digests.items() if digest is None]
+    if lacking:
+        raise MissingInputError(f"upstream {source.name} has no {lacking[0]}")
+    return {name: digest for name, digest in digests.items() if digest is not None}
+
+
+def _weights(run: RunFolder, config: Config, stage: Stage) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the recipe's input and the provenance of the backbone's weights."""
+    if config.backbone.weights is None:
+        return {"hub": config.backbone.name}, {}
+    manifest = read_manifest(run, stage.name)
+    known = manifest.provenance.get("weights") if manifest else None
+    found = weights_digest(Path(config.backbone.weights), known)
+    return {"sha256": found["sha256"]}, {"weights": found}
+
+
+def weights_digest(path: Path, known: Any = None) -> dict[str, Any]:
+    """Return path, bytes, mtime_ns and sha256 of a file, hashed only if it is not the one ``known``.
+
+    A file that is gone counts as unchanged when it was the known one: what was read lies in the run.
+    """
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    known = known if isinstance(known, dict) and known.get("path") == text else None
+    if not path.is_file():
+        if known:
+            return known
+        raise MissingInputError(
+            f"backbone.weights: no such file {path}; set it by `--set backbone.weights=FILE` of `grappa init`"
+        )
+    found = {"path": text, "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+    if known and found.items() <= known.items():
+        return known
+    return found | {"sha256": file_digest(path)[1]}

@@ -1,0 +1,70 @@
+"""The end of a run: the results table and the stage times."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+from pipeline.execution import spent
+
+MEAN = "_mean"
+
+
+def read_table(metrics: Path) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the results table: models by domains, from a ``metrics.csv``.
+
+    The cells are mAP with three digits in the domain's own gallery, then the mean over domains, then that mean in the
+    merged gallery; a cell that cannot be computed is ``-``.
+    """
+    with metrics.open(newline="", encoding="utf-8") as file:
+        records = list(csv.DictReader(file))
+    values = {(row["model"], row["gallery"], row["domain"]): row["map"] for row in records}
+    domains = [name for name in dict.fromkeys(row["domain"] for row in records) if name != MEAN]
+    columns = [*(("domain", name) for name in domains), ("domain", MEAN), ("merged", MEAN)]
+    models = dict.fromkeys(row["model"] for row in records)
+    rows = [[model, *(_cell(values.get((model, *column), "")) for column in columns)] for model in models]
+    return ["mAP", *domains, "mean", "merged mean"], rows
+
+
+def print_table(metrics: Path, stream: TextIO | None = None) -> None:
+    """Print the results table: ruled on a terminal, plain columns elsewhere."""
+    stream = sys.stdout if stream is None else stream
+    header, rows = read_table(metrics)
+    if not rows:
+        return
+    if stream.isatty():
+        _print_ruled(header, rows, stream)
+        return
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    for row in (header, *rows):
+        first, *rest = (
+            f"{text:<{width}}" if column == 0 else f"{text:>{width}}"
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join((first, *rest)), file=stream)
+
+
+def times_line(seconds: Mapping[str, float]) -> str:
+    """Return ``times: images 1.2 s, features 2:05; together 2:06``."""
+    parts = ", ".join(f"{stage} {spent(value)}" for stage, value in seconds.items())
+    return f"times: {parts}; together {spent(sum(seconds.values()))}"
+
+
+def _print_ruled(header: list[str], rows: list[list[str]], stream: TextIO) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for column, name in enumerate(header):
+        table.add_column(Text(name), justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(text) for text in row))
+    Console(file=stream).print(table)
+
+
+def _cell(text: str) -> str:
+    return f"{float(text):.3f}" if text and text != "nan" else "-"

@@ -1,0 +1,87 @@
+"""The artifact ``sources``: the listed images, published by `grappa init`; their folders are provenance."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.artifacts import RunFolder
+from pipeline.provenance import provenance
+from pipeline.recipes import SOURCES_FILE, SOURCES_RECIPE, read_manifest
+from pipeline.storage import atomic_write_bytes
+from pipeline.work import open_work, recover
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def list_sources(sources: Sequence[str]) -> pd.DataFrame:
+    """Return the listing of ``grappa.image_table.list_images``."""
+    from grappa.image_table import list_images
+
+    return list_images([Path(source) for source in sources])
+
+
+def published_listing(run: RunFolder) -> pd.DataFrame | None:
+    """Return the listing that the run has, None when it has none (or a broken one)."""
+    import pandas as pd
+
+    recover(run.artifact("sources"))
+    artifact = run.artifact("sources")
+    if artifact.check():
+        return None
+    return pd.read_parquet(artifact.home / SOURCES_FILE)
+
+
+def publish_listing(run: RunFolder, listing: pd.DataFrame, sources: Sequence[str], former: pd.DataFrame | None) -> None:
+    """Publish a listing; one with the content of the ``former`` keeps its very bytes, so that nothing becomes stale."""
+    manifest, roots = read_manifest(run, "sources"), list(listing.attrs["roots"])
+    same = former is not None and _plain(former).equals(_plain(listing))
+    origin = {"roots": roots, "sources": list(sources)}
+    if same and manifest and origin.items() <= dict(manifest.provenance).items():
+        return
+    started = datetime.now(UTC)
+    data = (run.artifact("sources").home / SOURCES_FILE).read_bytes() if same else None
+    with open_work(run.artifact("sources"), SOURCES_RECIPE) as work:
+        if data is None:
+            _plain(listing).to_parquet(work.path / SOURCES_FILE, index=False)
+        else:
+            atomic_write_bytes(work.path / SOURCES_FILE, data)
+        work.publish({**provenance(started=started, device="cpu"), **origin})
+
+
+def _plain(listing: pd.DataFrame) -> pd.DataFrame:
+    """Return the listing without its attributes, null as None: what a written and read one looks like too."""
+    plain = listing.reset_index(drop=True)
+    for name in ("label", "split"):
+        plain[name] = [value if isinstance(value, str) else None for value in plain[name]]
+        plain[name] = plain[name].astype(object).where(plain[name].notna(), None)
+    plain.attrs = {}
+    return plain
+
+
+def changed_files(run: RunFolder) -> list[str]:
+    """Return the listed files whose size on disk is another one now; a root folder that is gone is passed over."""
+    import pyarrow.parquet as pq
+
+    from grappa.path_text import image_file, unescape_path
+
+    artifact = run.artifact("sources")
+    manifest = artifact.manifest()
+    assert manifest is not None, "judged whole before"
+    roots = list(manifest.provenance["roots"])
+    present = {number for number, root in enumerate(roots) if os.path.isdir(unescape_path(root))}
+    table = pq.read_table(artifact.home / SOURCES_FILE, columns=["path", "root", "size"]).to_pydict()
+    rows = zip(table["path"], table["root"], table["size"], strict=True)
+    found = ((path, size, _size(image_file(roots[root], path))) for path, root, size in rows if root in present)
+    return [f"{path}: {now} bytes, listed with {size}" for path, size, now in found if now != size]
+
+
+def _size(file: str) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return -1
