@@ -42,7 +42,7 @@ def as_tensor(array: NDArray[np.float32], device: str) -> torch.Tensor:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Switch reduced-precision float32 products (TF32, bfloat16) off for a while: exact search needs the error bound."""
+    """Switch reduced-precision float32 products (TF32, bfloat16) off for a while: exact results need it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
