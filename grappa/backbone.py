@@ -215,9 +215,10 @@ def _default_cfg(name: str) -> dict[str, Any]:
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*"), n=1)
         hint = f"did you mean {close[0]}?" if close else "see timm.list_models()"
         raise BackboneError(f"timm has no model called {name!r}; {hint}")
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is None:
-        raise BackboneError(f"timm has no pretrained configuration called {name!r}; leave out what follows the dot")
+    try:
+        cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        raise BackboneError(f"timm has no weights called {name!r} ({error}); leave out what follows the dot") from error
     record: dict[str, Any] = cfg.to_dict()
     return record
 
@@ -272,7 +273,9 @@ def _resample_positions(vit: nn.Module, positions: Tensor, source: str) -> Tenso
     model: Any = vit
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     side = (positions.shape[1] - prefix) ** 0.5
-    if positions.ndim != 3 or positions.shape[2] != model.embed_dim or side != int(side):
+    if positions.ndim != 3 or positions.shape[2] != model.embed_dim:
+        return positions
+    if side != int(side):
         raise BackboneError(f"the positions in {source} have shape {tuple(positions.shape)}, which is no square grid")
     resampled: Tensor = timm.layers.resample_abs_pos_embed(
         positions, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=prefix

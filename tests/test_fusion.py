@@ -1,0 +1,91 @@
+"""Fusion: weights over sets that start as their mean, and a folded form that equals the plain one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_backbone, tiny_set
+
+from grappa.fusion import Fusion
+
+HIDDEN = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(2))
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def _trained(num_sets: int, *, level: str = "token", temperature: float = 0.5) -> Fusion:
+    fusion = Fusion([tiny_set(i) for i in range(num_sets)], level=level, temperature=temperature)
+    fusion.start(query_std=0.3, key_std=0.3, generator=torch.Generator().manual_seed(9))
+    return fusion
+
+
+def test_an_untrained_fusion_is_the_mean_over_sets_exactly() -> None:
+    sets = [tiny_set(i) for i in range(4)]
+    for block, layer in enumerate(Fusion(sets)):
+        residual, attention = layer.with_attention(HIDDEN)
+        assert torch.equal(attention, torch.full_like(attention, 0.25))
+        mean = torch.stack([s[block](HIDDEN) for s in sets]).mean(0)
+        torch.testing.assert_close(residual, mean, rtol=1e-5, atol=1e-6)
+
+
+def test_with_one_set_fusion_reduces_to_it() -> None:
+    fusion = _trained(1)
+    torch.testing.assert_close(fusion[0](HIDDEN), tiny_set(0)[0](HIDDEN), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", ["token", "cls"])
+def test_attention_is_the_written_formula_and_sums_to_one(level: str) -> None:
+    fusion = _trained(3, level=level)
+    residual, attention = fusion[1].with_attention(HIDDEN)
+    outputs = torch.stack([tiny_set(i)[1](HIDDEN) for i in range(3)], dim=-2)  # B T G D
+    seen, keys = (HIDDEN, outputs) if level == "token" else (HIDDEN[:, :1], outputs[:, :1])
+    scores = torch.einsum("btd,btgd->btg", seen @ fusion[1].query.T, keys @ fusion[1].key.T) / 0.5
+    torch.testing.assert_close(attention, scores.softmax(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
+    expected = (attention.unsqueeze(-1) * outputs).sum(-2)
+    torch.testing.assert_close(residual, expected, rtol=1e-4, atol=1e-5)
+    assert attention.std(dim=(0, 1)).min() >= 0
+    assert attention.max() - attention.min() > 0.05
+
+
+def test_permuting_the_sets_permutes_the_attention_and_keeps_the_residual() -> None:
+    order = [2, 0, 1]
+    fusion = _trained(3)
+    moved = Fusion([tiny_set(i) for i in order], temperature=0.5)
+    moved.load_trained_state(fusion.trained_state())
+    residual, attention = fusion[0].with_attention(HIDDEN)
+    residual_moved, attention_moved = moved[0].with_attention(HIDDEN)
+    torch.testing.assert_close(attention_moved, attention[..., order])
+    torch.testing.assert_close(residual_moved, residual)
+
+
+@pytest.mark.parametrize("level", ["token", "cls"])
+def test_the_folded_fusion_equals_the_plain_one(level: str) -> None:
+    fusion = _trained(4, level=level)
+    for layer, folded in zip(fusion, fusion.folded(), strict=True):
+        torch.testing.assert_close(folded(HIDDEN), layer(HIDDEN), rtol=1e-4, atol=1e-5)
+
+
+def test_forward_twice_gives_the_same_and_changes_no_state() -> None:
+    backbone, fusion = tiny_backbone(), _trained(3)
+    before = {name: value.clone() for name, value in fusion.state_dict().items()}
+    argument = IMAGES.clone()
+    assert torch.equal(backbone(argument, list(fusion)), backbone(argument, list(fusion)))
+    assert torch.equal(argument, IMAGES)
+    assert all(torch.equal(before[name], value) for name, value in fusion.state_dict().items())
+
+
+def test_only_query_and_key_are_trained_and_saved() -> None:
+    fusion = _trained(2)
+    names = {name for name, _ in fusion.named_parameters()}
+    assert names == set(fusion.trained_state()) == {f"layers.{l}.{n}" for l in (0, 1) for n in ("query", "key")}
+
+
+def test_sets_of_different_depth_are_refused() -> None:
+    from grappa.adaptors import AdaptorSet
+
+    with pytest.raises(ValueError, match="all with as many blocks"):
+        Fusion([tiny_set(0), AdaptorSet(3, 32, 4)])
+    with pytest.raises(ValueError, match="found 0 adaptor sets"):
+        Fusion([])
+    with pytest.raises(ValueError, match="expected those of a fusion of 2 blocks"):
+        Fusion([tiny_set(0)]).load_trained_state({"layers.0.query": torch.zeros(32, 32)})

@@ -1,0 +1,84 @@
+"""The deployed model: a folder of two files, equal to the pipeline's embeddings, opened without anything else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_backbone, tiny_cache, tiny_set
+
+import grappa
+from grappa.backbone import embed
+from grappa.features import extract_features
+from grappa.fusion import Fusion
+from grappa.model import ModelError, save_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    sets = {f"k0000{i}": tiny_set(i) for i in range(3)}
+    path = tmp_path / "model"
+    path.mkdir()
+    save_model(path, tiny_backbone(), sets, _fusion(), cache_size=40)
+    return path
+
+
+def _fusion() -> Fusion:
+    fusion = Fusion([tiny_set(i) for i in range(3)], temperature=0.5)
+    fusion.start(query_std=0.3, key_std=0.3, generator=torch.Generator().manual_seed(9))
+    return fusion
+
+
+def test_the_loaded_model_gives_the_trained_models_embeddings(folder: Path) -> None:
+    images = torch.randn(4, 3, 32, 32)
+    model = grappa.load_model(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["model.json", "weights.safetensors"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), embed(tiny_backbone(), images, list(_fusion())), rtol=1e-4, atol=1e-5)
+    assert model(images).shape == (4, model.embedding_dim)
+    torch.testing.assert_close(model(images).norm(dim=1), torch.ones(4))
+
+
+def test_preprocessing_an_image_gives_the_pipelines_embedding(folder: Path, tmp_path: Path) -> None:
+    cache, model = tiny_cache(tmp_path / "pixels", 5), grappa.load_model(folder)
+    out = np.empty((5, 32), np.float32)
+    extract_features(model.backbone, cache, out, residuals=list(model.residuals), batch_size=2)
+    inputs = torch.stack([model.preprocess(Image.fromarray(np.array(cache.image(row)))) for row in range(5)])
+    torch.testing.assert_close(model(inputs), torch.from_numpy(out), rtol=1e-5, atol=1e-6)
+
+
+def test_extraction_resumes_at_a_row(tmp_path: Path) -> None:
+    cache, backbone = tiny_cache(tmp_path / "pixels", 7), tiny_backbone()
+    whole, rest, told = np.empty((7, 32), np.float32), np.zeros((7, 32), np.float32), []
+    extract_features(backbone, cache, whole, batch_size=2)
+    extract_features(backbone, cache, rest, batch_size=2, start=4, progress=told.append)
+    np.testing.assert_array_equal(rest[4:], whole[4:])
+    assert not rest[:4].any()
+    assert told == [2, 1]
+
+
+def test_damaged_model_folders_are_refused_in_one_sentence(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has no model.json"):
+        grappa.load_model(tmp_path / "nowhere")
+    record = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**record, "format": 2}))
+    with pytest.raises(ModelError, match="has format 2, this version reads 1"):
+        grappa.load_model(folder)
+    (folder / "model.json").write_text(json.dumps({**record, "granularities": ["k00009"]}))
+    with pytest.raises((ModelError, ValueError)):
+        grappa.load_model(folder)
+    (folder / "model.json").write_text("{")
+    with pytest.raises(ModelError, match="is not JSON"):
+        grappa.load_model(folder)
+    (folder / "model.json").write_text(json.dumps(record))
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="is damaged"):
+        grappa.load_model(folder)
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"has no weights.safetensors"):
+        grappa.load_model(folder)

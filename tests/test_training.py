@@ -1,0 +1,193 @@
+"""Training: only what should learn learns, it learns, and a resumed training is the same training."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_backbone, tiny_cache, tiny_set
+
+from grappa.fitting import Optimization, schedule
+from grappa.randomness import id_numbers
+from grappa.training import BatchOrder, PropagationLoss, Run, Views, train_adaptor_set, train_fusion
+from grappa.transforms import Augmentation
+
+NUM = 40
+ROWS = np.arange(4, NUM)
+LABELS = ROWS % 4
+CPU = torch.device("cpu")
+OPTIMIZATION = Optimization(num_epochs=3, batch_size=8, learning_rate=3e-3, weight_decay=0.01, warmup=0.1)
+
+
+class Killed(Exception):
+    """Stands for a crash."""
+
+
+class MemoryCheckpoint:
+    """Saves at every step; a crash comes right after the given one."""
+
+    def __init__(self, crash_at: int | None = None) -> None:
+        self.kept: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
+        self.crash_at, self.num_saved = crash_at, 0
+
+    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        return self.kept
+
+    def due(self) -> bool:
+        return True
+
+    def save(self, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+        self.kept = ({name: value.clone() for name, value in tensors.items()}, {**record, "metrics": [*record["metrics"]]})
+        self.num_saved += 1
+        if self.num_saved == self.crash_at:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory: pytest.TempPathFactory) -> Views:
+    cache = tiny_cache(tmp_path_factory.mktemp("pixels"), NUM)
+    ids = id_numbers([str(i) for i in range(NUM)])
+    return Views(cache, ids, 32, Augmentation(0.7, 0.5, 0.2, 0.2, 0.2, 0.1))
+
+
+def _train_set(views: Views, checkpoint: Any = None, **changes: Any) -> Any:
+    centroids = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
+    arguments: dict[str, Any] = {
+        "name": "k00004",
+        "bottleneck_dim": 4,
+        "temperature": 0.1,
+        "proxy_learning_rate": 3e-3,
+        "optimization": OPTIMIZATION,
+        "seed": 0,
+        "run": Run(CPU, "float32", checkpoint),
+    }
+    return train_adaptor_set(tiny_backbone(), views, ROWS, LABELS, centroids, **{**arguments, **changes})
+
+
+def _train_fusion(views: Views, checkpoint: Any = None, **changes: Any) -> Any:
+    neighbors = np.stack([(ROWS + 4) % NUM, (ROWS + 8) % NUM], axis=1)
+    arguments: dict[str, Any] = {
+        "level": "token",
+        "attention_temperature": 1.0,
+        "propagation": PropagationLoss(barlow_weight=0.1),
+        "initial_std": 0.02,
+        "optimization": OPTIMIZATION,
+        "seed": 0,
+        "run": Run(CPU, "float32", checkpoint),
+    }
+    sets = [tiny_set(i) for i in range(3)]
+    return train_fusion(tiny_backbone(), sets, views, ROWS, neighbors, **{**arguments, **changes})
+
+
+def test_a_set_learns_its_pseudo_labels(views: Views) -> None:
+    longer = Optimization(num_epochs=12, batch_size=8, learning_rate=1e-2, weight_decay=0.0, warmup=0.1)
+    _, result = _train_set(views, optimization=longer, proxy_learning_rate=1e-2)
+    assert result.metrics[-1]["loss"] < 0.7 * result.metrics[0]["loss"]
+    assert result.metrics[-1]["step"] == 12 * (len(ROWS) // 8)
+
+
+@pytest.mark.parametrize("crash_at", [1, 4, 9])
+@pytest.mark.parametrize("train", [_train_set, _train_fusion])
+def test_killed_and_resumed_equals_undisturbed_bit_for_bit(views: Views, train: Any, crash_at: int) -> None:
+    whole, whole_result = train(views)
+    checkpoint = MemoryCheckpoint(crash_at)
+    with pytest.raises(Killed):
+        train(views, checkpoint)
+    resumed, resumed_result = train(views, checkpoint)
+    state, again = whole.state_dict(), resumed.state_dict()
+    assert all(torch.equal(state[name], again[name]) for name in state)
+    assert whole_result.metrics == resumed_result.metrics
+
+
+def test_only_adaptors_learn_and_the_backbone_keeps_its_bytes(views: Views, monkeypatch: pytest.MonkeyPatch) -> None:
+    import grappa.training as training
+
+    backbone = tiny_backbone()
+    before = _digest(backbone)
+    seen: list[set[str]] = []
+    real_fit = training.fit
+
+    def spying_fit(module: torch.nn.Module, *arguments: Any) -> Any:
+        result = real_fit(module, *arguments)
+        seen.append({name for name, parameter in module.named_parameters() if parameter.grad is not None})
+        return result
+
+    monkeypatch.setattr(training, "fit", spying_fit)
+    monkeypatch.setattr("test_training.tiny_backbone", lambda: backbone)
+    _train_set(views)
+    _train_fusion(views, propagation=PropagationLoss())
+    assert _digest(backbone) == before
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+    assert {name.split(".")[0] for name in seen[0]} == {"set", "classifier"}
+    assert {name.rsplit(".", 1)[1] for name in seen[1]} == {"query", "key"}
+
+
+def test_fusion_moves_away_from_equal_attention_and_leaves_the_sets_alone(views: Views) -> None:
+    fusion, result = _train_fusion(views)
+    assert set(result.metrics[-1]) >= {"loss", "entropy", "marginal_entropy", "variance"}
+    assert result.metrics[-1]["loss"] < result.metrics[0]["loss"]
+    expected = torch.cat([tiny_set(i)[0].down.weight for i in range(3)])
+    assert torch.equal(fusion[0].down, expected)
+
+
+def test_the_ablation_with_views_needs_no_neighbors(views: Views) -> None:
+    backbone, sets = tiny_backbone(), [tiny_set(i) for i in range(2)]
+    fusion, _ = train_fusion(
+        backbone,
+        sets,
+        views,
+        ROWS,
+        None,
+        level="cls",
+        attention_temperature=1.0,
+        propagation=PropagationLoss("swapped"),
+        initial_std=0.02,
+        optimization=OPTIMIZATION,
+        seed=0,
+        run=Run(CPU, "float32"),
+    )
+    assert fusion[0].level == "cls"
+
+
+def test_a_fusion_with_no_loss_is_refused(views: Views) -> None:
+    with pytest.raises(ValueError, match="nothing to train"):
+        _train_fusion(views, propagation=PropagationLoss("none"))
+
+
+def test_seeds_and_names_matter_worker_counts_do_not(views: Views) -> None:
+    first = _train_set(views)[0].state_dict()
+    other_seed, other_name = _train_set(views, seed=1)[0].state_dict(), _train_set(views, name="k00005")[0].state_dict()
+    many = Views(views.cache, views.ids, views.image_size, views.augmentation, num_workers=3)
+    same = _train_set(many)[0].state_dict()
+    name = "adaptors.0.up.weight"
+    assert torch.equal(first[name], same[name])
+    assert not torch.equal(first[name], other_seed[name])
+    assert not torch.equal(first[name], other_name[name])
+
+
+def test_a_diverging_loss_stops_with_a_sentence(views: Views) -> None:
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        _train_set(views, temperature=float("nan"))
+
+
+def test_an_epoch_sees_each_row_once_in_an_order_of_its_own() -> None:
+    order = BatchOrder(id_numbers([str(i) for i in range(21)]), 5, (0, "adaptors"))
+    epochs = [np.concatenate([order.at(epoch * 4 + step)[0] for step in range(4)]) for epoch in range(2)]
+    assert order.steps_per_epoch == 4
+    assert all(len(set(rows)) == 20 for rows in epochs)
+    assert list(epochs[0]) != list(epochs[1])
+
+
+def test_the_rate_rises_then_falls_to_almost_zero() -> None:
+    rates = [schedule(step, 100, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[99] < 0.001
+
+
+def _digest(module: torch.nn.Module) -> str:
+    tensors = module.state_dict().values()
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in tensors)).hexdigest()
