@@ -39,12 +39,21 @@ def decode_image(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
         raise ImageDecodeError("empty file")
     try:
         with _open(data, max_pixels) as image:
-            image.load()
-            return np.array(_oriented(_rgb(image), _orientation(image)))
+            return image_to_rgb(image)
     except (ImageDecodeError, MemoryError):
         raise
     except Exception as error:  # a broken file makes PIL raise nearly anything: SyntaxError, struct.error, KeyError ...
         raise ImageDecodeError(f"truncated or broken image: {_first_line(error)}") from error
+
+
+def image_to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Return a PIL image as (H, W, 3) uint8 RGB, oriented, on white, of 8 bits, as ``decode_image`` says.
+
+    Raises:
+        ImageDecodeError: samples without a known range (32-bit, floating point). A broken file raises what PIL raises.
+    """
+    image.load()
+    return np.array(_oriented(_rgb(image), _orientation(image)))
 
 
 def shrink(image: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]:

@@ -1,0 +1,132 @@
+"""The pixel cache: every image decoded once, as plain uint8 arrays that are memory-mapped afterwards.
+
+A folder holds shards ``00000.npy``, ``00001.npy``, ... (flat uint8, the images of a shard one after the other, each
+H x W x 3) and ``index.npy``, (N, 4) int64: row i says in which shard, at which offset, with which height and width
+image i lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+INDEX_FILE = "index.npy"
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    """Return the file of shard number ``shard``."""
+    return folder / f"{shard:05d}.npy"
+
+
+def write_shard(folder: Path, shard: int, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.int64]:
+    """Write a shard of (H, W, 3) uint8 images; it appears whole or not at all.
+
+    Returns:
+        (len(images), 4) int64: the images' lines of the index (shard, offset, height, width).
+    """
+    write_whole(shard_file(folder, shard), lambda file: _write_flat(file, images))
+    sizes = np.array([image.size for image in images], dtype=np.int64)
+    offsets = (np.cumsum(sizes) - sizes).tolist()
+    lines = [(shard, offset, *image.shape[:2]) for offset, image in zip(offsets, images, strict=True)]
+    return np.array(lines, dtype=np.int64).reshape(-1, 4)
+
+
+def _write_flat(file: BinaryIO, images: Sequence[NDArray[np.uint8]]) -> None:
+    """What ``np.save`` of all pixels end to end would write, without a second copy in memory."""
+    shape = (sum(image.size for image in images),)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    for image in images:
+        file.write(np.ascontiguousarray(image).data)
+
+
+def write_index(folder: Path, index: NDArray[np.int64]) -> None:
+    """Write the index, (N, 4) int64 (shard, offset, height, width), the cache's last file."""
+    write_whole(folder / INDEX_FILE, lambda file: np.save(file, index.astype(np.int64), allow_pickle=False))
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file beside its place, flush it to disk and rename it: ``path`` is never half a file."""
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        with open(draft, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class PixelCache:
+    """Read access to the images of a pixel cache, by row of the image table; nothing is loaded ahead.
+
+    index: (N, 4) int64 (shard, offset, height, width); shards: flat uint8 memory maps by number.
+    """
+
+    index: NDArray[np.int64]
+    shards: dict[int, NDArray[np.uint8]]
+
+    @classmethod
+    def open(cls, folder: Path) -> PixelCache:
+        """Open a cache folder.
+
+        Raises:
+            ValueError: a file is missing, unreadable, truncated, or disagrees with the index.
+        """
+        index = _load(folder / INDEX_FILE)
+        if index.ndim != 2 or index.shape[1] != 4 or index.dtype != np.int64:
+            raise ValueError(f"{folder / INDEX_FILE} is {index.dtype} {index.shape}, expected int64 (N, 4): {_REDO}")
+        shards = dict(_open_shards(folder, index))
+        return cls(index=np.array(index), shards=shards)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def image(self, row: int) -> NDArray[np.uint8]:
+        """Return the image of a row, (H, W, 3) uint8, a read-only view of the memory map."""
+        shard, offset, height, width = self.index[row].tolist()
+        pixels: NDArray[np.uint8] = self.shards[shard][offset : offset + height * width * 3]
+        return pixels.reshape(height, width, 3)
+
+
+_REDO = "decode the images again"
+
+
+def _open_shards(folder: Path, index: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    needed = np.zeros(int(index[:, 0].max(initial=-1)) + 1, dtype=np.int64)
+    np.maximum.at(needed, index[:, 0], index[:, 1] + index[:, 2] * index[:, 3] * 3)
+    for shard in np.unique(index[:, 0]).tolist():
+        pixels = _load(shard_file(folder, shard))
+        if pixels.dtype != np.uint8 or pixels.shape != (needed[shard],):
+            found = f"{pixels.dtype} {pixels.shape}"
+            raise ValueError(
+                f"{shard_file(folder, shard)} is {found}, the index says uint8 ({needed[shard]},): {_REDO}"
+            )
+        yield shard, pixels.view(np.ndarray)
+
+
+def _load(file: Path) -> NDArray[Any]:
+    try:
+        loaded: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"cannot read {file} of the pixel cache ({error}): {_REDO}") from error
+    return loaded
