@@ -154,7 +154,6 @@ def test_the_command_line_loads_nothing_heavy() -> None:
     assert not heavy, f"importing {COMMAND_LINE} loads {', '.join(heavy)}"
 
 
-@pytest.mark.skipif("pipeline.__main__" not in modules(), reason="the command is still to come")
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import runpy, sys\n"
