@@ -91,14 +91,13 @@ def test_the_group_shortcut_finds_the_largest_values() -> None:
 def test_memory_is_of_the_size_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of a block are the largest array: torch is asked for none larger, and numpy holds the results only."""
     seen: list[int] = []
-    product = torch.Tensor.__matmul__
+    product = torch.mm
 
-    def spy(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        result = product(left, right)
-        seen.append(result.numel())
-        return result
+    def spy(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        seen.append(out.numel())
+        return product(left, right, out=out)
 
-    monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
+    monkeypatch.setattr(torch, "mm", spy)
     features, ids = points(4000, width=8), np.arange(4000)
     tracemalloc.start()
     nearest_neighbors(features, features, num_neighbors=3, query_ids=ids, candidate_ids=ids, block_size=100)
