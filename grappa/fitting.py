@@ -117,7 +117,7 @@ def _set_rates(optimizer: torch.optim.Optimizer, groups: list[Group], factor: fl
 
 def _step(optimizer: torch.optim.Optimizer, state: _State, value: Tensor, scalars: dict[str, Tensor]) -> None:
     optimizer.zero_grad(set_to_none=True)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     optimizer.step()
     for name, scalar in {"loss": value, **scalars}.items():
         total = scalar.detach().double()

@@ -47,7 +47,7 @@ class GrappaModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed (B, 3, S, S) float images, normalised as ``preprocess`` does; (B, D) float32, L2-normalised rows."""
-        return embed(self.backbone, images, list(self.residuals))  # type: ignore[arg-type]
+        return embed(self.backbone, images, list(self.residuals))
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Return a PIL image as (3, S, S) float32, by the very steps the pipeline's images went through."""

@@ -194,7 +194,7 @@ def fused_forward(backbone: Backbone, fusion: Fusion, images: Tensor) -> tuple[T
         def residual(hidden: Tensor) -> Tensor:
             value, attention_BTG = layer.with_attention(hidden)
             attentions.append(attention_BTG[:, 0])
-            return value  # type: ignore[no-any-return]
+            return value
 
         return residual
 

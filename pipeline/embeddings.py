@@ -11,9 +11,12 @@ from pipeline.inputs import open_backbone, open_sets, read_images, train_rows
 from pipeline.stages import fusion_instance
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
-    from torch import nn
+
+    from grappa.backbone import Residual
 
 FILE = "embeddings.npy"
 
@@ -23,19 +26,19 @@ def run(context: StageContext) -> str:
     if row in ("zero_shot", "zero_shot_whitened"):
         return _from_features(context, whitened=row == "zero_shot_whitened")
     backbone = open_backbone(context)
-    residuals = list(_residuals(context, row))
+    residuals = _residuals(context, row)
     num_rows, width = extract(context, backbone, residuals, FILE, context.config.embeddings.precision)
     return f"{num_rows} embeddings of {width} dimensions by {row}"
 
 
-def _residuals(context: StageContext, row: str) -> nn.Module:
+def _residuals(context: StageContext, row: str) -> Sequence[Residual]:
     from grappa.fusion import Fusion
 
     if row in context.config.granularities:
-        return open_sets(context, (row,))[row]
+        return list(open_sets(context, (row,))[row])
     sets = open_sets(context, context.config.granularities)
     fusion = Fusion(list(sets.values())) if row == "mean" else open_fusion(context, fusion_instance(row), sets)
-    return fusion.folded()
+    return list(fusion.folded())
 
 
 def _from_features(context: StageContext, *, whitened: bool) -> str:

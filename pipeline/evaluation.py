@@ -9,7 +9,9 @@ from pipeline.inputs import read_images, test_rows
 from pipeline.stages import embedding_rows
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
+    from numpy.typing import NDArray
 
 GALLERIES = ("domain", "merged")
 
@@ -29,7 +31,9 @@ def run(context: StageContext) -> str:
     return f"{_headline(metrics)} ({where}, {num_labeled} of {len(rows)} labeled)"
 
 
-def _evaluate_all(context: StageContext, images: pd.DataFrame, labels: pd.Series, rows: object) -> pd.DataFrame:
+def _evaluate_all(
+    context: StageContext, images: pd.DataFrame, labels: pd.Series, rows: NDArray[np.int64]
+) -> pd.DataFrame:
     import numpy as np
     import pandas as pd
 
@@ -69,11 +73,9 @@ def _nothing() -> pd.DataFrame:
 
 
 def _write(context: StageContext, per_query: pd.DataFrame) -> pd.DataFrame:
-    import pandas as pd
+    from grappa.evaluation import summarize
 
-    from grappa.evaluation import METRIC_COLUMNS, summarize
-
-    metrics = summarize(per_query) if len(per_query) else pd.DataFrame(columns=list(METRIC_COLUMNS))
+    metrics = summarize(per_query)
     per_query.to_parquet(context.path / "per_query.parquet", index=False)
     metrics.to_csv(context.path / "metrics.csv", index=False)
     return metrics

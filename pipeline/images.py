@@ -34,6 +34,8 @@ def run(context: StageContext) -> str:
             progress=advance,
         )
     _check_rejected(rejected, len(listing), settings.max_rejected)
+    for journal in (context.path / "pixels").glob("*.json"):  # they hold paths: no part of the pixels' identity
+        journal.unlink()
     for name, table in (("images", images), ("labels", labels), ("rejected", rejected)):
         table.to_parquet(context.path / f"{name}.parquet", index=False)
     return _summary(images, rejected)
