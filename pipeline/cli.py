@@ -99,19 +99,16 @@ def run_command(
 ) -> None:
     """Run what is not fresh, in order; interrupted work goes on where it was."""
     from pipeline.artifacts import RunFolder
-    from pipeline.execution import Selection, planned
-    from pipeline.status import read_config
+    from pipeline.execution import Selection
+    from pipeline.progress import Progress
+    from pipeline.results import run_and_report, say_plan
 
     selection = Selection(stage, instance, until, force)
     folder = RunFolder.open(run, writable=not dry_run)
-    if not dry_run:
-        run_and_report(folder, selection)
-        return
-    steps = planned(folder, read_config(folder), selection)
-    for name, state in steps:
-        say(f"would run {name}: {state}")
-    if not steps:
-        say("nothing to run, all is fresh")
+    if dry_run:
+        say_plan(folder, selection, say=say)
+    else:
+        run_and_report(folder, selection, progress=Progress(), say=say)
 
 
 @app.command()
@@ -190,34 +187,16 @@ def demo(
     from pipeline.demo.dataset import write_demo_images
     from pipeline.execution import Selection
     from pipeline.initialize import Request, initialize
+    from pipeline.progress import Progress
+    from pipeline.results import run_and_report
 
     table = write_demo_images(folder.with_name(f"{folder.name}_images"))
     weights = [f"backbone.weights={Path(__file__).parent / 'demo' / 'vit_demo.safetensors'}"]
     initialize(folder, Request([os.fspath(table)], "demo", weights), say=say)
-    run_and_report(RunFolder.open(folder, writable=True), Selection())
+    run_and_report(RunFolder.open(folder, writable=True), Selection(), progress=Progress(), say=say)
     say("With your own images (a folder DOMAIN/..., or a table with path, domain and perhaps label, split):")
     say("  grappa init runs/mine --images DIR_OR_TABLE --config small --set backbone.weights=FILE")
     say("  grappa run runs/mine && grappa search runs/mine IMAGE")
-
-
-def run_and_report(folder: object, selection: object) -> None:
-    """Run the selected stages, then print the results table (if the evaluation was selected) and the times."""
-    from pipeline.artifacts import RunFolder
-    from pipeline.execution import Selection, run_stages, selected
-    from pipeline.progress import Progress
-    from pipeline.results import print_table, times_line
-    from pipeline.status import read_config
-
-    assert isinstance(folder, RunFolder) and isinstance(selection, Selection)
-    config = read_config(folder)
-    report = run_stages(folder, config, selection, progress=Progress(), say=say)
-    if not report.seconds:
-        say(f"{report.num_fresh} fresh; --force runs again")
-    metrics = folder.artifact("evaluation").path / "metrics.csv"
-    if metrics.exists() and any(stage.name == "evaluation" for stage, _ in selected(config, selection)):
-        print_table(metrics)
-    if report.seconds:
-        say(times_line(report.seconds))
 
 
 def say(line: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import RunFolder
+from pipeline.artifacts import RUN_FILE, RunFolder
 from pipeline.config import Config, automatic_num_clusters
 from pipeline.config_file import (
     ConfigError,
@@ -47,8 +47,8 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     A new run begins with the defaults, or with the configuration of ``request.other`` if no recipe is named, an
     existing one with its ``config.yaml`` as it is now. Everything is checked before anything is written.
     """
-    known = RunFolder.open(root, writable=True) if (root / "run.json").exists() else None
-    config = parse_settings(_settings(known, request), _origin(request))
+    known = RunFolder.open(root, writable=True) if (root / RUN_FILE).exists() else None
+    config = _requested(known, request)
     _check_weights(config, known)
     listing = list_sources(_given_sources(config))
     config = resolve_num_clusters(config, _num_train(listing))
@@ -79,16 +79,24 @@ def resolve_num_clusters(config: Config, num_train: int) -> Config:
     return config.model_copy(update={"clusters": clusters})
 
 
-def _settings(known: RunFolder | None, request: Request) -> Settings:
-    """Return the settings to begin with, under the recipe, under the assignments, under the images given."""
+def _requested(known: RunFolder | None, request: Request) -> Config:
+    """Return the configuration to begin with, under the recipe, under the assignments, under the images given.
+
+    Each layer is checked as it is put on, so that an error names where the wrong value stands.
+    """
     settings = _base(known, request)
+    config = parse_settings(settings, str(known.config_path) if known else "the defaults")
+    layers: list[tuple[str, Settings]] = []
     if request.config:
-        settings = merged(settings, _absolute(read_settings(recipe_path(request.config))))
-    settings = merged(settings, _absolute(parse_assignments(request.assignments)))
+        layers.append((f"--config {request.config}", read_settings(recipe_path(request.config))))
+    if request.assignments:
+        layers.append(("--set", parse_assignments(request.assignments)))
     if request.images:
-        sources = [os.path.abspath(source) for source in request.images]
-        settings = merged(settings, {"images": {"sources": sources}})
-    return settings
+        layers.append(("--images", {"images": {"sources": list(request.images)}}))
+    for where, layer in layers:
+        settings = merged(settings, _absolute(layer))
+        config = parse_settings(settings, where)
+    return config
 
 
 def _base(known: RunFolder | None, request: Request) -> Settings:
@@ -110,11 +118,6 @@ def _absolute(settings: Settings) -> Settings:
     if isinstance(sources, list) and all(isinstance(source, str) for source in sources):
         changed["images"] = {"sources": [os.path.abspath(source) for source in sources]}
     return merged(settings, changed)
-
-
-def _origin(request: Request) -> str:
-    given = [f"--config {request.config}"] if request.config else []
-    return ", ".join([*given, "--set"] if request.assignments else given) or "config.yaml"
 
 
 def _check_weights(config: Config, known: RunFolder | None) -> None:

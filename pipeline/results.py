@@ -1,4 +1,4 @@
-"""The end of a run: the results table and the stage times."""
+"""What a run says: the plan of a dry one; at the end the results table and the stage times."""
 
 from __future__ import annotations
 
@@ -8,9 +8,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.execution import spent
+from pipeline.artifacts import RunFolder
+from pipeline.execution import Say, Selection, planned, run_stages, selected, spent
+from pipeline.progress import Progress
+from pipeline.status import read_config
 
 MEAN = "_mean"
+
+
+def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, say: Say) -> None:
+    """Run what was selected, then print the results table (if the evaluation was) and the times."""
+    config = read_config(run)
+    report = run_stages(run, config, selection, progress=progress, say=say)
+    if not report.seconds:
+        say(f"{report.num_fresh} fresh; --force runs {'it' if report.num_fresh == 1 else 'them'} again")
+    metrics = run.artifact("evaluation").path / "metrics.csv"
+    if metrics.exists() and any(stage.name == "evaluation" for stage, _ in selected(config, selection)):
+        print_table(metrics)
+    if report.seconds:
+        say(times_line(report.seconds))
+
+
+def say_plan(run: RunFolder, selection: Selection, *, say: Say) -> None:
+    """Say what ``run_and_report`` would run, and why."""
+    steps = planned(run, read_config(run), selection)
+    for name, state in steps:
+        say(f"would run {name}: {state}")
+    if not steps:
+        say("nothing to run, all is fresh")
 
 
 def read_table(metrics: Path) -> tuple[list[str], list[list[str]]]:
