@@ -123,7 +123,7 @@ def _fetch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each query's largest float32 products, unsorted: values (B, F), -inf for the query itself, positions.
 
-    ``scratch`` holds the products of a block: memory is asked for once, which spares a CPU a fifth of the time.
+    ``scratch`` holds the products of a block: memory is asked for once, which spares a CPU 12-20 % of the time.
     """
     values: list[torch.Tensor] = []
     positions: list[torch.Tensor] = []
