@@ -1,6 +1,6 @@
 """Runs whose stages are small functions: the graph is the real one, the files are a few bytes and need no torch.
 
-Each fake stage writes every file that some other stage reads from it, with bytes that depend on its settings and inputs.
+Each fake stage writes every file that some other stage reads from it; the bytes depend on its settings and inputs.
 """
 
 from __future__ import annotations

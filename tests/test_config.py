@@ -1,0 +1,78 @@
+"""The configuration's own rules: what is identity, what is checked, how k is chosen."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.config import (
+    Clusters,
+    Config,
+    Fusion,
+    automatic_num_clusters,
+    granularity_name,
+    identity_settings,
+    num_clusters_of,
+)
+from pipeline.config_file import field_names
+from pipeline.stages import STAGES
+
+
+def test_it_is_frozen_and_every_field_is_described() -> None:
+    config = Config()
+    with pytest.raises(ValidationError):
+        config.clusters.seed = 1  # type: ignore[misc]
+    for name in field_names():
+        section, _, field = name.partition(".")
+        assert type(getattr(config, section)).model_fields[field].description
+
+
+def test_paths_and_speed_are_no_identity() -> None:
+    settings = identity_settings(Config(), ("images", "backbone", "compute", "fusion"))
+    for name in ("images.sources", "backbone.weights", "compute.device", "compute.num_workers", "fusion.pairs"):
+        assert name not in settings
+    assert settings["images.cache_size"] == 256
+    assert identity_settings(Config(), ("clusters.seed",)) == {"clusters.seed": 0}
+
+
+def test_every_identity_field_is_read_by_a_stage() -> None:
+    config = Config(clusters=Clusters(num_clusters=(2,)))
+    sections = tuple(Config.model_fields)
+    read = {
+        name
+        for stage in STAGES
+        for instance in stage.instances(config)
+        for name in identity_settings(config, stage.settings(instance))
+    }
+    chosen_by_name = {"clusters.num_clusters"}
+    assert set(identity_settings(config, sections)) - read <= chosen_by_name
+
+
+@pytest.mark.parametrize("num_train", [4, 5, 9, 100, 5884, 1_000_000])
+def test_automatic_granularities_are_few_ascending_and_at_most_half(num_train: int) -> None:
+    values = automatic_num_clusters(num_train)
+    assert 1 <= len(values) <= 4
+    assert list(values) == sorted(set(values))
+    assert values[0] >= 2 and values[-1] <= num_train // 2
+
+
+def test_automatic_granularities_are_geometric() -> None:
+    assert automatic_num_clusters(6400) == (100, 277, 769, 2133)
+
+
+def test_granularities_are_ordered_by_number() -> None:
+    config = Config(clusters=Clusters(num_clusters=(1024, 64, 131072)))
+    assert config.granularities == ("k00064", "k01024", "k131072")
+    assert [num_clusters_of(name) for name in config.granularities] == [64, 1024, 131072]
+    assert granularity_name(7) == "k00007"
+
+
+def test_auto_has_no_granularities_yet() -> None:
+    with pytest.raises(ValueError, match="still `auto`"):
+        _ = Config().granularities
+
+
+@pytest.mark.parametrize("pairs", [("views",), ("neighbors", "neighbors"), ()])
+def test_the_fusion_of_neighbors_is_always_trained(pairs: tuple[str, ...]) -> None:
+    with pytest.raises(ValidationError, match="give \\[neighbors\\] or"):
+        Fusion.model_validate({"pairs": pairs})

@@ -1,0 +1,71 @@
+"""The results table from a metrics.csv, and the stage times."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from pipeline.results import print_table, read_table, times_line
+
+METRICS = """\
+model,domain,gallery,num_queries,map,map_se
+zero_shot,birds,domain,10,0.25,0.01
+zero_shot,[cars],domain,10,nan,
+zero_shot,_mean,domain,20,0.25,0.01
+zero_shot,birds,merged,10,0.2,0.01
+zero_shot,_mean,merged,20,0.2,0.01
+fused,birds,domain,10,0.51249,0.01
+fused,[cars],domain,10,0.125,0.01
+fused,_mean,domain,20,0.318,0.01
+fused,_mean,merged,20,0.30,0.01
+"""
+
+
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    path = tmp_path / "metrics.csv"
+    path.write_text(METRICS)
+    return path
+
+
+def test_rows_are_models_and_columns_domains_then_the_means(metrics: Path) -> None:
+    header, rows = read_table(metrics)
+    assert header == ["mAP", "birds", "[cars]", "mean", "merged mean"]
+    assert rows == [
+        ["zero_shot", "0.250", "-", "0.250", "0.200"],
+        ["fused", "0.512", "0.125", "0.318", "0.300"],
+    ]
+
+
+def test_plain_columns_without_a_terminal(metrics: Path) -> None:
+    stream = StringIO()
+    print_table(metrics, stream)
+    assert stream.getvalue().splitlines() == [
+        "mAP        birds  [cars]   mean  merged mean",
+        "zero_shot  0.250       -  0.250        0.200",
+        "fused      0.512   0.125  0.318        0.300",
+    ]
+
+
+def test_a_ruled_table_on_a_terminal(metrics: Path) -> None:
+    stream = Terminal()
+    print_table(metrics, stream)
+    assert "[cars]" in stream.getvalue() and "─" in stream.getvalue()
+
+
+def test_nothing_is_printed_without_labels(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(METRICS.splitlines()[0] + "\n")
+    stream = StringIO()
+    print_table(tmp_path / "metrics.csv", stream)
+    assert stream.getvalue() == ""
+
+
+def test_times_are_one_line() -> None:
+    assert times_line({"images": 1.23, "fusion": 125.0}) == "times: images 1.2 s, fusion 2:05; together 2:06"
