@@ -37,7 +37,7 @@ def run(context: StageContext) -> str:
             progress=advance,
         )
     _write(context, images["image_id"].tolist(), *_all_rows(features, rows, found, device))
-    np.save(context.path / "centroids.npy", found.centroids)
+    np.save(context.path / "centroids.npy", found.centroids, allow_pickle=False)
     return _summary(found, len(rows))
 
 

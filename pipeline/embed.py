@@ -69,7 +69,7 @@ def _write(model: GrappaModel, listing: pd.DataFrame, folder: Path, progress: Ca
     if not kept:
         first = listing["path"].iloc[0]
         raise ValueError(f"none of the {len(listing)} files can be used; first: {first}: {rejected[0]}")
-    np.save(folder / "embeddings.npy", np.concatenate(parts))
+    np.save(folder / "embeddings.npy", np.concatenate(parts), allow_pickle=False)
     columns = ["path", "domain"]
     listing.iloc[kept][columns].to_parquet(folder / "ids.parquet", index=False)
     bad = listing.iloc[list(rejected)][columns].assign(reason=list(rejected.values()))

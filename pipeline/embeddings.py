@@ -45,7 +45,8 @@ def _from_features(context: StageContext, *, whitened: bool) -> str:
     import numpy as np
 
     features = np.load(context.input("features") / "features.npy", allow_pickle=False)
-    np.save(context.path / FILE, _whiten(context, features) if whitened else features)
+    kept = _whiten(context, features) if whitened else features
+    np.save(context.path / FILE, kept, allow_pickle=False)
     how = f"whitened with power {context.config.embeddings.whitening_power:g}" if whitened else "unchanged"
     return f"{len(features)} features of {features.shape[1]} dimensions, {how}"
 

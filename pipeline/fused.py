@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,8 @@ def open_fusion(context: StageContext, instance: str, sets: Mapping[str, Adaptor
     from grappa.fusion import Fusion
 
     with safe_open(context.input("fusion", instance) / "fusion.safetensors", "pt") as file:
-        metadata = file.metadata()
+        form = json.loads(file.metadata()["fusion"])
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    fusion = Fusion(list(sets.values()), level=metadata["level"], temperature=float(metadata["temperature"]))
+    fusion = Fusion(list(sets.values()), level=form["level"], temperature=form["temperature"])
     fusion.load_trained_state(state)
     return fusion

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,9 @@ def run(context: StageContext) -> str:
             run=training_run(context, settings, len(rows), advance),
         )
     tensors = {name: value.contiguous() for name, value in fusion.trained_state().items()}
-    metadata = {"level": settings.attention_level, "temperature": str(settings.attention_temperature)}
-    save_file(tensors, context.path / "fusion.safetensors", metadata)
+    form = {"level": settings.attention_level, "temperature": settings.attention_temperature}
+    # One entry only: safetensors writes several in an order that differs from process to process.
+    save_file(tensors, context.path / "fusion.safetensors", {"fusion": json.dumps(form)})
     write_metrics(context, result)
     last = result.metrics[-1]
     spread = f"attention entropy {last['entropy']:.3f} of {math.log(len(sets)):.3f}"

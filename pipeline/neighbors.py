@@ -24,6 +24,6 @@ def run(context: StageContext) -> str:
             device=str(settle_device(context)),
             progress=advance,
         )
-    np.save(context.path / "neighbors.npy", neighbors)
-    np.save(context.path / "similarities.npy", similarities)
+    np.save(context.path / "neighbors.npy", neighbors, allow_pickle=False)
+    np.save(context.path / "similarities.npy", similarities, allow_pickle=False)
     return f"{number} neighbours of {len(features)} images, mean similarity {similarities.mean():.3f}"

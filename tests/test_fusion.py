@@ -77,7 +77,7 @@ def test_forward_twice_gives_the_same_and_changes_no_state() -> None:
 def test_only_query_and_key_are_trained_and_saved() -> None:
     fusion = _trained(2)
     names = {name for name, _ in fusion.named_parameters()}
-    assert names == set(fusion.trained_state()) == {f"layers.{l}.{n}" for l in (0, 1) for n in ("query", "key")}
+    assert names == set(fusion.trained_state()) == {f"layers.{block}.{n}" for block in (0, 1) for n in ("query", "key")}
 
 
 def test_sets_of_different_depth_are_refused() -> None:

@@ -1,15 +1,25 @@
-"""A tiny frozen backbone, a tiny pixel cache and tiny adaptor sets that several tests share."""
+"""A tiny frozen backbone, tiny adaptor sets, drawn images and whole runs that take seconds: shared by tests."""
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from grappa.adaptors import AdaptorSet
 from grappa.backbone import Backbone, BackboneSpec, build_backbone
 from grappa.pixels import PixelCache, write_index, write_shard
+from pipeline.artifacts import RunFolder
+from pipeline.execution import Selection, run_stages
+from pipeline.initialize import Request, initialize
+from pipeline.progress import Progress
+from pipeline.status import instances, read_config
 
 OPTIONS = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 HALF = (0.5, 0.5, 0.5)
@@ -40,3 +50,96 @@ def tiny_cache(folder: Path, num_images: int, *, seed: int = 0) -> PixelCache:
     folder.mkdir(parents=True, exist_ok=True)
     write_index(folder, write_shard(folder, 0, images))
     return PixelCache.open(folder)
+
+
+def draw_images(folder: Path, *, num_classes: int = 4, num_images: int = 5, seed: int = 0) -> Path:
+    """Draw three domains (stripes, checks, discs) as DOMAIN/CLASS/file PNGs, classes differ in period and color."""
+    rng = np.random.default_rng(seed)
+    for domain in ("stripes", "checks", "discs"):
+        for label in range(num_classes):
+            for number in range(num_images):
+                path = folder / domain / f"class_{label}" / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(_drawn(domain, label, rng)).save(path)
+    return folder
+
+
+def _drawn(domain: str, label: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    y, x = np.mgrid[:44, :52]
+    period, shift = 6 + 4 * label, rng.integers(0, 10)
+    patterns = {
+        "stripes": (x + shift) % period < period / 2,
+        "checks": ((x + shift) // period + y // period) % 2 == 0,
+        "discs": (x - 26) ** 2 + (y - 22) ** 2 < (3 * period / 2) ** 2,
+    }
+    color = np.array([40 * label, 200 - 30 * label, 90 + 20 * label]) + rng.integers(-15, 15, 3)
+    image = np.where(patterns[domain][..., None], color, 230) + rng.integers(-20, 20, (44, 52, 3))
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def write_table(folder: Path, table: Path, **columns: Callable[[Path], str]) -> Path:
+    """Write a CSV of all images in ``folder`` with the columns path, domain and the given functions of the path."""
+    rows = [["path", "domain", *columns]]
+    for path in sorted(folder.rglob("*.png")):
+        domain = path.relative_to(folder).parts[0]
+        rows.append([str(path), domain, *(make(path) for make in columns.values())])
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return table
+
+
+def write_weights(path: Path) -> Path:
+    """Write the tiny backbone's weights as safetensors."""
+    save_file(tiny_backbone().vit.state_dict(), path)
+    return path
+
+
+def settings(weights: Path, **changes: object) -> list[str]:
+    """Return the ``section.key=value`` texts of a run that takes seconds."""
+    values: dict[str, object] = {
+        "backbone.name": "vit_tiny_patch16_224",
+        "backbone.weights": weights,
+        "backbone.image_size": 32,
+        "backbone.crop_fraction": 1.0,
+        "backbone.options": "{embed_dim: 32, depth: 2, num_heads: 2, patch_size: 8}",
+        "images.cache_size": 40,
+        "images.shard_size": 16,
+        "clusters.num_clusters": "[4, 8]",
+        "neighbors.num_neighbors": 4,
+        "adaptors.bottleneck_dim": 4,
+        "adaptors.num_epochs": 2,
+        "adaptors.batch_size": 4,
+        "fusion.num_epochs": 1,
+        "fusion.batch_size": 4,
+        "fusion.num_neighbors": 3,
+        "compute.num_threads": 1,
+        "compute.num_workers": 1,
+        "compute.device": "cpu",
+    }
+    values.update({name.replace("__", "."): value for name, value in changes.items()})
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def make_run(folder: Path, images: Sequence[Path], weights: Path, **changes: object) -> RunFolder:
+    """Initialize a tiny run."""
+    request = Request([str(path) for path in images], None, settings(weights, **changes), None)
+    initialize(folder, request, say=lambda line: None)
+    return RunFolder.open(folder)
+
+
+def run_all(run: RunFolder, **selection: Any) -> list[str]:
+    """Run what is not fresh; the lines said."""
+    lines: list[str] = []
+    run_stages(run, read_config(run), Selection(**selection), progress=Progress(), say=lines.append)
+    return lines
+
+
+def digests(run: RunFolder) -> dict[str, str]:
+    """Return the sha256 of every output of every artifact by ``artifact/file``."""
+    found = {}
+    for stage, instance in instances(read_config(run)):
+        artifact = run.artifact(stage.name, instance)
+        manifest = artifact.manifest()
+        if manifest is not None:
+            found.update({f"{artifact.name}/{file}": entry["sha256"] for file, entry in manifest.outputs.items()})
+    return found

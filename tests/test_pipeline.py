@@ -1,0 +1,255 @@
+"""The whole pipeline on a CPU, offline, in seconds: from files to search, and what must not change its results."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from tiny import digests, draw_images, make_run, run_all, write_table, write_weights
+
+import grappa
+import pipeline
+from pipeline import tables
+from pipeline.artifacts import RunFolder
+from pipeline.embed import embed
+from pipeline.export import export
+from pipeline.initialize import Request, initialize
+from pipeline.search import search
+from pipeline.status import read_config, states
+
+COLUMNS = "model domain gallery num_queries map map_se r_precision map_at_r recall_at_1 recall_at_1_se recall_at_2"
+ROWS = ["zero_shot", "zero_shot_whitened", "k00004", "k00008", "mean", "fused", "oracle"]
+
+
+def _split(path: Path) -> str:
+    return "train" if path.parent.name in ("class_0", "class_1") else "test"
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    draw_images(folder / "images")
+    write_weights(folder / "weights.safetensors")
+    images = folder / "images"
+    write_table(images, folder / "table.csv", label=lambda path: path.parent.name, split=_split)
+    write_table(images, folder / "unlabeled.csv", split=_split)
+    rng = random.Random(0)
+    write_table(images, folder / "random.csv", label=lambda path: rng.choice("abc"), split=_split)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(material: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A finished run; tests that change it copy it first."""
+    made = make_run(tmp_path_factory.mktemp("runs") / "run", [material / "table.csv"], material / "weights.safetensors")
+    run_all(made)
+    return made
+
+
+@pytest.fixture
+def copy(run: RunFolder, tmp_path: Path) -> RunFolder:
+    return RunFolder.open(Path(shutil.copytree(run.root, tmp_path / "copy")))
+
+
+def _kinds(run: RunFolder) -> dict[str, str]:
+    return {each.name: each.state.kind for each in states(run, read_config(run))}
+
+
+def test_every_artifact_is_in_place_and_a_second_run_does_nothing(run: RunFolder) -> None:
+    assert set(_kinds(run).values()) == {"fresh"}
+    assert run_all(run) == []
+    files = {path.name for path in (run.root / "images").iterdir()}
+    assert files == {"images.parquet", "labels.parquet", "rejected.parquet", "pixels", "manifest.json", "log.jsonl"}
+    assert not [path for path in run.root.rglob("*") if path.suffix in (".partial", ".old", ".pkl", ".pt", ".lock")]
+
+
+def test_the_result_table_is_tidy_and_complete(run: RunFolder) -> None:
+    metrics = tables.load_metrics(run.root)
+    assert list(metrics.columns) == [*COLUMNS.split(), "recall_at_4", "recall_at_8"]
+    assert list(dict.fromkeys(metrics["model"])) == ROWS
+    assert set(metrics["gallery"]) == {"domain", "merged"}
+    assert set(metrics["domain"]) == {"stripes", "checks", "discs", "_mean"}
+    assert metrics["num_queries"].max() == 30
+    assert metrics["map"].between(0, 1).all()
+    assert len(tables.load_per_query(run.root)) == len(ROWS) * 2 * 30
+
+
+def test_tables_show_who_is_in_which_cluster(run: RunFolder) -> None:
+    table = tables.load_assignments(run.root)
+    assert table.index.name == "image_id"
+    names = ["path", "domain", "split", "label", "k00004", "k00004_distance", "k00008", "k00008_distance"]
+    assert list(table.columns) == names
+    assert table["k00004"].dtype == np.int64
+    assert table["k00008_distance"].between(0, 2).all()
+    sizes = tables.cluster_sizes(run.root)
+    assert sizes.groupby("granularity")["num_images"].sum().tolist() == [60, 60]
+    assert sizes.groupby("granularity")["num_train"].sum().tolist() == [30, 30]
+    mix = tables.domain_mix(run.root)
+    np.testing.assert_allclose(mix.groupby(["granularity", "pseudo_label"])["share"].sum(), 1)
+    curves = tables.learning_curves(run.root)
+    assert set(zip(curves["stage"], curves["instance"], strict=True)) == {
+        ("adaptors", "k00004"),
+        ("adaptors", "k00008"),
+        ("fusion", "neighbors"),
+    }
+
+
+def test_the_stored_embeddings_are_the_models(run: RunFolder, material: Path) -> None:
+    model = pipeline.load_model(run.root)
+    images = pd.read_parquet(run.root / "images" / "images.parquet")
+    stored = np.load(run.root / "embeddings" / "fused" / "embeddings.npy")
+    chosen = [0, 17, 41]
+    inputs = [model.preprocess(Image.open(Path("/") / images["path"][row])) for row in chosen]
+    found = model(torch.stack(inputs)).numpy()
+    cosines = (found * stored[chosen]).sum(1)
+    assert cosines.min() > 0.999, "auto precision may be bfloat16 in the stage, the model is float32"
+
+
+def test_search_finds_the_image_itself_first(run: RunFolder, material: Path) -> None:
+    image = material / "images" / "discs" / "class_3" / "2.png"
+    found = search(run.root, image, 3)
+    assert found[0]["path"].endswith("discs/class_3/2.png")
+    assert found[0]["domain"] == "discs"
+    assert found[0]["similarity"] > 0.999
+    assert found[0]["similarity"] >= found[1]["similarity"] >= found[2]["similarity"]
+
+
+def test_the_exported_model_stands_alone_and_embeds_the_same(run: RunFolder, material: Path, tmp_path: Path) -> None:
+    export(run.root, tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["model.json", "weights.safetensors"]
+    assert grappa.load_model(tmp_path / "model").embedding_dim == 32
+    embed(run.root, material / "images", tmp_path / "from_run")
+    embed(tmp_path / "model", material / "images", tmp_path / "from_model")
+    first, second = (np.load(tmp_path / name / "embeddings.npy") for name in ("from_run", "from_model"))
+    np.testing.assert_array_equal(first, second)
+    ids = pd.read_parquet(tmp_path / "from_run" / "ids.parquet")
+    assert len(ids) == len(first) == 60
+    with pytest.raises(ValueError, match="exists already"):
+        export(run.root, tmp_path / "model")
+
+
+@pytest.mark.parametrize("table", ["random.csv", "unlabeled.csv"])
+def test_labels_are_never_read_by_label_free_stages(run: RunFolder, material: Path, table: str, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "other", [material / table], material / "weights.safetensors")
+    lines = run_all(other)
+    mine, theirs = digests(run), digests(other)
+    differing = {name for name in mine if mine[name] != theirs[name]}
+    assert differing <= {"images/labels.parquet", "evaluation/per_query.parquet", "evaluation/metrics.csv"}
+    if table == "unlabeled.csv":
+        assert any("no test image has a label" in line for line in lines)
+        assert len(tables.load_metrics(other.root)) == 0
+
+
+def test_shuffled_rows_and_renamed_files_change_nothing_but_names(
+    run: RunFolder, material: Path, tmp_path: Path
+) -> None:
+    names = sorted((material / "images").rglob("*.png"))
+    lines = ["path,domain,label,split"]
+    for number, path in enumerate(random.Random(3).sample(names, len(names))):
+        renamed = tmp_path / "renamed" / f"{number:03d} ö.png"
+        renamed.parent.mkdir(exist_ok=True)
+        shutil.copy(path, renamed)
+        lines.append(f"{renamed},{path.parts[-3]},{path.parent.name},{_split(path)}")
+    (tmp_path / "shuffled.csv").write_text("\n".join(lines))
+    other = make_run(tmp_path / "other", [tmp_path / "shuffled.csv"], material / "weights.safetensors")
+    run_all(other)
+    assert tables.load_metrics(other.root).equals(tables.load_metrics(run.root))
+    mine, theirs = digests(run), digests(other)
+    for name in ("features/features.npy", "clusters/k00008/assignments.parquet", "embeddings/fused/embeddings.npy"):
+        assert mine[name] == theirs[name], name
+
+
+def test_one_value_changed_makes_stale_exactly_what_reads_it(copy: RunFolder, material: Path) -> None:
+    make_run(copy.root, [], material / "weights.safetensors", fusion__learning_rate=0.002)
+    stale = {name for name, kind in _kinds(copy).items() if kind == "stale"}
+    assert stale == {"fusion/neighbors", "model", "embeddings/fused", "evaluation", "index"}
+    before = digests(copy)
+    lines = run_all(copy, stage="fusion")
+    assert [line.split(":")[0] for line in lines] == ["fusion/neighbors"]
+    after = digests(copy)
+    assert {name for name in before if before[name] != after[name]} == {
+        "fusion/neighbors/fusion.safetensors",
+        "fusion/neighbors/metrics.jsonl",
+    }
+
+
+def test_another_granularity_leaves_the_others_fresh(copy: RunFolder, material: Path) -> None:
+    make_run(copy.root, [], material / "weights.safetensors", clusters__num_clusters="[4, 6, 8]")
+    kinds = _kinds(copy)
+    assert kinds["clusters/k00006"] == kinds["adaptors/k00006"] == "missing"
+    for name in ("clusters/k00004", "adaptors/k00008", "embeddings/k00004", "features"):
+        assert kinds[name] == "fresh"
+    assert kinds["fusion/neighbors"] == "stale"
+
+
+def test_a_corrected_label_reruns_the_evaluation_only(copy: RunFolder, material: Path, tmp_path: Path) -> None:
+    table = write_table(
+        material / "images", tmp_path / "t.csv", label=lambda path: f"{path.parent.name}x", split=_split
+    )
+    make_run(copy.root, [table], material / "weights.safetensors")
+    lines = run_all(copy)
+    assert [line.split(":")[0] for line in lines] == ["images", "evaluation"]
+
+
+def test_views_as_partners_add_a_row(copy: RunFolder, material: Path) -> None:
+    make_run(copy.root, [], material / "weights.safetensors", fusion__pairs="[neighbors, views]")
+    assert _kinds(copy)["fusion/neighbors"] == "fresh"
+    run_all(copy)
+    assert "fused_views" in set(tables.load_metrics(copy.root)["model"])
+
+
+def test_two_seeds_share_what_does_not_read_the_seed(run: RunFolder, material: Path, tmp_path: Path) -> None:
+    other = tmp_path / "seed1"
+    make_run(other, [material / "table.csv"], material / "weights.safetensors", fusion__seed=1)
+    initialize(other, Request([], None, [], run.root), say=lambda line: None)
+    kinds = _kinds(RunFolder.open(other))
+    assert kinds["adaptors/k00004"] == kinds["embeddings/mean"] == "fresh"
+    assert kinds["fusion/neighbors"] == "missing"
+
+
+KILLER = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import conftest
+from pathlib import Path
+from pipeline.artifacts import RunFolder
+from pipeline.checkpoints import FileCheckpoint
+from tiny import run_all
+
+real, left = FileCheckpoint.save, int(sys.argv[2])
+def save(self, *arguments):
+    global left
+    real(self, *arguments)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+FileCheckpoint.save = save
+run_all(RunFolder.open(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("num_saves", [3, 29])
+def test_kill_9_in_mid_training_and_the_same_command_ends_bit_identical(
+    run: RunFolder, material: Path, tmp_path: Path, num_saves: int
+) -> None:
+    changes = {"compute__checkpoint_seconds": 0.000001}
+    other = make_run(tmp_path / "other", [material / "table.csv"], material / "weights.safetensors", **changes)
+    script = KILLER.format(tests=str(Path(__file__).parent))
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(other.root), str(num_saves)], capture_output=True, text=True
+    )
+    assert done.returncode == -9, done.stderr
+    assert list(other.root.glob("*/*.partial/checkpoint.safetensors"))
+    run_all(other)
+    assert digests(other) == digests(run)
+    logs = [other.root / name / "log.jsonl" for name in ("adaptors/k00004", "adaptors/k00008", "fusion/neighbors")]
+    assert any(json.loads(path.read_text().splitlines()[-1])["resumed"] for path in logs)
