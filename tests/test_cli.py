@@ -156,7 +156,8 @@ def test_nothing_heavy_is_loaded(fakes: FakeStages, arguments: list[str]) -> Non
     assert done.stderr == "loaded\n"
 
 
-def test_ctrl_c_in_a_process_stops_and_resumes(fakes: FakeStages) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_is_stopped_at_work_is_resumed(fakes: FakeStages, number: signal.Signals) -> None:
     slow = (
         "import sys, time, types\n"
         "def run(context):\n"
@@ -171,9 +172,10 @@ def test_ctrl_c_in_a_process_stops_and_resumes(fakes: FakeStages) -> None:
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as child:
         while not (fakes.root / "backbone.partial" / "begun").exists() and child.poll() is None:
             time.sleep(0.02)
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
         _, stderr = child.communicate(timeout=30)
-    assert (child.returncode, stderr) == (130, "grappa: stopped; the same command resumes\n")
+    if number == signal.SIGINT:
+        assert (child.returncode, stderr) == (130, "grappa: stopped; the same command resumes\n")
     resumed: list[bool] = []
     fakes.hooks["backbone"] = lambda context: resumed.append(context.resumed)
     assert grappa("run", fakes.root, "--until", "backbone").exit_code == 0
