@@ -76,7 +76,7 @@ def fit(
     Args:
         module: holds every trained tensor; its names are the checkpoint's.
         batch: the batch of a step, made ahead by a thread; a pure function of the step.
-        progress: told the steps newly done; first of all those found done in the checkpoint.
+        progress: told the steps newly done, not those that a checkpoint brought.
         loss: the batch's loss and further scalars to record, all on the device.
 
     Raises:
@@ -87,8 +87,6 @@ def fit(
         [{"params": g.parameters, "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in groups]
     )
     state = _resume(module, optimizer, checkpoint, num_steps)
-    if progress:
-        progress(state.step)
     start, every = state.step, max(1, num_steps // NUM_RECORDS)
     for made in prefetch(lambda number: batch(start + number), num_steps - start):
         _set_rates(optimizer, groups, schedule(state.step, num_steps, optimization.warmup))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import FileCheckpoint
@@ -26,7 +28,7 @@ def run(context: StageContext) -> str:
     rows = train_rows(read_images(context.input("images")))
     pseudo_labels = pd.read_parquet(clusters / "assignments.parquet")["pseudo_label"].to_numpy()[rows]
     views = open_views(context, settings, backbone.spec.image_size)
-    with context.task("training", num_images(settings, len(rows))) as advance:
+    with training_task(context, settings, len(rows)) as training:
         adaptors, result = train_adaptor_set(
             backbone,
             views,
@@ -39,7 +41,7 @@ def run(context: StageContext) -> str:
             proxy_learning_rate=settings.proxy_learning_rate,
             optimization=optimization(settings),
             seed=settings.seed,
-            run=training_run(context, settings, len(rows), advance),
+            run=training,
         )
     save_file(
         {name: value.contiguous() for name, value in adaptors.state_dict().items()},
@@ -63,24 +65,18 @@ def optimization(settings: Any) -> Optimization:
     )
 
 
-def num_images(settings: Any, num_train: int) -> int:
-    """Return the images a training sees in all: whole batches, each epoch's remainder left out."""
-    batch = min(settings.batch_size, num_train)
-    return int(settings.num_epochs * (num_train // batch) * batch)
-
-
-def training_run(context: StageContext, settings: Any, num_train: int, advance: Any) -> Run:
-    """Return where a training runs, its checkpoint and its progress in images."""
+@contextmanager
+def training_task(context: StageContext, settings: Any, num_train: int, unit: str = "images") -> Iterator[Run]:
+    """Yield where a training runs, its checkpoint and its progress; an epoch is whole batches, the rest is left out."""
     from grappa.training import Run
 
     device = settle_device(context)
+    precision = settle_precision(context, settings.precision, device)
+    checkpoint = FileCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
     batch = min(settings.batch_size, num_train)
-    return Run(
-        device=device,
-        precision=settle_precision(context, settings.precision, device),
-        checkpoint=FileCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds),
-        progress=lambda steps: advance(steps * batch),
-    )
+    total = settings.num_epochs * (num_train // batch) * batch
+    with context.task("training", total, unit, done=checkpoint.steps_done() * batch) as advance:
+        yield Run(device, precision, checkpoint, lambda steps: advance(steps * batch))
 
 
 def write_metrics(context: StageContext, result: FitResult) -> None:

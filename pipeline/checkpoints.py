@@ -35,6 +35,15 @@ class FileCheckpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             return tensors, json.loads(file.metadata()["record"])
 
+    def steps_done(self) -> int:
+        """Return the step of the kept state, 0 when there is none; no tensor is read."""
+        from safetensors import safe_open
+
+        if not self._path.exists():
+            return 0
+        with safe_open(self._path, "pt") as file:
+            return int(json.loads(file.metadata()["record"])["step"])
+
     def due(self) -> bool:
         """Tell whether the interval since the last checkpoint has passed."""
         return time.monotonic() - self._last >= self._seconds

@@ -6,7 +6,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from pipeline.adaptors import num_images, optimization, training_run, write_metrics
+from pipeline.adaptors import optimization, training_task, write_metrics
 from pipeline.context import StageContext
 from pipeline.inputs import open_backbone, open_sets, open_views, read_images, train_rows
 
@@ -26,7 +26,7 @@ def run(context: StageContext) -> str:
     backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
     rows = train_rows(read_images(context.input("images")))
     views = open_views(context, settings, backbone.spec.image_size)
-    with context.task("training", num_images(settings, len(rows)), unit="pairs") as advance:
+    with training_task(context, settings, len(rows), unit="pairs") as training:
         fusion, result = train_fusion(
             backbone,
             list(sets.values()),
@@ -39,7 +39,7 @@ def run(context: StageContext) -> str:
             initial_std=settings.initial_std,
             optimization=optimization(settings),
             seed=settings.seed,
-            run=training_run(context, settings, len(rows), advance),
+            run=training,
         )
     tensors = {name: value.contiguous() for name, value in fusion.trained_state().items()}
     form = {"level": settings.attention_level, "temperature": settings.attention_temperature}
