@@ -26,7 +26,7 @@ def draw(label: str, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return (64, 64, 3) uint8, the number ``label`` in its own handwriting, pose, colors and clutter."""
     ink, paper = drawing.ink_and_paper(rng)
     image = Image.new("RGB", (drawing.CANVAS_SIZE, drawing.CANVAS_SIZE), paper)
-    drawing.add_strokes(image, rng, color=drawing.blend(paper, ink, rng.uniform(0.15, 0.6)), max_strokes=4)
+    drawing.add_strokes(image, rng, color=drawing.blend(paper, ink, rng.uniform(0.15, 0.6)), max_strokes=3)
     mask = drawing.posed(
         _number_mask(label, rng),
         angle=rng.normal(0, 7),

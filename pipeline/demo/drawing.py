@@ -34,7 +34,7 @@ def ink_and_paper(rng: np.random.Generator) -> tuple[Color, Color]:
     dark = random_color(rng, low=0.0, high=0.45)
     red, green, blue = random_color(rng, low=0.75, high=1.0)
     light = (max(red, 115), max(green, 115), max(blue, 115))  # a saturated blue is dark, whatever its value
-    return (dark, light) if rng.uniform() < 0.65 else (light, dark)
+    return (dark, light) if rng.uniform() < 0.8 else (light, dark)
 
 
 def blend(first: Color, second: Color, share: float) -> Color:

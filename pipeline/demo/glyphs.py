@@ -32,13 +32,13 @@ def draw(label: str, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return (64, 64, 3) uint8, the character ``label`` in one typeface, pose, coloring and clutter."""
     ink, paper = drawing.ink_and_paper(rng)
     image = Image.new("RGB", (drawing.CANVAS_SIZE, drawing.CANVAS_SIZE), paper)
-    drawing.add_strokes(image, rng, color=drawing.blend(paper, ink, rng.uniform(0.2, 0.9)), max_strokes=4)
+    drawing.add_strokes(image, rng, color=drawing.blend(paper, ink, rng.uniform(0.15, 0.7)), max_strokes=3)
     mask = drawing.posed(
         _character_mask(label, rng),
-        angle=rng.normal(0, 12),
-        scale=rng.uniform(0.75, 1.25),
-        shear=rng.normal(0, 0.15),
-        shift=(rng.normal(0, 8), rng.normal(0, 8)),
+        angle=rng.normal(0, 9),
+        scale=rng.uniform(0.85, 1.25),
+        shear=rng.normal(0, 0.12),
+        shift=(rng.normal(0, 6), rng.normal(0, 6)),
     )
     image.paste(ink, mask=mask)
     return drawing.finish(image, rng, noise=0.1)

@@ -68,9 +68,9 @@ def _part(rng: np.random.Generator, names: list[str], angle: float) -> Part:
 
 def draw(label: str, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return (64, 64, 3) uint8, an object of class ``label`` in one pose, light and surrounding."""
-    image = Image.new("RGB", (drawing.CANVAS_SIZE, drawing.CANVAS_SIZE), drawing.random_color(rng))
+    image = Image.new("RGB", (drawing.CANVAS_SIZE, drawing.CANVAS_SIZE), _dull_color(rng))
     canvas = ImageDraw.Draw(image)
-    for _ in range(rng.integers(3, 9)):
+    for _ in range(rng.integers(2, 7)):
         _draw_clutter(canvas, rng, radius=rng.uniform(6, 22))
     _draw_object(canvas, parts(label), rng)
     if rng.uniform() < 0.35:
@@ -79,9 +79,9 @@ def draw(label: str, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def _draw_object(canvas: ImageDraw.ImageDraw, pieces: tuple[Part, ...], rng: np.random.Generator) -> None:
-    radius = rng.uniform(24, 42)
-    center = drawing.CANVAS_SIZE / 2 + rng.normal(0, 8, size=2)
-    pose = _rotation(rng.normal(0, 22)) * radius
+    radius = rng.uniform(28, 42)
+    center = drawing.CANVAS_SIZE / 2 + rng.normal(0, 6, size=2)
+    pose = _rotation(rng.normal(0, 16)) * radius
     pose[:, 0] *= rng.uniform(0.8, 1.0)  # seen a little from the side
     hue_shift, saturation, light = rng.normal(0, 0.02), rng.uniform(0.55, 0.95), rng.uniform(0.75, 1.1)
     for piece in pieces:
@@ -92,11 +92,15 @@ def _draw_object(canvas: ImageDraw.ImageDraw, pieces: tuple[Part, ...], rng: np.
 
 def _draw_clutter(canvas: ImageDraw.ImageDraw, rng: np.random.Generator, *, radius: float) -> None:
     outline = list(SHAPES.values())[rng.integers(len(SHAPES))] @ _rotation(rng.uniform(0, 360)).T
-    _draw_polygon(canvas, outline * radius + rng.uniform(0, drawing.CANVAS_SIZE, size=2), drawing.random_color(rng))
+    _draw_polygon(canvas, outline * radius + rng.uniform(0, drawing.CANVAS_SIZE, size=2), _dull_color(rng))
 
 
 def _draw_polygon(canvas: ImageDraw.ImageDraw, corners: Corners, fill: drawing.Color) -> None:
     canvas.polygon([(float(x), float(y)) for x, y in corners], fill=fill, outline=drawing.blend(fill, (0, 0, 0), 0.5))
+
+
+def _dull_color(rng: np.random.Generator) -> drawing.Color:
+    return drawing.hsv_color(rng.uniform(), rng.uniform(0.0, 0.45), rng.uniform(0.1, 1.0))
 
 
 def _rotation(degrees: float) -> NDArray[np.float64]:
