@@ -37,13 +37,14 @@ class _Listed(NamedTuple):
 _NO_BOX = (float("nan"),) * 4
 
 
-def list_images(sources: Sequence[Path]) -> pd.DataFrame:
+def list_images(sources: Sequence[Path], *, loose_domain: str | None = None) -> pd.DataFrame:
     """List the files of all sources, one row a file, sorted by (domain, path, root).
 
     A folder's first level is the domain, its second the label; hidden files and folders are skipped, links followed,
     every other regular file is listed. A table (``.csv``, ``.parquet``) has the columns ``path`` (relative to the
     table's folder, or absolute), ``domain`` and optionally ``label``, ``split``, ``box_x0, box_y0, box_x1, box_y1``;
-    other columns are ignored, every CSV cell is text, an empty cell is "not given".
+    other columns are ignored, every CSV cell is text, an empty cell is "not given". ``loose_domain`` is the domain of
+    files directly in a source folder; None: such files are refused.
 
     Returns:
         columns ``path`` (relative to its root, "/" between folders, escaped), ``root`` (int64, number in
@@ -57,14 +58,14 @@ def list_images(sources: Sequence[Path]) -> pd.DataFrame:
     """
     if not sources:
         raise ImageTableError("no images given: name at least one folder or table")
-    listed = [row for source in sources for row in _list_source(Path(source))]
+    listed = [row for source in sources for row in _list_source(Path(source), loose_domain)]
     _refuse_repeats(listed)
     return _frame(listed)
 
 
-def _list_source(source: Path) -> list[_Listed]:
+def _list_source(source: Path, loose_domain: str | None) -> list[_Listed]:
     if source.is_dir():
-        return _list_folder(source)
+        return _list_folder(source, loose_domain)
     if not source.exists():
         raise ImageTableError(f"no such folder or table: {_show(source)}")
     return list(_list_table(source))
@@ -73,9 +74,9 @@ def _list_source(source: Path) -> list[_Listed]:
 # ---------------------------------------------------------------- folders
 
 
-def _list_folder(source: Path) -> list[_Listed]:
+def _list_folder(source: Path, loose_domain: str | None) -> list[_Listed]:
     root = os.path.abspath(source)
-    listed = [_from_folder(root, path, size) for path, size in _walk(root, "", ())]
+    listed = [_from_folder(root, path, size, loose_domain) for path, size in _walk(root, "", ())]
     if not listed:
         raise ImageTableError(f"the folder {_show(source)} holds no files: expected DOMAIN/image or DOMAIN/CLASS/image")
     return listed
@@ -102,8 +103,10 @@ def _walk(root: str, folder: str, above: tuple[tuple[int, int], ...]) -> Iterato
             yield path, _size(entry.path)
 
 
-def _from_folder(root: str, path: str, size: int) -> _Listed:
+def _from_folder(root: str, path: str, size: int, loose_domain: str | None) -> _Listed:
     parts = path.split("/")
+    if len(parts) == 1 and loose_domain is not None:
+        return _Listed(root, path, loose_domain, None, None, _NO_BOX, size)
     if len(parts) == 1:
         raise ImageTableError(
             f"{_show(path)} lies directly in {_show(root)}: expected DOMAIN/image; move it into a folder "

@@ -21,19 +21,20 @@ if TYPE_CHECKING:
     from grappa.model import GrappaModel
 
 BATCH = 64
+NO_BOX = (float("nan"),) * 4
 
 
 def embed(run_or_model: Path, images: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> str:
     """Write ``embeddings.npy`` (n, D) float32 and ``ids.parquet`` (its rows: path, domain) into the new folder ``out``.
 
-    Files that cannot be used are listed with their reason in ``rejected.parquet``. ``progress`` is told the files done
+    ``images`` is a folder (its own files have the domain "") or a table. Files that cannot be used are listed with their reason in ``rejected.parquet``. ``progress`` is told the files done
     and their total. Returns the result in one sentence; ``out`` appears whole or not at all.
     """
     from grappa.image_table import list_images
 
     if out.exists():
         raise ValueError(f"{out} exists already; give a new folder")
-    model, listing = _open_model(run_or_model), list_images([images])
+    model, listing = _open_model(run_or_model), list_images([images], loose_domain="")
     draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with storage_errors(out):
         draft.mkdir(parents=True)
@@ -80,16 +81,18 @@ def _write(model: GrappaModel, listing: pd.DataFrame, folder: Path, progress: Ca
 def _crops(
     model: GrappaModel, listing: pd.DataFrame, rows: range, rejected: dict[int, str]
 ) -> Iterator[tuple[int, Tensor]]:
-    from grappa.decoding import ImageDecodeError, decode_image
-    from grappa.path_text import image_file
+    from grappa.image_files import ListedFile, RejectedFileError, decode_file
 
     for row in rows:
-        root = listing.attrs["roots"][listing["root"].iloc[row]]
+        path, number, size = (listing[name].iloc[row] for name in ("path", "root", "size"))
+        listed = ListedFile(path, int(number), listing["domain"].iloc[row], NO_BOX, int(size))
+        root = listing.attrs["roots"][number]
         try:
-            data = Path(image_file(root, listing["path"].iloc[row])).read_bytes()
-            yield row, model.crop(decode_image(data, max_pixels=MAX_PIXELS))
-        except (ImageDecodeError, OSError) as error:
+            decoded = decode_file(listed, root, cache_size=model.cache_size, max_pixels=MAX_PIXELS)
+        except RejectedFileError as error:
             rejected[row] = str(error)
+        else:
+            yield row, model.crop(decoded.pixels)
 
 
 def _forward(model: GrappaModel, crops: list[Tensor]) -> NDArray[np.float32]:

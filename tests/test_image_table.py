@@ -204,3 +204,13 @@ def test_a_parquet_of_other_types_is_refused(tmp_path: Path) -> None:
     pd.DataFrame({"path": [1.5], "domain": ["d"]}).to_parquet(tmp_path / "x.parquet")
     with pytest.raises(ImageTableError, match="column `path` holds float values: expected text"):
         list_images([tmp_path / "x.parquet"])
+
+
+def test_loose_files_are_listed_where_a_domain_is_given_for_them(tmp_path: Path) -> None:
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "birds" / "a.png").write_bytes(b"x")
+    (tmp_path / "b.png").write_bytes(b"x")
+    with pytest.raises(ImageTableError, match="lies directly in"):
+        list_images([tmp_path])
+    listing = list_images([tmp_path], loose_domain="")
+    assert list(zip(listing["domain"], listing["path"], strict=True)) == [("", "b.png"), ("birds", "birds/a.png")]

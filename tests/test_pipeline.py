@@ -253,3 +253,19 @@ def test_kill_9_in_mid_training_and_the_same_command_ends_bit_identical(
     assert digests(other) == digests(run)
     logs = [other.root / name / "log.jsonl" for name in ("adaptors/k00004", "adaptors/k00008", "fusion/neighbors")]
     assert any(json.loads(path.read_text().splitlines()[-1])["resumed"] for path in logs)
+
+
+def test_embedding_a_plain_folder_lists_what_it_cannot_use(run: RunFolder, material: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    shutil.copy(material / "images" / "discs" / "class_0" / "0.png", tmp_path / "new" / "good.png")
+    (tmp_path / "new" / "bad.jpg").write_bytes(b"no image")
+    sentence = embed(run.root, tmp_path / "new", tmp_path / "out")
+    assert "1 embeddings of 32 dimensions, 1 files rejected" in sentence
+    assert pd.read_parquet(tmp_path / "out" / "ids.parquet")["path"].tolist() == ["good.png"]
+    rejected = pd.read_parquet(tmp_path / "out" / "rejected.parquet")
+    assert rejected["path"].tolist() == ["bad.jpg"]
+    assert "not an image" in rejected["reason"][0]
+    (tmp_path / "new" / "good.png").unlink()
+    with pytest.raises(ValueError, match=r"none of the 1 files can be used; first: bad.jpg"):
+        embed(run.root, tmp_path / "new", tmp_path / "none")
+    assert not list(tmp_path.glob(".none*")), "nothing half-written stays"
