@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from grappa.adaptors import AdaptorSet
@@ -90,7 +90,8 @@ def save_model(
         "fusion": {"level": layer.level, "temperature": layer.temperature},
         "embedding_dim": backbone.width,
     }
-    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, folder / "weights.safetensors")
+    plain = {name: value.contiguous().cpu() for name, value in tensors.items()}
+    (folder / "weights.safetensors").write_bytes(save(plain))
     (folder / "model.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoints import FileCheckpoint
+from pipeline.checkpoints import FileCheckpoint, write_tensors
 from pipeline.context import StageContext
 from pipeline.inputs import open_backbone, open_views, read_images, settle_device, settle_precision, train_rows
 from pipeline.storage import atomic_write_text
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 def run(context: StageContext) -> str:
     import numpy as np
     import pandas as pd
-    from safetensors.torch import save_file
 
     from grappa.training import train_adaptor_set
 
@@ -43,10 +42,7 @@ def run(context: StageContext) -> str:
             seed=settings.seed,
             run=training,
         )
-    save_file(
-        {name: value.contiguous() for name, value in adaptors.state_dict().items()},
-        context.path / "adaptors.safetensors",
-    )
+    write_tensors(context.path / "adaptors.safetensors", adaptors.state_dict())
     write_metrics(context, result)
     last = result.metrics[-1]
     return f"{settings.num_epochs} epochs, loss {last['loss']:.3f}, pseudo-label accuracy {last['accuracy']:.1%}"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.checkpoints import write_tensors
 from pipeline.context import StageContext
 from pipeline.storage import atomic_write_json
 
 
 def run(context: StageContext) -> str:
-    from safetensors.torch import save_file
-
     from grappa.backbone import load_backbone
 
     settings = context.config.backbone
@@ -23,8 +22,8 @@ def run(context: StageContext) -> str:
         std=settings.std,
         options=settings.options,
     )
-    state = {name: value.contiguous() for name, value in backbone.vit.state_dict().items()}
-    save_file(state, context.path / "weights.safetensors")
+    state = backbone.vit.state_dict()
+    write_tensors(context.path / "weights.safetensors", state)
     atomic_write_json(context.path / "backbone.json", backbone.spec.to_json())
     millions = sum(value.numel() for value in state.values()) / 1e6
     spec = backbone.spec

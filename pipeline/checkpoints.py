@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 TENSORS_FILE, RECORD_FILE = "checkpoint.safetensors", "checkpoint.json"
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all; a full disk is an OSError (safetensors' own writer hides it)."""
+    from safetensors.torch import save
+
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    atomic_write_bytes(path, save(plain, dict(metadata) if metadata else None))
+
+
 class FileCheckpoint:
     """Keeps the newest state of a training in a folder; due every ``seconds``.
 
@@ -50,10 +58,7 @@ class FileCheckpoint:
 
     def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Replace the checkpoint, whole or not at all."""
-        from safetensors.torch import save
-
-        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        atomic_write_bytes(self._path, save(plain, {"record": json.dumps(record)}))
+        write_tensors(self._path, tensors, {"record": json.dumps(record)})
         self._last = time.monotonic()
 
 

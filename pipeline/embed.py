@@ -27,8 +27,9 @@ NO_BOX = (float("nan"),) * 4
 def embed(run_or_model: Path, images: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> str:
     """Write ``embeddings.npy`` (n, D) float32 and ``ids.parquet`` (its rows: path, domain) into the new folder ``out``.
 
-    ``images`` is a folder (its own files have the domain "") or a table. Files that cannot be used are listed with their reason in ``rejected.parquet``. ``progress`` is told the files done
-    and their total. Returns the result in one sentence; ``out`` appears whole or not at all.
+    ``images`` is a folder (its own files have the domain "") or a table. Files that cannot be used are listed with the
+    reason in ``rejected.parquet``. ``progress`` is told the files done and their total. Returns the result in one
+    sentence; ``out`` appears whole or not at all.
     """
     from grappa.image_table import list_images
 

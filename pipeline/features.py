@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import RowCheckpoint
 from pipeline.context import StageContext
@@ -10,6 +12,8 @@ from pipeline.inputs import open_backbone, open_pixels, settle_device, settle_pr
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import numpy as np
 
     from grappa.backbone import Backbone, Residual
 
@@ -32,9 +36,7 @@ def extract(
     shape, path = (len(cache), backbone.width), context.path / file
     checkpoint = RowCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
     start = checkpoint.load() if path.exists() else 0
-    out = np.lib.format.open_memmap(
-        path, mode="r+" if start else "w+", dtype=np.float32, shape=None if start else shape
-    )
+    out = np.lib.format.open_memmap(path, mode="r+") if start else _new_array(path, shape)
     with context.task("embedding", len(cache), done=start) as advance:
         done = start
 
@@ -58,3 +60,13 @@ def extract(
         )
     out.flush()
     return shape
+
+
+def _new_array(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
+    """Create a memory-mapped float32 file whose space is taken at once: a full disk must be an error, not a SIGBUS."""
+    import numpy as np
+
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return out

@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from pipeline.adaptors import optimization, training_task, write_metrics
+from pipeline.checkpoints import write_tensors
 from pipeline.context import StageContext
 from pipeline.inputs import open_backbone, open_sets, open_views, read_images, train_rows
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 
 def run(context: StageContext) -> str:
-    from safetensors.torch import save_file
-
     from grappa.training import train_fusion
 
     settings = context.config.fusion
@@ -41,10 +40,9 @@ def run(context: StageContext) -> str:
             seed=settings.seed,
             run=training,
         )
-    tensors = {name: value.contiguous() for name, value in fusion.trained_state().items()}
     form = {"level": settings.attention_level, "temperature": settings.attention_temperature}
     # One entry only: safetensors writes several in an order that differs from process to process.
-    save_file(tensors, context.path / "fusion.safetensors", {"fusion": json.dumps(form)})
+    write_tensors(context.path / "fusion.safetensors", fusion.trained_state(), {"fusion": json.dumps(form)})
     write_metrics(context, result)
     last = result.metrics[-1]
     spread = f"attention entropy {last['entropy']:.3f} of {math.log(len(sets)):.3f}"
