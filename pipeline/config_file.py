@@ -44,11 +44,22 @@ def parse_settings(settings: Mapping[str, Any], where: str) -> Config:
     return config
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, refusing a key that is written twice (the last would win in silence)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"`{name}` is written twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_settings(path: Path) -> Settings:
     """Return the sections written in a YAML file (an empty section is the same as none)."""
     try:
         text = path.read_text(encoding="utf-8")
-        found = yaml.safe_load(text)
+        found = yaml.load(text, _Loader)
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: found bytes that are not UTF-8, expected a YAML text file") from None
     except yaml.YAMLError as error:

@@ -164,3 +164,10 @@ def test_assignments_need_section_key_and_value(assignment: str) -> None:
 
 def test_only_safe_yaml_is_written() -> None:
     assert yaml.safe_load(dump_config(Config()))["clusters"]["num_clusters"] == "auto"
+
+
+def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("fusion:\n  seed: 1\n  seed: 2\n")
+    with pytest.raises(ConfigError, match="`seed` is written twice"):
+        read_settings(path)
