@@ -66,6 +66,16 @@ class Backbone(nn.Module):
         """Stay in evaluation mode: the backbone is frozen."""
         return super().train(False)
 
+    def on(self, device: torch.device) -> Backbone:
+        """Move to ``device`` and choose its attention: explicit products on a CPU, the fused kernel elsewhere.
+
+        On a CPU the fused kernel's backward pass takes most of a training step (tests/benchmarks/bench_attention.py).
+        """
+        for module in self.vit.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = device.type != "cpu"  # type: ignore[assignment]
+        return self.to(device)
+
     def forward(self, images: Tensor, residuals: Sequence[Residual] | None = None) -> Tensor:
         """Embed images.
 

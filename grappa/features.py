@@ -41,7 +41,7 @@ def extract_features(
     """
     device = device or torch.device("cpu")
     spec = backbone.spec
-    backbone = backbone.to(device)
+    backbone = backbone.on(device)
     bounds = range(start, len(cache), batch_size)
 
     def make(number: int) -> Tensor:

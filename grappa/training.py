@@ -99,7 +99,7 @@ def train_adaptor_set(
     Returns:
         The set, and the metrics ``loss`` and ``accuracy`` (of the pseudo-label, on augmented views) along the steps.
     """
-    backbone = backbone.to(run.device)
+    backbone = backbone.on(run.device)
     adaptors = AdaptorSet(backbone.num_blocks, backbone.width, bottleneck_dim, seed=_torch_seed(seed, "adaptors", name))
     proxies = nn.Parameter(torch.from_numpy(np.array(centroids, dtype=np.float32)))
     module = nn.ParameterDict({"proxies": proxies})
@@ -154,7 +154,7 @@ def train_fusion(
         The fusion, and the metrics along the steps: ``loss``, ``entropy`` (mean of an image's attention, nats),
         ``marginal_entropy`` (of the batch-mean attention), ``variance`` (of the attention across images).
     """
-    backbone = backbone.to(run.device)
+    backbone = backbone.on(run.device)
     instance = "views" if neighbors is None else "neighbors"
     generator = torch.Generator().manual_seed(_torch_seed(seed, "fusion", instance))
     fusion = Fusion(sets, level=level, temperature=attention_temperature)

@@ -133,3 +133,11 @@ def test_the_models_own_preprocessing_is_the_default(tmp_path: Path) -> None:
     spec = load_backbone(NAME, weights=tmp_path / "w.safetensors", image_size=32, options=OPTIONS).spec
     assert spec.mean == HALF
     assert spec.crop_fraction == 0.9
+
+
+def test_a_cpu_attends_explicitly_with_the_same_result() -> None:
+    backbone = tiny_backbone()
+    before = backbone(IMAGES)
+    explicit = backbone.on(torch.device("cpu"))
+    assert not any(block.attn.fused_attn for block in explicit.vit.blocks)
+    torch.testing.assert_close(explicit(IMAGES), before, rtol=1e-5, atol=1e-6)
