@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from grappa.backbone import Backbone, Residual, embed
 from grappa.devices import autocast
@@ -42,6 +42,7 @@ def extract_features(
     device = device or torch.device("cpu")
     spec = backbone.spec
     backbone = backbone.on(device)
+    residuals = None if residuals is None else [_on(residual, device) for residual in residuals]
     bounds = range(start, len(cache), batch_size)
 
     def make(number: int) -> Tensor:
@@ -56,3 +57,7 @@ def extract_features(
         out[begin : begin + len(images)] = embeddings.cpu().numpy()
         if progress:
             progress(len(images))
+
+
+def _on(residual: Residual, device: torch.device) -> Residual:
+    return residual.to(device) if isinstance(residual, nn.Module) else residual

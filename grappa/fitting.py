@@ -125,7 +125,7 @@ def _step(optimizer: torch.optim.Optimizer, state: _State, value: Tensor, scalar
 
 
 def _record(state: _State, steps_per_epoch: int, learning_rate: float) -> None:
-    means = {name: float(total) / state.since for name, total in state.totals.items()}
+    means = {name: float(total) / state.since for name, total in sorted(state.totals.items())}
     if not math.isfinite(means["loss"]):
         raise FloatingPointError(f"the loss became {means['loss']} before step {state.step}; lower the learning rate")
     epoch = state.step / steps_per_epoch

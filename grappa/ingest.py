@@ -36,6 +36,7 @@ def decode_all(
     cache_size: int,
     max_pixels: int,
     shard_size: int,
+    journals: Path | None = None,
     num_workers: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -46,6 +47,7 @@ def decode_all(
         cache_size: shorter side of the cached pixels; smaller images stay as they are.
         max_pixels: an image with more is rejected as a decompression bomb before it is decoded.
         shard_size: files a shard; ``shard_size`` cached images and ``num_workers`` originals are held in memory.
+        journals: where each shard's rows are noted so that a later call can go on; None: in ``folder``.
         num_workers: decoding threads; changes no byte of the result.
         progress: called with the number of files newly done, those of shards found whole included.
 
@@ -60,7 +62,9 @@ def decode_all(
         ImagesChangedError: a file is not what was listed.
         OSError: the disk is full or the folder is read-only; what is whole stays for the next call.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    journals = journals or folder
+    for place in (folder, journals):
+        place.mkdir(parents=True, exist_ok=True)
     files = _listed_files(listing)
     load = partial(_load, roots=list(roots), cache_size=cache_size, max_pixels=max_pixels)
     settings = {"cache_size": cache_size, "max_pixels": max_pixels}
@@ -69,8 +73,9 @@ def decode_all(
         for shard, start in enumerate(range(0, len(files), shard_size)):
             part = files[start : start + shard_size]
             mark = _fingerprint(part, settings)
-            records += _whole_shard(folder, shard, mark, progress) or _decode_shard(
-                folder, shard, mark, _run(pool, load, part, progress)
+            journal = journals / f"{shard:05d}.json"
+            records += _whole_shard(folder, shard, journal, mark, progress) or _decode_shard(
+                folder, shard, journal, mark, _run(pool, load, part, progress)
             )
     return _tables(listing, files, records, folder)
 
@@ -79,35 +84,33 @@ def decode_all(
 
 
 def _decode_shard(
-    folder: Path, shard: int, mark: str, results: Iterator[DecodedFile | RejectedFileError]
+    folder: Path, shard: int, journal: Path, mark: str, results: Iterator[DecodedFile | RejectedFileError]
 ) -> list[Record]:
     outcomes = list(results)
     decoded = [outcome for outcome in outcomes if isinstance(outcome, DecodedFile)]
     places = iter(write_shard(folder, shard, [one.pixels for one in decoded]).tolist())
     records = [_record(outcome, places) for outcome in outcomes]
     num_bytes = shard_file(folder, shard).stat().st_size
-    journal = json.dumps({"mark": mark, "num_bytes": num_bytes, "records": records}, separators=(",", ":"))
-    write_whole(_journal_file(folder, shard), lambda file: file.write(journal.encode()))
+    text = json.dumps({"mark": mark, "num_bytes": num_bytes, "records": records}, separators=(",", ":"))
+    write_whole(journal, lambda file: file.write(text.encode()))
     return records
 
 
-def _whole_shard(folder: Path, shard: int, mark: str, progress: Callable[[int], None] | None) -> list[Record] | None:
+def _whole_shard(
+    folder: Path, shard: int, journal: Path, mark: str, progress: Callable[[int], None] | None
+) -> list[Record] | None:
     """Return the records of a shard that an earlier pass wrote whole, from the same files and settings; else None."""
     try:
-        journal = json.loads(_journal_file(folder, shard).read_bytes())
+        noted = json.loads(journal.read_bytes())
         num_bytes = shard_file(folder, shard).stat().st_size
     except (FileNotFoundError, ValueError):
         return None
-    if (journal["mark"], journal["num_bytes"]) != (mark, num_bytes):
+    if (noted["mark"], noted["num_bytes"]) != (mark, num_bytes):
         return None
-    records: list[Record] = journal["records"]
+    records: list[Record] = noted["records"]
     if progress:
         progress(len(records))
     return records
-
-
-def _journal_file(folder: Path, shard: int) -> Path:
-    return folder / f"{shard:05d}.json"
 
 
 def _fingerprint(part: list[ListedFile], settings: dict[str, int]) -> str:

@@ -33,7 +33,7 @@ def barlow_twins(first_BD: Tensor, second_BD: Tensor, *, off_diagonal: float) ->
 
 
 def attention_propagation(first_BLG: Tensor, second_BLG: Tensor, *, marginal_weight: float = 1.0) -> Tensor:
-    """Return the loss by which neighbours come to share granularity attention; 0 .. about log G + ..., mean over L.
+    """Return the loss by which neighbours come to share granularity attention, mean over L; at least -w log G.
 
     ``-log <a_i, a_j> + mean entropy of each attention - marginal_weight * entropy of the batch-mean attention``. The
     first term is agreement (SCAN, Van Gansbeke et al. 2020); the last two keep it from the trivial optimum, the same

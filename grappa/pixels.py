@@ -8,7 +8,9 @@ image i lies.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +97,7 @@ class PixelCache:
         index = _load(folder / INDEX_FILE)
         if index.ndim != 2 or index.shape[1] != 4 or index.dtype != np.int64:
             raise ValueError(f"{folder / INDEX_FILE} is {index.dtype} {index.shape}, expected int64 (N, 4): {_REDO}")
+        _allow_open_files(len(np.unique(index[:, 0])))
         shards = dict(_open_shards(folder, index))
         return cls(index=np.array(index), shards=shards)
 
@@ -124,9 +127,22 @@ def _open_shards(folder: Path, index: NDArray[np.int64]) -> Iterator[tuple[int, 
         yield shard, pixels.view(np.ndarray)
 
 
+def _allow_open_files(num_shards: int) -> None:
+    """Each mapped shard keeps a file open: raise this process's soft limit where it is too low for them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num_shards + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
 def _load(file: Path) -> NDArray[Any]:
     try:
         loaded: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise ValueError(f"too many open files at {file}: raise `ulimit -n`, or images.shard_size") from error
+        raise ValueError(f"cannot read {file} of the pixel cache ({error}): {_REDO}") from error
+    except (ValueError, EOFError) as error:
         raise ValueError(f"cannot read {file} of the pixel cache ({error}): {_REDO}") from error
     return loaded

@@ -20,6 +20,7 @@ FORMAT = 1
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 MANIFEST_FILE, RECIPE_FILE, LOG_FILE = "manifest.json", "recipe.json", "log.jsonl"
 CHECKPOINT_FILES = ("checkpoint.safetensors", "checkpoint.json")
+SCRATCH_FOLDER = "scratch"  # in a partial folder: what a stage needs to go on after a crash, dropped when published
 
 Recipe = Mapping[str, Any]
 

@@ -34,7 +34,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
             sentence, code = _explained(error)
             if sentence is None or "--debug" in sys.argv:
                 raise
@@ -50,6 +50,9 @@ def _explained(error: BaseException) -> tuple[str | None, int]:
 
     if isinstance(error, KeyboardInterrupt):
         return "stopped; the same command resumes", 130
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        detail = (str(error).strip().splitlines() or ["no more memory"])[0]
+        return f"out of memory ({detail}); lower the stage's batch_size or compute.inference_batch_size", 1
     if isinstance(error, RuntimeError) and not isinstance(error, LockedError | LockLostError):
         return None, 1
     if isinstance(error, OSError) and error.filename and error.strerror and str(error).startswith("[Errno"):

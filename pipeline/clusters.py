@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def run(context: StageContext) -> str:
     import numpy as np
 
-    from grappa.clusters import cluster
+    from grappa.clusters import cluster, num_assignments
     from grappa.randomness import id_numbers
 
     settings = context.config.clusters
@@ -26,7 +26,8 @@ def run(context: StageContext) -> str:
     features = np.load(context.input("features") / "features.npy", allow_pickle=False)
     rows, num_clusters = train_rows(images), num_clusters_of(str(context.instance))
     device = str(settle_device(context))
-    with context.task("clustering", len(rows) * (settings.num_iterations + 1)) as advance:
+    total = num_assignments(len(rows), [num_clusters], settings.num_iterations)
+    with context.task("clustering", total, unit="assignments") as advance:
         found = cluster(
             features[rows],
             num_clusters=num_clusters,

@@ -17,12 +17,14 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     field_validator,
+    model_validator,
 )
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 CropFraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Triple = tuple[float, float, float]
+PositiveTriple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
 class Section(BaseModel):
@@ -39,7 +41,7 @@ def provenance(default: Any, description: str) -> Any:
 class Images(Section):
     sources: tuple[str, ...] = provenance((), "folders (DOMAIN/...) or tables (.csv, .parquet) of images")
     cache_size: PositiveInt = Field(256, description="pixels of the shorter side kept in the pixel cache")
-    max_rejected: Fraction = Field(0.05, description="share of unreadable files above which the stage stops")
+    max_rejected: Fraction = provenance(0.05, "share of unreadable files above which the stage stops")
     max_pixels: PositiveInt = Field(100_000_000, description="a larger image is refused as a decompression bomb")
     shard_size: PositiveInt = Field(1024, description="images a file of the pixel cache; the unit of resuming")
 
@@ -52,7 +54,7 @@ class Backbone(Section):
         None, description="share of the shorter side seen; null: the model's own"
     )
     mean: Triple | None = Field(None, description="channel means of the input, 0-1; null: the model's own")
-    std: Triple | None = Field(None, description="channel deviations of the input, 0-1; null: the model's own")
+    std: PositiveTriple | None = Field(None, description="channel deviations of the input, 0-1; null: the model's own")
     options: dict[str, bool | int | float | str] = Field(
         default_factory=dict, description="further arguments for timm.create_model, such as {depth: 6}"
     )
@@ -162,7 +164,7 @@ class Compute(Section):
     """Where and how fast, never what: no field here is part of a recipe."""
 
     device: Literal["auto", "cpu", "cuda"] = provenance("auto", "auto: a GPU if there is one")
-    num_threads: NonNegativeInt = provenance(0, "CPU threads of torch and faiss; 0: all cores")
+    num_threads: NonNegativeInt = provenance(0, "CPU threads of torch; 0: all cores")
     num_workers: NonNegativeInt = provenance(0, "threads that decode and crop images; 0: all cores")
     inference_batch_size: PositiveInt = provenance(64, "images a forward pass without gradients")
     checkpoint_seconds: PositiveFloat = provenance(60.0, "time between two checkpoints")
@@ -182,6 +184,17 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     index: Index = Index()
     compute: Compute = Compute()
+
+    @model_validator(mode="after")
+    def _can_train_the_fusion(self) -> Config:
+        if self.fusion.num_neighbors > self.neighbors.num_neighbors:
+            raise ValueError(
+                f"fusion.num_neighbors is {self.fusion.num_neighbors} but neighbors.num_neighbors keeps "
+                f"{self.neighbors.num_neighbors}; raise the latter"
+            )
+        if self.fusion.attention_loss == "none" and self.fusion.barlow_weight == 0:
+            raise ValueError("fusion.attention_loss is none and fusion.barlow_weight 0: nothing to train; set one")
+        return self
 
     @property
     def granularities(self) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ def read_settings(path: Path) -> Settings:
     """Return the sections written in a YAML file (an empty section is the same as none)."""
     try:
         text = path.read_text(encoding="utf-8")
-        found = yaml.load(text, _Loader)
+        found = _Loader(text).get_single_data()
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: found bytes that are not UTF-8, expected a YAML text file") from None
     except yaml.YAMLError as error:

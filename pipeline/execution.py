@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 import time
@@ -13,13 +14,13 @@ from datetime import UTC, datetime
 from pipeline.artifacts import RunFolder
 from pipeline.config import Config
 from pipeline.context import StageContext
-from pipeline.freshness import State
+from pipeline.freshness import State, compare_recipes
 from pipeline.progress import Progress, duration
 from pipeline.provenance import provenance
 from pipeline.recipes import expected_recipe
 from pipeline.stages import STAGES, Stage, artifact_name, find_stage
 from pipeline.status import Judge, instances
-from pipeline.work import open_work, recover
+from pipeline.work import Work, open_work, recover
 
 Step = tuple[Stage, str | None]
 Say = Callable[[str], None]
@@ -119,11 +120,23 @@ def execute(
         context = StageContext(run, config, stage, instance, work, progress)
         sentence: str = importlib.import_module(stage.module).run(context)
         seconds = time.monotonic() - start
+        _refuse_changed_inputs(run, config, stage, instance, work)
         work.log({"result": sentence, "seconds": round(seconds, 3), "resumed": work.resumed})
         origin = provenance(started=started, device=context.resolved.get("device", "cpu"), job=job)
         work.publish({**origin, "seconds": round(seconds, 3), "resolved": context.resolved, **expected.notes})
     say(f"{name}: {sentence} ({spent(seconds)})")
     return seconds
+
+
+def _refuse_changed_inputs(run: RunFolder, config: Config, stage: Stage, instance: str | None, work: Work) -> None:
+    """Another process may have published an input while this one was read: such a mixture is never published."""
+    now = json.loads(json.dumps(expected_recipe(run, config, stage, instance).recipe))
+    changes = compare_recipes(work.recipe, now)
+    if changes:
+        work.start_over()
+        raise NotReadyError(
+            f"{artifact_name(stage.name, instance)}: {'; '.join(changes)} while it was made; give the command again"
+        )
 
 
 def spent(seconds: float) -> str:

@@ -33,6 +33,7 @@ def extract(
 
     cache, device = open_pixels(context), settle_device(context)
     settled = settle_precision(context, precision, device)
+    batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
     shape, path = (len(cache), backbone.width), context.path / file
     checkpoint = RowCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
     start = checkpoint.load() if path.exists() else 0
@@ -52,7 +53,7 @@ def extract(
             out,
             residuals=residuals,
             start=start,
-            batch_size=context.config.compute.inference_batch_size,
+            batch_size=batch_size,
             device=device,
             precision=settled,
             num_workers=context.num_workers,

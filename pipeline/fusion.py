@@ -55,13 +55,7 @@ def _partners(context: StageContext, rows: NDArray[np.int64]) -> NDArray[np.int6
     if context.instance == "views":
         return None
     neighbors = np.load(context.input("neighbors") / "neighbors.npy", allow_pickle=False)
-    wanted = context.config.fusion.num_neighbors
-    if wanted > neighbors.shape[1]:
-        raise ValueError(
-            f"fusion.num_neighbors is {wanted} but stage neighbors kept {neighbors.shape[1]}; "
-            "raise neighbors.num_neighbors"
-        )
-    nearest: NDArray[np.int64] = neighbors[rows, :wanted]
+    nearest: NDArray[np.int64] = neighbors[rows, : context.config.fusion.num_neighbors]
     return nearest
 
 

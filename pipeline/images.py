@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pipeline.artifacts import SCRATCH_FOLDER
 from pipeline.context import StageContext
 
 if TYPE_CHECKING:
@@ -30,12 +31,11 @@ def run(context: StageContext) -> str:
             cache_size=settings.cache_size,
             max_pixels=settings.max_pixels,
             shard_size=settings.shard_size,
+            journals=context.path / SCRATCH_FOLDER,
             num_workers=context.num_workers,
             progress=advance,
         )
     _check_rejected(rejected, len(listing), settings.max_rejected)
-    for journal in (context.path / "pixels").glob("*.json"):  # they hold paths: no part of the pixels' identity
-        journal.unlink()
     for name, table in (("images", images), ("labels", labels), ("rejected", rejected)):
         table.to_parquet(context.path / f"{name}.parquet", index=False)
     return _summary(images, rejected)

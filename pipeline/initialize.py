@@ -48,6 +48,7 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     existing one with its ``config.yaml`` as it is now. Everything is checked before anything is written.
     """
     known = RunFolder.open(root, writable=True) if (root / RUN_FILE).exists() else None
+    other = RunFolder.open(request.other) if request.other else None
     config = _requested(known, request)
     _check_weights(config, known)
     listing = list_sources(_given_sources(config))
@@ -57,8 +58,8 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     publish_listing(run, listing, config.images.sources, former)
     atomic_write_text(run.config_path, dump_config(config))
     _say_images(listing, former, say)
-    if request.other:
-        take_over(RunFolder.open(request.other), run, config, say=say)
+    if other:
+        take_over(other, run, config, say=say)
     _say_states(run, config, say)
     return config
 

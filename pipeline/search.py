@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import RunFolder
-from pipeline.published import published
+from pipeline.published import check_same_origin, published
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,6 +35,7 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
 
     folder = RunFolder.open(run)
     model = load_model(run)
+    check_same_origin(folder, "index", "images", "embeddings/fused", "model")
     index = SearchIndex.load(published(folder, "index"))
     images = pd.read_parquet(published(folder, "images") / "images.parquet").set_index("image_id")
     with torch.inference_mode():

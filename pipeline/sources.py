@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.artifacts import RunFolder
 from pipeline.provenance import provenance
 from pipeline.recipes import SOURCES_FILE, SOURCES_RECIPE, read_manifest
-from pipeline.storage import atomic_write_bytes
+from pipeline.storage import atomic_write_bytes, file_digest
 from pipeline.work import open_work, recover
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _plain(listing: pd.DataFrame) -> pd.DataFrame:
 
 
 def changed_files(run: RunFolder) -> list[str]:
-    """Return the listed files whose size on disk is another one now; a root folder that is gone is passed over."""
+    """Return the listed files that are others now: in size or, once decoded, in content; a gone root is passed over."""
     import pyarrow.parquet as pq
 
     from grappa.path_text import image_file, unescape_path
@@ -75,9 +75,28 @@ def changed_files(run: RunFolder) -> list[str]:
     roots = list(manifest.provenance["roots"])
     present = {number for number, root in enumerate(roots) if os.path.isdir(unescape_path(root))}
     table = pq.read_table(artifact.home / SOURCES_FILE, columns=["path", "root", "size"]).to_pydict()
-    rows = zip(table["path"], table["root"], table["size"], strict=True)
-    found = ((path, size, _size(image_file(roots[root], path))) for path, root, size in rows if root in present)
-    return [f"{path}: {now} bytes, listed with {size}" for path, size, now in found if now != size]
+    decoded, changed = _decoded_digests(run), []
+    for path, root, size in zip(table["path"], table["root"], table["size"], strict=True):
+        if root not in present:
+            continue
+        file = image_file(roots[root], path)
+        now, known = _size(file), decoded.get((root, path))
+        if now != size:
+            changed.append(f"{path}: {now} bytes, listed with {size}")
+        elif known and file_digest(Path(file))[1] != known:
+            changed.append(f"{path}: other content than was decoded")
+    return changed
+
+
+def _decoded_digests(run: RunFolder) -> dict[tuple[int, str], str]:
+    """Return the sha256 of each file as it was decoded, by (root, path); empty before the images stage has run."""
+    import pyarrow.parquet as pq
+
+    images = run.artifact("images")
+    if images.check():
+        return {}
+    table = pq.read_table(images.home / "images.parquet", columns=["path", "root", "sha256"]).to_pydict()
+    return dict(zip(zip(table["root"], table["path"], strict=True), table["sha256"], strict=True))
 
 
 def _size(file: str) -> int:

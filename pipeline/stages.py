@@ -91,6 +91,11 @@ def fusion_instance(row: str) -> str:
     return {"fused": "neighbors", "fused_views": "views"}[row]
 
 
+def _fused_inputs(config: Config, instance: str | None = "neighbors") -> tuple[Input, ...]:
+    fusion = Input("fusion", ("fusion.safetensors",), instance or "neighbors")
+    return (Input("backbone", WEIGHTS), *_adaptor_inputs(config), fusion)
+
+
 def _embedding_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     row = str(instance)
     if row == "zero_shot":
@@ -102,7 +107,7 @@ def _embedding_inputs(config: Config, instance: str | None) -> tuple[Input, ...]
         return (*base, *_adaptor_inputs(config))
     if row in config.granularities:
         return (*base, Input("adaptors", ("adaptors.safetensors",), row))
-    return (*base, *_adaptor_inputs(config), Input("fusion", ("fusion.safetensors",), fusion_instance(row)))
+    return (Input("images", PIXELS), *_fused_inputs(config, fusion_instance(row)))
 
 
 def _evaluation_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
@@ -144,7 +149,7 @@ STAGES: tuple[Stage, ...] = (
         _granularities,
     ),
     Stage("fusion", 1, _settings("fusion"), _fusion_inputs, lambda config: config.fusion.pairs),
-    Stage("model", 1, _settings(), lambda config, instance: _embedding_inputs(config, "fused")),
+    Stage("model", 1, _settings("images.cache_size"), _fused_inputs),
     Stage("embeddings", 1, _embedding_settings, _embedding_inputs, embedding_rows),
     Stage("evaluation", 1, _settings("evaluation"), _evaluation_inputs),
     Stage(

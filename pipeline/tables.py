@@ -14,7 +14,7 @@ import pandas as pd
 from pipeline.artifacts import RunFolder
 from pipeline.config import Config, num_clusters_of
 from pipeline.config_file import load_config
-from pipeline.published import published
+from pipeline.published import check_same_origin, published
 from pipeline.stages import find_stage
 
 
@@ -23,6 +23,7 @@ def load_assignments(run: str | Path) -> pd.DataFrame:
     ``k00256`` (int64, the pseudo-label) and ``k00256_distance`` (float32, 1 - cosine to its centroid)."""
     folder, config = _open(run)
     images = published(folder, "images")
+    check_same_origin(folder, "images", *(f"clusters/{name}" for name in config.granularities))
     table = pd.read_parquet(images / "images.parquet").set_index("image_id")[["path", "domain", "split"]]
     table["label"] = pd.read_parquet(images / "labels.parquet").set_index("image_id")["label"]
     for name in config.granularities:

@@ -42,6 +42,7 @@ def _wanted(run: RunFolder, config: Config, stage: Stage, instance: str | None) 
 
 def _copy(source: Artifact, manifest: Manifest, target: Artifact) -> None:
     with open_work(target, manifest.recipe) as work:
+        work.start_over()  # linked files are the other run's: a stage must never write into them
         for name in (*manifest.outputs, LOG_FILE):
             if (source.home / name).exists():
                 _link(source.home / name, work.path / name)

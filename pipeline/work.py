@@ -21,6 +21,7 @@ from pipeline.artifacts import (
     LOG_FILE,
     MANIFEST_FILE,
     RECIPE_FILE,
+    SCRATCH_FOLDER,
     Artifact,
     FileDigest,
     Manifest,
@@ -62,6 +63,13 @@ class Work:
             atomic_write_json(self.path / MANIFEST_FILE, manifest.to_json())
             _swap(self.artifact)
         return manifest
+
+    def start_over(self) -> None:
+        """Empties the partial folder and marks it so that no later try resumes what is put there from now on."""
+        with storage_errors(self.path):
+            _remove_folder(self.path)
+            self.path.mkdir()
+            atomic_write_json(self.path / RECIPE_FILE, {"resumable": False})
 
     def close(self) -> None:
         """Gives the lock back."""
@@ -162,6 +170,8 @@ def _seal_outputs(folder: Path) -> dict[str, FileDigest]:
     """Digests of all outputs by relative name, everything below the folder made durable."""
     outputs: dict[str, FileDigest] = {}
     for parent, _, files in os.walk(folder, topdown=False):
+        if Path(parent).relative_to(folder).parts[:1] == (SCRATCH_FOLDER,):
+            continue
         for name in files:
             path = Path(parent, name)
             _fsync_file(path)
@@ -183,6 +193,7 @@ def _swap(artifact: Artifact) -> None:
     parent = artifact.path.parent
     for name in DROPPED_FILES:
         (artifact.partial / name).unlink(missing_ok=True)
+    shutil.rmtree(artifact.partial / SCRATCH_FOLDER, ignore_errors=True)
     fsync_folder(artifact.partial)
     if artifact.path.exists():
         _remove_folder(artifact.old)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 from tiny import draw_images, make_run, run_all, tiny_backbone, write_weights
 from typer.testing import CliRunner
@@ -80,9 +81,43 @@ def test_an_unknown_model_gets_a_suggestion(desk: Path) -> None:
     assert "did you mean vit_tiny_patch16_224?" in _fails(run)
 
 
-def test_more_partners_than_neighbors_are_refused(desk: Path) -> None:
-    run = make_run(desk / "run", [desk / "images"], desk / "weights.safetensors", fusion__num_neighbors=9)
-    assert "fusion.num_neighbors is 9 but stage neighbors kept 4; raise neighbors.num_neighbors" in _fails(run)
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"fusion__num_neighbors": 9}, "fusion.num_neighbors is 9 but neighbors.num_neighbors keeps 4"),
+        ({"fusion__attention_loss": "none"}, "nothing to train"),
+        ({"backbone__std": "[0, 0.5, 0.5]"}, "backbone.std"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_init(desk: Path, changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make_run(desk / "run", [desk / "images"], desk / "weights.safetensors", **changes)
+
+
+def test_allowing_more_broken_images_decodes_nothing_again(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _ruin(sorted((desk / "images").rglob("0.png"))[:3], desk)
+    _fails(run)
+    make_run(run.root, [], desk / "weights.safetensors", images__max_rejected=0.2)
+    monkeypatch.setattr("grappa.ingest.decode_file", None)
+    run_all(run, until="images")
+    assert len(tables.load_rejected(run.root)) == 3
+
+
+def test_divergence_and_no_memory_are_sentences(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(desk / "run", [desk / "images"], desk / "weights.safetensors")
+    nan = torch.tensor(float("nan"), requires_grad=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("grappa.losses.norm_softmax", lambda *arguments, **options: nan * 1)
+        assert "lower the learning rate" in _fails(run)
+
+    class OutOfMemoryError(RuntimeError):
+        """Named as torch's."""
+
+    def fail(context: object) -> str:
+        raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("pipeline.adaptors.run", fail)
+    assert "out of memory (CUDA out of memory. Tried to allocate 2 GiB); lower" in _fails(run)
 
 
 def test_too_few_different_images_for_the_clusters_are_refused(desk: Path) -> None:

@@ -82,3 +82,29 @@ def test_damaged_model_folders_are_refused_in_one_sentence(folder: Path, tmp_pat
     weights.unlink()
     with pytest.raises(ModelError, match=r"has no weights.safetensors"):
         grappa.load_model(folder)
+
+
+def test_residuals_follow_the_backbone_to_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[torch.device] = []
+    real = torch.nn.Module.to
+
+    def spy(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+        moved.append(device)
+        return real(module, device)
+
+    monkeypatch.setattr(torch.nn.Module, "to", spy)
+    cache, out = tiny_cache(tmp_path / "pixels", 2), np.empty((2, 32), np.float32)
+    extract_features(tiny_backbone(), cache, out, residuals=list(tiny_set(0)))
+    assert len(moved) == 3, "the backbone and the residuals of its two blocks"
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_embeddings(tmp_path: Path) -> None:
+    cache, on_cpu, on_gpu = (
+        tiny_cache(tmp_path / "pixels", 6),
+        np.empty((6, 32), np.float32),
+        np.empty((6, 32), np.float32),
+    )
+    extract_features(tiny_backbone(), cache, on_cpu, residuals=list(_fusion().folded()))
+    extract_features(tiny_backbone(), cache, on_gpu, residuals=list(_fusion().folded()), device=torch.device("cuda"))
+    np.testing.assert_allclose(on_gpu, on_cpu, atol=1e-3)

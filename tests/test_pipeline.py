@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from tiny import digests, draw_images, make_run, run_all, write_table, write_wei
 
 import grappa
 import pipeline
+from pipeline import index as index_stage
 from pipeline import tables
 from pipeline.artifacts import RunFolder
 from pipeline.embed import embed
@@ -25,6 +27,7 @@ from pipeline.export import export
 from pipeline.initialize import Request, initialize
 from pipeline.search import search
 from pipeline.status import read_config, states
+from pipeline.work import Work
 
 COLUMNS = "model domain gallery num_queries map map_se r_precision map_at_r recall_at_1 recall_at_1_se recall_at_2"
 ROWS = ["zero_shot", "zero_shot_whitened", "k00004", "k00008", "mean", "fused", "oracle"]
@@ -69,6 +72,7 @@ def test_every_artifact_is_in_place_and_a_second_run_does_nothing(run: RunFolder
     assert run_all(run) == []
     files = {path.name for path in (run.root / "images").iterdir()}
     assert files == {"images.parquet", "labels.parquet", "rejected.parquet", "pixels", "manifest.json", "log.jsonl"}
+    assert {path.suffix for path in (run.root / "images" / "pixels").iterdir()} == {".npy"}
     assert not [path for path in run.root.rglob("*") if path.suffix in (".partial", ".old", ".pkl", ".pt", ".lock")]
 
 
@@ -198,6 +202,74 @@ def test_a_corrected_label_reruns_the_evaluation_only(copy: RunFolder, material:
     make_run(copy.root, [table], material / "weights.safetensors")
     lines = run_all(copy)
     assert [line.split(":")[0] for line in lines] == ["images", "evaluation"]
+
+
+def test_search_refuses_a_model_and_an_index_of_different_generations(copy: RunFolder, material: Path) -> None:
+    make_run(copy.root, [], material / "weights.safetensors", fusion__seed=3)
+    image = material / "images" / "discs" / "class_3" / "2.png"
+    assert search(copy.root, image, 1), "an edited setting alone leaves the whole former result usable"
+    run_all(copy, until="model")
+    with pytest.raises(ValueError, match="do not belong together: fusion/neighbors was made again in between"):
+        search(copy.root, image, 1)
+    run_all(copy)
+    assert search(copy.root, image, 1)
+
+
+def test_assignments_of_other_images_are_refused(copy: RunFolder, material: Path, tmp_path: Path) -> None:
+    table = write_table(material / "images", tmp_path / "t.csv", split=lambda path: "train")
+    make_run(copy.root, [table], material / "weights.safetensors")
+    run_all(copy, until="images")
+    with pytest.raises(ValueError, match="images was made again in between"):
+        tables.load_assignments(copy.root)
+
+
+def test_an_interrupted_take_over_never_writes_into_the_other_run(
+    run: RunFolder, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_run(tmp_path / "other", [material / "table.csv"], material / "weights.safetensors")
+
+    def crash(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Work, "publish", crash)
+    with pytest.raises(KeyboardInterrupt):
+        initialize(other.root, Request([], None, [], run.root), say=lambda line: None)
+    monkeypatch.undo()
+    assert list(other.root.glob("*.partial")), "the linked files lie there unpublished"
+    run_all(other)
+    assert all(each.state.kind == "fresh" for each in states(run, read_config(run), verify=True))
+    assert digests(other) == digests(run)
+
+
+def test_inputs_that_change_while_they_are_read_are_never_published(copy: RunFolder, material: Path) -> None:
+    make_run(copy.root, [], material / "weights.safetensors", index__rows="test")
+    artifact = copy.artifact("embeddings", "fused")
+    real = index_stage.run
+
+    def run_and_change(context: Any) -> str:
+        sentence = real(context)
+        manifest = json.loads((artifact.path / "manifest.json").read_text())
+        manifest["outputs"]["embeddings.npy"]["sha256"] = "0" * 64
+        (artifact.path / "manifest.json").write_text(json.dumps(manifest))
+        return sentence
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_stage, "run", run_and_change)
+        with pytest.raises(ValueError, match="input embeddings/fused: content changed while it was made"):
+            run_all(copy, stage="index")
+
+
+def test_verify_finds_an_image_with_other_content_of_the_same_size(material: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(material / "images", tmp_path / "images"))
+    made = make_run(tmp_path / "made", [folder], material / "weights.safetensors")
+    run_all(made, until="images")
+    victim = folder / "discs" / "class_0" / "0.png"
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    assert _kinds(made)["images"] == "fresh"
+    found = {each.name: each.state for each in states(made, read_config(made), verify=True)}
+    assert "discs/class_0/0.png: other content than was decoded" in found["images"].reasons[0]
 
 
 def test_views_as_partners_add_a_row(copy: RunFolder, material: Path) -> None:

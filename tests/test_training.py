@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,18 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(views: Views, train: 
     resumed, resumed_result = train(views, checkpoint)
     state, again = whole.state_dict(), resumed.state_dict()
     assert all(torch.equal(state[name], again[name]) for name in state)
-    assert whole_result.metrics == resumed_result.metrics
+    assert json.dumps(whole_result.metrics) == json.dumps(resumed_result.metrics), "the very text is published"
+
+
+def test_a_crash_between_two_records_leaves_the_metrics_as_they_would_be(views: Views, monkeypatch: Any) -> None:
+    monkeypatch.setattr("grappa.fitting.NUM_RECORDS", 3)
+    whole = _train_set(views)[1]
+    checkpoint = MemoryCheckpoint(6)
+    with pytest.raises(Killed):
+        _train_set(views, checkpoint)
+    assert checkpoint.kept is not None
+    assert checkpoint.kept[1]["since"] > 0, "the crash must fall between two records"
+    assert json.dumps(_train_set(views, checkpoint)[1].metrics) == json.dumps(whole.metrics)
 
 
 def test_only_adaptors_learn_and_the_backbone_keeps_its_bytes(views: Views, monkeypatch: pytest.MonkeyPatch) -> None:
