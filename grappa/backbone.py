@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grappa.class_token import can_skip_patches, class_token
+
 Residual = Callable[[Tensor], Tensor]
 _shim: list[torch.library.Library] = []
 
@@ -81,7 +83,8 @@ class Backbone(nn.Module):
 
         Args:
             images: (B, 3, S, S) float, normalised with ``spec.mean`` and ``spec.std``.
-            residuals: one function a block, (B, T, D) -> (B, T, D); its value is added to the block's output.
+            residuals: one function a block, (B, T, D) -> (B, T, D); its value is added to the block's output. The last
+                one sees the class token only (T = 1), as nothing else of the last block is read.
 
         Returns:
             (B, D) the class token after the final norm, not normalised.
@@ -89,7 +92,8 @@ class Backbone(nn.Module):
         vit: Any = self.vit
         hidden_BTD = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         for number, block in enumerate(vit.blocks):
-            hidden_BTD = block(hidden_BTD)
+            last = number == len(vit.blocks) - 1 and can_skip_patches(block)
+            hidden_BTD = class_token(block, hidden_BTD) if last else block(hidden_BTD)
             if residuals is not None:
                 hidden_BTD = hidden_BTD + residuals[number](hidden_BTD)
         embedding: Tensor = vit.norm(hidden_BTD[:, 0])
