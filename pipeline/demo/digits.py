@@ -29,13 +29,13 @@ def draw(label: str, rng: np.random.Generator) -> NDArray[np.uint8]:
     drawing.add_strokes(image, rng, color=drawing.blend(paper, ink, rng.uniform(0.15, 0.6)), max_strokes=3)
     mask = drawing.posed(
         _number_mask(label, rng),
-        angle=rng.normal(0, 7),
-        scale=rng.uniform(0.95, 1.3),
+        angle=rng.normal(0, 6),
+        scale=rng.uniform(1.05, 1.3),
         shear=rng.normal(0, 0.12),
-        shift=(rng.normal(0, 4), rng.normal(0, 7)),
+        shift=(rng.normal(0, 3), rng.normal(0, 5)),
     )
     image.paste(ink, mask=mask)
-    return drawing.finish(image, rng, noise=0.08)
+    return drawing.finish(image, rng, noise=0.05)
 
 
 def samples(digit: int, label: str) -> NDArray[np.uint8]:

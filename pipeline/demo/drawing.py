@@ -30,7 +30,13 @@ def random_color(rng: np.random.Generator, *, low: float = 0.0, high: float = 1.
 
 
 def ink_and_paper(rng: np.random.Generator) -> tuple[Color, Color]:
-    """Return two colors that can be told apart: one is dark and the other light, either way round."""
+    """Return a dark and a light color, both tinted a little: something written."""
+    ink = hsv_color(rng.uniform(), rng.uniform(0.0, 0.6), rng.uniform(0.0, 0.4))
+    return ink, hsv_color(rng.uniform(), rng.uniform(0.0, 0.25), rng.uniform(0.75, 1.0))
+
+
+def two_colors(rng: np.random.Generator) -> tuple[Color, Color]:
+    """Return two colors of any hue that can be told apart: one is dark and the other light, either way round."""
     dark = random_color(rng, low=0.0, high=0.45)
     red, green, blue = random_color(rng, low=0.75, high=1.0)
     light = (max(red, 115), max(green, 115), max(blue, 115))  # a saturated blue is dark, whatever its value

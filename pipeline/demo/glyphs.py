@@ -35,13 +35,13 @@ def draw(label: str, rng: np.random.Generator) -> NDArray[np.uint8]:
     drawing.add_strokes(image, rng, color=drawing.blend(paper, ink, rng.uniform(0.15, 0.7)), max_strokes=3)
     mask = drawing.posed(
         _character_mask(label, rng),
-        angle=rng.normal(0, 9),
+        angle=rng.normal(0, 7),
         scale=rng.uniform(0.85, 1.25),
         shear=rng.normal(0, 0.12),
         shift=(rng.normal(0, 6), rng.normal(0, 6)),
     )
     image.paste(ink, mask=mask)
-    return drawing.finish(image, rng, noise=0.1)
+    return drawing.finish(image, rng, noise=0.05)
 
 
 def _character_mask(label: str, rng: np.random.Generator) -> Image.Image:

@@ -25,7 +25,7 @@ def draw(label: str, rng: np.random.Generator) -> NDArray[np.uint8]:
     family, periods, shape = parameters(label)
     x, y = _coordinates(rng, periods * rng.uniform(0.88, 1.14))
     field = np.clip(FAMILIES[family](x, y, shape, rng), 0.0, 1.0)[:, :, None]
-    ink, paper = drawing.ink_and_paper(rng)
+    ink, paper = drawing.two_colors(rng)
     share = rng.uniform(0.45, 1.0)  # contrast
     first, second = np.array(paper, dtype=np.float64), np.array(drawing.blend(paper, ink, share), dtype=np.float64)
     return drawing.finish(Image.fromarray(np.round(first + field * (second - first)).astype(np.uint8)), rng, noise=0.12)
