@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,11 @@ CHECKPOINT_FILES = ("checkpoint.safetensors", "checkpoint.json")
 SCRATCH_FOLDER = "scratch"  # in a partial folder: what a stage needs to go on after a crash, dropped when published
 
 Recipe = Mapping[str, Any]
+
+
+def quoted(path: Path) -> str:
+    """The path as one types it in a shell, for commands that messages name."""
+    return shlex.quote(str(path))
 
 
 class RunFolderError(ValueError):
@@ -224,7 +230,7 @@ class RunFolder:
     @classmethod
     def open(cls, root: Path, *, writable: bool = False) -> RunFolder:
         """Opens an existing run folder; with `writable` a folder this user cannot write is refused (StorageError)."""
-        advice = f"make one with `grappa init {root} --images ...`"
+        advice = f"make one with `grappa init {quoted(root)} --images ...`"
         if not root.is_dir():
             raise RunFolderError(f"There is no run folder {root}; {advice}.")
         if not (root / RUN_FILE).exists():

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from pipeline.artifacts import RunFolder
+from pipeline.artifacts import RunFolder, quoted
 from pipeline.config import Config
 from pipeline.context import StageContext
 from pipeline.freshness import State, compare_recipes
@@ -160,4 +160,4 @@ def _advice(run: RunFolder, judge: Judge, problems: list[str]) -> str:
     stage, _, instance = name.partition("/")
     reasons = judge.state(find_stage(stage), instance or None).reasons
     why = f" ({'; '.join(reasons)})" if reasons else ""
-    return f"{first}{why}; run `grappa run {run.root} --until {stage}` first"
+    return f"{first}{why}; run `grappa run {quoted(run.root)} --until {stage}` first"

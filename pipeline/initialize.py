@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import RUN_FILE, RunFolder
+from pipeline.artifacts import RUN_FILE, RunFolder, quoted
 from pipeline.config import Config, automatic_num_clusters
 from pipeline.config_file import (
     ConfigError,
@@ -161,4 +161,5 @@ def _say_states(run: RunFolder, config: Config, say: Say) -> None:
             say(f"{each.name} is {each.state}")
     kinds = [each.state.kind for each in found]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-    say(f"{len(found)} artifacts: {counts}; next: grappa run {run.root}" if set(kinds) != {"fresh"} else "all is fresh")
+    next_step = f"{len(found)} artifacts: {counts}; next: grappa run {quoted(run.root)}"
+    say(next_step if set(kinds) != {"fresh"} else "all is fresh")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.artifacts import Manifest, RunFolder
+from pipeline.artifacts import Manifest, RunFolder, quoted
 
 
 def published(folder: RunFolder, stage: str, instance: str | None = None) -> Path:
     """Return the folder of a published artifact; ValueError naming the command when it is missing."""
     artifact = folder.artifact(stage, instance)
     if artifact.manifest() is None:
-        raise ValueError(f"{artifact.name} is missing in {folder.root}; run `grappa run {folder.root} --until {stage}`")
+        command = f"grappa run {quoted(folder.root)} --until {stage}"
+        raise ValueError(f"{artifact.name} is missing in {folder.root}; run `{command}`")
     return artifact.home
 
 
@@ -29,7 +30,7 @@ def check_same_origin(folder: RunFolder, *names: str) -> None:
             if seen.setdefault(place, digest) != digest:
                 raise ValueError(
                     f"{', '.join(names)} in {folder.root} do not belong together: {place[0]} was made again in "
-                    f"between; run `grappa run {folder.root}`"
+                    f"between; run `grappa run {quoted(folder.root)}`"
                 )
 
 

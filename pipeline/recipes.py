@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import CorruptManifest, Manifest, RunFolder
+from pipeline.artifacts import CorruptManifest, Manifest, RunFolder, quoted
 from pipeline.config import Config, identity_settings
 from pipeline.stages import Input, Stage
 from pipeline.storage import file_digest
@@ -59,7 +59,7 @@ def sources_manifest(run: RunFolder) -> Manifest:
     """Return the manifest of the listed images; MissingInputError when there is none."""
     manifest = read_manifest(run, "sources")
     if manifest is None or SOURCES_FILE not in manifest.outputs:
-        raise MissingInputError(f"upstream sources is missing: run `grappa init {run.root}`")
+        raise MissingInputError(f"upstream sources is missing: run `grappa init {quoted(run.root)}`")
     return manifest
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.artifacts import RunFolder
+from pipeline.artifacts import RunFolder, quoted
 from pipeline.config import Config
 from pipeline.config_file import ConfigError, load_config
 from pipeline.freshness import State, artifact_state
@@ -39,7 +39,7 @@ class InstanceState:
 def read_config(run: RunFolder) -> Config:
     """Return the configuration of a run; a sentence when it has none or one that cannot be used."""
     if not run.config_path.exists():
-        raise ConfigError(f"{run.config_path} is missing; write one by `grappa init {run.root} --images ...`")
+        raise ConfigError(f"{run.config_path} is missing; write one by `grappa init {quoted(run.root)} --images ...`")
     return load_config(run.config_path)
 
 
@@ -88,7 +88,7 @@ class Judge:
 
     def _sources_problems(self) -> list[str]:
         manifest = read_manifest(self._run, "sources")
-        advice = f"run `grappa init {self._run.root}`"
+        advice = f"run `grappa init {quoted(self._run.root)}`"
         sources = self._run.artifact("sources")
         if not sources.home.exists():
             return [f"upstream sources is missing: {advice}"]
