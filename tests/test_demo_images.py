@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
+import pipeline.demo
 from pipeline.demo import digits, objects, textures
 from pipeline.demo.dataset import DOMAINS, Domain, draw_image, split_of, write_demo_images
 
@@ -106,17 +107,26 @@ def test_pretraining_textures_and_objects_are_made_otherwise() -> None:
     assert len(made) == len(objects.DEMO_CLASSES) + len(objects.PRETRAINING_CLASSES)
 
 
+def test_renderings_of_a_thing_share_its_identity_only() -> None:
+    domain, label = DOMAINS[0], DOMAINS[0].pretraining_classes[0]
+    drawn = [draw_image(domain, label, 0, purpose="pretraining", seed=1, rendering=number) for number in (0, 0, 1)]
+    first, again, second = drawn
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, second)
+
+
 def test_pretraining_learns_and_saves(tmp_path: Path) -> None:
     from pipeline.demo import pretrain
 
-    settings = pretrain.Pretraining(num_images_per_domain=8, num_steps=2, shard_size=8)
+    settings = pretrain.Pretraining(num_things_per_domain=8, num_renderings=2, num_steps=2, batch_size=8)
     losses: list[float] = []
-    state = pretrain.pretrain(settings, lambda step, loss: losses.append(loss))
-    pretrain.save(state, tmp_path / "vit.safetensors", settings=settings, seconds=1.0, final_loss=losses[-1])
-    assert np.isfinite(losses).all() and len(losses) == 2
+    backbone = pretrain.pretrain(settings, lambda step, loss, backbone: losses.append(loss))
+    pretrain.save(backbone, tmp_path / "vit.safetensors", settings=settings, seconds=1.0, final_loss=losses[-1])
+    assert np.isfinite(losses).all()
+    assert len(losses) == 2
     assert json.loads((tmp_path / "vit.json").read_text(encoding="utf-8"))["settings"]["num_steps"] == 2
     with safe_open(tmp_path / "vit.safetensors", "pt") as file:
-        assert set(file.keys()) == set(pretrain.create_vit().state_dict())
+        assert set(file.keys()) == set(pretrain.create_vit().vit.state_dict())
 
 
 def test_the_loss_is_small_when_partners_match_and_large_when_they_do_not() -> None:
@@ -129,16 +139,14 @@ def test_the_loss_is_small_when_partners_match_and_large_when_they_do_not() -> N
     assert nt_xent(views, views.roll(1, dims=0), temperature=0.1) > 5
 
 
-def test_descriptors_ignore_which_side_of_an_edge_is_dark() -> None:
-    import torch
+def test_the_shipped_weights_are_small_and_fit_the_recipe() -> None:
+    from grappa.backbone import load_backbone
+    from pipeline.config_file import parse_settings, read_settings, recipe_path
 
-    from pipeline.demo.descriptors import NUM_EDGES, NUM_ORIENTATIONS, NUM_VALUES, describe
-
-    image = torch.full((1, 3, 64, 64), -0.5)
-    image[..., 20:44, 28:36] = 0.5
-    described, inverted = describe(image), describe(-image)
-    assert described.shape == (1, NUM_VALUES)
-    assert torch.allclose(described[:, :NUM_EDGES], inverted[:, :NUM_EDGES], atol=1e-6)
-    assert described[:, NUM_EDGES:].abs().max() == 0  # grey has no chroma
-    by_orientation = described[0, :NUM_EDGES].view(NUM_ORIENTATIONS, -1).square().sum(dim=1)
-    assert by_orientation.argmax() == 0  # a tall bar: its gradients run across
+    weights = Path(pipeline.demo.__file__).parent / "vit_demo.safetensors"
+    assert weights.stat().st_size <= 6_000_000
+    recipe = parse_settings(read_settings(recipe_path("demo")), "demo").backbone
+    backbone = load_backbone(recipe.name, weights=weights, image_size=recipe.image_size, options=recipe.options)
+    record = json.loads(weights.with_suffix(".json").read_text(encoding="utf-8"))
+    assert record["options"] == dict(recipe.options)
+    assert sum(value.numel() for value in backbone.parameters()) > 1_000_000

@@ -24,7 +24,7 @@ class Domain:
     name: str
     demo_classes: tuple[str, ...]
     pretraining_classes: tuple[str, ...]
-    draw: Callable[[str, np.random.Generator], NDArray[np.uint8]]
+    draw: Callable[[str, np.random.Generator, np.random.Generator], NDArray[np.uint8]]
 
 
 DOMAINS = tuple(
@@ -33,13 +33,16 @@ DOMAINS = tuple(
 )
 
 
-def draw_image(domain: Domain, label: str, number: int, *, purpose: str, seed: int) -> NDArray[np.uint8]:
-    """Return (64, 64, 3) uint8: image ``number`` of a class, a function of the arguments only.
+def draw_image(
+    domain: Domain, label: str, number: int, *, purpose: str, seed: int, rendering: int = 0
+) -> NDArray[np.uint8]:
+    """Return (64, 64, 3) uint8: thing ``number`` of a class in one of its renderings, a function of the arguments only.
 
-    ``purpose`` ("demo" or "pretraining") is part of the random key: the two never share a draw, at any seed.
+    Renderings of one thing (this letter in this typeface) differ in pose, colors, light, clutter and noise. ``purpose``
+    ("demo" or "pretraining") is part of the random key: the two never share a draw, at any seed.
     """
-    rng = np.random.default_rng(key(purpose, seed, domain.name, label, number))
-    return domain.draw(label, rng)
+    thing = key(purpose, seed, domain.name, label, number)
+    return domain.draw(label, np.random.default_rng(thing), np.random.default_rng(key(thing, rendering)))
 
 
 def split_of(domain: Domain, label: str) -> str:

@@ -22,13 +22,13 @@ _DIGIT_SIZE = 52  # pixels of the canvas
 _OVERLAP = 14  # the 8x8 samples have empty margins
 
 
-def draw(label: str, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return (64, 64, 3) uint8, the number ``label`` in its own handwriting, pose, colors and clutter."""
-    ink, paper = drawing.ink_and_paper(rng)
+def draw(label: str, identity: np.random.Generator, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Return (64, 64, 3) uint8: ``identity`` picks the handwriting of ``label``, ``rng`` pose, colors and clutter."""
+    ink, paper = drawing.ink_and_paper(label, rng)
     image = Image.new("RGB", (drawing.CANVAS_SIZE, drawing.CANVAS_SIZE), paper)
     drawing.add_strokes(image, rng, color=drawing.blend(paper, ink, rng.uniform(0.15, 0.6)), max_strokes=3)
     mask = drawing.posed(
-        _number_mask(label, rng),
+        _number_mask(label, identity),
         angle=rng.normal(0, 6),
         scale=rng.uniform(1.05, 1.3),
         shear=rng.normal(0, 0.12),
@@ -46,11 +46,11 @@ def samples(digit: int, label: str) -> NDArray[np.uint8]:
     return _samples_by_digit()[digit][(0 if label in DEMO_CLASSES else 1) :: 2]
 
 
-def _number_mask(label: str, rng: np.random.Generator) -> Image.Image:
+def _number_mask(label: str, identity: np.random.Generator) -> Image.Image:
     mask = np.zeros((_DIGIT_SIZE, 2 * _DIGIT_SIZE - _OVERLAP), dtype=np.uint8)
     for place, character in enumerate(label):
         choices = samples(int(character), label)
-        sample = Image.fromarray(choices[rng.integers(len(choices))])
+        sample = Image.fromarray(choices[identity.integers(len(choices))])
         large = np.asarray(sample.resize((_DIGIT_SIZE, _DIGIT_SIZE), Image.Resampling.BICUBIC))
         left = place * (_DIGIT_SIZE - _OVERLAP)
         mask[:, left : left + _DIGIT_SIZE] = np.maximum(mask[:, left : left + _DIGIT_SIZE], large)

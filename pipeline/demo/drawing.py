@@ -12,8 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from grappa.randomness import key
+
 IMAGE_SIZE = 64
 CANVAS_SIZE = 2 * IMAGE_SIZE
+HUE_SPREAD = 0.06  # of the circle: the standard deviation around a class's typical hue
 
 Color = tuple[int, int, int]
 
@@ -29,16 +32,25 @@ def random_color(rng: np.random.Generator, *, low: float = 0.0, high: float = 1.
     return hsv_color(rng.uniform(), rng.uniform(0.1, 0.9), rng.uniform(low, high))
 
 
-def ink_and_paper(rng: np.random.Generator) -> tuple[Color, Color]:
-    """Return a dark and a light color, both tinted a little: something written."""
+def loose_hue(label: str, rng: np.random.Generator) -> float:
+    """Return a hue near the one that is typical of a class, and for one image in six any hue.
+
+    As flowers and goods have: a hint, which alone tells few classes apart (there are 24 of them on the circle).
+    """
+    typical = key("hue", label) / 2**64
+    return float(rng.uniform() if rng.uniform() < 1 / 6 else typical + rng.normal(0, HUE_SPREAD))
+
+
+def ink_and_paper(label: str, rng: np.random.Generator) -> tuple[Color, Color]:
+    """Return a dark ink and a light paper, tinted in the class's loose hue: something written."""
     ink = hsv_color(rng.uniform(), rng.uniform(0.0, 0.6), rng.uniform(0.0, 0.4))
-    return ink, hsv_color(rng.uniform(), rng.uniform(0.0, 0.25), rng.uniform(0.75, 1.0))
+    return ink, hsv_color(loose_hue(label, rng), rng.uniform(0.1, 0.45), rng.uniform(0.75, 1.0))
 
 
-def two_colors(rng: np.random.Generator) -> tuple[Color, Color]:
-    """Return two colors of any hue that can be told apart: one is dark and the other light, either way round."""
+def two_colors(label: str, rng: np.random.Generator) -> tuple[Color, Color]:
+    """Return two colors that can be told apart, the light one in the class's loose hue; mostly that one is first."""
     dark = random_color(rng, low=0.0, high=0.45)
-    red, green, blue = random_color(rng, low=0.75, high=1.0)
+    red, green, blue = hsv_color(loose_hue(label, rng), rng.uniform(0.1, 0.8), rng.uniform(0.75, 1.0))
     light = (max(red, 115), max(green, 115), max(blue, 115))  # a saturated blue is dark, whatever its value
     return (dark, light) if rng.uniform() < 0.8 else (light, dark)
 

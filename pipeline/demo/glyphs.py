@@ -28,27 +28,27 @@ FONTS = (
 _FONT_SIZE = 84  # pixels of the canvas
 
 
-def draw(label: str, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return (64, 64, 3) uint8, the character ``label`` in one typeface, pose, coloring and clutter."""
-    ink, paper = drawing.ink_and_paper(rng)
+def draw(label: str, identity: np.random.Generator, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Return (64, 64, 3) uint8: ``identity`` picks the typeface of ``label``, ``rng`` pose, colors and clutter."""
+    ink, paper = drawing.ink_and_paper(label, rng)
     image = Image.new("RGB", (drawing.CANVAS_SIZE, drawing.CANVAS_SIZE), paper)
     drawing.add_strokes(image, rng, color=drawing.blend(paper, ink, rng.uniform(0.15, 0.7)), max_strokes=3)
     mask = drawing.posed(
-        _character_mask(label, rng),
+        _character_mask(label, identity),
         angle=rng.normal(0, 7),
-        scale=rng.uniform(0.85, 1.25),
-        shear=rng.normal(0, 0.12),
-        shift=(rng.normal(0, 6), rng.normal(0, 6)),
+        scale=rng.uniform(0.9, 1.2),
+        shear=rng.normal(0, 0.1),
+        shift=(rng.normal(0, 4), rng.normal(0, 4)),
     )
     image.paste(ink, mask=mask)
     return drawing.finish(image, rng, noise=0.05)
 
 
-def _character_mask(label: str, rng: np.random.Generator) -> Image.Image:
+def _character_mask(label: str, identity: np.random.Generator) -> Image.Image:
     mask = Image.new("L", (drawing.CANVAS_SIZE, drawing.CANVAS_SIZE))
-    hollow = rng.uniform() < 0.25
+    hollow = identity.uniform() < 0.1
     center = (drawing.CANVAS_SIZE / 2, drawing.CANVAS_SIZE / 2)
-    font = _font(FONTS[rng.integers(len(FONTS))])
+    font = _font(FONTS[identity.integers(len(FONTS))])
     draw_on = ImageDraw.Draw(mask)
     if hollow:  # an outline: the stroke in ink, the inside empty again
         draw_on.text(center, label, fill=0, font=font, anchor="mm", stroke_width=3, stroke_fill=255)

@@ -66,14 +66,14 @@ def _part(rng: np.random.Generator, names: list[str], angle: float) -> Part:
     return Part(shape, place, radius=float(rng.uniform(0.25, 0.5)), turn=turn, hue=hue, value=value)
 
 
-def draw(label: str, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return (64, 64, 3) uint8, an object of class ``label`` in one pose, light and surrounding."""
+def draw(label: str, identity: np.random.Generator, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Return (64, 64, 3) uint8: ``identity`` picks what hides it, ``rng`` pose, light and surroundings."""
     image = Image.new("RGB", (drawing.CANVAS_SIZE, drawing.CANVAS_SIZE), _dull_color(rng))
     canvas = ImageDraw.Draw(image)
     for _ in range(rng.integers(2, 7)):
         _draw_clutter(canvas, rng, radius=rng.uniform(6, 22))
     _draw_object(canvas, parts(label), rng)
-    if rng.uniform() < 0.35:
+    if identity.uniform() < 0.5:
         _draw_clutter(canvas, rng, radius=rng.uniform(8, 18))
     return drawing.finish(image, rng, noise=0.06)
 
@@ -81,9 +81,9 @@ def draw(label: str, rng: np.random.Generator) -> NDArray[np.uint8]:
 def _draw_object(canvas: ImageDraw.ImageDraw, pieces: tuple[Part, ...], rng: np.random.Generator) -> None:
     radius = rng.uniform(28, 42)
     center = drawing.CANVAS_SIZE / 2 + rng.normal(0, 6, size=2)
-    pose = _rotation(rng.normal(0, 16)) * radius
+    pose = _rotation(rng.normal(0, 30)) * radius
     pose[:, 0] *= rng.uniform(0.8, 1.0)  # seen a little from the side
-    hue_shift, saturation, light = rng.normal(0, 0.02), rng.uniform(0.55, 0.95), rng.uniform(0.75, 1.1)
+    hue_shift, saturation, light = rng.normal(0, 0.05), rng.uniform(0.45, 0.95), rng.uniform(0.75, 1.1)
     for piece in pieces:
         outline = SHAPES[piece.shape] * piece.radius @ _rotation(piece.turn).T + piece.place
         fill = drawing.hsv_color(piece.hue + hue_shift, saturation, piece.value * light)

@@ -1,19 +1,20 @@
 """Train the demo's small ViT without labels: ``python -m pipeline.demo.pretrain --out FILE``.
 
-Drawn images of the pretraining classes, which the demo never shows, teach it two things at once: two views of one image
-must find each other (NT-Xent of SimCLR, Chen et al. 2020), and the class token must tell where the edges and colors of
-its view lie (hand-made descriptors as targets, as in MaskFeat, Wei et al. 2022).
+Instance discrimination (NT-Xent of SimCLR, Chen et al. 2020) on drawn things that the demo never shows: two renderings
+of one thing (this letter in this typeface, this number in this handwriting) must find each other among those of all
+other things. Differs from SimCLR in who makes the views: not distorted pixels, but the drawing itself in another pose,
+coloring, light, clutter and noise, because minutes on a CPU are too few to learn these from pixels. No class is read.
 
-Shapes: B batch, D width of the projection, F described values.
+Shapes: B batch, D width of the projection.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,73 +25,51 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grappa.backbone import import_timm
+from grappa.backbone import Backbone, BackboneSpec, build_backbone
 from grappa.randomness import key
-from pipeline.demo.dataset import DOMAINS, draw_image
-from pipeline.demo.descriptors import NUM_VALUES, Scale, describe
-from pipeline.demo.views import random_views
+from grappa.transforms import normalize
+from pipeline.demo.dataset import DOMAINS, Domain, draw_image
 
 MODEL_NAME = "vit_tiny_patch16_224"
-OPTIONS: dict[str, Any] = {"img_size": 64, "patch_size": 16, "embed_dim": 192, "depth": 4, "num_heads": 16}
-MEAN = STD = (0.5, 0.5, 0.5)
+IMAGE_SIZE = 64
+OPTIONS: dict[str, Any] = {"patch_size": 8, "embed_dim": 192, "depth": 4, "num_heads": 6}
+HALF = (0.5, 0.5, 0.5)
 PROJECTION_WIDTH = 128
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How the weights are trained; a run is a function of these values, up to the machine's rounding.
-
-    A batch is ``num_shards`` shards of ``shard_size`` images, one a thread.
-    """
+    """How the weights are trained: a step shows ``batch_size`` things, two renderings of each."""
 
     seed: int = 1
-    num_images_per_domain: int = 3000
-    num_steps: int = 1200
-    num_shards: int = 2
-    shard_size: int = 64
+    num_things_per_domain: int = 1500
+    num_renderings: int = 4
+    num_steps: int = 500
+    batch_size: int = 192
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
+    warmup: float = 0.1
     temperature: float = 0.15
-    descriptor_weight: float = 5.0
 
 
-def create_vit() -> nn.Module:
+def create_vit() -> Backbone:
     """Return the demo's architecture with random weights."""
-    timm = import_timm()
-    vit: nn.Module = timm.create_model(MODEL_NAME, pretrained=False, num_classes=0, **OPTIONS)
-    return vit
+    return build_backbone(BackboneSpec(MODEL_NAME, IMAGE_SIZE, 1.0, HALF, HALF, OPTIONS)).on(torch.device("cpu"))
 
 
-def draw_pool(num_images_per_domain: int, *, seed: int) -> Tensor:
-    """Return (4 * num_images_per_domain, 3, 64, 64) uint8 images of the pretraining classes, domain after domain."""
+def draw_pool(settings: Pretraining) -> Tensor:
+    """Return (things, renderings, 3, 64, 64) uint8 of the pretraining classes, domain after domain."""
     images = [
-        draw_image(domain, domain.pretraining_classes[number % len(domain.pretraining_classes)], number,
-                   purpose="pretraining", seed=seed)
+        np.stack([_draw(domain, number, rendering, settings.seed) for rendering in range(settings.num_renderings)])
         for domain in DOMAINS
-        for number in range(num_images_per_domain)
-    ]  # fmt: skip
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        for number in range(settings.num_things_per_domain)
+    ]
+    return torch.from_numpy(np.stack(images)).permute(0, 1, 4, 2, 3).contiguous()
 
 
-class _Learner(nn.Module):
-    """The ViT with its two heads, which are thrown away: a projection for the views, a linear map for descriptors."""
-
-    def __init__(self, vit: nn.Module) -> None:
-        super().__init__()
-        width = int(OPTIONS["embed_dim"])
-        self.vit = vit
-        self.projector = nn.Sequential(
-            nn.Linear(width, 512, bias=False),
-            nn.BatchNorm1d(512, track_running_stats=False),
-            nn.ReLU(),
-            nn.Linear(512, PROJECTION_WIDTH),
-        )
-        self.teller = nn.Linear(width, NUM_VALUES)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B, D) projections and (B, F) descriptors of (B, 3, 64, 64) images."""
-        features = self.vit(images)
-        return self.projector(features), self.teller(features)
+def _draw(domain: Domain, number: int, rendering: int, seed: int) -> np.ndarray[Any, Any]:
+    label = domain.pretraining_classes[number % len(domain.pretraining_classes)]
+    return draw_image(domain, label, number, purpose="pretraining", seed=seed, rendering=rendering)
 
 
 def nt_xent(first_BD: Tensor, second_BD: Tensor, *, temperature: float) -> Tensor:
@@ -102,103 +81,61 @@ def nt_xent(first_BD: Tensor, second_BD: Tensor, *, temperature: float) -> Tenso
     return F.cross_entropy(similarities, partners)
 
 
-def pretrain(settings: Pretraining, report: Callable[[int, float], None]) -> dict[str, Tensor]:
-    """Train and return the ViT's state dict (float32); ``report`` is called with each step and its loss."""
+def pretrain(settings: Pretraining, report: Callable[[int, float, Backbone], None]) -> Backbone:
+    """Train and return the ViT; ``report`` is called with each step, its loss and the ViT so far."""
     torch.manual_seed(settings.seed)
-    torch.set_num_threads(1)
-    vit = create_vit()
-    _look_everywhere(vit)
-    model = _Learner(vit)
-    parameters = list(model.parameters())
-    optimizer = _optimizer(parameters, settings)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.num_steps, pct_start=0.1
-    )
-    pool = draw_pool(settings.num_images_per_domain, seed=settings.seed)
-    scales = [Scale.of(describe(images.float() / 127.5 - 1.0)) for images in pool.chunk(len(DOMAINS))]
-    shards = range(settings.num_shards)
-    with ThreadPoolExecutor(settings.num_shards, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        for step in range(settings.num_steps):
-            results = list(
-                threads.map(lambda shard, step=step: _gradients(model, pool, scales, step, shard, settings), shards)
-            )
-            for number, parameter in enumerate(parameters):
-                parameter.grad = torch.stack([gradients[number] for _, gradients in results]).mean(dim=0)
-            optimizer.step()
-            schedule.step()
-            report(step, sum(loss for loss, _ in results) / len(results))
-    return model.vit.state_dict()
+    backbone = create_vit().requires_grad_(True)
+    projector = nn.Sequential(nn.Linear(backbone.width, 512), nn.GELU(), nn.Linear(512, PROJECTION_WIDTH))
+    parameters = [*backbone.parameters(), *projector.parameters()]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
+    pool = draw_pool(settings)
+    for step in range(settings.num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * _schedule(step, settings)
+        first, second = _views(pool, step, settings)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            projected = projector(backbone(normalize(torch.cat([first, second]), HALF, HALF)))
+        loss = nt_xent(*projected.chunk(2), temperature=settings.temperature)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 3.0)
+        optimizer.step()
+        report(step, loss.item(), backbone)
+    return backbone.requires_grad_(False)
 
 
-def _look_everywhere(vit: Any) -> None:
-    """Let head h of every block look at patch h, so that the class token knows from the first step what lies where.
-
-    From the usual start, where every head sees the mean of all patches, it has learned next to nothing of that after a hundred steps.
-    """
-    codes = nn.init.orthogonal_(torch.empty(vit.patch_embed.num_patches, vit.embed_dim))
-    with torch.no_grad():
-        vit.pos_embed[0, 1:] = 0.5 * vit.embed_dim**0.5 * codes
-        for attention in (block.attn for block in vit.blocks):
-            _, keys, values = attention.qkv.weight.view(3, attention.num_heads, -1, vit.embed_dim)
-            keys[:, 0] = 1.2 * codes
-            attention.qkv.bias.view(3, attention.num_heads, -1)[0, :, 0] = 1.2
-            values *= 2.0
-            attention.proj.weight *= 2.0
+def _schedule(step: int, settings: Pretraining) -> float:
+    warm = max(1, int(settings.warmup * settings.num_steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (settings.num_steps - warm)))
 
 
-def _gradients(
-    model: _Learner, pool: Tensor, scales: list[Scale], step: int, shard: int, settings: Pretraining
-) -> tuple[float, tuple[Tensor, ...]]:
-    """Return the loss of one shard of a batch and its gradients; views and rows are functions of step and shard."""
-    generator = torch.Generator().manual_seed(key(settings.seed, "pretraining", step, shard) >> 1)
-    rows = _draw_rows(len(pool), settings.shard_size, generator)
-    views = torch.cat([random_views(pool[rows], generator) for _ in range(2)])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        projected, told = model(views)
-    first, second = projected.chunk(2)
-    loss = nt_xent(first, second, temperature=settings.temperature)
-    targets = _targets(views, (rows // (len(pool) // len(DOMAINS))).repeat(2), scales)
-    loss = loss + settings.descriptor_weight * F.mse_loss(told.float(), targets)
-    return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
+def _views(pool: Tensor, step: int, settings: Pretraining) -> tuple[Tensor, Tensor]:
+    """Return two renderings (B, 3, 64, 64) of things of two domains: most others are then hard to tell apart."""
+    rng = np.random.default_rng(key(settings.seed, "pretraining", step))
+    num = settings.num_things_per_domain
+    half = settings.batch_size // 2
+    domains = rng.permutation(len(DOMAINS))[:2]
+    things = np.concatenate([domain * num + rng.permutation(num)[:half] for domain in domains])
+    renderings = np.stack([rng.permutation(settings.num_renderings)[:2] for _ in things])
+    return pool[things, renderings[:, 0]], pool[things, renderings[:, 1]]
 
 
-def _targets(views: Tensor, domains: Tensor, scales: list[Scale]) -> Tensor:
-    """Return (B, F) descriptors of the views, each on the scale of its domain."""
-    means = torch.stack([scale.mean for scale in scales])
-    spreads = torch.stack([scale.spread for scale in scales])
-    return (describe(views) - means[domains]) / spreads[domains]
-
-
-def _draw_rows(num_images: int, num_rows: int, generator: torch.Generator) -> Tensor:
-    """Return rows of two domains of the pool: most of the others in the loss are then hard to tell apart."""
-    num_per_domain = num_images // len(DOMAINS)
-    domains = torch.randperm(len(DOMAINS), generator=generator)[:2]
-    offsets = torch.randint(num_per_domain, (num_rows,), generator=generator)
-    return domains.repeat(num_rows)[:num_rows] * num_per_domain + offsets
-
-
-def _optimizer(parameters: list[nn.Parameter], settings: Pretraining) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate)
-
-
-def save(state: dict[str, Tensor], out: Path, *, settings: Pretraining, seconds: float, final_loss: float) -> None:
+def save(backbone: Backbone, out: Path, *, settings: Pretraining, seconds: float, final_loss: float) -> None:
     """Write float16 weights to ``out`` (safetensors, timm's key layout) and what they are to a JSON file beside it."""
-    save_file({name: tensor.half().contiguous() for name, tensor in state.items()}, out)
+    save_file({name: tensor.half().contiguous() for name, tensor in backbone.vit.state_dict().items()}, out)
     record = {
         "name": MODEL_NAME,
+        "image_size": IMAGE_SIZE,
         "options": OPTIONS,
-        "mean": MEAN,
-        "std": STD,
-        "method": "NT-Xent and descriptor prediction, no labels, drawn images of classes that the demo does not show",
+        "mean": HALF,
+        "std": HALF,
+        "method": "NT-Xent between renderings of drawn things of classes that the demo does not show; no labels",
         "settings": asdict(settings),
         "seconds": round(seconds),
         "final_loss": round(final_loss, 4),
         "torch": torch.__version__,
-        "timm": import_timm().__version__,
     }
     out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -214,17 +151,14 @@ def main(arguments: list[str] | None = None) -> None:
     settings = Pretraining(seed=options.seed, num_steps=options.steps)
     start, recent = time.monotonic(), [0.0]
 
-    def report(step: int, loss: float) -> None:
+    def report(step: int, loss: float, backbone: Backbone) -> None:
         recent.append(loss)
         if step % 50 == 49:
-            mean = sum(recent[-50:]) / 50
-            print(
-                f"step {step + 1}/{settings.num_steps}, loss {mean:.3f}, {time.monotonic() - start:.0f} s", flush=True
-            )
+            spent = time.monotonic() - start
+            print(f"step {step + 1}/{settings.num_steps}, loss {sum(recent[-50:]) / 50:.3f}, {spent:.0f} s", flush=True)
 
-    import_timm().layers.set_fused_attn(False)  # twice as fast in bfloat16 on a CPU
-    state = pretrain(settings, report)
-    save(state, options.out, settings=settings, seconds=time.monotonic() - start, final_loss=recent[-1])
+    backbone = pretrain(settings, report)
+    save(backbone, options.out, settings=settings, seconds=time.monotonic() - start, final_loss=recent[-1])
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ NUM_PERIODS = (3.0, 4.3, 6.2, 9.0)  # first parameter: periods across the image
 SHAPES = (0.25, 0.5, 0.75)  # second parameter: what it means is the family's affair
 
 
-def draw(label: str, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return (64, 64, 3) uint8, the texture ``label`` in random colors, turned, shifted and lit."""
+def draw(label: str, identity: np.random.Generator, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Return (64, 64, 3) uint8, the texture ``label``: ``identity`` picks its scale, ``rng`` all the rest."""
     family, periods, shape = parameters(label)
-    x, y = _coordinates(rng, periods * rng.uniform(0.88, 1.14))
+    x, y = _coordinates(rng, periods * identity.uniform(0.88, 1.14))
     field = np.clip(FAMILIES[family](x, y, shape, rng), 0.0, 1.0)[:, :, None]
-    ink, paper = drawing.two_colors(rng)
+    ink, paper = drawing.two_colors(label, rng)
     share = rng.uniform(0.45, 1.0)  # contrast
     first, second = np.array(paper, dtype=np.float64), np.array(drawing.blend(paper, ink, share), dtype=np.float64)
     return drawing.finish(Image.fromarray(np.round(first + field * (second - first)).astype(np.uint8)), rng, noise=0.12)
