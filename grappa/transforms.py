@@ -38,28 +38,6 @@ _PART = 8  # images a task: its color changes stay in the processor's cache
 
 
 @dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes input: everything a model folder must remember."""
-
-    image_size: int
-    crop_fraction: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    cache_size: int
-    interpolation: str = "bicubic"
-
-    def __post_init__(self) -> None:
-        if self.interpolation != "bicubic":
-            raise ValueError(f"interpolation is {self.interpolation!r}: only bicubic is supported")
-        if self.image_size < 1 or self.cache_size < 1:
-            raise ValueError(f"image_size {self.image_size} and cache_size {self.cache_size} must be at least 1")
-        if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"crop_fraction is {self.crop_fraction}: expected a number above 0, at most 1")
-        if min(self.std) <= 0:
-            raise ValueError(f"std is {self.std}: expected three numbers above 0")
-
-
-@dataclass(frozen=True)
 class Augmentation:
     """Strengths of the training augmentation.
 

@@ -17,7 +17,6 @@ from grappa.pixels import PixelCache, write_index, write_shard
 from grappa.transforms import (
     NUM_DRAWS,
     Augmentation,
-    Preprocessing,
     eval_batch,
     eval_crop,
     normalize,
@@ -187,29 +186,6 @@ def test_a_forked_child_has_threads_of_its_own(cache: PixelCache) -> None:
 def test_augmentation_refuses_values_out_of_range(changes: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(changes))} is .*expected"):
         Augmentation(**changes)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"image_size": 0},
-        {"crop_fraction": 0.0},
-        {"crop_fraction": 1.5},
-        {"std": (1.0, 0.0, 1.0)},
-        {"interpolation": "x"},
-    ],
-)
-def test_preprocessing_refuses_values_out_of_range(changes: dict[str, Any]) -> None:
-    good: dict[str, Any] = {
-        "image_size": 8,
-        "crop_fraction": 1.0,
-        "mean": (0.0,) * 3,
-        "std": (1.0,) * 3,
-        "cache_size": 9,
-    }
-    Preprocessing(**good)
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        Preprocessing(**{**good, **changes})
 
 
 def test_normalize_is_the_formula_and_leaves_its_input_alone() -> None:
