@@ -159,7 +159,8 @@ def test_nothing_heavy_is_loaded(fakes: FakeStages, arguments: list[str]) -> Non
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_is_stopped_at_work_is_resumed(fakes: FakeStages, number: signal.Signals) -> None:
     slow = (
-        "import sys, time, types\n"
+        "import signal, sys, time, types\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run in the background inherits "ignore"
         "def run(context):\n"
         "    (context.path / 'begun').write_bytes(b'')\n"
         "    time.sleep(60)\n"
