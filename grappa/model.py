@@ -110,7 +110,7 @@ def load_model(folder: str | Path) -> GrappaModel:
         fusion = Fusion(sets, level=record["fusion"]["level"], temperature=record["fusion"]["temperature"])
         fusion.load_trained_state(_below(tensors, "fusion."))
         return GrappaModel(backbone, fusion, cache_size=int(record["cache_size"])).eval()
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"model.json and weights.safetensors in {folder} disagree ({error}); export the model again"
         ) from error

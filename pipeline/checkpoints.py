@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ class RowCheckpoint:
         """Return the number of rows that are done."""
         return int(json.loads(self._path.read_text())["rows"]) if self._path.exists() else 0
 
-    def offer(self, num_rows: int, flush: Any) -> None:
+    def offer(self, num_rows: int, flush: Callable[[], None]) -> None:
         """Call ``flush`` and note ``num_rows`` when the interval has passed."""
         if time.monotonic() - self._last >= self._seconds:
             flush()

@@ -43,7 +43,6 @@ def test_attention_is_the_written_formula_and_sums_to_one(level: str) -> None:
     torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
     expected = (attention.unsqueeze(-1) * outputs).sum(-2)
     torch.testing.assert_close(residual, expected, rtol=1e-4, atol=1e-5)
-    assert attention.std(dim=(0, 1)).min() >= 0
     assert attention.max() - attention.min() > 0.05
 
 
