@@ -1,6 +1,6 @@
 """Embedding many images with a frozen model, in blocks that can be resumed.
 
-Shapes: N images, B batch, D width, S image side.
+Shapes: N images, B batch, D width, S image side, L blocks, G pseudo-granularities.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from grappa.devices import autocast
 from grappa.pixels import PixelCache
 from grappa.transforms import eval_batch, normalize, prefetch
 
+Read = Callable[[Backbone, Tensor, Sequence[Residual] | None], Tensor]
+
 
 def extract_features(
     backbone: Backbone,
@@ -24,6 +26,7 @@ def extract_features(
     out: NDArray[np.float32],
     *,
     residuals: Sequence[Residual] | None = None,
+    read: Read = embed,
     start: int = 0,
     batch_size: int = 64,
     device: torch.device | None = None,
@@ -36,6 +39,8 @@ def extract_features(
     Args:
         out: an array or a memory map; its rows are the cache's rows.
         residuals: what follows each block (an adaptor set, a fusion); None: the plain backbone.
+        read: what is kept of a batch: ``embed``, or another function of (backbone, images, residuals) to (B, ...) such
+            as ``grappa.fusion.class_token_attention``; ``out`` is then (N, ...).
         start: rows before it are there already; a multiple of ``batch_size``, so that batches are the same.
         progress: told the rows newly written, after they are written.
     """
@@ -53,8 +58,8 @@ def extract_features(
 
     for begin, images in zip(bounds, prefetch(make, len(bounds)), strict=True):
         with torch.inference_mode(), autocast(device, precision):
-            embeddings = embed(backbone, normalize(images.to(device), spec.mean, spec.std), residuals)
-        out[begin : begin + len(images)] = embeddings.cpu().numpy()
+            found = read(backbone, normalize(images.to(device), spec.mean, spec.std), residuals)
+        out[begin : begin + len(images)] = found.cpu().numpy()
         if progress:
             progress(len(images))
 

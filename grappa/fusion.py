@@ -9,14 +9,15 @@ Shapes: B batch, T tokens, D width, R bottleneck, G pseudo-granularities, L bloc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grappa.adaptors import AdaptorSet
+from grappa.backbone import Backbone
 
 AttentionLevel = Literal["token", "cls"]
 
@@ -88,22 +89,24 @@ class FoldedFusionLayer(nn.Module):
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Return the residual (B, T, D), equal to the plain layer's up to rounding."""
+        return self.with_attention(hidden_BTD)[0]
+
+    def with_attention(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the residual (B, T, D) and the granularity attention (B, T or 1, G), as the plain layer does."""
         if self.level == "cls":
-            return self._forward_cls(hidden_BTD)
+            half = len(self.up)
+            values = F.linear(hidden_BTD, self.project[:half], self.bias[:half])
+            return self._combine(F.gelu(values), F.linear(hidden_BTD[:, :1], self.project[half:]))
         values, searched = F.linear(hidden_BTD, self.project, self.bias).chunk(2, dim=-1)
         return self._combine(F.gelu(values), searched)
 
-    def _forward_cls(self, hidden_BTD: Tensor) -> Tensor:
-        half = len(self.up)
-        values = F.gelu(F.linear(hidden_BTD, self.project[:half], self.bias[:half]))
-        return self._combine(values, F.linear(hidden_BTD[:, :1], self.project[half:]))
-
-    def _combine(self, values: Tensor, searched: Tensor) -> Tensor:
+    def _combine(self, values: Tensor, searched: Tensor) -> tuple[Tensor, Tensor]:
         values = values.unflatten(-1, (self.num_sets, -1))
         searched = searched.unflatten(-1, (self.num_sets, -1))
         scores = (searched.float() * values[:, : searched.shape[1]].float()).sum(-1) / self.temperature
-        weighted = scores.softmax(-1).to(values.dtype).unsqueeze(-1) * values
-        return F.linear(weighted.flatten(-2), self.up.T)
+        attention = scores.softmax(-1)
+        weighted = attention.to(values.dtype).unsqueeze(-1) * values
+        return F.linear(weighted.flatten(-2), self.up.T), attention
 
 
 class Fusion(nn.Module):
@@ -145,3 +148,28 @@ class Fusion(nn.Module):
     def folded(self) -> nn.ModuleList:
         """Return the blocks' residuals in their inference form."""
         return nn.ModuleList(layer.fold() for layer in self.layers)  # type: ignore[operator]
+
+
+def fused_forward(backbone: Backbone, layers: Sequence[Any] | Fusion, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the embeddings (B, D), not normalised, and the class token's attention (B, L, G) of normalised images.
+
+    ``layers``: a fusion or its folded form, one layer a block.
+    """
+    attentions: list[Tensor] = []
+
+    def attending(layer: Any) -> Callable[[Tensor], Tensor]:
+        def residual(hidden: Tensor) -> Tensor:
+            value, attention_BTG = layer.with_attention(hidden)
+            attentions.append(attention_BTG[:, 0])
+            return value
+
+        return residual
+
+    embeddings = backbone(images, [attending(layer) for layer in layers])
+    return embeddings, torch.stack(attentions, dim=1)
+
+
+def class_token_attention(backbone: Backbone, images: Tensor, layers: Sequence[Any] | None) -> Tensor:
+    """Return (B, L, G) float32, the class token's granularity attention; read like ``grappa.backbone.embed``."""
+    assert layers is not None, "without fusion layers nothing attends"
+    return fused_forward(backbone, layers, images)[1].float()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from grappa.adaptors import AdaptorSet
 from grappa.backbone import Backbone
 from grappa.devices import autocast
 from grappa.fitting import Checkpointer, FitResult, Group, Optimization, fit
-from grappa.fusion import AttentionLevel, Fusion
+from grappa.fusion import AttentionLevel, Fusion, fused_forward
 from grappa.pixels import PixelCache
 from grappa.randomness import key, shuffled, uniforms
 from grappa.transforms import NUM_DRAWS, Augmentation, normalize, train_batch
@@ -184,22 +184,6 @@ def train_fusion(
     ]
     result = fit(trained, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress)
     return fusion.cpu(), result
-
-
-def fused_forward(backbone: Backbone, fusion: Fusion, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the embeddings (B, D), not normalised, and the class token's attention (B, L, G) of normalised images."""
-    attentions: list[Tensor] = []
-
-    def attending(layer: Any) -> Callable[[Tensor], Tensor]:
-        def residual(hidden: Tensor) -> Tensor:
-            value, attention_BTG = layer.with_attention(hidden)
-            attentions.append(attention_BTG[:, 0])
-            return value
-
-        return residual
-
-    embeddings = backbone(images, [attending(layer) for layer in fusion])
-    return embeddings, torch.stack(attentions, dim=1)
 
 
 def propagation_loss(attention_BLG: Tensor, projected_BD: Tensor | None, options: PropagationLoss) -> Tensor:

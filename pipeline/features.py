@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from grappa.backbone import Backbone, Residual
+    from grappa.features import Read
 
 
 def run(context: StageContext) -> str:
@@ -24,17 +25,28 @@ def run(context: StageContext) -> str:
 
 
 def extract(
-    context: StageContext, backbone: Backbone, residuals: Sequence[Residual] | None, file: str, precision: str
-) -> tuple[int, int]:
-    """Write the embeddings of all cached images into ``file``, going on where an interrupted try stopped; (N, D)."""
+    context: StageContext,
+    backbone: Backbone,
+    residuals: Sequence[Residual] | None,
+    file: str,
+    precision: str,
+    *,
+    read: Read | None = None,
+    row_shape: tuple[int, ...] | None = None,
+) -> tuple[int, ...]:
+    """Write the embeddings of all cached images into ``file``, going on where an interrupted try stopped; (N, D).
+
+    ``read`` (see ``grappa.features``) may keep something else of an image, of shape ``row_shape``.
+    """
     import numpy as np
 
+    from grappa.backbone import embed
     from grappa.features import extract_features
 
     cache, device = open_pixels(context), settle_device(context)
     settled = settle_precision(context, precision, device)
     batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
-    shape, path = (len(cache), backbone.width), context.path / file
+    shape, path = (len(cache), *(row_shape or (backbone.width,))), context.path / file
     checkpoint = RowCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
     start = checkpoint.load() if path.exists() else 0
     out = np.lib.format.open_memmap(path, mode="r+") if start else _new_array(path, shape)
@@ -52,6 +64,7 @@ def extract(
             cache,
             out,
             residuals=residuals,
+            read=read or embed,
             start=start,
             batch_size=batch_size,
             device=device,
@@ -63,7 +76,7 @@ def extract(
     return shape
 
 
-def _new_array(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
+def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
     """Create a memory-mapped float32 file whose space is taken at once: a full disk must be an error, not a SIGBUS."""
     import numpy as np
 

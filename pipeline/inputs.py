@@ -42,6 +42,17 @@ def test_rows(images: pd.DataFrame) -> tuple[NDArray[np.int64], bool]:
     return (rows, False) if len(rows) else (np.arange(len(images)), True)
 
 
+def chosen_rows(images: pd.DataFrame, which: str) -> NDArray[np.int64]:
+    """Return the rows that are evaluated ("test"), learned from ("train"), or "all" of them."""
+    import numpy as np
+
+    if which not in ("test", "train", "all"):
+        raise ValueError(f"rows is {which!r}; expected test, train or all")
+    if which == "train":
+        return train_rows(images)
+    return test_rows(images)[0] if which == "test" else np.arange(len(images))
+
+
 def open_pixels(context: StageContext) -> PixelCache:
     """Return the pixel cache of the images artifact."""
     from grappa.pixels import PixelCache

@@ -110,6 +110,10 @@ def _embedding_inputs(config: Config, instance: str | None) -> tuple[Input, ...]
     return (Input("images", PIXELS), *_fused_inputs(config, fusion_instance(row)))
 
 
+def _attention_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    return (Input("images", PIXELS), *_fused_inputs(config, instance))
+
+
 def _evaluation_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     rows = tuple(Input("embeddings", ("embeddings.npy",), row) for row in embedding_rows(config))
     return (Input("images", ("images.parquet", "labels.parquet")), *rows)
@@ -160,6 +164,13 @@ STAGES: tuple[Stage, ...] = (
             Input("images", ("images.parquet",)),
             Input("embeddings", ("embeddings.npy",), "fused"),
         ),
+    ),
+    Stage(
+        "attention",
+        1,
+        _settings("embeddings.precision"),
+        _attention_inputs,
+        lambda config: config.fusion.pairs,
     ),
 )
 

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
-from pipeline.artifacts import RunFolder
+from pipeline.artifacts import MANIFEST_FILE, Manifest, RunFolder
 from pipeline.config import Config, num_clusters_of
 from pipeline.config_file import load_config
+from pipeline.inputs import chosen_rows
 from pipeline.published import check_same_origin, published
 from pipeline.stages import find_stage
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Rows = Literal["test", "train", "all"]
 
 
 def load_assignments(run: str | Path) -> pd.DataFrame:
@@ -86,6 +94,43 @@ def load_rejected(run: str | Path) -> pd.DataFrame:
     """Return the files that could not be used: path, root, domain, reason."""
     folder, _ = _open(run)
     return pd.read_parquet(published(folder, "images") / "rejected.parquet")
+
+
+def load_attention(run: str | Path, *, rows: Rows = "test", pairs: str = "neighbors") -> pd.DataFrame:
+    """Return each domain's mean granularity attention: domain, block, granularity, num_images, mean, std (of images).
+
+    ``rows``: the images counted, by default those that are evaluated; ``pairs``: the fusion, neighbors or views.
+    """
+    from grappa.attention import attention_by_domain
+
+    return attention_by_domain(*_attention(run, rows, pairs))
+
+
+def attention_summary(run: str | Path, *, rows: Rows = "test", pairs: str = "neighbors") -> pd.DataFrame:
+    """Return whether the attention differs by image and by domain, one row a (domain, block), both with ``_mean``.
+
+    Columns: num_images, entropy (nats), entropy_share (of log G), variance, domain_variance, eta_squared,
+    image_information, domain_information; ``grappa.attention.summarize_attention`` has their formulas.
+    """
+    from grappa.attention import summarize_attention
+
+    attention, domains, _ = _attention(run, rows, pairs)
+    return summarize_attention(attention, domains)
+
+
+def _attention(run: str | Path, rows: str, pairs: str) -> tuple[NDArray[np.float32], NDArray[np.object_], list[str]]:
+    """Return the attention of the chosen images (n, L, G), their domains (n,) and the granularities' names."""
+    import numpy as np
+
+    folder, _ = _open(run)
+    check_same_origin(folder, "images", f"attention/{pairs}")
+    home = published(folder, "attention", pairs)
+    images = pd.read_parquet(published(folder, "images") / "images.parquet")
+    chosen = chosen_rows(images, rows)
+    inputs = Manifest.read(home / MANIFEST_FILE).recipe["inputs"]
+    names = [name.removeprefix("adaptors/") for name in inputs if name.startswith("adaptors/")]
+    attention = np.load(home / "attention.npy", mmap_mode="r", allow_pickle=False)
+    return attention[chosen], images["domain"].to_numpy()[chosen], sorted(names, key=num_clusters_of)
 
 
 def _open(run: str | Path) -> tuple[RunFolder, Config]:

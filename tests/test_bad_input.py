@@ -142,7 +142,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_said_in_a_sentence_and_room_lets_the_same_command_finish(desk: Path, small_disk: Path) -> None:
     run = make_run(small_disk / "run", [desk / "images"], desk / "weights.safetensors")
     filler = small_disk / "filler"
-    for stage in ("backbone", "images", "features", "clusters", "adaptors", "fusion", "model", "evaluation", "index"):
+    names = "backbone images features clusters adaptors fusion model evaluation index attention"
+    for stage in names.split():
         _fill(filler, small_disk)
         assert "The disk is full" in _fails(run, "--until", stage), stage
         filler.unlink()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_backbone, tiny_set
 
-from grappa.fusion import Fusion
+from grappa.fusion import Fusion, class_token_attention
 
 HIDDEN = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(2))
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -61,7 +61,21 @@ def test_permuting_the_sets_permutes_the_attention_and_keeps_the_residual() -> N
 def test_the_folded_fusion_equals_the_plain_one(level: str) -> None:
     fusion = _trained(4, level=level)
     for layer, folded in zip(fusion, fusion.folded(), strict=True):
-        torch.testing.assert_close(folded(HIDDEN), layer(HIDDEN), rtol=1e-4, atol=1e-5)
+        residual, attention = layer.with_attention(HIDDEN)
+        found, folded_attention = folded.with_attention(HIDDEN)
+        torch.testing.assert_close(found, residual, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(folded_attention, attention, rtol=1e-4, atol=1e-5)
+        assert torch.equal(folded(HIDDEN), found)
+
+
+def test_the_recorded_attention_is_that_of_the_embedding_pass() -> None:
+    backbone, fusion = tiny_backbone(), _trained(3)
+    attention = class_token_attention(backbone, IMAGES, list(fusion.folded()))
+    assert attention.shape == (3, 2, 3)
+    hidden = []
+    backbone(IMAGES, [lambda tokens, layer=layer: hidden.append(tokens) or layer(tokens) for layer in fusion])
+    for block, (layer, tokens) in enumerate(zip(fusion, hidden, strict=True)):
+        torch.testing.assert_close(attention[:, block], layer.with_attention(tokens)[1][:, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_forward_twice_gives_the_same_and_changes_no_state() -> None:

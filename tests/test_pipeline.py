@@ -22,6 +22,7 @@ import pipeline
 from pipeline import index as index_stage
 from pipeline import tables
 from pipeline.artifacts import RunFolder
+from pipeline.checkpoints import RowCheckpoint
 from pipeline.embed import embed
 from pipeline.export import export
 from pipeline.initialize import Request, initialize
@@ -107,6 +108,51 @@ def test_tables_show_who_is_in_which_cluster(run: RunFolder) -> None:
     }
 
 
+def test_attention_is_recorded_for_every_image_and_told_by_domain(run: RunFolder) -> None:
+    attention = np.load(run.root / "attention" / "neighbors" / "attention.npy")
+    assert (attention.shape, attention.dtype) == ((60, 2, 2), np.float32)
+    np.testing.assert_allclose(attention.sum(-1), 1, atol=1e-6)
+    table = tables.load_attention(run.root)
+    assert list(table.columns) == ["domain", "block", "granularity", "num_images", "mean", "std"]
+    assert (set(table["granularity"]), set(table["num_images"])) == ({"k00004", "k00008"}, {10})
+    images = pd.read_parquet(run.root / "images" / "images.parquet")
+    discs = attention[((images["domain"] == "discs") & (images["split"] == "test")).to_numpy()]
+    found = table[(table["domain"] == "discs") & (table["granularity"] == "k00008")].sort_values("block")
+    np.testing.assert_allclose(found["mean"], discs[:, :, 1].mean(0), rtol=1e-5)
+    summary = tables.attention_summary(run.root, rows="all")
+    whole = summary[(summary["domain"] == "_mean") & (summary["block"] == "_mean")].iloc[0]
+    assert whole["num_images"] == 60
+    assert 0 <= whole["domain_information"] <= whole["image_information"] <= np.log(2)
+    with pytest.raises(ValueError, match="rows is 'some'; expected test, train or all"):
+        tables.load_attention(run.root, rows="some")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"attention/views is missing .* run `grappa run .* --until attention`"):
+        tables.attention_summary(run.root, pairs="views")
+
+
+def test_an_interrupted_attention_pass_goes_on_where_it_stopped(
+    copy: RunFolder, material: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"compute__inference_batch_size": 16, "compute__checkpoint_seconds": 0.000001}
+    make_run(copy.root, [], material / "weights.safetensors", **changes)
+    run_all(copy, stage="attention", force=True)
+    undisturbed = digests(copy)["attention/neighbors/attention.npy"]
+    real = RowCheckpoint.offer
+
+    def stop(self: RowCheckpoint, num_rows: int, flush: Any) -> None:
+        real(self, num_rows, flush)
+        if num_rows == 32:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RowCheckpoint, "offer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(copy, stage="attention", force=True)
+    monkeypatch.undo()
+    run_all(copy, stage="attention", force=True)
+    log = [json.loads(line) for line in (copy.root / "attention/neighbors/log.jsonl").read_text().splitlines()]
+    assert [each["new"] for each in log if "task" in each] == [28]
+    assert digests(copy)["attention/neighbors/attention.npy"] == undisturbed
+
+
 def test_the_stored_embeddings_are_the_models(run: RunFolder, material: Path) -> None:
     model = pipeline.load_model(run.root)
     images = pd.read_parquet(run.root / "images" / "images.parquet")
@@ -175,7 +221,8 @@ def test_shuffled_rows_and_renamed_files_change_nothing_but_names(
 def test_one_value_changed_makes_stale_exactly_what_reads_it(copy: RunFolder, material: Path) -> None:
     make_run(copy.root, [], material / "weights.safetensors", fusion__learning_rate=0.002)
     stale = {name for name, kind in _kinds(copy).items() if kind == "stale"}
-    assert stale == {"fusion/neighbors", "model", "embeddings/fused", "evaluation", "index"}
+    hanging = {"model", "embeddings/fused", "evaluation", "index", "attention/neighbors"}
+    assert stale == {"fusion/neighbors", *hanging}
     before = digests(copy)
     lines = run_all(copy, stage="fusion")
     assert [line.split(":")[0] for line in lines] == ["fusion/neighbors"]

@@ -164,10 +164,10 @@ def test_lines_and_json_tell_the_same(complete: FakeStages) -> None:
     complete.configure(index={"rows": "test"})
     found = states(complete.run, complete.config)
     lines = status_lines(found)
-    assert lines[-2].split() == ["index", "stale"]
-    assert lines[-1].strip() == "config index.rows: all -> test"
+    place = next(number for number, line in enumerate(lines) if line.split() == ["index", "stale"])
+    assert lines[place + 1].strip() == "config index.rows: all -> test"
     records = json.loads(json.dumps([each.to_json() for each in found]))
-    assert records[-1] == {
+    assert next(each for each in records if each["stage"] == "index") == {
         "stage": "index",
         "instance": None,
         "state": "stale",

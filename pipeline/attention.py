@@ -1,0 +1,44 @@
+"""Stage ``attention``: the class token's granularity attention of every image, (N, L, G) float32, to look at.
+
+L blocks and G pseudo-granularities in the order of their numbers; each (i, l) sums to 1 over G. Nothing reads it but
+``pipeline.tables``: a result needs no such pass, and a look at it needs no training.
+"""
+
+from __future__ import annotations
+
+import math
+
+from pipeline.context import StageContext
+from pipeline.features import extract
+from pipeline.fused import open_fusion
+from pipeline.inputs import open_backbone, open_sets
+
+FILE = "attention.npy"
+
+
+def run(context: StageContext) -> str:
+    from grappa.fusion import class_token_attention
+
+    backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
+    fusion = open_fusion(context, str(context.instance), sets)
+    num_images, num_blocks, num_sets = extract(
+        context,
+        backbone,
+        list(fusion.folded()),
+        FILE,
+        context.config.embeddings.precision,
+        read=class_token_attention,
+        row_shape=(backbone.num_blocks, len(sets)),
+    )
+    what = f"attention of {num_images} images over {num_sets} granularities in {num_blocks} blocks"
+    return f"{what}, entropy {_mean_entropy(context):.3f} of {math.log(num_sets):.3f}"
+
+
+def _mean_entropy(context: StageContext) -> float:
+    import numpy as np
+
+    from grappa.attention import entropy
+
+    attention = np.load(context.path / FILE, mmap_mode="r", allow_pickle=False)
+    blocks = range(attention.shape[1])
+    return float(np.mean([entropy(attention[:, block]).mean() for block in blocks]))
