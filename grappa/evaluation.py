@@ -200,18 +200,33 @@ def oracle(per_query: pd.DataFrame, granularities: Sequence[str]) -> pd.DataFram
 
 
 def paired_bootstrap(
-    difference: NDArray[np.float64], *, seed: int = 0, num_samples: int = 2000, confidence: float = 0.95
+    difference: NDArray[np.float64],
+    *,
+    domains: NDArray[np.object_] | None = None,
+    seed: int = 0,
+    num_samples: int = 2000,
+    confidence: float = 0.95,
 ) -> tuple[float, float]:
     """Return the percentile interval of the mean of ``difference`` (Q,): one value a query, A minus B, queries
     resampled.
 
-    Average over training seeds first. NaN (queries without positives) are left out; ValueError when nothing is left.
+    With ``domains`` (Q,) it is the interval of the mean over domains (``_mean``): queries are resampled within their
+    domain. Average over training seeds first. NaN (queries without positives) are left out; ValueError when nothing is
+    left.
     """
     values = np.asarray(difference, dtype=np.float64)
-    values = values[~np.isnan(values)]
-    if not len(values):
+    scored = ~np.isnan(values)
+    if not scored.any():
         raise ValueError("difference holds no query with positives; there is nothing to resample")
+    groups = np.zeros(len(values)) if domains is None else np.asarray(domains)
+    if len(groups) != len(values):
+        raise ValueError(f"found {len(groups)} domains for {len(values)} queries; give each its own")
+    parts = [values[scored & (groups == group)] for group in np.unique(groups[scored])]
     generator = np.random.default_rng(key(seed, "bootstrap"))
-    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(num_samples)]
+    means = [_resampled_mean(parts, generator) for _ in range(num_samples)]
     low, high = np.quantile(means, [(1.0 - confidence) / 2.0, (1.0 + confidence) / 2.0])
     return float(low), float(high)
+
+
+def _resampled_mean(parts: Sequence[NDArray[np.float64]], generator: np.random.Generator) -> float:
+    return float(np.mean([part[generator.integers(0, len(part), len(part))].mean() for part in parts]))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import RUN_FILE
 from pipeline.search import MAX_PIXELS, load_model
-from pipeline.storage import storage_errors
+from pipeline.storage import new_folder, refuse_existing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,17 +31,10 @@ def embed(run_or_model: Path, images: Path, out: Path, progress: Callable[[int, 
     """
     from grappa.image_table import list_images
 
-    if out.exists():
-        raise ValueError(f"{out} exists already; give a new folder")
+    refuse_existing(out)
     model, listing = _open_model(run_or_model), list_images([images], loose_domain="")
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    with storage_errors(out):
-        draft.mkdir(parents=True)
-        try:
-            sentence = _write(model, listing, draft, progress)
-            os.rename(draft, out)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+    with new_folder(out) as draft:
+        sentence = _write(model, listing, draft, progress)
     return f"{sentence} in {out}"
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,26 @@ def fsync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def refuse_existing(folder: Path) -> None:
+    """ValueError when something has this name already; for work that should not begin in vain."""
+    if os.path.lexists(folder):
+        raise ValueError(f"{folder} exists already; give a new folder")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty draft of ``folder``, which appears under its name when the block ends well, or not at all."""
+    refuse_existing(folder)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    with storage_errors(folder):
+        draft.mkdir(parents=True)
+        try:
+            yield draft
+            os.rename(draft, folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextmanager

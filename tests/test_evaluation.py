@@ -248,6 +248,20 @@ def test_paired_bootstrap_covers_the_mean_and_repeats() -> None:
         paired_bootstrap(np.array([np.nan]))
 
 
+def test_paired_bootstrap_of_the_mean_over_domains_resamples_within_each() -> None:
+    random = np.random.default_rng(0)
+    # Far apart, so that resampling over all queries would vary the mix of domains and give a wide interval.
+    difference = np.concatenate([random.normal(5.0, 0.1, 90), random.normal(-5.0, 0.1, 10), [np.nan]])
+    domains = objects(*["birds"] * 90, *["cars"] * 10, "flowers")
+    low, high = paired_bootstrap(difference, domains=domains)
+    assert low < (difference[:90].mean() + difference[90:100].mean()) / 2 < high
+    error = np.hypot(difference[:90].std() / 90**0.5, difference[90:100].std() / 10**0.5) / 2
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert paired_bootstrap(difference, domains=objects(*["d"] * 101)) == paired_bootstrap(difference)
+    with pytest.raises(ValueError, match="found 2 domains for 101 queries"):
+        paired_bootstrap(difference, domains=objects("birds", "cars"))
+
+
 def test_refuses_what_makes_no_sense() -> None:
     embeddings, labels, domains = random_table()
     arguments = {"labels": labels, "domains": domains, "ids": names(240), "gallery": "merged"}
