@@ -52,9 +52,10 @@ def summarize_attention(attention: NDArray[np.float32], domains: NDArray[np.obje
         domain_variance: (m_d - m)^2, mean over G.
         eta_squared: domain_variance / (domain_variance + variance), the share of all variance that lies between
             domains; NaN where the attention never varies. Of domains alike, about M / N remains by chance.
-        image_information: H(m_d) - entropy, in row "_mean" H(m) - entropy: the mutual information between an image and
-            its granularity, nats.
-        domain_information: KL(m_d || m), in row "_mean" H(m) - mean H(m_d): the part of it that the domain tells.
+        image_information: mean over images of KL(a || m), nats; its mean over domains, H(m) - entropy, is the mutual
+            information between image and granularity.
+        domain_information: KL(m_d || m), the part of it that the domain tells; its mean over domains is H(m) - mean
+            H(m_d), the mutual information between domain and granularity.
     """
     _check(attention, domains)
     names = sorted(set(domains))
@@ -76,17 +77,17 @@ def _block(attention_NG: NDArray[np.float32], domains: NDArray[np.object_], name
     parts = [np.asarray(attention_NG[domains == name], dtype=np.float64) for name in names]
     means = np.stack([part.mean(0) for part in parts])
     mean, own = means.mean(0), np.array([entropy(part).mean() for part in parts])
+    by_domain = _divergence(means, mean)
     columns = {
         "num_images": [len(part) for part in parts],
         "entropy": own,
         "variance": [part.var(0).mean() for part in parts],
         "domain_variance": ((means - mean) ** 2).mean(1),
-        "image_information": entropy(means) - own,
-        "domain_information": _divergence(means, mean),
+        "image_information": by_domain + entropy(means) - own,
+        "domain_information": by_domain,
     }
     table = pd.DataFrame({"domain": names, **columns})
     last = {"domain": MEAN, "num_images": len(attention_NG), **table[list(columns)[1:]].mean()}
-    last["image_information"] = entropy(mean) - own.mean()
     return pd.concat([table, pd.DataFrame([last])], ignore_index=True)
 
 

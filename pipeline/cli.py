@@ -182,6 +182,17 @@ def export(
 
 @app.command()
 @guarded
+def report(
+    run: Run, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the report")]
+) -> None:
+    """Write what a finished run found out: index.html to look at, results.md for a README."""
+    from pipeline.report.page import write_report
+
+    say(write_report(run, folder))
+
+
+@app.command()
+@guarded
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where to work")] = Path("runs/demo"),
 ) -> None:

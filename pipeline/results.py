@@ -13,7 +13,8 @@ from pipeline.execution import Say, Selection, planned, run_stages, selected, sp
 from pipeline.progress import Progress
 from pipeline.status import read_config
 
-MEAN = "_mean"
+MEAN, ORACLE = "_mean", "oracle"
+BASELINES = ("zero_shot", "zero_shot_whitened")  # what costs no learning: a gain counts against the better one
 
 
 def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, say: Say) -> None:
@@ -41,17 +42,28 @@ def say_plan(run: RunFolder, selection: Selection, *, say: Say) -> None:
 def read_table(metrics: Path) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the results table: models by domains, from a ``metrics.csv``.
 
-    The cells are mAP with three digits in the domain's own gallery, then the mean over domains, then that mean in the
-    merged gallery; a cell that cannot be computed is ``-``.
+    The cells are mAP with three digits in the domain's own gallery, then the mean over domains, its relative gain over
+    the better zero-shot row, then the mean in the merged gallery; a cell that cannot be computed is ``-``.
     """
     with metrics.open(newline="", encoding="utf-8") as file:
         records = list(csv.DictReader(file))
     values = {(row["model"], row["gallery"], row["domain"]): row["map"] for row in records}
     domains = [name for name in dict.fromkeys(row["domain"] for row in records) if name != MEAN]
-    columns = [*(("domain", name) for name in domains), ("domain", MEAN), ("merged", MEAN)]
-    models = dict.fromkeys(row["model"] for row in records)
-    rows = [[model, *(_cell(values.get((model, *column), "")) for column in columns)] for model in models]
-    return ["mAP", *domains, "mean", "merged mean"], rows
+    columns = [*(("domain", name) for name in domains), ("domain", MEAN)]
+    means = {
+        model: _number(values.get((model, "domain", MEAN), "")) for model in dict.fromkeys(key[0] for key in values)
+    }
+    reference = max((means[model] or 0.0 for model in BASELINES if model in means), default=0.0)
+    rows = [
+        [
+            model,
+            *(_cell(values.get((model, *column), "")) for column in columns),
+            _gain(mean, reference),
+            _cell(values.get((model, "merged", MEAN), "")),
+        ]
+        for model, mean in means.items()
+    ]
+    return ["mAP", *domains, "mean", "gain", "merged mean"], rows
 
 
 def print_table(metrics: Path, stream: TextIO | None = None) -> None:
@@ -91,5 +103,14 @@ def _print_ruled(header: list[str], rows: list[list[str]], stream: TextIO) -> No
     Console(file=stream).print(table)
 
 
+def _number(text: str) -> float | None:
+    return float(text) if text and text != "nan" else None
+
+
 def _cell(text: str) -> str:
-    return f"{float(text):.3f}" if text and text != "nan" else "-"
+    value = _number(text)
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _gain(mean: float | None, reference: float) -> str:
+    return "-" if mean is None or not reference or mean == reference else f"{mean / reference - 1:+.1%}"

@@ -69,7 +69,13 @@ def test_the_domain_never_tells_more_than_the_image() -> None:
     rng = np.random.default_rng(0)
     attention = rng.dirichlet(np.ones(4), size=(200, 3)).astype(np.float32)
     domains = rng.choice(["a", "b", "c"], 200).astype(object)
-    table = summarize_attention(attention, domains).set_index("domain").loc["_mean"]
+    everything = summarize_attention(attention, domains)
+    assert (everything["domain_information"] <= everything["image_information"]).all()
+    table = everything.set_index("domain").loc["_mean"]
+    # The two ways to write a mutual information agree.
+    means = np.stack([attention[domains == each, 0].mean(0) for each in "abc"]).mean(0)
+    expected = entropy(means) - np.mean([entropy(attention[domains == each, 0]).mean() for each in "abc"])
+    assert table["image_information"].iloc[0] == pytest.approx(expected, abs=1e-6)
     assert (table["domain_information"] > 0).all()
     assert (table["domain_information"] < table["image_information"] / 10).all(), "drawn without regard to the domain"
     assert (table["eta_squared"] < 0.05).all()

@@ -37,10 +37,10 @@ def metrics(tmp_path: Path) -> Path:
 
 def test_rows_are_models_and_columns_domains_then_the_means(metrics: Path) -> None:
     header, rows = read_table(metrics)
-    assert header == ["mAP", "birds", "[cars]", "mean", "merged mean"]
+    assert header == ["mAP", "birds", "[cars]", "mean", "gain", "merged mean"]
     assert rows == [
-        ["zero_shot", "0.250", "-", "0.250", "0.200"],
-        ["fused", "0.512", "0.125", "0.318", "0.300"],
+        ["zero_shot", "0.250", "-", "0.250", "-", "0.200"],
+        ["fused", "0.512", "0.125", "0.318", "+27.2%", "0.300"],
     ]
 
 
@@ -48,9 +48,19 @@ def test_plain_columns_without_a_terminal(metrics: Path) -> None:
     stream = StringIO()
     print_table(metrics, stream)
     assert stream.getvalue().splitlines() == [
-        "mAP        birds  [cars]   mean  merged mean",
-        "zero_shot  0.250       -  0.250        0.200",
-        "fused      0.512   0.125  0.318        0.300",
+        "mAP        birds  [cars]   mean    gain  merged mean",
+        "zero_shot  0.250       -  0.250       -        0.200",
+        "fused      0.512   0.125  0.318  +27.2%        0.300",
+    ]
+
+
+def test_the_gain_counts_against_the_better_of_the_two_zero_shot_rows(metrics: Path) -> None:
+    with metrics.open("a") as file:
+        file.write("zero_shot_whitened,_mean,domain,20,0.4,0.01\n")
+    assert [(row[0], row[-2]) for row in read_table(metrics)[1]] == [
+        ("zero_shot", "-37.5%"),
+        ("fused", "-20.5%"),
+        ("zero_shot_whitened", "-"),
     ]
 
 

@@ -1,0 +1,97 @@
+"""What each row of the result table cost: the time of all stages that its embeddings hang on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pandas as pd
+
+from pipeline.artifacts import LOG_FILE, RunFolder
+from pipeline.config import Config
+from pipeline.execution import spent
+from pipeline.report.summary import Table
+from pipeline.results import ORACLE
+from pipeline.stages import STAGES, artifact_name, embedding_rows, find_stage
+
+Step = tuple[str, str | None]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one artifact's making; ``partly``: it was resumed, and only the last try is known."""
+
+    seconds: float
+    partly: bool
+    images_per_second: float | None
+
+
+def needed(config: Config, stage: str, instance: str | None) -> set[Step]:
+    """Return a stage's instance and all that it hangs on."""
+    steps: set[Step] = set()
+    waiting: list[Step] = [(stage, instance)]
+    while waiting:
+        step = waiting.pop()
+        if step not in steps:
+            steps.add(step)
+            waiting += [(each.stage, each.instance) for each in find_stage(step[0]).inputs(config, step[1])]
+    return steps
+
+
+def row_steps(config: Config) -> dict[str, set[Step]]:
+    """Return what each row of the result table hangs on, by row; the oracle's are those of every granularity."""
+    rows = {row: needed(config, "embeddings", row) for row in embedding_rows(config)}
+    return rows | {ORACLE: set().union(*(rows[name] for name in config.granularities))}
+
+
+def cost_of(run: RunFolder, stage: str, instance: str | None) -> Cost | None:
+    """Return what a published artifact's manifest and log say it cost; None where they say nothing."""
+    artifact = run.artifact(stage, instance)
+    manifest = artifact.manifest()
+    if manifest is None or "seconds" not in manifest.provenance:
+        return None
+    log = artifact.home / LOG_FILE
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    speeds = [each["per_second"] for each in records if each.get("unit") == "images"]
+    resumed = any(each.get("resumed") for each in records)
+    return Cost(float(manifest.provenance["seconds"]), resumed, speeds[-1] if speeds else None)
+
+
+def load_costs(run: RunFolder, config: Config) -> pd.DataFrame:
+    """Return seconds by row and stage: row, stage, instance, seconds, partly, images_per_second."""
+    order = [stage.name for stage in STAGES]
+    records = []
+    for row, steps in row_steps(config).items():
+        for stage, instance in sorted(steps, key=lambda step: (order.index(step[0]), str(step[1]))):
+            cost = cost_of(run, stage, instance)
+            found = (cost.seconds, cost.partly, cost.images_per_second) if cost else (float("nan"), True, None)
+            records.append((row, stage, instance, *found))
+    return pd.DataFrame(records, columns=["row", "stage", "instance", "seconds", "partly", "images_per_second"])
+
+
+def cost_table(costs: pd.DataFrame, models: list[str]) -> Table:
+    """Return the time of each stage by row, their sum, and the speed of embedding; ``*``: known in part only."""
+    stages = list(dict.fromkeys(costs["stage"]))
+    stages.sort(key=[stage.name for stage in STAGES].index)
+    rows = []
+    for model in (each for each in models if each in set(costs["row"])):
+        own = costs[costs["row"] == model]
+        cells = [_spent(own[own["stage"] == stage]) for stage in stages]
+        speed = own.loc[own["instance"] == model, "images_per_second"].dropna()
+        rows.append([model, *cells, _spent(own), f"{speed.iloc[-1]:,.0f}" if len(speed) else ""])
+    return Table("time", ["", *stages, "together", "images/s"], rows)
+
+
+def partly_known(costs: pd.DataFrame) -> list[str]:
+    """Return the artifacts whose time is that of the last try only."""
+    own = costs[costs["partly"]]
+    return sorted(
+        {artifact_name(stage, instance) for stage, instance in zip(own["stage"], own["instance"], strict=True)}
+    )
+
+
+def _spent(own: pd.DataFrame) -> str:
+    if not len(own):
+        return ""
+    known = own["seconds"].dropna()
+    return (spent(float(known.sum())) if len(known) else "-") + ("*" if own["partly"].any() else "")

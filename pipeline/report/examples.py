@@ -1,0 +1,163 @@
+"""Examples of a report: test queries with their nearest images, before and after, right and wrong."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image
+
+from grappa.pixels import PixelCache
+from grappa.randomness import id_numbers, key, shuffled
+from pipeline.artifacts import RunFolder
+from pipeline.inputs import read_images, test_rows
+from pipeline.published import published
+
+MODELS = ("zero_shot", "fused", "student")
+NUM_NEAREST = 8
+MAX_DOMAINS = 12
+THUMBNAIL_SIDE = 104
+BLOCK_ROWS = 65536
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A thumbnail: ``row`` of the image table; ``right``: of the query's class, None where that is not known."""
+
+    row: int
+    domain: str
+    label: str
+    path: str
+    similarity: float | None = None
+    right: bool | None = None
+
+    @property
+    def file(self) -> str:
+        return f"{self.row:07d}.jpg"
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A model's nearest images of a query, and its average precision where that is known."""
+
+    model: str
+    average_precision: float | None
+    nearest: list[Shown]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A query, why it is shown, and its rankings."""
+
+    why: str
+    query: Shown
+    rankings: list[Ranking]
+
+
+def load_examples(run: RunFolder, models: Sequence[str], per_query: pd.DataFrame, *, seed: int = 0) -> list[Example]:
+    """Return the examples of a run: of each domain one query drawn at random, and where labels exist the two whose
+    average precision gained and lost the most from the first to the second of ``models``.
+
+    The gallery is merged: all test images but the query.
+    """
+    images = read_images(published(run, "images"))
+    labels = pd.read_parquet(published(run, "images") / "labels.parquet")["label"]
+    rows, _ = test_rows(images)
+    table = images.iloc[rows].assign(row=rows, label=labels.iloc[rows].to_numpy(dtype=object)).reset_index(drop=True)
+    precision = _precision(table, models, per_query)
+    chosen = choose(table, precision, seed=seed)
+    places = [place for _, place in chosen]
+    found = {model: _nearest(run, model, rows, np.array(places)) for model in models}
+    return [_example(table, precision, found, why, place, number) for number, (why, place) in enumerate(chosen)]
+
+
+def choose(table: pd.DataFrame, precision: pd.DataFrame, *, seed: int = 0) -> list[tuple[str, int]]:
+    """Return (why, place in ``table``) of the queries to show, by domain, each image once.
+
+    ``precision``: average precision of each place (NaN without label) by model, in the order of ``table``.
+    """
+    order = shuffled(key(seed, "report"), id_numbers(table["image_id"].tolist()))
+    scored = precision.notna().all(axis=1).to_numpy() if len(precision.columns) else np.zeros(len(table), dtype=bool)
+    chosen: list[tuple[str, int]] = []
+    for domain in sorted(table["domain"].unique())[:MAX_DOMAINS]:
+        own = [int(place) for place in order if table["domain"].iloc[place] == domain]
+        known = [place for place in own if scored[place]]
+        picks = [("drawn at random", (known or own)[0])]
+        if known and len(precision.columns) > 1:
+            gain = (precision.iloc[:, 1] - precision.iloc[:, 0]).to_numpy()
+            best, worst = known[int(gain[known].argmax())], known[int(gain[known].argmin())]
+            picks += [("the largest gain", best)] if gain[best] > 0 else []
+            picks += [("the largest loss", worst)] if gain[worst] < 0 else []
+        places = [place for _, place in picks]
+        chosen += [pick for number, pick in enumerate(picks) if pick[1] not in places[:number]]
+    return chosen
+
+
+def write_thumbnails(run: RunFolder, examples: Sequence[Example], folder: Path) -> None:
+    """Write a JPEG of every image that is shown, from the pixel cache."""
+    cache = PixelCache.open(published(run, "images") / "pixels")
+    everyone = [shown for each in examples for shown in (each.query, *(x for r in each.rankings for x in r.nearest))]
+    for row, file in sorted({(shown.row, shown.file) for shown in everyone}):
+        image = Image.fromarray(np.array(cache.image(row)))
+        image.thumbnail((2 * THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=85)
+        (folder / file).write_bytes(buffer.getvalue())
+
+
+def _precision(table: pd.DataFrame, models: Sequence[str], per_query: pd.DataFrame) -> pd.DataFrame:
+    """Return the average precision in the merged gallery, a row an image of ``table``, a column a model."""
+    if "average_precision" not in per_query:
+        return pd.DataFrame(index=table.index)
+    own = per_query[per_query["gallery"] == "merged"]
+    wide = own[own["model"].isin(models)].pivot(index="image_id", columns="model", values="average_precision")
+    return wide.reindex(index=table["image_id"], columns=[each for each in models if each in wide]).reset_index(
+        drop=True
+    )
+
+
+def _nearest(
+    run: RunFolder, model: str, rows: NDArray[np.int64], places: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the nearest of ``rows`` for the queries at ``places``: places (Q, k) and cosines (Q, k), largest first."""
+    path = published(run, "embeddings", model) / "embeddings.npy"
+    embeddings = np.load(path, mmap_mode="r", allow_pickle=False)
+    queries = np.asarray(embeddings[rows[places]])
+    blocks = [np.asarray(embeddings[rows[at : at + BLOCK_ROWS]]) for at in range(0, len(rows), BLOCK_ROWS)]
+    similarities = np.concatenate([queries @ block.T for block in blocks], axis=1)
+    similarities[np.arange(len(places)), places] = -np.inf
+    nearest = np.argsort(-similarities, axis=1, kind="stable")[:, : min(NUM_NEAREST, len(rows) - 1)]
+    return nearest, np.take_along_axis(similarities, nearest, axis=1)
+
+
+def _example(
+    table: pd.DataFrame,
+    precision: pd.DataFrame,
+    found: dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]],
+    why: str,
+    place: int,
+    number: int,
+) -> Example:
+    rankings = []
+    for model, (nearest, similarities) in found.items():
+        shown = [
+            _shown(table, int(other), place, float(similarity))
+            for other, similarity in zip(nearest[number], similarities[number], strict=True)
+        ]
+        value = float(precision[model].iloc[place]) if model in precision else float("nan")
+        rankings.append(Ranking(model, None if np.isnan(value) else value, shown))
+    return Example(why, _shown(table, place), rankings)
+
+
+def _shown(table: pd.DataFrame, place: int, query: int | None = None, similarity: float | None = None) -> Shown:
+    line = table.iloc[place]
+    right = None
+    if query is not None and not pd.isna(line["label"]) and not pd.isna(table["label"].iloc[query]):
+        right = bool(line["label"] == table["label"].iloc[query] and line["domain"] == table["domain"].iloc[query])
+    label = "" if pd.isna(line["label"]) else str(line["label"]).removeprefix(f"{line['domain']}/")
+    return Shown(int(line["row"]), str(line["domain"]), label, str(line["path"]), similarity, right)

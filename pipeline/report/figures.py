@@ -1,0 +1,141 @@
+"""The figures of a report, as SVG: the same bytes for the same run, text as outlines, so that no font is needed.
+
+Shapes: M domains, G pseudo-granularities, L blocks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+from numpy.typing import NDArray
+
+STYLE: Any = {
+    "svg.hashsalt": "grappa",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,  # a domain may be called $x$
+}
+NO_METRICS = {"stage", "instance", "step", "epoch", "learning_rate"}
+MAX_NAME = 18
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as SVG, without date."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box stands for a letter that the font lacks
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def learning_curves(curves: pd.DataFrame) -> Figure:
+    """Return each metric of each training stage along the epochs, one line an instance, smoothed over the raw values.
+
+    ``curves`` as of ``pipeline.tables.learning_curves``.
+    """
+    panels = [
+        (stage, metric)
+        for stage, own in curves.groupby("stage", sort=False)
+        for metric in own.columns
+        if metric not in NO_METRICS and own[metric].notna().any()
+    ]
+    figure, axes = _grid(len(panels), 3, 3.4, 2.4)
+    for axis, (stage, metric) in zip(axes, panels, strict=True):
+        own = curves[curves["stage"] == stage]
+        for number, (instance, part) in enumerate(own.groupby("instance", sort=False)):
+            smooth = part[metric].rolling(max(1, len(part) // 15), center=True, min_periods=1).mean()
+            axis.plot(part["epoch"], part[metric], color=f"C{number}", alpha=0.25, linewidth=0.7)
+            axis.plot(part["epoch"], smooth, color=f"C{number}", label=str(instance))
+        axis.set_title(f"{stage}: {str(metric).replace('_', ' ')}")
+        axis.set_xlabel("epoch")
+        axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def cluster_sizes(sizes: pd.DataFrame) -> Figure:
+    """Return the train images of each cluster, largest first, one line a granularity (``tables.cluster_sizes``)."""
+    figure, (axis,) = _grid(1, 1, 6.5, 3.0)
+    for name, own in sizes.groupby("granularity", sort=False):
+        falling = own["num_train"].sort_values(ascending=False).to_numpy()
+        edges = np.linspace(0, 1, len(falling) + 1)
+        axis.stairs(falling, edges, baseline=None, label=str(name), linewidth=1.5)
+    axis.set_yscale("symlog", linthresh=1)
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.set_ylim(bottom=0)
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("clusters, largest first (share)")
+    axis.set_ylabel("train images")
+    axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def shared_clusters(mix: pd.DataFrame) -> Figure:
+    """Return, for an image of each domain, which domains its cluster is made of: an (M, M) map a granularity.
+
+    ``mix`` as of ``pipeline.tables.domain_mix``. Rows sum to 1; 1 on the diagonal: clusters never mix domains.
+    """
+    names = sorted(mix["domain"].unique())
+    granularities = list(mix["granularity"].unique())
+    side = max(2.2, 0.32 * len(names) + 1.0)
+    figure, axes = _grid(len(granularities), 4, side, side)
+    for axis, granularity in zip(axes, granularities, strict=True):
+        shares = domain_shares(mix[mix["granularity"] == granularity], names)
+        _map(axis, shares, [_short(name) for name in names], [_short(name) for name in names], granularity)
+    return figure
+
+
+def domain_shares(mix: pd.DataFrame, names: list[str]) -> NDArray[np.float64]:
+    """Return (M, M): row a, column b: the mean share of domain b in the cluster of an image of domain a."""
+    shares = mix.pivot(index="pseudo_label", columns="domain", values="share").reindex(columns=names).fillna(0.0)
+    counts = mix.pivot(index="pseudo_label", columns="domain", values="num_images").reindex(columns=names).fillna(0.0)
+    sums: NDArray[np.float64] = counts.to_numpy().T @ shares.to_numpy()
+    return sums / np.maximum(counts.to_numpy().sum(0)[:, None], 1)
+
+
+def attention(table: pd.DataFrame) -> Figure:
+    """Return each domain's mean granularity attention: an (M, G) map a block (``pipeline.tables.load_attention``)."""
+    blocks = list(table["block"].unique())
+    names, granularities = list(table["domain"].unique()), list(table["granularity"].unique())
+    figure, axes = _grid(len(blocks), 4, max(2.2, 0.42 * len(granularities) + 1.2), max(1.6, 0.26 * len(names) + 0.9))
+    for axis, block in zip(axes, blocks, strict=True):
+        own = table[table["block"] == block].pivot(index="domain", columns="granularity", values="mean")
+        values = own.reindex(index=names, columns=granularities).to_numpy()
+        _map(axis, values, [_short(name) for name in names], granularities, f"block {block}")
+    return figure
+
+
+def _grid(number: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure of ``number`` panels, each ``width`` x ``height`` inches, and its axes."""
+    columns = min(columns, number)
+    rows = -(-number // columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+        axes = [figure.add_subplot(rows, columns, place + 1) for place in range(number)]
+    return figure, axes
+
+
+def _map(axis: Axes, values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], title: str) -> None:
+    """Draw a map of values in 0..1 with the numbers in it."""
+    axis.pcolormesh(values, cmap="Blues", vmin=0.0, vmax=1.0)
+    axis.invert_yaxis()
+    axis.set_xticks(np.arange(len(columns)) + 0.5, list(columns), rotation=90, fontsize=7)
+    axis.set_yticks(np.arange(len(rows)) + 0.5, list(rows), fontsize=7)
+    axis.tick_params(length=0)
+    axis.set_title(title)
+    for (row, column), value in np.ndenumerate(values):
+        text = f"{value:.2f}".replace("0.", ".", 1)
+        color = "white" if value > 0.6 else "black"
+        axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6, color=color)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"

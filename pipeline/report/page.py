@@ -1,0 +1,168 @@
+"""Writing a report: index.html with its figures and thumbnails, and the tables again as results.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from grappa.attention import MEAN
+from pipeline import tables
+from pipeline.artifacts import RunFolder, quoted
+from pipeline.config import Config
+from pipeline.published import check_same_origin
+from pipeline.report import costs, examples, figures, summary
+from pipeline.report.summary import Table, number
+from pipeline.status import instances, read_config, states
+from pipeline.storage import new_folder, refuse_existing
+
+FIGURES, THUMBNAILS, PAGE, MARKDOWN = "figures", "images", "index.html", "results.md"
+
+
+def write_report(run: Path, folder: Path) -> str:
+    """Write the report of a finished run into the new folder ``folder``, whole or not at all; the result in a sentence.
+
+    The same run gives the same bytes. ValueError naming the command when something is missing, or when artifacts of
+    different generations lie side by side.
+    """
+    refuse_existing(folder)
+    source = RunFolder.open(run)
+    config = read_config(source)
+    metrics, per_query = tables.load_metrics(run), tables.load_per_query(run)
+    made = [(stage.name, instance) for stage, instance in instances(config) if _is_made(source, stage.name, instance)]
+    check_same_origin(source, *(source.artifact(*each).name for each in made))
+    content = _content(source, config, metrics, per_query, attention=("attention", "neighbors") in made)
+    with new_folder(folder) as draft:
+        _write_figures(run, draft / FIGURES, attention=content["attention"] is not None)
+        (draft / THUMBNAILS).mkdir()
+        examples.write_thumbnails(source, content["examples"], draft / THUMBNAILS)
+        (draft / PAGE).write_text(_render("page.html.j2", content), encoding="utf-8")
+        (draft / MARKDOWN).write_text(_render("results.md.j2", content), encoding="utf-8")
+    return f"wrote the report to {folder / PAGE}; its tables for a README are in {folder / MARKDOWN}"
+
+
+def _is_made(run: RunFolder, stage: str, instance: str | None) -> bool:
+    return run.artifact(stage, instance).manifest() is not None
+
+
+def _content(
+    run: RunFolder, config: Config, metrics: pd.DataFrame, per_query: pd.DataFrame, *, attention: bool
+) -> dict[str, Any]:
+    """Return all that the templates show."""
+    models = list(dict.fromkeys(metrics["model"]))
+    shown = [each for each in examples.MODELS if _is_made(run, "embeddings", each)]
+    spent = costs.load_costs(run, config)
+    return {
+        "name": run.root.resolve().name,
+        "facts": _facts(run, config),
+        "not_fresh": [f"{each.name} {each.state}" for each in states(run, config) if each.state.kind != "fresh"],
+        "galleries": [_gallery(metrics, per_query, gallery) for gallery in summary.GALLERIES] if models else [],
+        "means": summary.means_table(metrics) if models else None,
+        "meanings": [(model, summary.meaning(model)) for model in models],
+        "costs": costs.cost_table(spent, models or list(dict.fromkeys(spent["row"]))),
+        "partly_known": costs.partly_known(spent),
+        "examples": examples.load_examples(run, shown, per_query),
+        "attention": _attention(run, config) if attention else None,
+        "attention_command": f"grappa run {quoted(run.root)} --stage attention",
+        "clusters": _clusters(tables.cluster_sizes(run.root), tables.domain_mix(run.root)),
+        "config": run.config_path.read_text(encoding="utf-8", errors="replace"),
+        "thumbnails": THUMBNAILS,
+        "figures": FIGURES,
+        "more_domains": metrics["domain"].nunique() > examples.MAX_DOMAINS + 1,
+        "side": examples.THUMBNAIL_SIDE,
+    }
+
+
+def _gallery(metrics: pd.DataFrame, per_query: pd.DataFrame, gallery: str) -> dict[str, Any]:
+    found = summary.comparisons(metrics, per_query, gallery)
+    means = found[found["domain"] == MEAN]
+    return {
+        "where": summary.GALLERIES[gallery],
+        "table": summary.result_table(metrics, gallery),
+        "gains": summary.gain_table(found) if len(found) else None,
+        "verdicts": [summary.verdict(row) for _, row in means.iterrows()],
+    }
+
+
+def _facts(run: RunFolder, config: Config) -> list[tuple[str, str]]:
+    """Return what identifies the result: images, backbone, granularities, seeds, commits and where it was made."""
+    listing = tables.load_assignments(run.root)
+    num_test = int((listing["split"] == "test").sum())
+    split = f"{len(listing) - num_test:,} to learn from, {num_test:,} to test"
+    counts = ", ".join(f"{domain} {len(own):,}" for domain, own in listing.groupby("domain"))
+    origin = [run.artifact(stage.name, instance).manifest() for stage, instance in instances(config)]
+    made = [each.provenance for each in origin if each is not None]
+    backbone = config.backbone.name + (f" at {config.backbone.image_size} px" if config.backbone.image_size else "")
+    return [
+        ("images", f"{len(listing):,} ({counts}); {split if num_test else 'not split: all to learn from and to test'}"),
+        ("backbone", backbone),
+        ("pseudo-granularities", ", ".join(config.granularities)),
+        ("seeds", f"clusters {config.clusters.seed}, adaptors {config.adaptors.seed}, fusion {config.fusion.seed}"),
+        ("commit", _several(each.get("git_commit") for each in made)),
+        ("device", _several(each.get("device") for each in made)),
+        ("precision", _several((each.get("resolved") or {}).get("precision") for each in made)),
+        ("finished", max((str(each["ended"]) for each in made if "ended" in each), default="-")),
+    ]
+
+
+def _several(values: Any) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values if value)) or "-"
+
+
+def _attention(run: RunFolder, config: Config) -> dict[str, Any]:
+    """Return the attention's tables, and what they say of all blocks together."""
+    found = tables.attention_summary(run.root)
+    whole = found[(found["domain"] == MEAN) & (found["block"] == MEAN)].iloc[0]
+    names = ["entropy", "entropy_share", "variance", "eta_squared", "image_information", "domain_information"]
+    header = ["entropy", "of log G", "variance", "between domains", "image tells", "domain tells"]
+
+    def table(by: str, rows: pd.DataFrame) -> Table:
+        cells = [[_named(row[by]), *(number(float(row[name])) for name in names)] for _, row in rows.iterrows()]
+        return Table(by, [by, *header], cells)
+
+    return {
+        "by_domain": table("domain", found[found["block"] == MEAN]),
+        "by_block": table("block", found[found["domain"] == MEAN]),
+        "whole": {name: number(float(whole[name])) for name in names},
+        "between": f"{whole['eta_squared']:.0%}" if whole["eta_squared"] == whole["eta_squared"] else "none",
+        "num_images": f"{int(whole['num_images']):,}",
+    }
+
+
+def _named(text: str) -> str:
+    return "mean" if text == MEAN else text
+
+
+def _clusters(sizes: pd.DataFrame, mix: pd.DataFrame) -> Table:
+    """Return one row a granularity: how large its clusters are, and how pure of domain."""
+    rows = []
+    for name, own in sizes.groupby("granularity", sort=False):
+        part = mix[mix["granularity"] == name]
+        purity = (part["share"] * part["num_images"]).sum() / part["num_images"].sum()
+        train = own["num_train"]
+        counts = [len(own), int((train == 0).sum()), int((train == 1).sum()), f"{train.median():g}", int(train.max())]
+        rows.append([str(name), *map(str, counts), number(float(purity))])
+    return Table("clusters", ["", "clusters", "empty", "of one", "median", "largest", "own domain"], rows)
+
+
+def _write_figures(run: Path, folder: Path, *, attention: bool) -> None:
+    folder.mkdir()
+    figures.save(figures.learning_curves(tables.learning_curves(run)), folder / "learning_curves.svg")
+    figures.save(figures.cluster_sizes(tables.cluster_sizes(run)), folder / "cluster_sizes.svg")
+    figures.save(figures.shared_clusters(tables.domain_mix(run)), folder / "shared_clusters.svg")
+    if attention:
+        figures.save(figures.attention(tables.load_attention(run)), folder / "attention.svg")
+
+
+def _render(template: str, content: dict[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=template.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    return environment.get_template(template).render(content) + "\n"

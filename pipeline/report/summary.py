@@ -1,0 +1,184 @@
+"""The result tables of a report: every model by domain, and the gains that can be told from chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.results import BASELINES, MEAN, ORACLE
+
+GALLERIES = {"domain": "each domain's own gallery", "merged": "the merged gallery"}
+METRICS = {"map": "mAP", "map_at_r": "MAP@R", "r_precision": "R-precision", "recall_at_1": "R@1"}
+CANDIDATES = ("mean", "fused", "student")
+MEANINGS = {
+    "zero_shot": "the unadapted backbone",
+    "zero_shot_whitened": "the same after PCA whitening: free, so gains count against the better of the two",
+    "mean": "all adaptor sets with equal attention: nothing learned beyond the sets",
+    "fused": "the learned attention over the sets",
+    "fused_views": "the ablation: attention learned from two views of an image instead of neighbours",
+    "concat": "the sets' embeddings side by side: an upper reference of several times the size",
+    "multi_head": "one adaptor set trained on all granularities at once",
+    "supervised": "adaptors trained on the train labels: what labels would have bought",
+    "student": "one adaptor set that was taught by the fused model",
+    ORACLE: "the best single set of each domain, chosen with labels",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells for HTML and Markdown; ``strong`` holds (row, column) of cells to stress."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    strong: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+
+    def markdown(self) -> str:
+        """Return the table as GitHub-flavored Markdown; stressed cells are bold."""
+        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)]]
+        for number, row in enumerate(self.rows):
+            lines.append([f"**{text}**" if (number, at) in self.strong else text for at, text in enumerate(row)])
+        return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+
+
+def meaning(model: str) -> str:
+    """Return what a row of the result table is, in words."""
+    return MEANINGS.get(model, "the adaptor set of this pseudo-granularity alone")
+
+
+def result_table(metrics: pd.DataFrame, gallery: str, metric: str = "map") -> Table:
+    """Return models by domains with the mean last, +- the standard error over queries where it is known.
+
+    The best model of a column is stressed, the oracle aside.
+    """
+    own = metrics[metrics["gallery"] == gallery].set_index(["model", "domain"])
+    models, domains = (list(own.index.get_level_values(level).unique()) for level in ("model", "domain"))
+    values = own[metric].unstack("domain").reindex(index=models, columns=domains)
+    errors = own[f"{metric}_se"].unstack("domain").reindex(models, columns=domains) if f"{metric}_se" in own else None
+    rows = [
+        [
+            model,
+            *(
+                _cell(values.loc[model, each], errors.loc[model, each] if errors is not None else None)
+                for each in domains
+            ),
+        ]
+        for model in models
+    ]
+    best = values.drop(index=ORACLE, errors="ignore").max()
+    strong = {
+        (row, column + 1)
+        for row, model in enumerate(models)
+        for column, domain in enumerate(domains)
+        if model != ORACLE and values.loc[model, domain] == best[domain]
+    }
+    return Table(METRICS[metric], ["", *map(domain_name, domains)], rows, frozenset(strong))
+
+
+def means_table(metrics: pd.DataFrame) -> Table:
+    """Return the mean over domains of every metric in both galleries, one row a model."""
+    own = metrics[metrics["domain"] == MEAN].set_index(["model", "gallery"])
+    models = list(dict.fromkeys(own.index.get_level_values("model")))
+    columns = [(gallery, metric) for gallery in GALLERIES for metric in METRICS]
+    rows = [[model, *(_cell(own.loc[(model, gallery), metric]) for gallery, metric in columns)] for model in models]
+    header = [f"{METRICS[metric]}{', merged' if gallery == 'merged' else ''}" for gallery, metric in columns]
+    return Table("mean over domains", ["", *header], rows)
+
+
+def comparisons(metrics: pd.DataFrame, per_query: pd.DataFrame, gallery: str, *, seed: int = 0) -> pd.DataFrame:
+    """Return the mAP gain of each learned model, one row a (candidate, against, domain), ``_mean`` last.
+
+    ``against`` is "zero-shot" (``reference``: the better of the two zero-shot rows in this domain) or "mean" (for those
+    learned on top of the mean over sets). Columns: candidate, against, domain, reference, difference, low, high
+    (paired bootstrap over queries, 95 %; of ``_mean`` within domains), relative (difference / reference's mAP).
+    """
+    scored = per_query[(per_query["gallery"] == gallery) & (per_query["num_positives"] > 0)]
+    precision = scored.pivot(index="image_id", columns="model", values="average_precision")
+    domains = scored.drop_duplicates("image_id").set_index("image_id")["domain"].reindex(precision.index)
+    own = metrics[metrics["gallery"] == gallery].set_index(["model", "domain"])["map"]
+    wanted: list[tuple[str, str, tuple[str, ...]]] = [(model, "zero-shot", BASELINES) for model in CANDIDATES]
+    wanted += [(model, "mean", ("mean",)) for model in CANDIDATES if model != "mean"]
+    rows = [
+        _compare(precision, domains, own, model, references, domain, seed) | {"against": against}
+        for model, against, references in wanted
+        if model in precision and set(references) & set(precision)
+        for domain in [*sorted(set(domains)), MEAN]
+    ]
+    columns = ["candidate", "against", "domain", "reference", "difference", "low", "high", "relative"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _compare(
+    precision: pd.DataFrame,
+    domains: pd.Series[Any],
+    own: pd.Series[Any],
+    model: str,
+    references: Sequence[str],
+    domain: str,
+    seed: int,
+) -> dict[str, Any]:
+    from grappa.evaluation import paired_bootstrap
+
+    reference = max((each for each in references if each in precision), key=lambda each: own[each, domain])
+    queries = np.ones(len(domains), dtype=bool) if domain == MEAN else (domains == domain).to_numpy()
+    difference = (precision[model] - precision[reference]).to_numpy()[queries]
+    groups = domains.to_numpy()[queries]
+    low, high = paired_bootstrap(difference, domains=groups, seed=seed)
+    gain = float(own[model, domain] - own[reference, domain])
+    relative = gain / own[reference, domain] if own[reference, domain] else float("nan")
+    found = {"candidate": model, "domain": domain, "reference": reference}
+    return found | {"difference": gain, "low": low, "high": high, "relative": relative}
+
+
+def gain_table(found: pd.DataFrame) -> Table:
+    """Return the comparisons as text, a row a (candidate, against); gains beyond their interval are stressed."""
+    domains = list(dict.fromkeys(found["domain"]))
+    rows: list[list[str]] = []
+    strong: set[tuple[int, int]] = set()
+    for (candidate, against), part in found.groupby(["candidate", "against"], sort=False):
+        other = "the better zero-shot" if against == "zero-shot" else against
+        cells = part.set_index("domain").loc[domains]
+        strong |= {(len(rows), at + 1) for at, low in enumerate(cells["low"]) if low > 0}
+        rows.append([f"{candidate} vs {other}", *(gain_text(row) for _, row in cells.iterrows())])
+    return Table("gain", ["", *map(domain_name, domains)], rows, frozenset(strong))
+
+
+def gain_text(row: Any) -> str:
+    """Return ``+.011 [+.008, +.014]``; the interval is never broken into two lines."""
+    return f"{_signed(row['difference'])} [{_signed(row['low'])},\u00a0{_signed(row['high'])}]"
+
+
+def verdict(row: Any) -> str:
+    """Return what a comparison shows, in one sentence."""
+    side = "above" if row["low"] > 0 else "below" if row["high"] < 0 else "not to be told apart from"
+    share = f"{row['relative']:+.1%}, " if np.isfinite(row["relative"]) else ""
+    return f"{row['candidate']} is {side} {row['reference']} ({share}{gain_text(row)})"
+
+
+def domain_name(domain: str) -> str:
+    """Return a column's heading."""
+    return "mean" if domain == MEAN else domain
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Return ``.086``, ``1.386``, or ``-`` where nothing could be computed."""
+    return (
+        "-"
+        if not np.isfinite(value)
+        else f"{value:.{digits}f}".replace("0.", ".", 1)
+        if abs(value) < 1
+        else f"{value:.{digits}f}"
+    )
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("0.", ".", 1)
+
+
+def _cell(value: Any, error: Any = None) -> str:
+    text = number(float(value))
+    return f"{text} ± {number(float(error))}" if error is not None and np.isfinite(error) and text != "-" else text
