@@ -1,9 +1,10 @@
-"""Training on a frozen backbone: one adaptor set from pseudo-labels, then the fusion over all sets.
+"""Training on a frozen backbone: an adaptor set from one or several targets, then the fusion over all sets.
 
 Order, views and partners are functions of (seed, stage, instance, epoch, image_id); a checkpoint therefore holds
 tensors and a step number only, and a resumed training equals an undisturbed one bit for bit on a CPU.
 
-Shapes: B batch, D width, S image side, K neighbours, L blocks, G pseudo-granularities, n train rows.
+Shapes: B batch, D width, S image side, K neighbours, L blocks, G pseudo-granularities, H targets, C classes of a
+target, n train rows.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from grappa.fitting import Checkpointer, FitResult, Group, Optimization, fit
 from grappa.fusion import AttentionLevel, Fusion, fused_forward
 from grappa.pixels import PixelCache
 from grappa.randomness import key, shuffled, uniforms
+from grappa.targets import Targets
 from grappa.transforms import NUM_DRAWS, Augmentation, normalize, train_batch
 
 Rows = NDArray[np.int64]
@@ -79,8 +81,7 @@ def train_adaptor_set(
     backbone: Backbone,
     views: Views,
     rows: Rows,
-    pseudo_labels: NDArray[np.int64],
-    centroids: NDArray[np.float32],
+    targets: Sequence[Targets],
     *,
     name: str,
     bottleneck_dim: int,
@@ -90,36 +91,37 @@ def train_adaptor_set(
     seed: int,
     run: Run,
 ) -> tuple[AdaptorSet, FitResult]:
-    """Train one adaptor set by the normalised softmax over pseudo-labels; the proxies start at the centroids.
+    """Train one adaptor set by the normalised softmax over its targets; with several, by the mean of their losses.
 
     Args:
-        rows: (n,) train rows of the cache; ``pseudo_labels``: (n,) int64 in 0..k-1; ``centroids``: (k, D) unit rows.
-        name: the pseudo-granularity, part of every random draw's key.
+        rows: (n,) train rows of the cache; each of ``targets`` classifies these n rows: the pseudo-labels of one
+            pseudo-granularity with its centroids, those of all of them, or the labels of the images.
+        name: the instance (``k00256``), part of every random draw's key.
 
     Returns:
-        The set, and the metrics ``loss`` and ``accuracy`` (of the pseudo-label, on augmented views) along the steps.
+        The set, and the metrics ``loss`` and ``accuracy`` (of the class, on augmented views; means over the targets)
+        along the steps.
     """
     backbone = backbone.on(run.device)
     adaptors = AdaptorSet(backbone.num_blocks, backbone.width, bottleneck_dim, seed=_torch_seed(seed, "adaptors", name))
-    proxies = nn.Parameter(torch.from_numpy(np.array(centroids, dtype=np.float32)))
-    module = nn.ParameterDict({"proxies": proxies})
+    module = nn.ParameterDict({"proxies": nn.Parameter(_joined_proxies(targets))})
     trained = nn.ModuleDict({"set": adaptors, "classifier": module}).to(run.device)
-    labels = torch.from_numpy(np.asarray(pseudo_labels, dtype=np.int64))
+    labels_nH = torch.from_numpy(np.stack([each.labels for each in targets], axis=1).astype(np.int64))
+    sizes = [len(each.proxies) for each in targets]
     order = BatchOrder(views.ids[rows], optimization.batch_size, (seed, "adaptors", name))
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         chosen, epoch = order.at(step)
-        return views.draw(key(seed, "adaptors", name, epoch, "view"), rows[chosen]), labels[torch.from_numpy(chosen)]
+        return views.draw(key(seed, "adaptors", name, epoch, "view"), rows[chosen]), labels_nH[torch.from_numpy(chosen)]
 
     def loss(made: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        images, targets = made[0].to(run.device), made[1].to(run.device)
+        images, labels_BH = made[0].to(run.device), made[1].to(run.device)
         with autocast(run.device, run.precision):
             embeddings = backbone(normalize(images, backbone.spec.mean, backbone.spec.std), list(adaptors))
-        value = losses.norm_softmax(embeddings, module["proxies"], targets, temperature=temperature)
-        nearest = (
-            F.normalize(embeddings.detach().float(), dim=-1) @ F.normalize(module["proxies"].detach(), dim=-1).T
-        ).argmax(-1)
-        return value, {"accuracy": (nearest == targets).float().mean()}
+        tables = zip(module["proxies"].split(sizes), labels_BH.unbind(1), strict=True)
+        found = [_classify(embeddings, proxies, labels, temperature) for proxies, labels in tables]
+        values, accuracies = zip(*found, strict=True)
+        return torch.stack(values).mean(), {"accuracy": torch.stack(accuracies).mean()}
 
     groups = [
         Group(list(adaptors.parameters()), optimization.learning_rate, optimization.weight_decay),
@@ -220,6 +222,19 @@ class BatchOrder:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, shuffled(key(*self.parts, epoch, "order"), self.ids)
         return self._order[number * self.batch_size : (number + 1) * self.batch_size], epoch
+
+
+def _joined_proxies(targets: Sequence[Targets]) -> Tensor:
+    """Return the proxies of all targets as one table, (sum of C, D): one tensor to optimise and to keep."""
+    return torch.from_numpy(np.concatenate([np.array(each.proxies, dtype=np.float32) for each in targets]))
+
+
+def _classify(embeddings_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the loss of one target and the share of the batch whose nearest proxy is its class's."""
+    value = losses.norm_softmax(embeddings_BD, proxies_CD, labels_B, temperature=temperature)
+    units_BD = F.normalize(embeddings_BD.detach().float(), dim=-1)
+    nearest_B = (units_BD @ F.normalize(proxies_CD.detach(), dim=-1).T).argmax(-1)
+    return value, (nearest_B == labels_B).float().mean()
 
 
 def _partners(neighbors_BK: Rows, ids_B: NDArray[np.uint64], seed: int, epoch: int) -> Rows:

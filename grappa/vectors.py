@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 NORM_TOLERANCE = 1e-2
+BLOCK_ROWS = 8192
 
 
 def check_unit_vectors(name: str, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -33,6 +34,26 @@ def check_vectors(name: str, vectors: NDArray[np.float32]) -> NDArray[np.float32
     if len(wrong):
         raise ValueError(f"{name}: {len(wrong)} rows hold NaN or infinity (first: row {wrong[0]}); extract them again")
     return checked
+
+
+def side_by_side(parts: Sequence[NDArray[np.float32]], out: NDArray[np.float32]) -> None:
+    """Write the G parts (N, D) next to each other into ``out`` (N, G * D), each L2-normalised, then their whole.
+
+    A product of two such rows is the mean of the parts' cosines. ValueError unless the parts have the same N, one row
+    of each at least, and are of length 1.
+    """
+    lengths = {len(part) for part in parts}
+    if len(lengths) != 1:
+        raise ValueError(f"the parts have {sorted(lengths)} rows; expected one number of rows for all")
+    for start in range(0, len(out), BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        units = [_unit(check_unit_vectors("embeddings", part[rows])) for part in parts]
+        out[rows] = _unit(np.concatenate(units, axis=1))
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    scaled: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return scaled
 
 
 def as_tensor(array: NDArray[np.float32], device: str) -> torch.Tensor:

@@ -1,4 +1,11 @@
-"""Stage ``adaptors``: one adaptor set a pseudo-granularity, trained on its pseudo-labels over the frozen backbone."""
+"""Stage ``adaptors``: one adaptor set a pseudo-granularity, trained on its pseudo-labels over the frozen backbone.
+
+Two further sets are competitors of the result table, if ``evaluation.extra_rows`` names them; the settings, and so the
+number of epochs, are those of one set. ``multi_head`` is one set trained on the pseudo-labels of all granularities at
+once (one table of proxies a granularity, the mean of their losses): what several sets must beat at the cost of one.
+``supervised`` is trained on the labels of the train images (a class is a domain and a label, unlabelled images are left
+out): what labels would have bought. No other stage but the evaluation reads a label.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +19,27 @@ from pipeline.inputs import open_backbone, open_views, read_images, settle_devic
 from pipeline.storage import atomic_write_text
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
     from grappa.fitting import FitResult, Optimization
+    from grappa.targets import Targets
     from grappa.training import Run
 
 
 def run(context: StageContext) -> str:
-    import numpy as np
-    import pandas as pd
-
     from grappa.training import train_adaptor_set
 
-    settings, clusters = context.config.adaptors, context.input("clusters", context.instance)
-    backbone = open_backbone(context)
-    rows = train_rows(read_images(context.input("images")))
-    pseudo_labels = pd.read_parquet(clusters / "assignments.parquet")["pseudo_label"].to_numpy()[rows]
+    settings, backbone = context.config.adaptors, open_backbone(context)
+    rows, targets, what = _targets(context)
     views = open_views(context, settings, backbone.spec.image_size)
     with training_task(context, settings, len(rows)) as training:
         adaptors, result = train_adaptor_set(
             backbone,
             views,
             rows,
-            pseudo_labels,
-            np.load(clusters / "centroids.npy", allow_pickle=False),
+            targets,
             name=str(context.instance),
             bottleneck_dim=settings.bottleneck_dim,
             temperature=settings.temperature,
@@ -45,7 +51,50 @@ def run(context: StageContext) -> str:
     write_tensors(context.path / "adaptors.safetensors", adaptors.state_dict())
     write_metrics(context, result)
     last = result.metrics[-1]
-    return f"{settings.num_epochs} epochs, loss {last['loss']:.3f}, pseudo-label accuracy {last['accuracy']:.1%}"
+    return f"{settings.num_epochs} epochs, loss {last['loss']:.3f}, {what} accuracy {last['accuracy']:.1%}"
+
+
+def _targets(context: StageContext) -> tuple[NDArray[np.int64], list[Targets], str]:
+    """Return the rows to train on, what is told apart there, and its name: only ``supervised`` reads labels."""
+    images = read_images(context.input("images"))
+    if context.instance == "supervised":
+        rows, target = _labelled(context, images)
+        return rows, [target], f"{len(rows)} labels, label"
+    names = context.config.granularities if context.instance == "multi_head" else (str(context.instance),)
+    rows = train_rows(images)
+    return rows, [_pseudo_labels(context, name, rows) for name in names], "pseudo-label"
+
+
+def _pseudo_labels(context: StageContext, granularity: str, rows: NDArray[np.int64]) -> Targets:
+    import numpy as np
+    import pandas as pd
+
+    from grappa.targets import Targets
+
+    clusters = context.input("clusters", granularity)
+    labels = pd.read_parquet(clusters / "assignments.parquet")["pseudo_label"].to_numpy()[rows]
+    return Targets(labels, np.load(clusters / "centroids.npy", allow_pickle=False))
+
+
+def _labelled(context: StageContext, images: pd.DataFrame) -> tuple[NDArray[np.int64], Targets]:
+    """Return the train rows that have a label, and these as targets."""
+    import numpy as np
+    import pandas as pd
+
+    from grappa.randomness import id_numbers
+    from grappa.targets import label_targets
+
+    labels = pd.read_parquet(context.input("images") / "labels.parquet")["label"].to_numpy()
+    rows = train_rows(images)
+    rows = rows[pd.notna(labels[rows])]
+    if not len(rows):
+        raise ValueError(
+            "evaluation.extra_rows asks for `supervised`, but no train image has a label; give labels, or leave it out"
+        )
+    features = np.load(context.input("features") / "features.npy", allow_pickle=False)
+    chosen = images.iloc[rows]
+    ids = id_numbers(chosen["image_id"].tolist())
+    return rows, label_targets(features[rows], chosen["domain"].to_numpy(), labels[rows], ids)
 
 
 def optimization(settings: Any) -> Optimization:

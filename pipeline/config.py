@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+ExtraRow = Literal["concat", "multi_head", "supervised"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 CropFraction = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -153,6 +154,16 @@ class Embeddings(Section):
 
 class Evaluation(Section):
     seed: NonNegativeInt = Field(0, description="seed of the hash that breaks ties")
+    extra_rows: tuple[ExtraRow, ...] = provenance(
+        (), "further rows of the result table: concat, multi_head, supervised (reads the train labels)"
+    )
+
+    @field_validator("extra_rows")
+    @classmethod
+    def _once(cls, value: tuple[ExtraRow, ...]) -> tuple[ExtraRow, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"found {list(value)}; give each row once")
+        return value
 
 
 class Index(Section):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.context import StageContext
-from pipeline.features import extract
+from pipeline.features import extract, new_array
 from pipeline.fused import open_fusion
 from pipeline.inputs import open_backbone, open_sets, read_images, train_rows
-from pipeline.stages import fusion_instance
+from pipeline.stages import adaptor_sets, fusion_instance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +25,8 @@ def run(context: StageContext) -> str:
     row = str(context.instance)
     if row in ("zero_shot", "zero_shot_whitened"):
         return _from_features(context, whitened=row == "zero_shot_whitened")
+    if row == "concat":
+        return _side_by_side(context)
     backbone = open_backbone(context)
     residuals = _residuals(context, row)
     num_rows, width = extract(context, backbone, residuals, FILE, context.config.embeddings.precision)
@@ -34,11 +36,25 @@ def run(context: StageContext) -> str:
 def _residuals(context: StageContext, row: str) -> Sequence[Residual]:
     from grappa.fusion import Fusion
 
-    if row in context.config.granularities:
+    if row in adaptor_sets(context.config):
         return list(open_sets(context, (row,))[row])
     sets = open_sets(context, context.config.granularities)
     fusion = Fusion(list(sets.values())) if row == "mean" else open_fusion(context, fusion_instance(row), sets)
     return list(fusion.folded())
+
+
+def _side_by_side(context: StageContext) -> str:
+    import numpy as np
+
+    from grappa.vectors import side_by_side
+
+    names = context.config.granularities
+    files = [context.input("embeddings", name) / FILE for name in names]
+    parts = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+    out = new_array(context.path / FILE, (len(parts[0]), sum(part.shape[1] for part in parts)))
+    side_by_side(parts, out)
+    out.flush()
+    return f"{out.shape[0]} embeddings of {out.shape[1]} dimensions: those of {', '.join(names)} side by side"
 
 
 def _from_features(context: StageContext, *, whitened: bool) -> str:

@@ -58,9 +58,9 @@ def run_stages(run: RunFolder, config: Config, selection: Selection, *, progress
     steps = selected(config, selection)
     for stage, instance in instances(config):
         recover(run.artifact(stage.name, instance))
-    judge, report = Judge(run, config), Report()
     if selection.stage:
-        _refuse_unready(run, judge, steps, force=selection.force)
+        _refuse_unready(run, Judge(run, config), steps, force=selection.force)
+    judge, report = Judge(run, config), Report()
     for stage, instance in steps:
         if judge.state(stage, instance).kind == "fresh" and not selection.force:
             report.num_fresh += 1
@@ -145,18 +145,27 @@ def spent(seconds: float) -> str:
 
 
 def _refuse_unready(run: RunFolder, judge: Judge, steps: list[Step], *, force: bool) -> None:
+    """Refuse steps that read what is not fresh, unless another of the steps makes it."""
+    made = {artifact_name(stage.name, instance) for stage, instance in steps}
     for stage, instance in steps:
-        problems = judge.upstream_problems(stage, instance)
+        problems = [line for line in judge.upstream_problems(stage, instance) if _upstream_name(line) not in made]
         if problems and (force or judge.state(stage, instance).kind != "fresh"):
             raise NotReadyError(f"{artifact_name(stage.name, instance)} cannot run: {_advice(run, judge, problems)}")
+
+
+def _upstream_name(problem: str) -> str | None:
+    """Return ``clusters/k00004`` of ``upstream clusters/k00004 is stale``; None for a line that is no such."""
+    if not problem.startswith("upstream ") or " is " not in problem or "sources" in problem:
+        return None
+    return problem.removeprefix("upstream ").partition(" is ")[0]
 
 
 def _advice(run: RunFolder, judge: Judge, problems: list[str]) -> str:
     """Return the first problem, the reason behind it and the command that mends it."""
     first = problems[0]
-    if not first.startswith("upstream ") or " is " not in first or "sources" in first:
+    name = _upstream_name(first)
+    if name is None:
         return first
-    name = first.removeprefix("upstream ").partition(" is ")[0]
     stage, _, instance = name.partition("/")
     reasons = judge.state(find_stage(stage), instance or None).reasons
     why = f" ({'; '.join(reasons)})" if reasons else ""

@@ -49,7 +49,7 @@ def extract(
     shape, path = (len(cache), *(row_shape or (backbone.width,))), context.path / file
     checkpoint = RowCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
     start = checkpoint.load() if path.exists() else 0
-    out = np.lib.format.open_memmap(path, mode="r+") if start else _new_array(path, shape)
+    out = np.lib.format.open_memmap(path, mode="r+") if start else new_array(path, shape)
     with context.task("embedding", len(cache), done=start) as advance:
         done = start
 
@@ -76,7 +76,7 @@ def extract(
     return shape
 
 
-def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+def new_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
     """Create a memory-mapped float32 file whose space is taken at once: a full disk must be an error, not a SIGBUS."""
     import numpy as np
 

@@ -53,6 +53,7 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     _check_weights(config, known)
     listing = list_sources(_given_sources(config))
     config = resolve_num_clusters(config, _num_train(listing))
+    _check_labels(config, listing)
     run = RunFolder.create(root)
     former = published_listing(run)
     publish_listing(run, listing, config.images.sources, former)
@@ -129,6 +130,16 @@ def _check_weights(config: Config, known: RunFolder | None) -> None:
     before = read_settings(known.config_path) if known and known.config_path.exists() else {}
     if before.get("backbone", {}).get("weights") != path:
         raise ConfigError(f"backbone.weights: no such file {path}; give a .safetensors file or a state dict")
+
+
+def _check_labels(config: Config, listing: pd.DataFrame) -> None:
+    """Refuse a supervised row where no train image has a label: better now than after the training of all others."""
+    labeled = listing["label"].notna() & (listing["split"] != "test")
+    if "supervised" in config.evaluation.extra_rows and not labeled.any():
+        raise ConfigError(
+            "evaluation.extra_rows asks for `supervised`, but no train image has a label; give labels "
+            "(DOMAIN/CLASS/file, or a table with the column `label`), or leave it out"
+        )
 
 
 def _given_sources(config: Config) -> tuple[str, ...]:

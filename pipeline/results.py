@@ -13,7 +13,7 @@ from pipeline.execution import Say, Selection, planned, run_stages, selected, sp
 from pipeline.progress import Progress
 from pipeline.status import read_config
 
-MEAN, ORACLE = "_mean", "oracle"
+MEAN, ORACLE, SUPERVISED = "_mean", "oracle", "supervised"
 BASELINES = ("zero_shot", "zero_shot_whitened")  # what costs no learning: a gain counts against the better one
 
 
@@ -43,7 +43,9 @@ def read_table(metrics: Path) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the results table: models by domains, from a ``metrics.csv``.
 
     The cells are mAP with three digits in the domain's own gallery, then the mean over domains, its relative gain over
-    the better zero-shot row, then the mean in the merged gallery; a cell that cannot be computed is ``-``.
+    the better zero-shot row, then the mean in the merged gallery; a cell that cannot be computed is ``-``. Where there
+    is a supervised row, a last row says how much of the gap that labels would close is closed without them:
+    (fused - zero_shot) / (supervised - zero_shot).
     """
     with metrics.open(newline="", encoding="utf-8") as file:
         records = list(csv.DictReader(file))
@@ -63,6 +65,9 @@ def read_table(metrics: Path) -> tuple[list[str], list[list[str]]]:
         ]
         for model, mean in means.items()
     ]
+    if SUPERVISED in means:
+        shares = [_gap_closed(values, gallery, domain) for gallery, domain in (*columns, ("merged", MEAN))]
+        rows.append(["gap closed", *shares[:-1], "", shares[-1]])
     return ["mAP", *domains, "mean", "gain", "merged mean"], rows
 
 
@@ -110,6 +115,15 @@ def _number(text: str) -> float | None:
 def _cell(text: str) -> str:
     value = _number(text)
     return "-" if value is None else f"{value:.3f}"
+
+
+def _gap_closed(values: Mapping[tuple[str, str, str], str], gallery: str, domain: str) -> str:
+    """Return the share as ``35%``; ``-`` where a value is missing or labels bring nothing, so that there is no gap."""
+    models = ("zero_shot", "fused", SUPERVISED)
+    zero_shot, fused, supervised = (_number(values.get((model, gallery, domain), "")) for model in models)
+    if zero_shot is None or fused is None or supervised is None or supervised <= zero_shot:
+        return "-"
+    return f"{(fused - zero_shot) / (supervised - zero_shot):.0%}"
 
 
 def _gain(mean: float | None, reference: float) -> str:

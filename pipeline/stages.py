@@ -58,23 +58,43 @@ def _settings(*names: str) -> Callable[[str | None], tuple[str, ...]]:
 
 
 def _embedding_settings(instance: str | None) -> tuple[str, ...]:
-    return {"zero_shot": (), "zero_shot_whitened": ("embeddings.whitening_power",)}.get(
-        str(instance), ("embeddings.precision",)
-    )
+    special = {"zero_shot": (), "concat": (), "zero_shot_whitened": ("embeddings.whitening_power",)}
+    return special.get(str(instance), ("embeddings.precision",))
 
 
 def _granularities(config: Config) -> tuple[str | None, ...]:
     return config.granularities
 
 
+def adaptor_sets(config: Config) -> tuple[str, ...]:
+    """Return the adaptor sets that are trained: one a granularity, and the competitors that were asked for."""
+    extra = (name for name in ("multi_head", "supervised") if name in config.evaluation.extra_rows)
+    return (*config.granularities, *extra)
+
+
 def embedding_rows(config: Config) -> tuple[str, ...]:
-    """Return the models whose embeddings are kept: the default rows of the result table but the oracle."""
+    """Return the models whose embeddings are kept: the rows of the result table but the oracle.
+
+    ``concat``: the granularities' embeddings side by side; ``multi_head``: one set trained on all granularities at
+    once; ``supervised``: one set trained on the train labels.
+    """
     views = ("fused_views",) if "views" in config.fusion.pairs else ()
-    return ("zero_shot", "zero_shot_whitened", *config.granularities, "mean", "fused", *views)
+    concat = ("concat",) if "concat" in config.evaluation.extra_rows else ()
+    alone = adaptor_sets(config)[len(config.granularities) :]
+    return ("zero_shot", "zero_shot_whitened", *config.granularities, "mean", "fused", *views, *concat, *alone)
 
 
 def _feature_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     return (Input("images", ("images.parquet",)), Input("features", ("features.npy",)))
+
+
+def _set_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    if instance == "supervised":
+        images = Input("images", (*PIXELS, "labels.parquet"))
+        return (images, Input("backbone", WEIGHTS), Input("features", ("features.npy",)))
+    names = config.granularities if instance == "multi_head" else (instance,)
+    clusters = (Input("clusters", ("assignments.parquet", "centroids.npy"), name) for name in names)
+    return (Input("images", PIXELS), Input("backbone", WEIGHTS), *clusters)
 
 
 def _adaptor_inputs(config: Config) -> tuple[Input, ...]:
@@ -102,10 +122,12 @@ def _embedding_inputs(config: Config, instance: str | None) -> tuple[Input, ...]
         return (Input("features", ("features.npy",)),)
     if row == "zero_shot_whitened":
         return _feature_inputs(config, instance)
+    if row == "concat":
+        return tuple(Input("embeddings", ("embeddings.npy",), name) for name in config.granularities)
     base = (Input("images", PIXELS), Input("backbone", WEIGHTS))
     if row == "mean":
         return (*base, *_adaptor_inputs(config))
-    if row in config.granularities:
+    if row in adaptor_sets(config):
         return (*base, Input("adaptors", ("adaptors.safetensors",), row))
     return (Input("images", PIXELS), *_fused_inputs(config, fusion_instance(row)))
 
@@ -141,17 +163,7 @@ STAGES: tuple[Stage, ...] = (
         _feature_inputs,
         _granularities,
     ),
-    Stage(
-        "adaptors",
-        1,
-        _settings("adaptors"),
-        lambda config, instance: (
-            Input("images", PIXELS),
-            Input("backbone", WEIGHTS),
-            Input("clusters", ("assignments.parquet", "centroids.npy"), instance),
-        ),
-        _granularities,
-    ),
+    Stage("adaptors", 1, _settings("adaptors"), _set_inputs, adaptor_sets),
     Stage("fusion", 1, _settings("fusion"), _fusion_inputs, lambda config: config.fusion.pairs),
     Stage("model", 1, _settings("images.cache_size"), _fused_inputs),
     Stage("embeddings", 1, _embedding_settings, _embedding_inputs, embedding_rows),

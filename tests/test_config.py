@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from pipeline.config import (
     Clusters,
     Config,
+    Evaluation,
     Fusion,
     automatic_num_clusters,
     granularity_name,
@@ -31,6 +32,7 @@ def test_paths_and_speed_are_no_identity() -> None:
     settings = identity_settings(Config(), ("images", "backbone", "compute", "fusion"))
     for name in ("images.sources", "backbone.weights", "compute.device", "compute.num_workers", "fusion.pairs"):
         assert name not in settings
+    assert "evaluation.extra_rows" not in identity_settings(Config(), ("evaluation",))
     assert settings["images.cache_size"] == 256
     assert identity_settings(Config(), ("clusters.seed",)) == {"clusters.seed": 0}
 
@@ -65,6 +67,14 @@ def test_granularities_are_ordered_by_number() -> None:
     assert config.granularities == ("k00064", "k01024", "k131072")
     assert [num_clusters_of(name) for name in config.granularities] == [64, 1024, 131072]
     assert granularity_name(7) == "k00007"
+
+
+def test_extra_rows_are_known_and_named_once() -> None:
+    assert Evaluation(extra_rows=("supervised", "concat")).extra_rows == ("supervised", "concat")
+    with pytest.raises(ValidationError, match="give each row once"):
+        Evaluation(extra_rows=("concat", "concat"))
+    with pytest.raises(ValidationError, match="'concat', 'multi_head' or 'supervised'"):
+        Evaluation.model_validate({"extra_rows": ["oracle"]})
 
 
 def test_auto_has_no_granularities_yet() -> None:

@@ -45,9 +45,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_weights(folder / "weights.safetensors")
     images = folder / "images"
     write_table(images, folder / "table.csv", label=lambda path: path.parent.name, split=_split)
-    write_table(images, folder / "unlabeled.csv", split=_split)
-    rng = random.Random(0)
-    write_table(images, folder / "random.csv", label=lambda path: rng.choice("abc"), split=_split)
     return folder
 
 
@@ -185,18 +182,6 @@ def test_the_exported_model_stands_alone_and_embeds_the_same(run: RunFolder, mat
     assert len(ids) == len(first) == 60
     with pytest.raises(ValueError, match="exists already"):
         export(run.root, tmp_path / "model")
-
-
-@pytest.mark.parametrize("table", ["random.csv", "unlabeled.csv"])
-def test_labels_are_never_read_by_label_free_stages(run: RunFolder, material: Path, table: str, tmp_path: Path) -> None:
-    other = make_run(tmp_path / "other", [material / table], material / "weights.safetensors")
-    lines = run_all(other)
-    mine, theirs = digests(run), digests(other)
-    differing = {name for name in mine if mine[name] != theirs[name]}
-    assert differing <= {"images/labels.parquet", "evaluation/per_query.parquet", "evaluation/metrics.csv"}
-    if table == "unlabeled.csv":
-        assert any("no test image has a label" in line for line in lines)
-        assert len(tables.load_metrics(other.root)) == 0
 
 
 def test_shuffled_rows_and_renamed_files_change_nothing_but_names(

@@ -21,6 +21,12 @@ fused,[cars],domain,10,0.125,0.01
 fused,_mean,domain,20,0.318,0.01
 fused,_mean,merged,20,0.30,0.01
 """
+GAPS = (
+    "birds,domain,10,0.5,0.01",
+    "[cars],domain,10,0.5,0.01",
+    "_mean,domain,20,0.35,0.01",
+    "_mean,merged,20,0.19,0.01",
+)
 
 
 class Terminal(StringIO):
@@ -79,3 +85,12 @@ def test_nothing_is_printed_without_labels(tmp_path: Path) -> None:
 
 def test_times_are_one_line() -> None:
     assert times_line({"images": 1.23, "fusion": 125.0}) == "times: images 1.2 s, fusion 2:05; together 2:06"
+
+
+def test_the_closed_gap_is_told_where_labels_bring_something(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    supervised = "".join(f"supervised,{cells}\n" for cells in GAPS)
+    path.write_text(METRICS + supervised)
+    _, rows = read_table(path)
+    assert [row[0] for row in rows] == ["zero_shot", "fused", "supervised", "gap closed"]
+    assert rows[-1][1:] == ["105%", "-", "68%", "", "-"]

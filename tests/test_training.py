@@ -13,12 +13,14 @@ from tiny import tiny_backbone, tiny_cache, tiny_set
 
 from grappa.fitting import Optimization, schedule
 from grappa.randomness import id_numbers
+from grappa.targets import Targets
 from grappa.training import BatchOrder, PropagationLoss, Run, Views, train_adaptor_set, train_fusion
 from grappa.transforms import Augmentation
 
 NUM = 40
 ROWS = np.arange(4, NUM)
 LABELS = ROWS % 4
+TARGETS = (Targets(LABELS, np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)),)
 CPU = torch.device("cpu")
 OPTIMIZATION = Optimization(num_epochs=3, batch_size=8, learning_rate=3e-3, weight_decay=0.01, warmup=0.1)
 
@@ -57,8 +59,7 @@ def views(tmp_path_factory: pytest.TempPathFactory) -> Views:
     return Views(cache, ids, 32, Augmentation(0.7, 0.5, 0.2, 0.2, 0.2, 0.1))
 
 
-def _train_set(views: Views, checkpoint: Any = None, **changes: Any) -> Any:
-    centroids = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
+def _train_set(views: Views, checkpoint: Any = None, *, targets: tuple[Targets, ...] = TARGETS, **changes: Any) -> Any:
     arguments: dict[str, Any] = {
         "name": "k00004",
         "bottleneck_dim": 4,
@@ -68,7 +69,7 @@ def _train_set(views: Views, checkpoint: Any = None, **changes: Any) -> Any:
         "seed": 0,
         "run": Run(CPU, "float32", checkpoint),
     }
-    return train_adaptor_set(tiny_backbone(), views, ROWS, LABELS, centroids, **{**arguments, **changes})
+    return train_adaptor_set(tiny_backbone(), views, ROWS, targets, **{**arguments, **changes})
 
 
 def _train_fusion(views: Views, checkpoint: Any = None, **changes: Any) -> Any:
@@ -93,8 +94,31 @@ def test_a_set_learns_its_pseudo_labels(views: Views) -> None:
     assert result.metrics[-1]["step"] == 12 * (len(ROWS) // 8)
 
 
+def test_several_targets_are_one_training_on_the_mean_of_their_losses(views: Views) -> None:
+    coarse = Targets(ROWS % 2, np.random.default_rng(1).normal(size=(2, 32)).astype(np.float32))
+    one_step = {"optimization": Optimization(1, len(ROWS), 3e-3, 0.01, 0.0), "temperature": 0.5}
+    together, *apart = (
+        _train_set(views, targets=targets, **one_step)[1].metrics[0]
+        for targets in ((*TARGETS, coarse), TARGETS, (coarse,))
+    )
+    for name in ("loss", "accuracy"):
+        assert together[name] == pytest.approx(sum(each[name] for each in apart) / 2, rel=1e-6)
+    assert apart[0]["loss"] != pytest.approx(apart[1]["loss"], rel=0.1)
+
+
+def test_the_same_target_twice_is_the_training_on_it_alone(views: Views) -> None:
+    once, twice = (_train_set(views, targets=TARGETS * number)[0].state_dict() for number in (1, 2))
+    for name, tensor in once.items():
+        torch.testing.assert_close(tensor, twice[name], rtol=1e-4, atol=1e-5)
+
+
+def _train_on_two(views: Views, checkpoint: Any = None) -> Any:
+    other = Targets(ROWS % 3, np.random.default_rng(2).normal(size=(3, 32)).astype(np.float32))
+    return _train_set(views, checkpoint, targets=(*TARGETS, other))
+
+
 @pytest.mark.parametrize("crash_at", [1, 4, 9])
-@pytest.mark.parametrize("train", [_train_set, _train_fusion])
+@pytest.mark.parametrize("train", [_train_set, _train_on_two, _train_fusion])
 def test_killed_and_resumed_equals_undisturbed_bit_for_bit(views: Views, train: Any, crash_at: int) -> None:
     whole, whole_result = train(views)
     checkpoint = MemoryCheckpoint(crash_at)
