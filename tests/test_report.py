@@ -171,9 +171,10 @@ def test_only_gains_beyond_their_interval_are_stressed_and_called_above() -> Non
     assert "not to be told apart from" in summary.verdict(lines["fused", "zero-shot", "_mean"])
 
 
-def test_the_best_of_a_column_is_stressed_the_oracle_aside() -> None:
+@pytest.mark.parametrize("reader", ["oracle", "supervised"])
+def test_the_best_of_a_column_is_stressed_what_saw_labels_aside(reader: str) -> None:
     metrics = _frames()[0]
-    oracle = pd.DataFrame({"model": "oracle", "gallery": "domain", "domain": ["birds", "cars", "_mean"], "map": 0.9})
+    oracle = pd.DataFrame({"model": reader, "gallery": "domain", "domain": ["birds", "cars", "_mean"], "map": 0.9})
     table = summary.result_table(pd.concat([metrics, oracle]), "domain")
     assert table.strong == {(3, 1), (0, 2), (2, 3), (3, 3)}, "the two means are equal"
     assert table.markdown().splitlines()[2] == "| zero_shot | .300 | **.600** | .450 |"
