@@ -6,6 +6,7 @@ that list it in ``pipeline.stages``.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -70,16 +71,18 @@ class Neighbors(Section):
 
 
 class Clusters(Section):
-    num_clusters: Literal["auto"] | tuple[PositiveInt, ...] = Field(
-        "auto", description="the pseudo-granularities; auto: 4 geometric values from N/64 to N/3 of N train images"
+    num_clusters: str | tuple[PositiveInt, ...] = Field(
+        "auto", description="the pseudo-granularities; auto: 4 (auto:7: 7) geometric values, N/64 to N/3 of N images"
     )
     num_iterations: PositiveInt = Field(20, description="iterations of spherical k-means")
     seed: NonNegativeInt = Field(0, description="seed of the initial centroids")
 
     @field_validator("num_clusters")
     @classmethod
-    def _ascending(cls, value: Literal["auto"] | tuple[int, ...]) -> Literal["auto"] | tuple[int, ...]:
-        if value == "auto":
+    def _ascending(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        if isinstance(value, str):
+            if not re.fullmatch(r"auto(:([1-9]|1[0-6]))?", value):
+                raise ValueError(f"found {value!r}; give auto, auto:7 (any number up to 16) or numbers as [64, 512]")
             return value
         if not value or min(value) < 2 or len(set(value)) != len(value):
             raise ValueError(f"found {list(value)}; give one or more different numbers, each at least 2")
@@ -210,8 +213,9 @@ class Config(Section):
     @property
     def granularities(self) -> tuple[str, ...]:
         """The names of the pseudo-granularities, ordered by number."""
-        if self.clusters.num_clusters == "auto":
-            raise ValueError("clusters.num_clusters is still `auto`; `grappa init RUN` resolves it")
+        if isinstance(self.clusters.num_clusters, str):
+            found = self.clusters.num_clusters
+            raise ValueError(f"clusters.num_clusters is still `{found}`; `grappa init RUN` resolves it")
         return tuple(granularity_name(k) for k in self.clusters.num_clusters)
 
 
@@ -225,10 +229,15 @@ def num_clusters_of(granularity: str) -> int:
     return int(granularity.removeprefix("k"))
 
 
-def automatic_num_clusters(num_train: int) -> tuple[int, ...]:
-    """Return 4 geometric values from N/64 to N/3, each in 2..N/2, without repeats; N train images, N >= 4."""
+def automatic_num_clusters(num_train: int, how: str = "auto") -> tuple[int, ...]:
+    """Return 4 (``auto:7``: 7) geometric values from N/64 to N/3, each in 2..N/2, without repeats; N train images >= 4.
+
+    A single value is the geometric middle. 4 values hold those of 2, and 7 those of 4: such runs share their sets.
+    """
+    count = int(how.partition(":")[2] or 4)
     low, high = max(2.0, num_train / 64), max(2.0, num_train / 3)
-    values = (round(low * (high / low) ** (step / 3)) for step in range(4))
+    shares = [step / (count - 1) for step in range(count)] if count > 1 else [0.5]
+    values = (round(low * (high / low) ** share) for share in shares)
     return tuple(sorted({min(max(2, value), num_train // 2) for value in values}))
 
 

@@ -70,8 +70,8 @@ def resolve_num_clusters(config: Config, num_train: int) -> Config:
     values = config.clusters.num_clusters
     if num_train < 4:
         raise ConfigError(f"found {num_train} train images, expected at least 4; give more by --images")
-    if values == "auto":
-        values = automatic_num_clusters(num_train)
+    if isinstance(values, str):
+        values = automatic_num_clusters(num_train, values)
     if max(values) > num_train // 2:
         raise ConfigError(
             f"clusters.num_clusters: {max(values)} clusters are more than half of the {num_train} train images; "

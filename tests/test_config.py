@@ -60,6 +60,15 @@ def test_automatic_granularities_are_few_ascending_and_at_most_half(num_train: i
 
 def test_automatic_granularities_are_geometric() -> None:
     assert automatic_num_clusters(6400) == (100, 277, 769, 2133)
+    assert automatic_num_clusters(6400, "auto:1") == (462,)
+    assert automatic_num_clusters(100, "auto:16")[-1] <= 50
+
+
+@pytest.mark.parametrize("num_train", [100, 5884, 59551, 1_000_000])
+def test_more_automatic_granularities_hold_the_fewer(num_train: int) -> None:
+    two, four, seven = (automatic_num_clusters(num_train, how) for how in ("auto:2", "auto", "auto:7"))
+    assert set(two) < set(four) < set(seven)
+    assert (len(two), len(four), len(seven)) == (2, 4, 7)
 
 
 def test_granularities_are_ordered_by_number() -> None:
