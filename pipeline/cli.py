@@ -12,6 +12,8 @@ from typing import Annotated, ParamSpec
 
 import typer
 
+from pipeline.explained import EXPECTED, explained
+
 P = ParamSpec("P")
 
 app = typer.Typer(
@@ -34,30 +36,14 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
-            sentence, code = _explained(error)
+        except EXPECTED as error:
+            sentence, code = explained(error)
             if sentence is None or "--debug" in sys.argv:
                 raise
             print(f"grappa: {sentence}", file=sys.stderr, flush=True)
             raise typer.Exit(code) from None
 
     return call
-
-
-def _explained(error: BaseException) -> tuple[str | None, int]:
-    """Return an expected error's sentence and exit code; None for a RuntimeError that is not a lost race for a lock."""
-    from pipeline.locks import LockedError, LockLostError
-
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped; the same command resumes", 130
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        detail = (str(error).strip().splitlines() or ["no more memory"])[0]
-        return f"out of memory ({detail}); lower the stage's batch_size or compute.inference_batch_size", 1
-    if isinstance(error, RuntimeError) and not isinstance(error, LockedError | LockLostError):
-        return None, 1
-    if isinstance(error, OSError) and error.filename and error.strerror and str(error).startswith("[Errno"):
-        return f"{os.fsdecode(error.filename)}: {error.strerror}", 1
-    return " ".join(str(error).split()) or type(error).__name__, 1
 
 
 @app.callback()

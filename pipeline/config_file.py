@@ -57,24 +57,33 @@ class _Loader(yaml.SafeLoader):
 
 def read_settings(path: Path) -> Settings:
     """Return the sections written in a YAML file (an empty section is the same as none)."""
+    return _sections(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds; ConfigError when it is none or says a key twice."""
     try:
         text = path.read_text(encoding="utf-8")
-        found = _Loader(text).get_single_data()
+        return _Loader(text).get_single_data()
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: found bytes that are not UTF-8, expected a YAML text file") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({_one_line(error)}); correct it or restore the file") from None
-    return _sections(found, str(path))
 
 
 def recipe_path(name_or_file: str) -> Path:
     """Return the file behind ``--config``: a recipe that comes with the package, or a file."""
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return shipped_or_file(name_or_file, RECIPES, f"--config {name_or_file}", "recipe")
+
+
+def shipped_or_file(name_or_file: str, folder: Path, where: str, kind: str) -> Path:
+    """Return the YAML file of that name in ``folder``, which comes with the package, or a file of the user's."""
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
     if name_or_file in names:
-        return RECIPES / f"{name_or_file}.yaml"
+        return folder / f"{name_or_file}.yaml"
     if Path(name_or_file).is_file():
         return Path(name_or_file)
-    raise ConfigError(f"--config {name_or_file}: no such file, and no recipe of that name ({', '.join(names)})")
+    raise ConfigError(f"{where}: no such file, and no {kind} of that name ({', '.join(names)})")
 
 
 def merged(base: Mapping[str, Mapping[str, Any]], changes: Mapping[str, Mapping[str, Any]]) -> Settings:
@@ -145,14 +154,14 @@ def _section_text(name: str, section: Section) -> str:
 
 def _field_text(name: str, value: Any, description: str) -> str:
     if isinstance(value, list) and value and all(isinstance(item, str) and "/" in item for item in value):
-        items = "".join(f"    - {_flow(item)}\n" for item in value)
+        items = "".join(f"    - {flow(item)}\n" for item in value)
         return f"  {name}:  # {description}\n{items}"
-    line = f"  {name}: {_flow(value)}"
+    line = f"  {name}: {flow(value)}"
     trailing = f"{line}  # {description}\n"
     return trailing if len(trailing) <= LINE_LENGTH else f"  # {description}\n{line}\n"
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
     """Return a value as YAML on one line."""
     style = '"' if isinstance(value, str) and "\n" in value else None
     text = yaml.safe_dump(
@@ -171,8 +180,8 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return f"{name}: {first['ctx']['error']}"
     same = [problem for problem in problems if problem["loc"][:2] == first["loc"][:2]]
-    expected = " or ".join(dict.fromkeys(_expected(str(problem["msg"])) for problem in same))
-    found = _short(same[-1]["input"])
+    expected = " or ".join(dict.fromkeys(expected_text(str(problem["msg"])) for problem in same))
+    found = short(same[-1]["input"])
     return f"{name}: found {found}, expected {expected} (such as the default, {_default(name)})"
 
 
@@ -194,7 +203,7 @@ def _near(section: str, field: str, siblings: list[str]) -> list[str]:
     return elsewhere or within or difflib.get_close_matches(f"{section}.{field}", field_names(), cutoff=0.75)
 
 
-def _expected(message: str) -> str:
+def expected_text(message: str) -> str:
     """Turn "Input should be a valid integer, unable to ..." into "a valid integer"."""
     text = message.removeprefix("Input should be ").split(", unable")[0].split(", got")[0]
     return text[:1].lower() + text[1:] if text[:2] != text[:2].upper() else text
@@ -203,7 +212,7 @@ def _expected(message: str) -> str:
 def _default(name: str) -> str:
     section, _, field = name.partition(".")
     model = getattr(Config(), section)
-    return _flow(model.model_dump(mode="json")[field]) if field else f"{section}: {{...}}"
+    return flow(model.model_dump(mode="json")[field]) if field else f"{section}: {{...}}"
 
 
 def _refuse_truth_values(settings: Mapping[str, Any], config: Config, where: str) -> None:
@@ -218,7 +227,8 @@ def _refuse_truth_values(settings: Mapping[str, Any], config: Config, where: str
                 )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return a value for an error, at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -24,6 +24,7 @@ from pipeline.work import Work, open_work, recover
 
 Step = tuple[Stage, str | None]
 Say = Callable[[str], None]
+Take = Callable[[Stage, str | None], bool]
 
 
 class NotReadyError(ValueError):
@@ -48,9 +49,12 @@ class Report:
     num_fresh: int = 0
 
 
-def run_stages(run: RunFolder, config: Config, selection: Selection, *, progress: Progress, say: Say) -> Report:
+def run_stages(
+    run: RunFolder, config: Config, selection: Selection, *, progress: Progress, say: Say, take: Take | None = None
+) -> Report:
     """Run every selected instance that is not fresh; ``say`` gets one line for each.
 
+    ``take`` is asked before an instance is computed; True means that it has put a finished artifact in its place.
     Raises NotReadyError when one stage was selected and what it reads is not fresh, LockedError when another process
     is writing an artifact, and whatever a stage raises: finished artifacts stay, and unfinished work is resumed by the
     same call.
@@ -66,8 +70,9 @@ def run_stages(run: RunFolder, config: Config, selection: Selection, *, progress
             report.num_fresh += 1
             continue
         _refuse_unready(run, judge, [(stage, instance)], force=True)
-        seconds = execute(run, config, stage, instance, progress=progress, say=say)
-        report.seconds[stage.name] = report.seconds.get(stage.name, 0.0) + seconds
+        if not (take and take(stage, instance)):
+            seconds = execute(run, config, stage, instance, progress=progress, say=say)
+            report.seconds[stage.name] = report.seconds.get(stage.name, 0.0) + seconds
         judge.forget(stage, instance)
     return report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,18 +50,30 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     known = RunFolder.open(root, writable=True) if (root / RUN_FILE).exists() else None
     other = RunFolder.open(request.other) if request.other else None
     config = _requested(known, request)
-    _check_weights(config, known)
-    listing = list_sources(_given_sources(config))
-    config = resolve_num_clusters(config, _num_train(listing))
-    _check_labels(config, listing)
+    check_weights(config, known)
+    listing = list_sources(given_sources(config))
+    config = fitted(config, listing)
+    run, former = write_run(root, config, listing)
+    say_images(listing, former, say)
+    if other:
+        take_over(other, run, config, say=say)
+    _say_states(run, config, say)
+    return config
+
+
+def write_run(root: Path, config: Config, listing: pd.DataFrame) -> tuple[RunFolder, pd.DataFrame | None]:
+    """Make or open a run folder, publish the listing and write the configuration; return the former listing too."""
     run = RunFolder.create(root)
     former = published_listing(run)
     publish_listing(run, listing, config.images.sources, former)
     atomic_write_text(run.config_path, dump_config(config))
-    _say_images(listing, former, say)
-    if other:
-        take_over(other, run, config, say=say)
-    _say_states(run, config, say)
+    return run, former
+
+
+def fitted(config: Config, listing: pd.DataFrame) -> Config:
+    """Return the configuration with its granularities in numbers; ConfigError for what these images cannot give."""
+    config = resolve_num_clusters(config, _count_train(listing))
+    _check_labels(config, listing)
     return config
 
 
@@ -82,28 +94,32 @@ def resolve_num_clusters(config: Config, num_train: int) -> Config:
 
 
 def _requested(known: RunFolder | None, request: Request) -> Config:
-    """Return the configuration to begin with, under the recipe, under the assignments, under the images given.
-
-    Each layer is checked as it is put on, so that an error names where the wrong value stands.
-    """
-    settings = _base(known, request)
-    config = parse_settings(settings, str(known.config_path) if known else "the defaults")
-    layers: list[tuple[str, Settings]] = []
+    """Return the configuration to begin with, under the recipe, under the assignments, under the images given."""
+    layers = [(str(known.config_path) if known else "the defaults", _base(known, request))]
     if request.config:
         layers.append((f"--config {request.config}", read_settings(recipe_path(request.config))))
     if request.assignments:
         layers.append(("--set", parse_assignments(request.assignments)))
     if request.images:
         layers.append(("--images", {"images": {"sources": list(request.images)}}))
+    return layered({}, layers)[1]
+
+
+def layered(settings: Settings, layers: Iterable[tuple[str, Settings]]) -> tuple[Settings, Config]:
+    """Put layers (where it stands, what it says) over settings, paths made absolute; return the result and its check.
+
+    Each layer is checked as it is put on, so that an error names where the wrong value stands.
+    """
+    config = parse_settings(settings, "the defaults")
     for where, layer in layers:
         settings = merged(settings, _absolute(layer))
         config = parse_settings(settings, where)
-    return config
+    return settings, config
 
 
 def _base(known: RunFolder | None, request: Request) -> Settings:
     if known and known.config_path.exists():
-        return _absolute(read_settings(known.config_path))
+        return read_settings(known.config_path)
     if request.other is None:
         return {}
     other = read_config(RunFolder.open(request.other)).model_dump(mode="json")
@@ -122,7 +138,7 @@ def _absolute(settings: Settings) -> Settings:
     return merged(settings, changed)
 
 
-def _check_weights(config: Config, known: RunFolder | None) -> None:
+def check_weights(config: Config, known: RunFolder | None) -> None:
     """Refuse weights that are not there, unless the run has read them already."""
     path = config.backbone.weights
     if path is None or os.path.isfile(path):
@@ -142,18 +158,20 @@ def _check_labels(config: Config, listing: pd.DataFrame) -> None:
         )
 
 
-def _given_sources(config: Config) -> tuple[str, ...]:
+def given_sources(config: Config) -> tuple[str, ...]:
+    """Return the images' folders and tables; ConfigError when there are none."""
     if not config.images.sources:
         raise ConfigError("no images given; name a folder (DOMAIN/...) or a table (.csv, .parquet) by --images")
     return config.images.sources
 
 
-def _num_train(listing: pd.DataFrame) -> int:
+def _count_train(listing: pd.DataFrame) -> int:
     """Count the images that are learned from: all but the test images; all where nothing is split."""
     return int((listing["split"] != "test").sum())
 
 
-def _say_images(listing: pd.DataFrame, former: pd.DataFrame | None, say: Say) -> None:
+def say_images(listing: pd.DataFrame, former: pd.DataFrame | None, say: Say) -> None:
+    """Say how many images of which domains there are, what came and went, and which domain is too small."""
     sizes = listing["domain"].value_counts().sort_index()
     splits = listing["split"].value_counts()
     split = f", {splits.get('train', 0)} train and {splits.get('test', 0)} test" if len(splits) else ", no split"

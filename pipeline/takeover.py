@@ -1,36 +1,47 @@
-"""Taking artifacts over from another run: those that are fresh there and have the recipe that is expected here."""
+"""Taking artifacts over from other runs: those that are whole there and have the recipe that is expected here."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pipeline.artifacts import LOG_FILE, Artifact, Manifest, Recipe, RunFolder
 from pipeline.config import Config
 from pipeline.freshness import artifact_state
-from pipeline.recipes import MissingInputError, expected_recipe
+from pipeline.recipes import MissingInputError, expected_recipe, read_manifest
 from pipeline.stages import Stage
-from pipeline.status import Judge, instances, read_config
+from pipeline.status import instances
 from pipeline.work import open_work, recover
 
 
 def take_over(other: RunFolder, run: RunFolder, config: Config, *, say: Callable[[str], None]) -> None:
-    """Link or copy each artifact of ``other`` that is fresh there, not fresh here and of the recipe wanted here."""
-    there = read_config(other)
-    judge, known, taken = Judge(other, there), set(instances(there)), []
+    """Link or copy each artifact of ``other`` that is not fresh here and has the recipe wanted here."""
+    taken = []
     for stage, instance in instances(config):
-        source, target = other.artifact(stage.name, instance), run.artifact(stage.name, instance)
-        recover(target)
-        wanted = _wanted(run, config, stage, instance)
-        if wanted is None or (stage, instance) not in known or judge.state(stage, instance).kind != "fresh":
-            continue
-        manifest = source.manifest()
-        if manifest and manifest.recipe == wanted and artifact_state(target, wanted).kind != "fresh":
-            _copy(source, manifest, target)
-            taken.append(target.name)
+        recover(run.artifact(stage.name, instance))
+        if take_over_one([other], run, config, stage, instance):
+            taken.append(run.artifact(stage.name, instance).name)
     say(f"taken over from {other.root}: {', '.join(taken) or 'nothing, no other artifact has a recipe of this run'}")
+
+
+def take_over_one(
+    others: Iterable[RunFolder], run: RunFolder, config: Config, stage: Stage, instance: str | None
+) -> RunFolder | None:
+    """Link or copy one artifact that is not fresh here from the first run that has it; return that run, or None.
+
+    Whether it is stale there does not matter: the recipe says what it was made of.
+    """
+    wanted, target = _wanted(run, config, stage, instance), run.artifact(stage.name, instance)
+    if wanted is None or artifact_state(target, wanted).kind == "fresh":
+        return None
+    for other in others:
+        source, manifest = other.artifact(stage.name, instance), read_manifest(other, stage.name, instance)
+        if manifest and manifest.recipe == wanted and not source.check():
+            _copy(source, manifest, target)
+            return other
+    return None
 
 
 def _wanted(run: RunFolder, config: Config, stage: Stage, instance: str | None) -> Recipe | None:

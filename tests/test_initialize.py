@@ -183,6 +183,14 @@ def test_nothing_stale_is_taken_over(desk: Desk, monkeypatch: pytest.MonkeyPatch
     assert "features" in taken and "clusters" not in taken and "adaptors" not in taken
 
 
+def test_what_is_stale_there_but_wanted_here_is_taken_over(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(desk, monkeypatch)
+    desk.init(assignments=["clusters.seed=1"])
+    other = desk.folder / "other"
+    config = desk.init(other, other=desk.root, assignments=["clusters.seed=0"])
+    assert {str(each.state) for each in states(RunFolder.open(other), config, verify=True)} == {"fresh"}
+
+
 def test_a_recipe_named_beside_from_begins_with_the_defaults(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     made(desk, monkeypatch)
     config = desk.init(desk.folder / "other", other=desk.root, config="small")
