@@ -179,6 +179,37 @@ def report(
 
 @app.command()
 @guarded
+def sweep(
+    file: Annotated[str, typer.Argument(metavar="SWEEP", help="a sweep: ablation, or a YAML file")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="runs and table go here; default: runs/SWEEP")
+    ] = None,
+    images: Annotated[
+        list[str] | None, typer.Option(metavar="DIR_OR_TABLE", help="in place of the file's images")
+    ] = None,
+    config: Annotated[str | None, typer.Option(metavar="NAME_OR_FILE", help="in place of the file's recipe")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change one value of the base")
+    ] = None,
+    other: Annotated[
+        Path | None, typer.Option("--from", metavar="OTHER_RUN", help="take over artifacts of this run too")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what each run would do; change nothing")] = False,
+) -> None:
+    """Run several configurations from one file, share what they have in common, and make one table."""
+    from pipeline.progress import Progress
+    from pipeline.sweep import run_sweep, say_sweep_plan
+    from pipeline.sweep_runs import SweepRequest
+
+    request = SweepRequest(file, out, config, images or (), assignments or (), other)
+    if dry_run:
+        say_sweep_plan(request, say=say)
+    else:
+        run_sweep(request, progress=Progress(), say=say)
+
+
+@app.command()
+@guarded
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where to work")] = Path("runs/demo"),
 ) -> None:

@@ -73,10 +73,14 @@ def read_table(metrics: Path) -> tuple[list[str], list[list[str]]]:
 
 def print_table(metrics: Path, stream: TextIO | None = None) -> None:
     """Print the results table: ruled on a terminal, plain columns elsewhere."""
-    stream = sys.stdout if stream is None else stream
     header, rows = read_table(metrics)
-    if not rows:
-        return
+    if rows:
+        print_rows(header, rows, stream)
+
+
+def print_rows(header: list[str], rows: list[list[str]], stream: TextIO | None = None) -> None:
+    """Print any table of texts: ruled on a terminal, plain columns elsewhere; the first column is left-aligned."""
+    stream = sys.stdout if stream is None else stream
     if stream.isatty():
         _print_ruled(header, rows, stream)
         return

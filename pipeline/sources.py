@@ -27,9 +27,19 @@ def list_sources(sources: Sequence[str]) -> pd.DataFrame:
 
 def published_listing(run: RunFolder) -> pd.DataFrame | None:
     """Return the listing that the run has, None when it has none (or a broken one)."""
+    recover(run.artifact("sources"))
+    return _read_listing(run)
+
+
+def same_listing(run: RunFolder, listing: pd.DataFrame) -> bool:
+    """Tell whether the run has a listing of this content; nothing on disk is changed."""
+    former = _read_listing(run)
+    return former is not None and _plain(former).equals(_plain(listing))
+
+
+def _read_listing(run: RunFolder) -> pd.DataFrame | None:
     import pandas as pd
 
-    recover(run.artifact("sources"))
     artifact = run.artifact("sources")
     if artifact.check():
         return None

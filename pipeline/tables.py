@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
-from pipeline.artifacts import MANIFEST_FILE, Manifest, RunFolder
+from pipeline.artifacts import MANIFEST_FILE, Manifest, RunFolder, quoted
 from pipeline.config import Config, num_clusters_of
 from pipeline.config_file import load_config
 from pipeline.inputs import chosen_rows
@@ -88,6 +88,14 @@ def load_per_query(run: str | Path) -> pd.DataFrame:
     """Return the metrics of every query: image_id, domain, model, gallery, num_positives, average_precision, ..."""
     folder, _ = _open(run)
     return pd.read_parquet(published(folder, "evaluation") / "per_query.parquet")
+
+
+def load_sweep(folder: str | Path) -> pd.DataFrame:
+    """Return the table of a sweep: run, variant, one column a changed setting, the result table's, seconds a stage."""
+    path = Path(folder) / "sweep.parquet"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; make it by `grappa sweep SWEEP --out {quoted(Path(folder))}`")
+    return pd.read_parquet(path)
 
 
 def load_rejected(run: str | Path) -> pd.DataFrame:
