@@ -12,7 +12,7 @@ from pipeline.artifacts import RUN_FILE, RunFolder
 from pipeline.config import Config
 from pipeline.config_file import RECIPES, ConfigError, Settings, parse_assignments, read_settings, shipped_or_file
 from pipeline.execution import Selection, selected
-from pipeline.initialize import check_weights, count_train, given_sources, layered, resolve_num_clusters
+from pipeline.initialize import check_weights, fitted, given_sources, layered
 from pipeline.sources import list_sources
 from pipeline.stages import embedding_rows
 from pipeline.sweep_file import SweepFile, nested, points, read_sweep
@@ -76,7 +76,7 @@ def prepare(request: SweepRequest) -> Sweep:
     for point, config in configs:
         listing = listings[config.images.sources]
         runs.append(
-            SweepRun(point.name, point.variant, out / point.name, _resolved(point.name, config, listing), listing)
+            SweepRun(point.name, point.variant, out / point.name, _fitted(point.name, config, listing), listing)
         )
     sweep = Sweep(file, out, tuple(runs), RunFolder.open(request.other) if request.other else None)
     if sweep.has_table:
@@ -115,9 +115,9 @@ def _check_known(root: Path, config: Config) -> None:
     check_weights(config, known)
 
 
-def _resolved(name: str, config: Config, listing: pd.DataFrame) -> Config:
+def _fitted(name: str, config: Config, listing: pd.DataFrame) -> Config:
     try:
-        return resolve_num_clusters(config, count_train(listing))
+        return fitted(config, listing)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
 

@@ -45,7 +45,7 @@ class Desk:
         self.folder, self.fakes, self.out = folder, fakes, folder / "out"
         self.images = folder / "images"
         for number in range(24):
-            file = self.images / f"{'birds' if number % 2 else 'cars'}/class/{number}.png"
+            file = self.images / f"{'birds' if number % 2 else 'cars'}/{number}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(b"%d" % number)
         self.write(RUNS)
@@ -135,10 +135,10 @@ def test_a_dry_run_changes_nothing_and_says_what_then_happens(desk: Desk) -> Non
 
 def test_a_dry_run_of_a_changed_sweep_sees_what_lies_in_the_folder(desk: Desk) -> None:
     desk.sweep()
-    (desk.images / "birds" / "class" / "99.png").write_bytes(b"new")
+    (desk.images / "birds" / "99.png").write_bytes(b"new")
     planned = plan(prepare(SweepRequest(str(desk.folder / "sweep.yaml"), desk.out)))
     assert planned[0].fresh == ["backbone"] and planned[0].computed[0] == "images"
-    (desk.images / "birds" / "class" / "99.png").unlink()
+    (desk.images / "birds" / "99.png").unlink()
     desk.write(RUNS.replace("runs: {", "runs: {first: {}, "))
     planned = plan(prepare(SweepRequest(str(desk.folder / "sweep.yaml"), desk.out)))
     assert [(each.name, each.computed) for each in planned] == [
@@ -282,6 +282,7 @@ def test_without_the_evaluation_there_is_no_table(desk: Desk) -> None:
         (RUNS, ["--set", "fusion.sed=2"], "--set: unknown key fusion.sed"),
         (RUNS, ["--config", "tiny"], "--config tiny: no such file, and no recipe of that name (demo, grappa, small)"),
         (RUNS, ["--images", "/nowhere"], "/nowhere"),
+        ("runs: {a: {evaluation.extra_rows: [supervised]}}", [], "a: evaluation.extra_rows asks for `supervised`, but"),
         (RUNS, ["--from", "/nowhere"], "There is no run folder /nowhere"),
         ("runs: {a: {images.sources: []}}", [], "no images given"),
     ],
