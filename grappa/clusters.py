@@ -138,12 +138,12 @@ def _check(
         raise ValueError(f"num_iterations is {num_iterations}; expected at least 1")
     if len(ids) != number or len(np.unique(ids)) != number:
         raise ValueError(f"ids holds {len(np.unique(ids))} different ids for {number} images; give each image its own")
-    distinct = _count_distinct(features, high)
+    distinct = count_distinct(features, high)
     if distinct < high:
         raise ValueError(f"num_clusters is {high}, but only {distinct} of {number} images differ; ask for fewer")
 
 
-def _count_distinct(features: NDArray[np.float32], enough: int) -> int:
+def count_distinct(features: NDArray[np.float32], enough: int) -> int:
     """Count different rows, stopping as soon as there are ``enough``."""
     seen: set[int] = set()
     for row in features:
