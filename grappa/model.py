@@ -1,7 +1,8 @@
 """The adapted model as a user deploys it: images in, L2-normalised embeddings out.
 
-A model folder holds ``model.json`` (architecture and preprocessing) and ``weights.safetensors`` (backbone, adaptor sets
-and fusion): no pickle, and neither network nor other files are needed to open it.
+A model folder holds ``model.json`` (architecture and preprocessing) and ``weights.safetensors`` (backbone, adaptor
+sets, fusion and head): no pickle, and neither network nor other files are needed to open it. Format 1 had no head; it
+is still opened.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from grappa.adaptors import AdaptorSet
 from grappa.backbone import Backbone, BackboneSpec, build_backbone, embed
 from grappa.decoding import image_to_rgb, shrink
 from grappa.fusion import Fusion
+from grappa.head import Head, IdentityHead, open_head
 from grappa.transforms import eval_crop, normalize
 
-FORMAT = 1
+FORMAT, FIRST_FORMAT = 2, 1
 
 
 class ModelError(ValueError):
@@ -32,12 +34,13 @@ class ModelError(ValueError):
 
 
 class GrappaModel(nn.Module):
-    """Backbone, adaptor sets and fusion, in their folded inference form."""
+    """Backbone, adaptor sets and fusion, in their folded inference form, and the embedding head (None: none)."""
 
-    def __init__(self, backbone: Backbone, fusion: Fusion, *, cache_size: int) -> None:
+    def __init__(self, backbone: Backbone, fusion: Fusion, *, cache_size: int, head: Head | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.residuals = fusion.folded()
+        self.head = IdentityHead() if head is None else head
         self.cache_size = cache_size
         self.requires_grad_(False)
 
@@ -47,7 +50,8 @@ class GrappaModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed (B, 3, S, S) float images, normalised as ``preprocess`` does; (B, D) float32, L2-normalised rows."""
-        return embed(self.backbone, images, list(self.residuals))
+        embeddings: Tensor = self.head(embed(self.backbone, images, list(self.residuals)))
+        return embeddings
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Return a PIL image as (3, S, S) float32, by the very steps the pipeline's images went through."""
@@ -70,17 +74,21 @@ def save_model(
     fusion: Fusion,
     *,
     cache_size: int,
+    head: Head | None = None,
 ) -> None:
     """Write ``model.json`` and ``weights.safetensors`` into an existing folder.
 
     Args:
         sets: the adaptor sets by pseudo-granularity, in the fusion's order.
         cache_size: pixels of the shorter side of the images the model was adapted on.
+        head: the last step, fitted on the fused model's embeddings; None: none.
     """
+    head = IdentityHead() if head is None else head
     tensors = {f"backbone.{name}": value for name, value in backbone.vit.state_dict().items()}
     for name, adaptor_set in sets.items():
         tensors.update({f"sets.{name}.{key}": value for key, value in adaptor_set.state_dict().items()})
     tensors.update({f"fusion.{key}": value for key, value in fusion.trained_state().items()})
+    tensors.update({f"head.{key}": value for key, value in head.state_dict().items()})
     layer: Any = fusion[0]
     record = {
         "format": FORMAT,
@@ -88,6 +96,7 @@ def save_model(
         "cache_size": cache_size,
         "granularities": list(sets),
         "fusion": {"level": layer.level, "temperature": layer.temperature},
+        "head": head.form(),
         "embedding_dim": backbone.width,
     }
     plain = {name: value.contiguous().cpu() for name, value in tensors.items()}
@@ -109,7 +118,8 @@ def load_model(folder: str | Path) -> GrappaModel:
         sets = [AdaptorSet.from_state_dict(_below(tensors, f"sets.{name}.")) for name in record["granularities"]]
         fusion = Fusion(sets, level=record["fusion"]["level"], temperature=record["fusion"]["temperature"])
         fusion.load_trained_state(_below(tensors, "fusion."))
-        return GrappaModel(backbone, fusion, cache_size=int(record["cache_size"])).eval()
+        head = open_head(record["head"], _below(tensors, "head.")) if record["format"] > FIRST_FORMAT else None
+        return GrappaModel(backbone, fusion, cache_size=int(record["cache_size"]), head=head).eval()
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"model.json and weights.safetensors in {folder} disagree ({error}); export the model again"
@@ -124,9 +134,10 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} has no model.json; give a folder written by `grappa export`") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not JSON ({error}); export the model again") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    if not isinstance(record, dict) or record.get("format") not in (FIRST_FORMAT, FORMAT):
         found = record.get("format") if isinstance(record, dict) else record
-        raise ModelError(f"{path} has format {found!r}, this version reads {FORMAT}; update grappa or export again")
+        known = f"{FIRST_FORMAT} and {FORMAT}"
+        raise ModelError(f"{path} has format {found!r}, this version reads {known}; update grappa or export again")
     return record
 
 

@@ -155,6 +155,24 @@ class Embeddings(Section):
     whitening_power: Fraction = Field(0.5, description="strength of zero_shot_whitened: 0 none, 1 full PCA whitening")
 
 
+class Heads(Section):
+    kind: Literal["none", "whitening", "neighborhood"] = Field(
+        "neighborhood", description="the last step of every adapted model, fitted without labels (see grappa.head)"
+    )
+    num_centroids: Literal["auto"] | Annotated[int, Field(ge=2)] = Field(
+        "auto", description="neighborhood: centroids of the train embeddings; auto: a third of the images, at most 4096"
+    )
+    perplexity: Annotated[float, Field(gt=1.0)] = Field(
+        10.0, description="neighborhood: centroids an image is near to; few centroids lower it to their middle"
+    )
+    deviation_power: Fraction = Field(0.5, description="strength of the whitening: 0 none, 1 full")
+    neighborhood_weight: NonNegativeFloat = Field(
+        1.0, description="neighborhood: weight of where an image lies beside how it differs from what lies there"
+    )
+    num_iterations: PositiveInt = Field(20, description="neighborhood: iterations of spherical k-means")
+    seed: NonNegativeInt = Field(0, description="neighborhood: seed of the initial centroids")
+
+
 class Evaluation(Section):
     seed: NonNegativeInt = Field(0, description="seed of the hash that breaks ties")
     extra_rows: tuple[ExtraRow, ...] = provenance(
@@ -195,6 +213,7 @@ class Config(Section):
     adaptors: Adaptors = Adaptors()
     fusion: Fusion = Fusion()
     embeddings: Embeddings = Embeddings()
+    heads: Heads = Heads()
     evaluation: Evaluation = Evaluation()
     index: Index = Index()
     compute: Compute = Compute()

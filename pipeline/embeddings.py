@@ -8,7 +8,7 @@ from pipeline.context import StageContext
 from pipeline.features import extract, new_array
 from pipeline.fused import open_fusion
 from pipeline.inputs import open_backbone, open_sets, read_images, train_rows
-from pipeline.stages import adaptor_sets, fusion_instance
+from pipeline.stages import FROZEN_ROWS, adaptor_sets, fusion_instance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ FILE = "embeddings.npy"
 
 def run(context: StageContext) -> str:
     row = str(context.instance)
-    if row in ("zero_shot", "zero_shot_whitened"):
+    if row in FROZEN_ROWS:
         return _from_features(context, whitened=row == "zero_shot_whitened")
     if row == "concat":
         return _side_by_side(context)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from grappa.adaptors import AdaptorSet
     from grappa.backbone import Backbone
+    from grappa.head import Head
     from grappa.pixels import PixelCache
     from grappa.training import Views
     from pipeline.config import Augmented
@@ -78,6 +79,17 @@ def open_sets(context: StageContext, names: tuple[str, ...]) -> dict[str, Adapto
 
     paths = {name: context.input("adaptors", name) / "adaptors.safetensors" for name in names}
     return {name: AdaptorSet.from_state_dict(load_file(path)) for name, path in paths.items()}
+
+
+def open_head(context: StageContext, row: str) -> Head:
+    """Return the embedding head fitted for an embedding row."""
+    from safetensors import safe_open
+
+    from grappa.head import open_head as open_form
+
+    with safe_open(context.input("heads", row) / "head.safetensors", "pt") as file:
+        form = json.loads(file.metadata()["head"])
+        return open_form(form, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
 
 
 def open_views(context: StageContext, settings: Augmented, image_size: int) -> Views:

@@ -1,10 +1,10 @@
-"""Stage ``model``: the self-contained adapted model, backbone + adaptor sets + fusion + preprocessing."""
+"""Stage ``model``: the self-contained adapted model, backbone + adaptor sets + fusion + head + preprocessing."""
 
 from __future__ import annotations
 
 from pipeline.context import StageContext
 from pipeline.fused import open_fusion
-from pipeline.inputs import open_backbone, open_sets
+from pipeline.inputs import open_backbone, open_head, open_sets
 
 
 def run(context: StageContext) -> str:
@@ -12,7 +12,9 @@ def run(context: StageContext) -> str:
 
     backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
     fusion = open_fusion(context, "neighbors", sets)
-    save_model(context.path, backbone, sets, fusion, cache_size=context.config.images.cache_size)
+    head, cache_size = open_head(context, "fused"), context.config.images.cache_size
+    save_model(context.path, backbone, sets, fusion, cache_size=cache_size, head=head)
     model = load_model(context.path)
-    added = sum(value.numel() for value in model.residuals.state_dict().values()) / 1e6
-    return f"{len(sets)} adaptor sets in one model of {model.embedding_dim} dimensions, {added:.2f} M weights added"
+    added, last = (sum(each.numel() for each in part.buffers()) / 1e6 for part in (model.residuals, model.head))
+    size = f"{model.embedding_dim} dimensions, {added:.2f} M weights added, {last:.2f} M in the head"
+    return f"{len(sets)} adaptor sets in one model of {size}"

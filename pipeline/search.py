@@ -35,7 +35,7 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
 
     folder = RunFolder.open(run)
     model = load_model(run)
-    check_same_origin(folder, "index", "images", "embeddings/fused", "model")
+    check_same_origin(folder, "index", "images", "heads/fused", "embeddings/fused", "model")
     index = SearchIndex.load(published(folder, "index"))
     images = pd.read_parquet(published(folder, "images") / "images.parquet").set_index("image_id")
     with torch.inference_mode():

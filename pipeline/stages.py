@@ -13,6 +13,7 @@ from pipeline.config import Config
 
 PIXELS = ("images.parquet", "pixels/")
 WEIGHTS = ("weights.safetensors", "backbone.json")
+FROZEN_ROWS = ("zero_shot", "zero_shot_whitened")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def adaptor_sets(config: Config) -> tuple[str, ...]:
 
 
 def embedding_rows(config: Config) -> tuple[str, ...]:
-    """Return the models whose embeddings are kept: the rows of the result table but the oracle.
+    """Return the models whose embeddings are kept.
 
     ``concat``: the granularities' embeddings side by side; ``multi_head``: one set trained on all granularities at
     once; ``supervised``: one set trained on the train labels.
@@ -81,7 +82,29 @@ def embedding_rows(config: Config) -> tuple[str, ...]:
     views = ("fused_views",) if "views" in config.fusion.pairs else ()
     concat = ("concat",) if "concat" in config.evaluation.extra_rows else ()
     alone = adaptor_sets(config)[len(config.granularities) :]
-    return ("zero_shot", "zero_shot_whitened", *config.granularities, "mean", "fused", *views, *concat, *alone)
+    return (*FROZEN_ROWS, *config.granularities, "mean", "fused", *views, *concat, *alone)
+
+
+def head_rows(config: Config) -> tuple[str, ...]:
+    """Return the embedding rows that get a head: the adapted models, and the frozen backbone if there is a head."""
+    adapted = tuple(row for row in embedding_rows(config) if row not in FROZEN_ROWS)
+    return adapted if config.heads.kind == "none" else ("zero_shot", *adapted)
+
+
+def evaluated_rows(config: Config) -> dict[str, tuple[str, str]]:
+    """Return the rows of the result table but the oracle, each with the stage and instance of its final embeddings.
+
+    Adapted models are evaluated with their head. ``zero_shot_head`` is the frozen backbone with one, and ``fused_raw``
+    the fused model without: left out where no head is asked for.
+    """
+    rows = {}
+    for row in embedding_rows(config):
+        rows[row] = ("embeddings" if row in FROZEN_ROWS else "heads", row)
+        if row == "zero_shot_whitened" and config.heads.kind != "none":
+            rows["zero_shot_head"] = ("heads", "zero_shot")
+        if row == "fused" and config.heads.kind != "none":
+            rows["fused_raw"] = ("embeddings", "fused")
+    return rows
 
 
 def _feature_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
@@ -132,13 +155,18 @@ def _embedding_inputs(config: Config, instance: str | None) -> tuple[Input, ...]
     return (Input("images", PIXELS), *_fused_inputs(config, fusion_instance(row)))
 
 
+def _head_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    return (Input("images", ("images.parquet",)), Input("embeddings", ("embeddings.npy",), instance))
+
+
 def _attention_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     return (Input("images", PIXELS), *_fused_inputs(config, instance))
 
 
 def _evaluation_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
-    rows = tuple(Input("embeddings", ("embeddings.npy",), row) for row in embedding_rows(config))
-    return (Input("images", ("images.parquet", "labels.parquet")), *rows)
+    rows = evaluated_rows(config).values()
+    embeddings = tuple(Input(stage, ("embeddings.npy",), row) for stage, row in rows)
+    return (Input("images", ("images.parquet", "labels.parquet")), *embeddings)
 
 
 STAGES: tuple[Stage, ...] = (
@@ -165,8 +193,14 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage("adaptors", 1, _settings("adaptors"), _set_inputs, adaptor_sets),
     Stage("fusion", 1, _settings("fusion"), _fusion_inputs, lambda config: config.fusion.pairs),
-    Stage("model", 1, _settings("images.cache_size"), _fused_inputs),
     Stage("embeddings", 1, _embedding_settings, _embedding_inputs, embedding_rows),
+    Stage("heads", 1, _settings("heads"), _head_inputs, head_rows),
+    Stage(
+        "model",
+        1,
+        _settings("images.cache_size"),
+        lambda config, instance: (*_fused_inputs(config), Input("heads", ("head.safetensors",), "fused")),
+    ),
     Stage("evaluation", 1, _settings("evaluation"), _evaluation_inputs),
     Stage(
         "index",
@@ -174,7 +208,7 @@ STAGES: tuple[Stage, ...] = (
         _settings("index"),
         lambda config, instance: (
             Input("images", ("images.parquet",)),
-            Input("embeddings", ("embeddings.npy",), "fused"),
+            Input("heads", ("embeddings.npy",), "fused"),
         ),
     ),
     Stage(

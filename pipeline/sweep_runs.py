@@ -14,7 +14,7 @@ from pipeline.config_file import RECIPES, ConfigError, Settings, parse_assignmen
 from pipeline.execution import Selection, selected
 from pipeline.initialize import check_weights, fitted, given_sources, layered
 from pipeline.sources import list_sources
-from pipeline.stages import embedding_rows
+from pipeline.stages import evaluated_rows
 from pipeline.sweep_file import SweepFile, nested, points, read_sweep
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _fitted(name: str, config: Config, listing: pd.DataFrame) -> Config:
 
 
 def _check_rows(patterns: Iterable[str], where: str, configs: Iterable[Config]) -> None:
-    models = list(dict.fromkeys(model for config in configs for model in (*embedding_rows(config), "oracle")))
+    models = list(dict.fromkeys(model for config in configs for model in (*evaluated_rows(config), "oracle")))
     for pattern in patterns:
         if not any(fnmatchcase(model, pattern) for model in models):
             raise ConfigError(f"{where}: rows: {pattern!r} is no row of any run; there are {', '.join(models)}")

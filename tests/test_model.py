@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_backbone, tiny_cache, tiny_set
+from torch.nn import functional as F
 
 import grappa
 from grappa.backbone import embed
 from grappa.features import extract_features
 from grappa.fusion import Fusion
+from grappa.head_fitting import fit_neighborhood_head
 from grappa.model import ModelError, save_model
 
 
@@ -43,6 +45,25 @@ def test_the_loaded_model_gives_the_trained_models_embeddings(folder: Path) -> N
     torch.testing.assert_close(model(images).norm(dim=1), torch.ones(4))
 
 
+def test_a_head_is_the_last_step_and_format_1_had_none(folder: Path) -> None:
+    images, names = torch.randn(4, 3, 32, 32), np.arange(40, dtype=np.uint64)
+    train = F.normalize(torch.randn(40, 32), dim=1).numpy()
+    head = fit_neighborhood_head(train, names)
+    plain = grappa.load_model(folder)
+    sets = {f"k0000{i}": tiny_set(i) for i in range(3)}
+    save_model(folder, tiny_backbone(), sets, _fusion(), cache_size=40, head=head)
+    model = grappa.load_model(folder)
+    torch.testing.assert_close(model(images), head(plain(images)), rtol=1e-5, atol=1e-6)
+    assert model.head.form() == head.form()
+    record = json.loads((folder / "model.json").read_text())
+    del record["head"]
+    (folder / "model.json").write_text(json.dumps({**record, "format": 1}))
+    torch.testing.assert_close(grappa.load_model(folder)(images), plain(images))
+    (folder / "model.json").write_text(json.dumps({**record, "format": 2}))
+    with pytest.raises(ModelError, match="disagree"):
+        grappa.load_model(folder)
+
+
 def test_preprocessing_an_image_gives_the_pipelines_embedding(folder: Path, tmp_path: Path) -> None:
     cache, model = tiny_cache(tmp_path / "pixels", 5), grappa.load_model(folder)
     out = np.empty((5, 32), np.float32)
@@ -65,8 +86,8 @@ def test_damaged_model_folders_are_refused_in_one_sentence(folder: Path, tmp_pat
     with pytest.raises(ModelError, match="has no model.json"):
         grappa.load_model(tmp_path / "nowhere")
     record = json.loads((folder / "model.json").read_text())
-    (folder / "model.json").write_text(json.dumps({**record, "format": 2}))
-    with pytest.raises(ModelError, match="has format 2, this version reads 1"):
+    (folder / "model.json").write_text(json.dumps({**record, "format": 3}))
+    with pytest.raises(ModelError, match="has format 3, this version reads 1 and 2"):
         grappa.load_model(folder)
     (folder / "model.json").write_text(json.dumps({**record, "granularities": ["k00009"]}))
     with pytest.raises(ModelError, match="disagree"):

@@ -31,7 +31,8 @@ from pipeline.status import read_config, states
 from pipeline.work import Work
 
 COLUMNS = "model domain gallery num_queries map map_se r_precision map_at_r recall_at_1 recall_at_1_se recall_at_2"
-ROWS = ["zero_shot", "zero_shot_whitened", "k00004", "k00008", "mean", "fused", "oracle"]
+FREE = ["zero_shot", "zero_shot_whitened", "zero_shot_head"]
+ROWS = [*FREE, "k00004", "k00008", "mean", "fused", "fused_raw", "oracle"]
 
 
 def _split(path: Path) -> str:
@@ -150,15 +151,54 @@ def test_an_interrupted_attention_pass_goes_on_where_it_stopped(
     assert digests(copy)["attention/neighbors/attention.npy"] == undisturbed
 
 
-def test_the_stored_embeddings_are_the_models(run: RunFolder, material: Path) -> None:
-    model = pipeline.load_model(run.root)
-    images = pd.read_parquet(run.root / "images" / "images.parquet")
-    stored = np.load(run.root / "embeddings" / "fused" / "embeddings.npy")
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_the_stored_embeddings_are_the_models(
+    copy: RunFolder, material: Path, precision: str, tolerance: float
+) -> None:
+    make_run(copy.root, [], material / "weights.safetensors", embeddings__precision=precision)
+    run_all(copy, until="model")
+    model = pipeline.load_model(copy.root)
+    images = pd.read_parquet(copy.root / "images" / "images.parquet")
+    stored = np.load(copy.root / "heads" / "fused" / "embeddings.npy")
     chosen = [0, 17, 41]
     inputs = [model.preprocess(Image.open(Path("/") / images["path"][row])) for row in chosen]
-    found = model(torch.stack(inputs)).numpy()
-    cosines = (found * stored[chosen]).sum(1)
-    assert cosines.min() > 0.999, "auto precision may be bfloat16 in the stage, the model is float32"
+    np.testing.assert_allclose(model(torch.stack(inputs)).numpy(), stored[chosen], atol=tolerance)
+
+
+def test_without_heads_the_embeddings_pass_unchanged(copy: RunFolder, material: Path) -> None:
+    make_run(copy.root, [], material / "weights.safetensors", heads__kind="none")
+    run_all(copy)
+    metrics = tables.load_metrics(copy.root)
+    assert list(dict.fromkeys(metrics["model"])) == [row for row in ROWS if row not in ("zero_shot_head", "fused_raw")]
+    for row in ("k00004", "mean", "fused"):
+        head = (copy.root / "heads" / row / "embeddings.npy").read_bytes()
+        assert head == (copy.root / "embeddings" / row / "embeddings.npy").read_bytes()
+    assert json.loads((copy.root / "heads" / "fused" / "head.json").read_text()) == {"kind": "none"}
+    assert pipeline.load_model(copy.root).head.form() == {"kind": "none"}
+
+
+def test_a_head_is_recorded_and_makes_the_rows_what_they_are(run: RunFolder) -> None:
+    fitted = json.loads((run.root / "heads" / "fused" / "head.json").read_text())
+    assert set(fitted) == {"kind", "num_centroids", "temperature", "neighborhood_weight", "perplexity"}
+    assert (fitted["kind"], fitted["num_centroids"]) == ("neighborhood", 10)
+    np.testing.assert_allclose(fitted["perplexity"], 5.5, rtol=1e-6)
+    changed = np.load(run.root / "heads" / "zero_shot" / "embeddings.npy")
+    assert (changed.shape, changed.dtype) == ((60, 32), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(changed, axis=1), 1, atol=1e-5)
+    assert not np.allclose(changed, np.load(run.root / "embeddings" / "zero_shot" / "embeddings.npy"), atol=0.1)
+
+
+def test_a_head_learns_on_train_rows_only(copy: RunFolder) -> None:
+    folder = copy.root / "embeddings" / "fused"
+    before, split = (
+        np.load(folder / "embeddings.npy"),
+        pd.read_parquet(copy.root / "images" / "images.parquet")["split"],
+    )
+    before[split == "test"] = before[split == "test"][::-1]
+    np.save(folder / "embeddings.npy", before, allow_pickle=False)
+    head = digests(copy)["heads/fused/head.safetensors"]
+    run_all(copy, stage="heads", instance="fused", force=True)
+    assert digests(copy)["heads/fused/head.safetensors"] == head
 
 
 def test_search_finds_the_image_itself_first(run: RunFolder, material: Path) -> None:
@@ -199,14 +239,14 @@ def test_shuffled_rows_and_renamed_files_change_nothing_but_names(
     run_all(other)
     assert tables.load_metrics(other.root).equals(tables.load_metrics(run.root))
     mine, theirs = digests(run), digests(other)
-    for name in ("features/features.npy", "clusters/k00008/assignments.parquet", "embeddings/fused/embeddings.npy"):
+    for name in ("features/features.npy", "clusters/k00008/assignments.parquet", "heads/fused/embeddings.npy"):
         assert mine[name] == theirs[name], name
 
 
 def test_one_value_changed_makes_stale_exactly_what_reads_it(copy: RunFolder, material: Path) -> None:
     make_run(copy.root, [], material / "weights.safetensors", fusion__learning_rate=0.002)
     stale = {name for name, kind in _kinds(copy).items() if kind == "stale"}
-    hanging = {"model", "embeddings/fused", "evaluation", "index", "attention/neighbors"}
+    hanging = {"embeddings/fused", "heads/fused", "model", "evaluation", "index", "attention/neighbors"}
     assert stale == {"fusion/neighbors", *hanging}
     before = digests(copy)
     lines = run_all(copy, stage="fusion")
@@ -237,11 +277,11 @@ def test_a_corrected_label_reruns_the_evaluation_only(copy: RunFolder, material:
 
 
 def test_search_refuses_a_model_and_an_index_of_different_generations(copy: RunFolder, material: Path) -> None:
-    make_run(copy.root, [], material / "weights.safetensors", fusion__seed=3)
+    make_run(copy.root, [], material / "weights.safetensors", heads__neighborhood_weight=0.5)
     image = material / "images" / "discs" / "class_3" / "2.png"
     assert search(copy.root, image, 1), "an edited setting alone leaves the whole former result usable"
     run_all(copy, until="model")
-    with pytest.raises(ValueError, match="do not belong together: fusion/neighbors was made again in between"):
+    with pytest.raises(ValueError, match="do not belong together: heads/fused was made again in between"):
         search(copy.root, image, 1)
     run_all(copy)
     assert search(copy.root, image, 1)
@@ -275,7 +315,7 @@ def test_an_interrupted_take_over_never_writes_into_the_other_run(
 
 def test_inputs_that_change_while_they_are_read_are_never_published(copy: RunFolder, material: Path) -> None:
     make_run(copy.root, [], material / "weights.safetensors", index__rows="test")
-    artifact = copy.artifact("embeddings", "fused")
+    artifact = copy.artifact("heads", "fused")
     real = index_stage.run
 
     def run_and_change(context: Any) -> str:
@@ -287,7 +327,7 @@ def test_inputs_that_change_while_they_are_read_are_never_published(copy: RunFol
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_stage, "run", run_and_change)
-        with pytest.raises(ValueError, match="input embeddings/fused: content changed while it was made"):
+        with pytest.raises(ValueError, match="input heads/fused: content changed while it was made"):
             run_all(copy, stage="index")
 
 

@@ -18,6 +18,7 @@ from pipeline.artifacts import RunFolder
 from pipeline.cli import app
 from pipeline.report import costs, examples, figures, summary
 from pipeline.report.page import write_report
+from pipeline.stages import evaluated_rows
 from pipeline.status import read_config
 
 
@@ -157,8 +158,8 @@ def test_only_gains_beyond_their_interval_are_stressed_and_called_above() -> Non
     table = summary.gain_table(found)
     assert table.header == ["", "birds", "cars", "mean"]
     assert [row[0] for row in table.rows] == [
-        "mean vs the better zero-shot",
-        "fused vs the better zero-shot",
+        "mean vs the best zero-shot",
+        "fused vs the best zero-shot",
         "fused vs mean",
     ]
     assert table.rows[1][1] == "+.200 [+.100,\u00a0+.300]"
@@ -196,11 +197,11 @@ def test_a_row_costs_what_it_hangs_on(run: RunFolder, copy: RunFolder) -> None:
     found = costs.load_costs(run, config)
     stages = {row: set(own["stage"]) for row, own in found.groupby("row")}
     assert stages["zero_shot"] == {"images", "backbone", "features", "embeddings"}
-    assert stages["fused"] == stages["zero_shot"] | {"neighbors", "clusters", "adaptors", "fusion"}
+    assert stages["fused"] == stages["zero_shot"] | {"neighbors", "clusters", "adaptors", "fusion", "heads"}
     assert set(found[(found["row"] == "k00004") & (found["stage"] == "adaptors")]["instance"]) == {"k00004"}
     seconds = sum(
         run.artifact(stage, name).manifest().provenance["seconds"]  # type: ignore[union-attr]
-        for stage, name in costs.needed(config, "embeddings", "fused")
+        for stage, name in costs.needed(config, "heads", "fused")
     )
     assert found[found["row"] == "fused"]["seconds"].sum() == pytest.approx(seconds)
     assert costs.partly_known(found) == []
@@ -220,12 +221,14 @@ def test_shares_of_domains_in_clusters() -> None:
 
 
 def test_examples_are_nearest_images_marked_by_class(run: RunFolder) -> None:
-    found = examples.load_examples(run, ["zero_shot", "fused"], tables.load_per_query(run.root))
+    sources = evaluated_rows(read_config(run))
+    shown = {model: sources[model] for model in ("zero_shot", "fused")}
+    found = examples.load_examples(run, shown, tables.load_per_query(run.root))
     assert {each.query.domain for each in found} == {"stripes", "checks", "discs"}
     assert sum(each.why == "drawn at random" for each in found) == 3
     assert len({each.query.row for each in found}) == len(found)
     images = pd.read_parquet(run.root / "images" / "images.parquet")
-    embeddings = np.load(run.root / "embeddings" / "fused" / "embeddings.npy")
+    embeddings = np.load(run.root / "heads" / "fused" / "embeddings.npy")
     for each in found:
         ranking = each.rankings[1]
         assert ranking.model == "fused" and ranking.average_precision is not None

@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.execution import spent
 from pipeline.report.summary import Table
 from pipeline.results import ORACLE
-from pipeline.stages import STAGES, artifact_name, embedding_rows, find_stage
+from pipeline.stages import STAGES, artifact_name, evaluated_rows, find_stage
 
 Step = tuple[str, str | None]
 
@@ -40,7 +40,7 @@ def needed(config: Config, stage: str, instance: str | None) -> set[Step]:
 
 def row_steps(config: Config) -> dict[str, set[Step]]:
     """Return what each row of the result table hangs on, by row; the oracle's are those of every granularity."""
-    rows = {row: needed(config, "embeddings", row) for row in embedding_rows(config)}
+    rows = {row: needed(config, *source) for row, source in evaluated_rows(config).items()}
     return rows | {ORACLE: set().union(*(rows[name] for name in config.granularities))}
 
 

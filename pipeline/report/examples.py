@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,20 +59,23 @@ class Example:
     rankings: list[Ranking]
 
 
-def load_examples(run: RunFolder, models: Sequence[str], per_query: pd.DataFrame, *, seed: int = 0) -> list[Example]:
+def load_examples(
+    run: RunFolder, models: Mapping[str, tuple[str, str]], per_query: pd.DataFrame, *, seed: int = 0
+) -> list[Example]:
     """Return the examples of a run: of each domain one query drawn at random, and where labels exist the two whose
     average precision gained and lost the most from the first to the second of ``models``.
 
-    The gallery is merged: all test images but the query.
+    ``models`` names the stage and instance of each one's embeddings. The gallery is merged: all test images but the
+    query.
     """
     images = read_images(published(run, "images"))
     labels = pd.read_parquet(published(run, "images") / "labels.parquet")["label"]
     rows, _ = test_rows(images)
     table = images.iloc[rows].assign(row=rows, label=labels.iloc[rows].to_numpy(dtype=object)).reset_index(drop=True)
-    precision = _precision(table, models, per_query)
+    precision = _precision(table, list(models), per_query)
     chosen = choose(table, precision, seed=seed)
     places = [place for _, place in chosen]
-    found = {model: _nearest(run, model, rows, np.array(places)) for model in models}
+    found = {model: _nearest(published(run, *source), rows, np.array(places)) for model, source in models.items()}
     return [_example(table, precision, found, why, place, number) for number, (why, place) in enumerate(chosen)]
 
 
@@ -122,11 +125,10 @@ def _precision(table: pd.DataFrame, models: Sequence[str], per_query: pd.DataFra
 
 
 def _nearest(
-    run: RunFolder, model: str, rows: NDArray[np.int64], places: NDArray[np.int64]
+    folder: Path, rows: NDArray[np.int64], places: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return the nearest of ``rows`` for the queries at ``places``: places (Q, k) and cosines (Q, k), largest first."""
-    path = published(run, "embeddings", model) / "embeddings.npy"
-    embeddings = np.load(path, mmap_mode="r", allow_pickle=False)
+    embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
     queries = np.asarray(embeddings[rows[places]])
     blocks = [np.asarray(embeddings[rows[at : at + BLOCK_ROWS]]) for at in range(0, len(rows), BLOCK_ROWS)]
     similarities = np.concatenate([queries @ block.T for block in blocks], axis=1)

@@ -15,6 +15,7 @@ from pipeline.config import Config
 from pipeline.published import check_same_origin
 from pipeline.report import costs, examples, figures, summary
 from pipeline.report.summary import Table, number
+from pipeline.stages import evaluated_rows
 from pipeline.status import instances, read_config, states
 from pipeline.storage import new_folder, refuse_existing
 
@@ -52,7 +53,8 @@ def _content(
 ) -> dict[str, Any]:
     """Return all that the templates show."""
     models = list(dict.fromkeys(metrics["model"]))
-    shown = [each for each in examples.MODELS if _is_made(run, "embeddings", each)]
+    sources = evaluated_rows(config)
+    shown = {each: sources[each] for each in examples.MODELS if each in sources and _is_made(run, *sources[each])}
     spent = costs.load_costs(run, config)
     return {
         "name": run.root.resolve().name,

@@ -1,0 +1,87 @@
+"""Stage ``heads``: the last step of each model, learned on its train rows' embeddings without labels; then all rows.
+
+``embeddings.npy`` (N, D) float32, L2-normalised, are the final embeddings of the model: those that are evaluated and
+searched. ``head.json`` says what was fitted. The equations are in ``grappa.head``; the head is ours, not the paper's.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from pipeline.context import StageContext
+from pipeline.inputs import read_images, settle_device, train_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from grappa.head import Head, NeighborhoodHead
+
+
+def run(context: StageContext) -> str:
+    import numpy as np
+    from safetensors.torch import save_file
+
+    from grappa.head import apply_head
+
+    embeddings = np.load(context.input("embeddings", context.instance) / "embeddings.npy", allow_pickle=False)
+    images, device = read_images(context.input("images")), str(settle_device(context))
+    head = _fit(context, embeddings, images["image_id"].to_numpy(), train_rows(images), device)
+    form = head.form()
+    save_file(head.state_dict(), context.path / "head.safetensors", {"head": json.dumps(form, sort_keys=True)})
+    (context.path / "head.json").write_text(json.dumps(form, indent=2) + "\n")
+    np.save(context.path / "embeddings.npy", apply_head(head, embeddings, device=device), allow_pickle=False)
+    return f"{len(embeddings)} embeddings, {_described(form)}"
+
+
+def _fit(
+    context: StageContext,
+    embeddings: NDArray[np.float32],
+    image_ids: NDArray[np.object_],
+    rows: NDArray[np.int64],
+    device: str,
+) -> Head:
+    from grappa.head import IdentityHead
+    from grappa.head_fitting import fit_whitening_head
+    from grappa.randomness import id_numbers
+
+    settings = context.config.heads
+    if settings.kind == "none":
+        return IdentityHead()
+    ids = id_numbers(image_ids[rows].tolist())
+    if settings.kind == "whitening":
+        return fit_whitening_head(embeddings[rows], ids, power=settings.deviation_power)
+    return _fit_neighborhood(context, embeddings[rows], ids, device)
+
+
+def _fit_neighborhood(
+    context: StageContext, embeddings: NDArray[np.float32], ids: NDArray[np.uint64], device: str
+) -> NeighborhoodHead:
+    from grappa.clusters import num_assignments
+    from grappa.head_fitting import automatic_num_centroids, fit_neighborhood_head
+
+    settings = context.config.heads
+    number = settings.num_centroids
+    number = automatic_num_centroids(embeddings) if number == "auto" else number
+    total = num_assignments(len(ids), [number], settings.num_iterations)
+    with context.task("clustering", total, unit="assignments") as advance:
+        return fit_neighborhood_head(
+            embeddings,
+            ids,
+            num_centroids=number,
+            perplexity=settings.perplexity,
+            deviation_power=settings.deviation_power,
+            neighborhood_weight=settings.neighborhood_weight,
+            num_iterations=settings.num_iterations,
+            seed=settings.seed,
+            device=device,
+            progress=advance,
+        )
+
+
+def _described(form: dict[str, Any]) -> str:
+    if form["kind"] != "neighborhood":
+        return {"none": "unchanged", "whitening": "whitened"}[form["kind"]]
+    number, temperature, perplexity = form["num_centroids"], form["temperature"], form["perplexity"]
+    return f"{number} centroids at temperature {temperature:.4g}, of which {perplexity:.3g} are near an image"
