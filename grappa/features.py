@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from grappa.backbone import Backbone, Residual, embed
 from grappa.devices import autocast
 from grappa.pixels import PixelCache
+from grappa.processes import ALONE, Processes
 from grappa.transforms import eval_batch, normalize, prefetch
 
 Read = Callable[[Backbone, Tensor, Sequence[Residual] | None], Tensor]
@@ -23,7 +24,7 @@ Read = Callable[[Backbone, Tensor, Sequence[Residual] | None], Tensor]
 def extract_features(
     backbone: Backbone,
     cache: PixelCache,
-    out: NDArray[np.float32],
+    out: NDArray[np.float32] | None,
     *,
     residuals: Sequence[Residual] | None = None,
     read: Read = embed,
@@ -33,35 +34,43 @@ def extract_features(
     precision: str = "float32",
     num_workers: int = 1,
     progress: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Write the L2-normalised embeddings of the cache's images ``start``..N-1 into ``out`` (N, D) float32.
 
     Args:
-        out: an array or a memory map; its rows are the cache's rows.
+        out: an array or a memory map; its rows are the cache's rows. Only the first of several processes has one.
         residuals: what follows each block (an adaptor set, a fusion); None: the plain backbone.
         read: what is kept of a batch: ``embed``, or another function of (backbone, images, residuals) to (B, ...) such
             as ``grappa.fusion.class_token_attention``; ``out`` is then (N, ...).
         start: rows before it are there already; a multiple of ``batch_size``, so that batches are the same.
         progress: told the rows newly written, after they are written.
+        processes: take turns at the batches, which stay those of a single process.
     """
     device = device or torch.device("cpu")
     spec = backbone.spec
     backbone = backbone.on(device)
     residuals = None if residuals is None else [_on(residual, device) for residual in residuals]
     bounds = range(start, len(cache), batch_size)
+    rounds = [bounds[first : first + processes.size] for first in range(0, len(bounds), processes.size)]
 
     def make(number: int) -> Tensor:
-        rows = np.arange(bounds[number], min(bounds[number] + batch_size, len(cache)))
+        turn = min(processes.rank, len(rounds[number]) - 1)  # one that has no batch left does the last one too
+        begin = rounds[number][turn]
+        rows = np.arange(begin, min(begin + batch_size, len(cache)))
         return eval_batch(
             cache, rows, image_size=spec.image_size, crop_fraction=spec.crop_fraction, num_workers=num_workers
         )
 
-    for begin, images in zip(bounds, prefetch(make, len(bounds)), strict=True):
+    for begins, images in zip(rounds, prefetch(make, len(rounds)), strict=True):
         with torch.inference_mode(), autocast(device, precision):
             found = read(backbone, normalize(images.to(device), spec.mean, spec.std), residuals)
-        out[begin : begin + len(images)] = found.cpu().numpy()
+        parts = processes.collect(found, batch_size)
+        for begin, part in zip(begins, parts or (), strict=False):
+            assert out is not None, "the first process writes"
+            out[begin : begin + len(part)] = part.cpu().numpy()
         if progress:
-            progress(len(images))
+            progress(min(begins[-1] + batch_size, len(cache)) - begins[0])
 
 
 def _on(residual: Residual, device: torch.device) -> Residual:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from grappa.processes import ALONE, Processes
 from grappa.transforms import prefetch
 
 Made = TypeVar("Made")
@@ -70,14 +71,16 @@ def fit(
     loss: Callable[[Made], tuple[Tensor, dict[str, Tensor]]],
     checkpoint: Checkpointer | None = None,
     progress: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> FitResult:
-    """Train ``module`` in place.
+    """Train ``module`` in place; several processes each hold the same module and end with the same one.
 
     Args:
         module: holds every trained tensor; its names are the checkpoint's.
         batch: the batch of a step, made ahead by a thread; a pure function of the step.
         progress: told the steps newly done, not those that a checkpoint brought.
-        loss: the batch's loss and further scalars to record, all on the device.
+        loss: the batch's loss and further scalars to record, all on the device. Of several processes each makes its
+            part of the batch and returns its share of every scalar: the shares add up to those of the whole batch.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -90,7 +93,7 @@ def fit(
     start, every = state.step, max(1, num_steps // NUM_RECORDS)
     for made in prefetch(lambda number: batch(start + number), num_steps - start):
         _set_rates(optimizer, groups, schedule(state.step, num_steps, optimization.warmup))
-        _step(optimizer, state, *loss(made))
+        _step(optimizer, state, *loss(made), processes)
         if state.since == every or state.step == num_steps:
             _record(state, steps_per_epoch, optimizer.param_groups[0]["lr"])
         if progress:
@@ -113,12 +116,17 @@ def _set_rates(optimizer: torch.optim.Optimizer, groups: list[Group], factor: fl
         running["lr"] = group.learning_rate * factor
 
 
-def _step(optimizer: torch.optim.Optimizer, state: _State, value: Tensor, scalars: dict[str, Tensor]) -> None:
+def _step(
+    optimizer: torch.optim.Optimizer, state: _State, value: Tensor, scalars: dict[str, Tensor], processes: Processes
+) -> None:
     optimizer.zero_grad(set_to_none=True)
     value.backward()
+    shares = {name: scalar.detach() for name, scalar in {"loss": value, **scalars}.items()}
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    processes.add([*(each.grad for each in parameters if each.grad is not None), *shares.values()])
     optimizer.step()
-    for name, scalar in {"loss": value, **scalars}.items():
-        total = scalar.detach().double()
+    for name, share in shares.items():
+        total = share.double()
         state.totals[name] = state.totals[name] + total if name in state.totals else total
     state.step += 1
     state.since += 1

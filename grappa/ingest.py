@@ -22,7 +22,7 @@ from grappa.image_files import DecodedFile, ImagesChangedError, ListedFile, Reje
 from grappa.image_table import BOX_COLUMNS
 from grappa.pixels import shard_file, write_index, write_shard, write_whole
 
-__all__ = ["ImagesChangedError", "decode_all"]
+__all__ = ["ImagesChangedError", "decode_all", "decode_shards"]
 
 _ID_DIGITS = 16
 Record = dict[str, Any]  # {"reason"} of a rejected file, or {"sha256", "height", "width", "box", "place"}
@@ -62,6 +62,39 @@ def decode_all(
         ImagesChangedError: a file is not what was listed.
         OSError: the disk is full or the folder is read-only; what is whole stays for the next call.
     """
+    records = decode_shards(
+        listing,
+        roots,
+        folder,
+        slice(None),
+        cache_size=cache_size,
+        max_pixels=max_pixels,
+        shard_size=shard_size,
+        journals=journals,
+        num_workers=num_workers,
+        progress=progress,
+    )
+    return _tables(listing, _listed_files(listing), records, folder)
+
+
+def decode_shards(
+    listing: pd.DataFrame,
+    roots: Sequence[str],
+    folder: Path,
+    shards: slice,
+    *,
+    cache_size: int,
+    max_pixels: int,
+    shard_size: int,
+    journals: Path | None = None,
+    num_workers: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> list[Record]:
+    """Decode some of the shards, whole ones excepted, and return the records of their files, in listing order.
+
+    Several processes may each decode theirs, such as ``slice(1, None, 2)``, every second one, before one of them calls
+    :func:`decode_all`, which finds them whole. The other arguments and the errors are those of :func:`decode_all`.
+    """
     journals = journals or folder
     for place in (folder, journals):
         place.mkdir(parents=True, exist_ok=True)
@@ -70,14 +103,14 @@ def decode_all(
     settings = {"cache_size": cache_size, "max_pixels": max_pixels}
     records: list[Record] = []
     with ThreadPoolExecutor(num_workers, "decode") as pool:
-        for shard, start in enumerate(range(0, len(files), shard_size)):
-            part = files[start : start + shard_size]
+        for start in range(0, len(files), shard_size)[shards]:
+            part, shard = files[start : start + shard_size], start // shard_size
             mark = _fingerprint(part, settings)
             journal = journals / f"{shard:05d}.json"
             records += _whole_shard(folder, shard, journal, mark, progress) or _decode_shard(
                 folder, shard, journal, mark, _run(pool, load, part, progress)
             )
-    return _tables(listing, files, records, folder)
+    return records
 
 
 # ---------------------------------------------------------------- shards and their journals

@@ -26,6 +26,7 @@ from grappa.devices import autocast
 from grappa.fitting import Checkpointer, FitResult, Group, Optimization, fit
 from grappa.fusion import AttentionLevel, Fusion, fused_forward
 from grappa.pixels import PixelCache
+from grappa.processes import ALONE, Processes
 from grappa.randomness import key, shuffled, uniforms
 from grappa.targets import Targets
 from grappa.transforms import NUM_DRAWS, Augmentation, normalize, train_batch
@@ -58,12 +59,13 @@ class Views:
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how a training runs, and who is told."""
+    """Where and how a training runs, who is told, and which processes share each batch."""
 
     device: torch.device
     precision: str
     checkpoint: Checkpointer | None = None
     progress: Callable[[int], None] | None = None
+    processes: Processes = ALONE
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def train_adaptor_set(
     trained = nn.ModuleDict({"set": adaptors, "classifier": module}).to(run.device)
     labels_nH = torch.from_numpy(np.stack([each.labels for each in targets], axis=1).astype(np.int64))
     sizes = [len(each.proxies) for each in targets]
-    order = BatchOrder(views.ids[rows], optimization.batch_size, (seed, "adaptors", name))
+    order = BatchOrder(views.ids[rows], optimization.batch_size, (seed, "adaptors", name), run.processes)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         chosen, epoch = order.at(step)
@@ -121,13 +123,16 @@ def train_adaptor_set(
         tables = zip(module["proxies"].split(sizes), labels_BH.unbind(1), strict=True)
         found = [_classify(embeddings, proxies, labels, temperature) for proxies, labels in tables]
         values, accuracies = zip(*found, strict=True)
-        return torch.stack(values).mean(), {"accuracy": torch.stack(accuracies).mean()}
+        share = len(images) / order.batch_size
+        return share * torch.stack(values).mean(), {"accuracy": share * torch.stack(accuracies).mean()}
 
     groups = [
         Group(list(adaptors.parameters()), optimization.learning_rate, optimization.weight_decay),
         Group([module["proxies"]], proxy_learning_rate, 0.0),
     ]
-    result = fit(trained, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress)
+    result = fit(
+        trained, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress, run.processes
+    )
     return adaptors.cpu(), result
 
 
@@ -163,7 +168,7 @@ def train_fusion(
     fusion.start(query_std=0.02, key_std=initial_std, generator=generator)
     projector = _projector(backbone.width, generator)
     trained = nn.ModuleDict({"fusion": fusion, "projector": projector}).to(run.device)
-    order = BatchOrder(views.ids[rows], optimization.batch_size, (seed, "fusion", instance))
+    order = BatchOrder(views.ids[rows], optimization.batch_size, (seed, "fusion", instance), run.processes)
 
     def batch(step: int) -> Tensor:
         chosen, epoch = order.at(step)
@@ -178,13 +183,18 @@ def train_fusion(
             images = normalize(made.to(run.device), backbone.spec.mean, backbone.spec.std)
             embeddings, attention_BLG = fused_forward(backbone, fusion, images)
             projected = projector(embeddings) if propagation.barlow_weight else None
-        return propagation_loss(attention_BLG, projected, propagation), _attention_metrics(attention_BLG.detach())
+        attention_BLG = _whole_batch(attention_BLG, order)
+        projected = None if projected is None else _whole_batch(projected, order)
+        value, scalars = propagation_loss(attention_BLG, projected, propagation), _attention_metrics(attention_BLG)
+        return value / run.processes.size, {name: each / run.processes.size for name, each in scalars.items()}
 
     groups = [
         Group(list(fusion.parameters()), optimization.learning_rate, optimization.weight_decay),
         Group(list(projector.parameters()), optimization.learning_rate, optimization.weight_decay),
     ]
-    result = fit(trained, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress)
+    result = fit(
+        trained, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress, run.processes
+    )
     return fusion.cpu(), result
 
 
@@ -208,20 +218,37 @@ def propagation_loss(attention_BLG: Tensor, projected_BD: Tensor | None, options
 
 
 class BatchOrder:
-    """Which train rows a step sees: each epoch a new order, drawn from the ids; an epoch's remainder is left out."""
+    """Which train rows a step sees: each epoch a new order, drawn from the ids; an epoch's remainder is left out.
 
-    def __init__(self, ids: NDArray[np.uint64], batch_size: int, parts: tuple[int | str, ...]) -> None:
-        self.ids, self.parts = ids, parts
+    Several ``processes`` share each batch; its size and the order do not depend on how many they are.
+    """
+
+    def __init__(
+        self,
+        ids: NDArray[np.uint64],
+        batch_size: int,
+        parts: tuple[int | str, ...],
+        processes: Processes = ALONE,
+    ) -> None:
+        self.ids, self.parts, self.processes = ids, parts, processes
         self.batch_size = min(batch_size, len(ids))
         self.steps_per_epoch = len(ids) // self.batch_size
+        self._own = processes.part(self.batch_size)
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def at(self, step: int) -> tuple[Rows, int]:
-        """Return (B,) positions among the train rows, and the epoch."""
+        """Return this process's part of the batch, positions among the train rows, (B,) if it is alone; the epoch."""
         epoch, number = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, shuffled(key(*self.parts, epoch, "order"), self.ids)
-        return self._order[number * self.batch_size : (number + 1) * self.batch_size], epoch
+        return self._order[number * self.batch_size : (number + 1) * self.batch_size][self._own], epoch
+
+
+def _whole_batch(own: Tensor, order: BatchOrder) -> Tensor:
+    """Return the rows of all processes, first the images, then their partners, as a single process has them."""
+    if order.processes.size == 1:
+        return own
+    return torch.cat([order.processes.gather(half, order.batch_size) for half in own.chunk(2)])
 
 
 def _joined_proxies(targets: Sequence[Targets]) -> Tensor:
@@ -244,6 +271,7 @@ def _partners(neighbors_BK: Rows, ids_B: NDArray[np.uint64], seed: int, epoch: i
 
 
 def _attention_metrics(attention_BLG: Tensor) -> dict[str, Tensor]:
+    attention_BLG = attention_BLG.detach()
     return {
         "entropy": losses.entropy(attention_BLG).mean(),
         "marginal_entropy": losses.entropy(attention_BLG.mean(0)).mean(),
