@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoints import FileCheckpoint, write_tensors
+from pipeline.checkpoints import FileCheckpoint, SharedCheckpoint, write_tensors
 from pipeline.context import StageContext
 from pipeline.inputs import open_backbone, open_views, read_images, settle_device, settle_precision, train_rows
 from pipeline.storage import atomic_write_text
@@ -48,6 +48,8 @@ def run(context: StageContext) -> str:
             seed=settings.seed,
             run=training,
         )
+    if not context.leads:
+        return ""
     write_tensors(context.path / "adaptors.safetensors", adaptors.state_dict())
     write_metrics(context, result)
     last = result.metrics[-1]
@@ -117,11 +119,12 @@ def training_task(context: StageContext, settings: Any, num_train: int, unit: st
 
     device = settle_device(context)
     precision = settle_precision(context, settings.precision, device)
-    checkpoint = FileCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
+    kept = FileCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
+    checkpoint = kept if context.team.size == 1 else SharedCheckpoint(kept, context.processes)
     batch = min(settings.batch_size, num_train)
     total = settings.num_epochs * (num_train // batch) * batch
-    with context.task("training", total, unit, done=checkpoint.steps_done() * batch) as advance:
-        yield Run(device, precision, checkpoint, lambda steps: advance(steps * batch))
+    with context.task("training", total, unit, done=kept.steps_done() * batch if context.leads else 0) as advance:
+        yield Run(device, precision, checkpoint, lambda steps: advance(steps * batch), context.processes)
 
 
 def write_metrics(context: StageContext, result: FitResult) -> None:

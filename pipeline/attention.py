@@ -30,6 +30,8 @@ def run(context: StageContext) -> str:
         read=class_token_attention,
         row_shape=(backbone.num_blocks, len(sets)),
     )
+    if not context.leads:
+        return ""
     what = f"attention of {num_images} images over {num_sets} granularities in {num_blocks} blocks"
     return f"{what}, entropy {_mean_entropy(context):.3f} of {math.log(num_sets):.3f}"
 

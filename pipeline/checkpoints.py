@@ -13,6 +13,8 @@ from pipeline.storage import atomic_write_bytes, atomic_write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from grappa.processes import Processes
+
 TENSORS_FILE, RECORD_FILE = "checkpoint.safetensors", "checkpoint.json"
 
 
@@ -60,6 +62,43 @@ class FileCheckpoint:
         """Replace the checkpoint, whole or not at all."""
         write_tensors(self._path, tensors, {"record": json.dumps(record)})
         self._last = time.monotonic()
+
+
+class SharedCheckpoint:
+    """The leader's checkpoint, as each process of a team sees it: all go on from what the leader kept, it alone saves.
+
+    The state of a training is the same in all of them, so there is nothing to bring together.
+    """
+
+    def __init__(self, kept: FileCheckpoint, processes: Processes) -> None:
+        self._kept, self._processes = kept, processes
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return what the leader kept, or None when it kept nothing."""
+        from safetensors.torch import load
+
+        loaded = self._kept.load() if self._processes.leads else None
+        data = self._processes.broadcast(b"" if loaded is None else _packed(*loaded))
+        if not data:
+            return None
+        tensors = load(data)
+        return tensors, json.loads(tensors.pop(RECORD_FILE).numpy().tobytes())
+
+    def due(self) -> bool:
+        """Tell the leader whether the interval has passed."""
+        return self._processes.leads and self._kept.due()
+
+    def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Replace the checkpoint, as the leader."""
+        self._kept.save(tensors, record)
+
+
+def _packed(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> bytes:
+    import torch
+    from safetensors.torch import save
+
+    text = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+    return save({**tensors, RECORD_FILE: text})
 
 
 class RowCheckpoint:

@@ -8,28 +8,45 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.artifacts import LOG_FILE, RunFolder
 from pipeline.config import Config
+from pipeline.processes import ALONE, Team
 from pipeline.progress import Advance, Progress
 from pipeline.stages import Input, Stage, artifact_name
 from pipeline.work import Work
+
+if TYPE_CHECKING:
+    from grappa.processes import Processes
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class LeadersWork:
+    """The work in progress as a follower sees it: the leader holds the lock, logs and publishes."""
+
+    path: Path
+    resumed: bool
+
+
+@dataclass(frozen=True)
 class StageContext:
-    """One instance of a stage at work. A stage reads what it declares, and writes below ``path``."""
+    """One instance of a stage at work. A stage reads what it declares, and writes below ``path``.
+
+    Where several processes are at it (``team``), only the one that ``leads`` writes, and the others return when their
+    part is done.
+    """
 
     run: RunFolder
     config: Config
     stage: Stage
     instance: str | None
-    work: Work
+    work: Work | LeadersWork
     progress: Progress
     resolved: dict[str, Any] = field(default_factory=dict)
+    team: Team = ALONE
 
     @property
     def name(self) -> str:
@@ -45,6 +62,16 @@ class StageContext:
     def resumed(self) -> bool:
         """Whether ``path`` holds the unfinished work of the same recipe."""
         return self.work.resumed
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what comes out: the only one, or the first of several."""
+        return self.team.leads
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that compute this together."""
+        return self.team.processes
 
     @property
     def num_threads(self) -> int:
@@ -74,19 +101,33 @@ class StageContext:
 
     @contextmanager
     def task(self, description: str, total: int, unit: str = "images", *, done: int = 0) -> Iterator[Advance]:
-        """Show progress: call the yielded ``advance(n)`` with items newly done; the speed goes to ``log.jsonl``."""
-        with self.progress.task(f"{self.name}: {description}", total, unit=unit, done=done) as (advance, meter):
+        """Show progress: call the yielded ``advance(n)`` with items newly done; the speed goes to ``log.jsonl``.
+
+        ``advance`` also raises what ended another process of the team.
+        """
+        with self.progress.task(f"{self.name}: {description}", total, unit=unit, done=done) as (show, meter):
+
+            def advance(number: int) -> None:
+                show(number)
+                self.team.check()
+
             yield advance
         speed = {"seconds": round(meter.seconds, 3), "per_second": round(meter.speed, 3)}
         self.log({"task": description, "unit": unit, "total": total, "new": meter.new, **speed})
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append times and speeds to ``log.jsonl``: kept with the artifact, no part of its identity."""
-        self.work.log(record)
+        if isinstance(self.work, Work):
+            self.work.log(record)
 
     def resolve(self, name: str, value: T) -> T:
-        """Note what an ``auto`` became, for the provenance; resumed work gets back the value that it began with."""
-        kept: T = self._kept().get(name, value) if self.resumed and name != "device" else value
+        """Note what an ``auto`` became, for the provenance; resumed work gets back the value that it began with.
+
+        All processes of a team get the leader's, but for the device.
+        """
+        kept = value
+        if name != "device":
+            kept = self.team.agree(name, self._kept().get(name, value) if self.resumed and self.leads else value)
         if self.resolved.get(name) != kept:
             self.resolved[name] = kept
             self.log({"resolved": {name: kept}})
@@ -103,5 +144,8 @@ class StageContext:
 
 
 def num_cores() -> int:
-    """Return the CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the CPU cores that this process may use: its part where several on one host are bound to none."""
+    everything = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everything
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if cores == everything else 1
+    return max(1, cores // beside)

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from io import StringIO
 
 from pipeline.artifacts import RunFolder, quoted
 from pipeline.config import Config
-from pipeline.context import StageContext
+from pipeline.context import LeadersWork, StageContext
 from pipeline.freshness import State, compare_recipes
+from pipeline.processes import ALONE, Team, joined
 from pipeline.progress import Progress, duration
 from pipeline.provenance import provenance
 from pipeline.recipes import expected_recipe
@@ -43,10 +45,11 @@ class Selection:
 
 @dataclass
 class Report:
-    """What was run: seconds a stage, in order."""
+    """What was run: seconds a stage, in order; ``leads``: by this process, which is no other one's follower."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     num_fresh: int = 0
+    leads: bool = True
 
 
 def run_stages(
@@ -55,10 +58,22 @@ def run_stages(
     """Run every selected instance that is not fresh; ``say`` gets one line for each.
 
     ``take`` is asked before an instance is computed; True means that it has put a finished artifact in its place.
+    Several processes (``pipeline.processes``) make the same call: the first runs the stages, the others help it.
+
     Raises NotReadyError when one stage was selected and what it reads is not fresh, LockedError when another process
-    is writing an artifact, and whatever a stage raises: finished artifacts stay, and unfinished work is resumed by the
-    same call.
+    is writing an artifact, ProcessesError when another process of the team failed, and whatever a stage raises:
+    finished artifacts stay, and unfinished work is resumed by the same call.
     """
+    with joined() as team:
+        if team.leads:
+            return _lead(run, config, selection, progress=progress, say=say, take=take, team=team)
+        _follow(run, team)
+        return Report(leads=False)
+
+
+def _lead(
+    run: RunFolder, config: Config, selection: Selection, *, progress: Progress, say: Say, take: Take | None, team: Team
+) -> Report:
     steps = selected(config, selection)
     for stage, instance in instances(config):
         recover(run.artifact(stage.name, instance))
@@ -71,10 +86,20 @@ def run_stages(
             continue
         _refuse_unready(run, judge, [(stage, instance)], force=True)
         if not (take and take(stage, instance)):
-            seconds = execute(run, config, stage, instance, progress=progress, say=say)
+            seconds = execute(run, config, stage, instance, progress=progress, say=say, team=team)
             report.seconds[stage.name] = report.seconds.get(stage.name, 0.0) + seconds
         judge.forget(stage, instance)
     return report
+
+
+def _follow(run: RunFolder, team: Team) -> None:
+    """Take part in the stages that the leader announces, until it has finished."""
+    for step in team.steps():
+        stage, config = find_stage(step["stage"]), Config.model_validate(step["config"])
+        work = LeadersWork(run.artifact(stage.name, step["instance"]).partial, step["resumed"])
+        silent = Progress(StringIO(), terminal=False)
+        context = StageContext(run, config, stage, step["instance"], work, silent, team=team)
+        importlib.import_module(stage.module).run(context)
 
 
 def planned(run: RunFolder, config: Config, selection: Selection) -> list[tuple[str, State]]:
@@ -111,7 +136,14 @@ def selected(config: Config, selection: Selection) -> list[Step]:
 
 
 def execute(
-    run: RunFolder, config: Config, stage: Stage, instance: str | None, *, progress: Progress, say: Say
+    run: RunFolder,
+    config: Config,
+    stage: Stage,
+    instance: str | None,
+    *,
+    progress: Progress,
+    say: Say,
+    team: Team = ALONE,
 ) -> float:
     """Run one instance whose inputs are fresh and publish its artifact; return the seconds it took."""
     name, job = artifact_name(stage.name, instance), os.environ.get("SLURM_JOB_ID")
@@ -122,12 +154,16 @@ def execute(
             shutil.rmtree(work.path)
             say(f"{name}: was finished, its interrupted publication is completed")
             return 0.0
-        context = StageContext(run, config, stage, instance, work, progress)
+        team = team if stage.parallel else ALONE
+        settings = config.model_dump(mode="json")
+        team.announce({"stage": stage.name, "instance": instance, "config": settings, "resumed": work.resumed})
+        context = StageContext(run, config, stage, instance, work, progress, team=team)
         sentence: str = importlib.import_module(stage.module).run(context)
         seconds = time.monotonic() - start
         _refuse_changed_inputs(run, config, stage, instance, work)
         work.log({"result": sentence, "seconds": round(seconds, 3), "resumed": work.resumed})
         origin = provenance(started=started, device=context.resolved.get("device", "cpu"), job=job)
+        origin["processes"] = team.size
         work.publish({**origin, "seconds": round(seconds, 3), "resolved": context.resolved, **expected.notes})
     say(f"{name}: {sentence} ({spent(seconds)})")
     return seconds

@@ -38,8 +38,6 @@ def extract(
 
     ``read`` (see ``grappa.features``) may keep something else of an image, of shape ``row_shape``.
     """
-    import numpy as np
-
     from grappa.backbone import embed
     from grappa.features import extract_features
 
@@ -48,8 +46,8 @@ def extract(
     batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
     shape, path = (len(cache), *(row_shape or (backbone.width,))), context.path / file
     checkpoint = RowCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
-    start = checkpoint.load() if path.exists() else 0
-    out = np.lib.format.open_memmap(path, mode="r+") if start else new_array(path, shape)
+    start = context.team.agree("start", checkpoint.load() if context.leads and path.exists() else 0)
+    out = _open_rows(path, shape, start) if context.leads else None
     with context.task("embedding", len(cache), done=start) as advance:
         done = start
 
@@ -57,7 +55,8 @@ def extract(
             nonlocal done
             done += number
             advance(number)
-            checkpoint.offer(done, out.flush)
+            if out is not None:
+                checkpoint.offer(done, out.flush)
 
         extract_features(
             backbone,
@@ -71,9 +70,17 @@ def extract(
             precision=settled,
             num_workers=context.num_workers,
             progress=written,
+            processes=context.processes,
         )
-    out.flush()
+    if out is not None:
+        out.flush()
     return shape
+
+
+def _open_rows(path: Path, shape: tuple[int, ...], start: int) -> np.memmap[Any, Any]:
+    import numpy as np
+
+    return np.lib.format.open_memmap(path, mode="r+") if start else new_array(path, shape)
 
 
 def new_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, Any]:

@@ -40,6 +40,8 @@ def run(context: StageContext) -> str:
             seed=settings.seed,
             run=training,
         )
+    if not context.leads:
+        return ""
     form = {"level": settings.attention_level, "temperature": settings.attention_temperature}
     # One entry only: safetensors writes several in an order that differs from process to process.
     write_tensors(context.path / "fusion.safetensors", fusion.trained_state(), {"fusion": json.dumps(form)})

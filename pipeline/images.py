@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import SCRATCH_FOLDER
 from pipeline.context import StageContext
@@ -23,22 +23,35 @@ def run(context: StageContext) -> str:
     settings = context.config.images
     path, roots = context.sources()
     listing = pd.read_parquet(path)
-    with context.task("decoding", len(listing)) as advance:
-        images, labels, rejected = decode_all(
-            listing,
-            roots,
-            context.path / "pixels",
-            cache_size=settings.cache_size,
-            max_pixels=settings.max_pixels,
-            shard_size=settings.shard_size,
-            journals=context.path / SCRATCH_FOLDER,
-            num_workers=context.num_workers,
-            progress=advance,
-        )
+    how: dict[str, Any] = {
+        "cache_size": settings.cache_size,
+        "max_pixels": settings.max_pixels,
+        "shard_size": settings.shard_size,
+        "journals": context.path / SCRATCH_FOLDER,
+        "num_workers": context.num_workers,
+    }
+    if context.team.size > 1:
+        _decode_own_shards(context, listing, roots, how)
+        if not context.leads:
+            return ""
+    with context.task("decoding" if context.team.size == 1 else "collecting", len(listing)) as advance:
+        images, labels, rejected = decode_all(listing, roots, context.path / "pixels", **how, progress=advance)
     _check_rejected(rejected, len(listing), settings.max_rejected)
     for name, table in (("images", images), ("labels", labels), ("rejected", rejected)):
         table.to_parquet(context.path / f"{name}.parquet", index=False)
     return _summary(images, rejected)
+
+
+def _decode_own_shards(context: StageContext, listing: pd.DataFrame, roots: list[str], how: dict[str, Any]) -> None:
+    """Decode every n-th shard, n processes doing the others; return when all are there."""
+    from grappa.ingest import decode_shards
+
+    team, size = context.team, context.config.images.shard_size
+    own = slice(team.rank, None, team.size)
+    number = sum(min(size, len(listing) - start) for start in range(0, len(listing), size)[own])
+    with context.task(f"decoding (one of {team.size} processes)", number) as advance:
+        decode_shards(listing, roots, context.path / "pixels", own, **how, progress=advance)
+    team.wait_for_all("decoded")
 
 
 def _check_rejected(rejected: pd.DataFrame, num_listed: int, max_rejected: float) -> None:

@@ -21,6 +21,8 @@ def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, 
     """Run what was selected, then print the results table (if the evaluation was) and the times."""
     config = read_config(run)
     report = run_stages(run, config, selection, progress=progress, say=say)
+    if not report.leads:
+        return
     if not report.seconds:
         say(f"{report.num_fresh} fresh; --force runs {'it' if report.num_fresh == 1 else 'them'} again")
     metrics = run.artifact("evaluation").path / "metrics.csv"

@@ -35,6 +35,7 @@ class Stage:
 
     ``settings`` gives the sections or single fields of the configuration that an instance reads; ``externals`` the
     things outside the run folder that it reads (``sources``: the list of images, ``weights``: the backbone's file).
+    ``parallel``: several processes can compute it, if there are; any other stage is left to the first of them.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Stage:
     inputs: Callable[[Config, str | None], tuple[Input, ...]]
     instances: Callable[[Config], tuple[str | None, ...]] = lambda config: (None,)
     externals: tuple[str, ...] = ()
+    parallel: bool = False
 
     @property
     def module(self) -> str:
@@ -171,12 +173,13 @@ def _evaluation_inputs(config: Config, instance: str | None) -> tuple[Input, ...
 
 STAGES: tuple[Stage, ...] = (
     Stage("backbone", 1, _settings("backbone"), lambda config, instance: (), externals=("weights",)),
-    Stage("images", 1, _settings("images"), lambda config, instance: (), externals=("sources",)),
+    Stage("images", 1, _settings("images"), lambda config, instance: (), externals=("sources",), parallel=True),
     Stage(
         "features",
         1,
         _settings("features"),
         lambda config, instance: (Input("images", PIXELS), Input("backbone", WEIGHTS)),
+        parallel=True,
     ),
     Stage(
         "neighbors",
@@ -191,9 +194,9 @@ STAGES: tuple[Stage, ...] = (
         _feature_inputs,
         _granularities,
     ),
-    Stage("adaptors", 1, _settings("adaptors"), _set_inputs, adaptor_sets),
-    Stage("fusion", 1, _settings("fusion"), _fusion_inputs, lambda config: config.fusion.pairs),
-    Stage("embeddings", 1, _embedding_settings, _embedding_inputs, embedding_rows),
+    Stage("adaptors", 1, _settings("adaptors"), _set_inputs, adaptor_sets, parallel=True),
+    Stage("fusion", 1, _settings("fusion"), _fusion_inputs, lambda config: config.fusion.pairs, parallel=True),
+    Stage("embeddings", 1, _embedding_settings, _embedding_inputs, embedding_rows, parallel=True),
     Stage("heads", 1, _settings("heads"), _head_inputs, head_rows),
     Stage(
         "model",
@@ -217,6 +220,7 @@ STAGES: tuple[Stage, ...] = (
         _settings("embeddings.precision"),
         _attention_inputs,
         lambda config: config.fusion.pairs,
+        parallel=True,
     ),
 )
 
