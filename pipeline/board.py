@@ -15,7 +15,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from pipeline.locks import LockedError
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 120.0  # a process without a sign of life for so long is given up
@@ -28,12 +31,25 @@ class ProcessesError(ConnectionError):
     """Another process of this run failed, was stopped or fell silent; the message says which and why."""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a process ended. The others end likewise: a lock that one of them could not get, none of them got."""
+
+    sentence: str
+    kind: str = ""
+
+    def error(self) -> Exception:
+        """Return what the other processes raise."""
+        return LockedError(self.sentence) if self.kind == LockedError.__name__ else ProcessesError(self.sentence)
+
+
 class Board:
-    """Notes by key, JSON values. ``check``, ``read`` and ``wait_for_all`` raise what ended another process."""
+    """Notes by key, JSON values. ``check`` and ``read`` raise what ended another process."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
-        self._store, self._problem, self._silence = store, "", SILENCE_SECONDS
+        self._store, self._silence = store, SILENCE_SECONDS
+        self._failure: Failure | None = None
         self._closed, self._known = threading.Event(), threading.Event()
         now = time.monotonic()
         self._seen = dict.fromkeys(range(1, size) if rank == 0 else (0,), (b"", now))
@@ -56,22 +72,21 @@ class Board:
             return json.loads(self._store.get(key))
 
     def check(self) -> None:
-        """Raise ProcessesError when another process failed."""
-        if self._known.is_set():
-            raise ProcessesError(self._problem)
+        """Raise ProcessesError (or LockedError) when another process failed."""
+        if self._failure:
+            raise self._failure.error()
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, kind: str = "") -> None:
         """Tell all why this process ends; the first such note stays."""
         with suppress(RuntimeError):  # no board, no one to tell
-            self._post_failure(self.rank, socket.gethostname(), reason)
+            self._post_failure(self.rank, f" on {socket.gethostname()}", reason, kind)
 
-    def broken(self, error: Exception) -> ProcessesError:
+    def broken(self, error: Exception) -> Exception:
         """Return the reason behind a broken connection: the note of the process that failed, or who fell silent."""
         self._silence = BROKEN_SECONDS
-        if self._known.wait(3 * BROKEN_SECONDS):
-            return ProcessesError(self._problem)
-        self.fail(str(error))
-        return ProcessesError(str(error))
+        if not self._known.wait(3 * BROKEN_SECONDS):
+            self.fail(str(error))
+        return self._failure.error() if self._failure else ProcessesError(str(error))
 
     def close(self) -> None:
         """End the watch; the first process, with which the board may go, first lets the others read a failure."""
@@ -96,14 +111,14 @@ class Board:
         try:
             yield
         except RuntimeError as error:
-            raise ProcessesError(self._problem or self._unreachable()) from error
+            raise (self._failure or self._unreachable()).error() from error
 
-    def _unreachable(self) -> str:
-        return f"rank 0 of {self.size} has ended or cannot be reached"
+    def _unreachable(self) -> Failure:
+        return Failure(f"rank 0 of {self.size} has ended or cannot be reached")
 
-    def _post_failure(self, rank: int, host: str, reason: str) -> None:
-        sentence = f"rank {rank} of {self.size}{f' on {host}' if host else ''}: {reason}"
-        self._store.compare_set("failed", "", json.dumps(sentence))
+    def _post_failure(self, rank: int, where: str, reason: str, kind: str = "") -> None:
+        failure = Failure(f"rank {rank} of {self.size}{where}: {reason}", kind)
+        self._store.compare_set("failed", "", json.dumps(asdict(failure)))
 
     # ---------------------------------------------------------------- the watching thread
 
@@ -112,24 +127,24 @@ class Board:
         while not self._closed.wait(BEAT_SECONDS):
             number += 1
             try:
-                self._problem = self._look(number)
+                self._failure = self._look(number)
             except RuntimeError:
-                self._problem = self._unreachable()
-            if self._problem:
+                self._failure = self._unreachable()
+            if self._failure:
                 self._known.set()
-                self._insist()
+                self._insist(self._failure)
                 return
 
-    def _look(self, number: int) -> str:
-        """Give a sign of life, look for those of others; return what ended one, or nothing."""
+    def _look(self, number: int) -> Failure | None:
+        """Give a sign of life, look for those of others; return what ended one, or None."""
         self._store.set(f"alive/{self.rank}", str(number))
         if not self._store.check(["failed"]):
             for other in self._silent_ones():
                 self._post_failure(other, "", f"no sign of life for {self._silence:.0f} s")
         if not self._store.check(["failed"]):
-            return ""
+            return None
         self._store.set(f"heard/{self.rank}", "1")
-        return str(json.loads(self._store.get("failed")))
+        return Failure(**json.loads(self._store.get("failed")))
 
     def _silent_ones(self) -> Iterator[int]:
         for other, (before, since) in self._seen.items():
@@ -140,7 +155,7 @@ class Board:
             elif time.monotonic() - since > self._silence:
                 yield other
 
-    def _insist(self) -> None:
+    def _insist(self, failure: Failure) -> None:
         if not self._closed.wait(GRACE_SECONDS):
-            print(f"grappa: {self._problem}", file=sys.stderr, flush=True)
+            print(f"grappa: {failure.sentence}", file=sys.stderr, flush=True)
             os._exit(1)

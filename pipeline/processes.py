@@ -131,7 +131,8 @@ def joined() -> Iterator[Team]:
         raise board.broken(error) from error
     except BaseException as error:
         atexit.unregister(_leave)
-        board.fail(explained(error)[0] or f"{type(error).__name__}: {error}")
+        kind = type(error).__name__
+        board.fail(explained(error)[0] or f"{kind}: {error}".removesuffix(": "), kind)
         raise
     finally:
         board.close()
