@@ -172,8 +172,10 @@ def _close(found: dict[str, Any], expected: dict[str, Any], tolerance: float, na
 KILLED = """
 import os, sys
 import grappa.fitting
+from pipeline import board
 from pipeline.cli import main
 
+board.BROKEN_SECONDS = 2.0
 step, number = grappa.fitting._step, 0
 
 def killed(*arguments):
