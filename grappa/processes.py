@@ -33,8 +33,6 @@ class Processes:
 
     def part(self, number: int) -> slice:
         """Return which of ``number`` items are this process's: contiguous parts that differ by one item at most."""
-        if number < self.size:
-            raise ValueError(f"{number} items cannot be shared by {self.size} processes; start at most {number}")
         return slice(self.rank * number // self.size, (self.rank + 1) * number // self.size)
 
     def add(self, tensors: Sequence[Tensor]) -> None:

@@ -24,6 +24,7 @@ from together_library import results
 from torch.distributed import HashStore
 
 from grappa.processes import ALONE, Processes
+from grappa.training import BatchOrder
 from pipeline import board as boards
 from pipeline.artifacts import RunFolder
 from pipeline.board import Board, ProcessesError
@@ -41,8 +42,11 @@ def test_parts_are_contiguous_and_share_everything(size: int) -> None:
     parts = [items[Processes(rank, size).part(len(items))] for rank in range(size)]
     assert [item for part in parts for item in part] == items
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    with pytest.raises(ValueError, match="3 items cannot be shared by 4 processes; start at most 3"):
-        Processes(0, 4).part(3)
+    order = BatchOrder(np.arange(11, dtype=np.uint64), 5, (0, "adaptors"))
+    shared = [BatchOrder(order.ids, 5, order.parts, Processes(rank, size)).at(1)[0] for rank in range(size)]
+    assert np.concatenate(shared).tolist() == order.at(1)[0].tolist()
+    with pytest.raises(ValueError, match="a batch of 1 images cannot be shared by . processes; start fewer"):
+        BatchOrder(order.ids, 1, order.parts, Processes(0, size))
 
 
 def test_alone_everything_is_what_it_was() -> None:
