@@ -50,6 +50,7 @@ class Board:
         self.rank, self.size = rank, size
         self._store, self._silence = store, SILENCE_SECONDS
         self._failure: Failure | None = None
+        self._lost: set[int] = set()
         self._closed, self._known = threading.Event(), threading.Event()
         now = time.monotonic()
         self._seen = dict.fromkeys(range(1, size) if rank == 0 else (0,), (b"", now))
@@ -98,7 +99,7 @@ class Board:
 
     def _wait_until_heard(self) -> None:
         end = time.monotonic() + HEARD_SECONDS
-        keys = [f"heard/{other}" for other in range(1, self.size)]
+        keys = [f"heard/{other}" for other in range(1, self.size) if other not in self._lost]
         while time.monotonic() < end and not self._store.check(keys):
             time.sleep(0.05)
 
@@ -140,6 +141,7 @@ class Board:
         self._store.set(f"alive/{self.rank}", str(number))
         if not self._store.check(["failed"]):
             for other in self._silent_ones():
+                self._lost.add(other)
                 self._post_failure(other, "", f"no sign of life for {self._silence:.0f} s")
         if not self._store.check(["failed"]):
             return None
