@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING, Any
+
 from pipeline.context import StageContext
 from pipeline.inputs import read_images, settle_device, train_rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def run(context: StageContext) -> str:
@@ -14,16 +20,28 @@ def run(context: StageContext) -> str:
     features = np.load(context.input("features") / "features.npy", allow_pickle=False)
     rows = train_rows(read_images(context.input("images")))
     number = min(context.config.neighbors.num_neighbors, len(rows) - 1)
-    with context.task("searching", len(features)) as advance:
-        neighbors, similarities = nearest_neighbors(
-            features,
+    own = np.arange(len(features))[context.processes.part(len(features))]
+    with context.task("searching", len(own)) as advance:
+        found = nearest_neighbors(
+            features[own],
             features[rows],
             num_neighbors=number,
-            query_ids=np.arange(len(features)),
+            query_ids=own,
             candidate_ids=rows,
             device=str(settle_device(context)),
             progress=advance,
         )
+    neighbors, similarities = (_collected(context, part, len(features)) for part in found)
+    if not context.leads:
+        return ""
     np.save(context.path / "neighbors.npy", neighbors, allow_pickle=False)
     np.save(context.path / "similarities.npy", similarities, allow_pickle=False)
     return f"{number} neighbours of {len(features)} images, mean similarity {similarities.mean():.3f}"
+
+
+def _collected(context: StageContext, own: NDArray[Any], number: int) -> NDArray[Any]:
+    """Return the ``number`` rows of all processes, in the first of them."""
+    import torch
+
+    parts = context.processes.collect(torch.from_numpy(own), math.ceil(number / context.team.size))
+    return torch.cat(parts).numpy() if parts else own

@@ -186,6 +186,7 @@ STAGES: tuple[Stage, ...] = (
         1,
         _settings("neighbors"),
         _feature_inputs,
+        parallel=True,
     ),
     Stage(
         "clusters",

@@ -161,7 +161,7 @@ def test_a_run_equals_that_of_one_process(
             _close(load_file(together.root / name), load_file(alone[1].root / name), PARAMETERS, name)
         elif name.endswith(("embeddings.npy", "attention.npy")) and not name.startswith("heads"):
             _close({"": np.load(together.root / name)}, {"": np.load(alone[1].root / name)}, 0.02, name)
-    for stage, number in (("features", len(ranks)), ("evaluation", 1)):
+    for stage, number in (("features", len(ranks)), ("neighbors", len(ranks)), ("evaluation", 1)):
         manifest = together.artifact(stage).manifest()
         assert manifest is None or manifest.provenance["processes"] == number
 
