@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 120.0
+SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Ended:
 
 
 def start(size: int, *arguments: str) -> list[Ended]:
-    """Run ``python ARGUMENTS`` as ``size`` processes of one run; whoever is left after two minutes is killed."""
+    """Run ``python ARGUMENTS`` as ``size`` processes of one run; whoever is left after five minutes is killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
