@@ -26,6 +26,8 @@ BROKEN_SECONDS = 5.0  # the same, once a connection between the processes is kno
 GRACE_SECONDS = 30.0  # for a process to end in order when another one failed
 HEARD_SECONDS = 10.0  # for the others to have read the last note before the board goes
 
+ALIKE = {each.__name__: each for each in (LockedError,)}  # how one of them ends, all of them end
+
 
 class ProcessesError(ConnectionError):
     """Another process of this run failed, was stopped or fell silent; the message says which and why."""
@@ -33,14 +35,15 @@ class ProcessesError(ConnectionError):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a process ended. The others end likewise: a lock that one of them could not get, none of them got."""
+    """Why a process ended, and by which exception; ``error`` is what the others raise."""
 
     sentence: str
     kind: str = ""
 
     def error(self) -> Exception:
-        """Return what the other processes raise."""
-        return LockedError(self.sentence) if self.kind == LockedError.__name__ else ProcessesError(self.sentence)
+        """Return the same exception for what befalls all of them (a lock that is held), ProcessesError for the rest."""
+        kind: type[Exception] = ALIKE.get(self.kind, ProcessesError)
+        return kind(self.sentence)
 
 
 class Board:

@@ -196,8 +196,8 @@ class Compute(Section):
     """Where and how fast, never what: no field here is part of a recipe."""
 
     device: Literal["auto", "cpu", "cuda"] = provenance("auto", "auto: a GPU if there is one")
-    num_threads: NonNegativeInt = provenance(0, "CPU threads of torch; 0: all cores")
-    num_workers: NonNegativeInt = provenance(0, "threads that decode and crop images; 0: all cores")
+    num_threads: NonNegativeInt = provenance(0, "CPU threads of torch; 0: all cores (shared by the processes of a run)")
+    num_workers: NonNegativeInt = provenance(0, "threads that decode and crop images; 0: all cores (likewise)")
     inference_batch_size: PositiveInt = provenance(64, "images a forward pass without gradients")
     checkpoint_seconds: PositiveFloat = provenance(60.0, "time between two checkpoints")
 

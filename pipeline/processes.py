@@ -119,9 +119,9 @@ def joined() -> Iterator[Team]:
     if size == 1:
         yield ALONE
         return
-    board = Board(_store(rank, size), rank, size)
     from grappa.processes import GroupBrokenError
 
+    board = Board(_store(rank, size), rank, size)
     try:
         team = Team(board)
         yield team
