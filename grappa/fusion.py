@@ -127,6 +127,11 @@ class Fusion(nn.Module):
     def __getitem__(self, block: int) -> nn.Module:
         return self.layers[block]
 
+    def form(self) -> dict[str, Any]:
+        """Return how the layers attend, ``level`` and ``temperature``, for JSON."""
+        layer: Any = self.layers[0]
+        return {"level": layer.level, "temperature": layer.temperature}
+
     def trained_state(self) -> dict[str, Tensor]:
         """Return the trained tensors only: ``layers.<l>.query`` and ``layers.<l>.key``, each (D, D)."""
         return {name: value.detach() for name, value in self.named_parameters()}

@@ -1,6 +1,6 @@
 """The losses: pure functions of tensors.
 
-Shapes: B batch (pairs), D width, C classes, L blocks, G pseudo-granularities.
+Shapes: B batch (pairs), D width, C classes, M rows of a bank, L blocks, G pseudo-granularities.
 """
 
 from __future__ import annotations
@@ -56,6 +56,28 @@ def swapped_attention(first_BLG: Tensor, second_BLG: Tensor, *, sharpness: float
     targets = [_balanced(a.detach(), sharpness, num_iterations) for a in (first_BLG, second_BLG)]
     logs = [a.clamp_min(1e-12).log() for a in (first_BLG, second_BLG)]
     return -((targets[1] * logs[0]).sum(-1).mean() + (targets[0] * logs[1]).sum(-1).mean()) / 2
+
+
+def perception_transfer(
+    student_BD: Tensor,
+    teacher_BD: Tensor,
+    bank_MD: Tensor,
+    *,
+    temperature: float,
+    softening: float = 2.0,
+    cosine_weight: float = 1.0,
+) -> Tensor:
+    """Return the loss by which a student takes over what its teacher sees, mean over B; 0 where the two agree.
+
+    ``T^2 KL(p(teacher) || p(student)) + cosine_weight (1 - <teacher, student>)`` with ``p(x) = softmax_m(<x, c_m> /
+    (temperature T))``, T = ``softening``, over the rows c_m of a fixed bank (Hinton et al. 2015; DVA's own form is not
+    known). All embeddings are L2-normalised here; neither teacher nor bank gets a gradient.
+    """
+    student, teacher, bank = (F.normalize(_full(each), dim=-1) for each in (student_BD, teacher_BD, bank_MD))
+    teacher, scale = teacher.detach(), temperature * softening
+    logs, wanted = ((each @ bank.detach().T / scale).log_softmax(-1) for each in (student, teacher))
+    divergence = F.kl_div(logs, wanted, log_target=True, reduction="batchmean")
+    return softening**2 * divergence + cosine_weight * (1 - (teacher * student).sum(-1)).mean()
 
 
 def entropy(attention: Tensor) -> Tensor:

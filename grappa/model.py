@@ -1,8 +1,8 @@
 """The adapted model as a user deploys it: images in, L2-normalised embeddings out.
 
 A model folder holds ``model.json`` (architecture and preprocessing) and ``weights.safetensors`` (backbone, adaptor
-sets, fusion and head): no pickle, and neither network nor other files are needed to open it. Format 1 had no head; it
-is still opened.
+sets, fusion if there is one, and head): no pickle, and neither network nor other files are needed to open it. Without a
+fusion there is one set: a student. Format 1 had no head, format 2 always a fusion; both are still opened.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from grappa.fusion import Fusion
 from grappa.head import Head, IdentityHead, open_head
 from grappa.transforms import eval_crop, normalize
 
-FORMAT, FIRST_FORMAT = 2, 1
+FORMAT, FIRST_FORMAT = 3, 1
 
 
 class ModelError(ValueError):
@@ -34,12 +34,15 @@ class ModelError(ValueError):
 
 
 class GrappaModel(nn.Module):
-    """Backbone, adaptor sets and fusion, in their folded inference form, and the embedding head (None: none)."""
+    """Backbone, what follows its blocks (a fusion in its folded inference form, or one set), and the embedding head
+    (None: none)."""
 
-    def __init__(self, backbone: Backbone, fusion: Fusion, *, cache_size: int, head: Head | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, adapted: Fusion | AdaptorSet, *, cache_size: int, head: Head | None = None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.residuals = fusion.folded()
+        self.residuals = adapted.folded() if isinstance(adapted, Fusion) else adapted.adaptors
         self.head = IdentityHead() if head is None else head
         self.cache_size = cache_size
         self.requires_grad_(False)
@@ -71,7 +74,7 @@ def save_model(
     folder: Path,
     backbone: Backbone,
     sets: Mapping[str, AdaptorSet],
-    fusion: Fusion,
+    fusion: Fusion | None,
     *,
     cache_size: int,
     head: Head | None = None,
@@ -79,23 +82,24 @@ def save_model(
     """Write ``model.json`` and ``weights.safetensors`` into an existing folder.
 
     Args:
-        sets: the adaptor sets by pseudo-granularity, in the fusion's order.
+        sets: the adaptor sets by pseudo-granularity, in the fusion's order; without a fusion, the one set (a student).
         cache_size: pixels of the shorter side of the images the model was adapted on.
-        head: the last step, fitted on the fused model's embeddings; None: none.
+        head: the last step, fitted on the model's embeddings; None: none.
     """
+    if fusion is None and len(sets) != 1:
+        raise ValueError(f"found {len(sets)} adaptor sets and no fusion; a model without one has exactly one set")
     head = IdentityHead() if head is None else head
     tensors = {f"backbone.{name}": value for name, value in backbone.vit.state_dict().items()}
     for name, adaptor_set in sets.items():
         tensors.update({f"sets.{name}.{key}": value for key, value in adaptor_set.state_dict().items()})
-    tensors.update({f"fusion.{key}": value for key, value in fusion.trained_state().items()})
+    tensors.update({f"fusion.{key}": value for key, value in fusion.trained_state().items()} if fusion else {})
     tensors.update({f"head.{key}": value for key, value in head.state_dict().items()})
-    layer: Any = fusion[0]
     record = {
         "format": FORMAT,
         "backbone": backbone.spec.to_json(),
         "cache_size": cache_size,
-        "granularities": list(sets),
-        "fusion": {"level": layer.level, "temperature": layer.temperature},
+        "sets": list(sets),
+        "fusion": fusion.form() if fusion else None,
         "head": head.form(),
         "embedding_dim": backbone.width,
     }
@@ -115,15 +119,24 @@ def load_model(folder: str | Path) -> GrappaModel:
     try:
         backbone = build_backbone(BackboneSpec.from_json(record["backbone"]))
         backbone.vit.load_state_dict(_below(tensors, "backbone."))
-        sets = [AdaptorSet.from_state_dict(_below(tensors, f"sets.{name}.")) for name in record["granularities"]]
-        fusion = Fusion(sets, level=record["fusion"]["level"], temperature=record["fusion"]["temperature"])
-        fusion.load_trained_state(_below(tensors, "fusion."))
+        adapted = _open_adapted(record, tensors)
         head = open_head(record["head"], _below(tensors, "head.")) if record["format"] > FIRST_FORMAT else None
-        return GrappaModel(backbone, fusion, cache_size=int(record["cache_size"]), head=head).eval()
+        return GrappaModel(backbone, adapted, cache_size=int(record["cache_size"]), head=head).eval()
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"model.json and weights.safetensors in {folder} disagree ({error}); export the model again"
         ) from error
+
+
+def _open_adapted(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fusion | AdaptorSet:
+    names = record["sets"] if record["format"] == FORMAT else record["granularities"]
+    sets = [AdaptorSet.from_state_dict(_below(tensors, f"sets.{name}.")) for name in names]
+    if record["fusion"] is None:
+        (student,) = sets
+        return student
+    fusion = Fusion(sets, level=record["fusion"]["level"], temperature=record["fusion"]["temperature"])
+    fusion.load_trained_state(_below(tensors, "fusion."))
+    return fusion
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -134,9 +147,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} has no model.json; give a folder written by `grappa export`") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not JSON ({error}); export the model again") from error
-    if not isinstance(record, dict) or record.get("format") not in (FIRST_FORMAT, FORMAT):
+    if not isinstance(record, dict) or record.get("format") not in range(FIRST_FORMAT, FORMAT + 1):
         found = record.get("format") if isinstance(record, dict) else record
-        known = f"{FIRST_FORMAT} and {FORMAT}"
+        known = f"{FIRST_FORMAT} to {FORMAT}"
         raise ModelError(f"{path} has format {found!r}, this version reads {known}; update grappa or export again")
     return record
 

@@ -100,20 +100,25 @@ class Augmented(Section):
     grayscale: Fraction = Field(0.05, description="chance of a grey view")
 
 
-class Adaptors(Augmented):
-    bottleneck_dim: PositiveInt = Field(48, description="width of an adaptor's bottleneck")
+class Trained(Augmented):
+    """What every training has, AdamW under a warmed-up cosine schedule."""
+
     num_epochs: PositiveInt = Field(4, description="passes over the train images")
-    batch_size: PositiveInt = Field(64, description="images a step")
-    learning_rate: PositiveFloat = Field(1e-3, description="peak of the adaptors' cosine schedule (AdamW)")
-    proxy_learning_rate: PositiveFloat = Field(1e-3, description="peak of the class proxies' cosine schedule")
-    weight_decay: NonNegativeFloat = Field(1e-2, description="AdamW's weight decay on the adaptors")
+    batch_size: PositiveInt = Field(64, description="images (fusion: pairs) a step")
+    learning_rate: PositiveFloat = Field(1e-3, description="peak of the cosine schedule")
+    weight_decay: NonNegativeFloat = Field(1e-2, description="AdamW's weight decay on what is trained but the proxies")
     warmup: Fraction = Field(0.1, description="share of the steps in which the rate rises linearly")
-    temperature: PositiveFloat = Field(0.05, description="tau of the normalised softmax")
-    seed: NonNegativeInt = Field(0, description="seed of initial weights, order and views")
+    seed: NonNegativeInt = Field(0, description="seed of initial weights, order, partners and views")
     precision: Precision = Field("auto", description="auto: bfloat16 autocast where the device has it in hardware")
 
 
-class Fusion(Augmented):
+class Adaptors(Trained):
+    bottleneck_dim: PositiveInt = Field(48, description="width of an adaptor's bottleneck")
+    proxy_learning_rate: PositiveFloat = Field(1e-3, description="peak of the class proxies' cosine schedule")
+    temperature: PositiveFloat = Field(0.05, description="tau of the normalised softmax")
+
+
+class Fusion(Trained):
     pairs: tuple[Literal["neighbors", "views"], ...] = provenance(
         ("neighbors",), "the fusions to train: neighbors, and for the ablation views (two views of one image)"
     )
@@ -134,13 +139,8 @@ class Fusion(Augmented):
         0.02, description="spread of the keys' start; breaks the symmetry of equal attention"
     )
     num_epochs: PositiveInt = Field(2, description="passes over the train images")
-    batch_size: PositiveInt = Field(64, description="pairs a step")
-    learning_rate: PositiveFloat = Field(1e-3, description="peak of the cosine schedule (AdamW)")
     weight_decay: NonNegativeFloat = Field(1e-4, description="AdamW's weight decay")
-    warmup: Fraction = Field(0.1, description="share of the steps in which the rate rises linearly")
     num_neighbors: PositiveInt = Field(5, description="a pair's second image is one of so many nearest neighbours")
-    seed: NonNegativeInt = Field(0, description="seed of initial weights, order, partners and views")
-    precision: Precision = Field("auto", description="auto: bfloat16 autocast where the device has it in hardware")
 
     @field_validator("pairs")
     @classmethod
@@ -148,6 +148,14 @@ class Fusion(Augmented):
         if "neighbors" not in value or len(set(value)) != len(value):
             raise ValueError(f"found {list(value)}; give [neighbors] or [neighbors, views]")
         return value
+
+
+class Student(Trained):
+    bottleneck_dim: PositiveInt = Field(48, description="width of the one set's bottleneck")
+    temperature: PositiveFloat = Field(0.1, description="tau of the similarities to the bank of reference images")
+    softening: PositiveFloat = Field(2.0, description="T by which tau is multiplied on both sides (Hinton)")
+    cosine_weight: NonNegativeFloat = Field(1.0, description="weight of the distance to the teacher's embedding")
+    bank_size: PositiveInt = Field(1024, description="train images that serve as the bank, at most")
 
 
 class Embeddings(Section):
@@ -171,6 +179,12 @@ class Heads(Section):
     )
     num_iterations: PositiveInt = Field(20, description="neighborhood: iterations of spherical k-means")
     seed: NonNegativeInt = Field(0, description="neighborhood: seed of the initial centroids")
+
+
+class Model(Section):
+    source: Literal["fused", "student"] = provenance(
+        "fused", "the model that is deployed, indexed and searched: fused, or the student (one set, nearly as fast)"
+    )
 
 
 class Evaluation(Section):
@@ -212,8 +226,10 @@ class Config(Section):
     clusters: Clusters = Clusters()
     adaptors: Adaptors = Adaptors()
     fusion: Fusion = Fusion()
+    student: Student = Student()
     embeddings: Embeddings = Embeddings()
     heads: Heads = Heads()
+    model: Model = Model()
     evaluation: Evaluation = Evaluation()
     index: Index = Index()
     compute: Compute = Compute()

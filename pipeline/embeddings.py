@@ -9,6 +9,7 @@ from pipeline.features import extract, new_array
 from pipeline.fused import open_fusion
 from pipeline.inputs import open_backbone, open_sets, read_images, train_rows
 from pipeline.stages import FROZEN_ROWS, adaptor_sets, fusion_instance
+from pipeline.student import open_student
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +39,8 @@ def run(context: StageContext) -> str:
 def _residuals(context: StageContext, row: str) -> Sequence[Residual]:
     from grappa.fusion import Fusion
 
+    if row == "student":
+        return list(open_student(context))
     if row in adaptor_sets(context.config):
         return list(open_sets(context, (row,))[row])
     sets = open_sets(context, context.config.granularities)

@@ -13,7 +13,9 @@ def run(context: StageContext) -> str:
 
     settings, images = context.config.index, read_images(context.input("images"))
     rows = chosen_rows(images, settings.rows)
-    embeddings = np.load(context.input("heads", "fused") / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+    embeddings = np.load(
+        context.input("heads", context.config.model.source) / "embeddings.npy", mmap_mode="r", allow_pickle=False
+    )
     ids = images["image_id"].iloc[rows].tolist()
     SearchIndex.build(np.asarray(embeddings[rows]), ids, ivf_above=settings.ivf_above).save(context.path)
     return f"{len(rows)} images can be found"

@@ -1,20 +1,45 @@
-"""Stage ``model``: the self-contained adapted model, backbone + adaptor sets + fusion + head + preprocessing."""
+"""Stage ``model``: the self-contained adapted model, backbone + what adapts it + head + preprocessing.
+
+What adapts it is the adaptor sets and their fusion, or the student's one set: ``model.source`` says which.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from pipeline.context import StageContext
 from pipeline.fused import open_fusion
 from pipeline.inputs import open_backbone, open_head, open_sets
+from pipeline.student import open_student
+
+if TYPE_CHECKING:
+    from grappa.adaptors import AdaptorSet
+    from grappa.fusion import Fusion
 
 
 def run(context: StageContext) -> str:
     from grappa.model import load_model, save_model
 
-    backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
-    fusion = open_fusion(context, "neighbors", sets)
-    head, cache_size = open_head(context, "fused"), context.config.images.cache_size
-    save_model(context.path, backbone, sets, fusion, cache_size=cache_size, head=head)
+    source, cache_size = context.config.model.source, context.config.images.cache_size
+    sets, fusion = _adapted(context)
+    save_model(
+        context.path,
+        open_backbone(context),
+        sets,
+        fusion,
+        cache_size=cache_size,
+        head=open_head(context, source),
+    )
     model = load_model(context.path)
-    added, last = (sum(each.numel() for each in part.buffers()) / 1e6 for part in (model.residuals, model.head))
+    added, last = (
+        sum(len(each.flatten()) for each in part.state_dict().values()) / 1e6 for part in (model.residuals, model.head)
+    )
     size = f"{model.embedding_dim} dimensions, {added:.2f} M weights added, {last:.2f} M in the head"
-    return f"{len(sets)} adaptor sets in one model of {size}"
+    return f"{source}: {len(sets)} adaptor sets in one model of {size}"
+
+
+def _adapted(context: StageContext) -> tuple[dict[str, AdaptorSet], Fusion | None]:
+    if context.config.model.source == "student":
+        return {"student": open_student(context)}, None
+    sets = open_sets(context, context.config.granularities)
+    return sets, open_fusion(context, "neighbors", sets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import RunFolder
+from pipeline.artifacts import RunFolder, quoted
 from pipeline.published import check_same_origin, published
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
 
     folder = RunFolder.open(run)
     model = load_model(run)
-    check_same_origin(folder, "index", "images", "heads/fused", "embeddings/fused", "model")
+    source = _source(folder)
+    check_same_origin(folder, "index", "images", f"heads/{source}", f"embeddings/{source}", "model")
     index = SearchIndex.load(published(folder, "index"))
     images = pd.read_parquet(published(folder, "images") / "images.parquet").set_index("image_id")
     with torch.inference_mode():
@@ -44,6 +45,22 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
     found = images.loc[list(ids[0]), ["path", "domain"]]
     rows = zip(ids[0], found["path"], found["domain"], similarities[0], strict=True)
     return [{"image_id": i, "path": p, "domain": d, "similarity": float(s)} for i, p, d, s in rows]
+
+
+def _source(folder: RunFolder) -> str:
+    """Return whose embeddings the index holds, ``fused`` or ``student``; ValueError where the model is the other."""
+    heads: dict[str, str] = {}
+    for name in ("model", "index"):
+        published(folder, name)
+        manifest = folder.artifact(name).manifest()
+        assert manifest is not None, "it is published"
+        heads[name] = next(each for each in manifest.recipe["inputs"] if each.startswith("heads/"))
+    model, index = (heads[name].removeprefix("heads/") for name in ("model", "index"))
+    if model != index:
+        raise ValueError(
+            f"the model in {folder.root} is {model}, the index is of {index}; run `grappa run {quoted(folder.root)}`"
+        )
+    return index
 
 
 def open_image(path: Path) -> Image.Image:

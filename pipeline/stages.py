@@ -84,7 +84,7 @@ def embedding_rows(config: Config) -> tuple[str, ...]:
     views = ("fused_views",) if "views" in config.fusion.pairs else ()
     concat = ("concat",) if "concat" in config.evaluation.extra_rows else ()
     alone = adaptor_sets(config)[len(config.granularities) :]
-    return (*FROZEN_ROWS, *config.granularities, "mean", "fused", *views, *concat, *alone)
+    return (*FROZEN_ROWS, *config.granularities, "mean", "fused", "student", *views, *concat, *alone)
 
 
 def head_rows(config: Config) -> tuple[str, ...]:
@@ -141,12 +141,24 @@ def _fused_inputs(config: Config, instance: str | None = "neighbors") -> tuple[I
     return (Input("backbone", WEIGHTS), *_adaptor_inputs(config), fusion)
 
 
+def _student_inputs(config: Config) -> tuple[Input, ...]:
+    return (Input("backbone", WEIGHTS), Input("student", ("student.safetensors",)))
+
+
+def _model_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    source = config.model.source
+    parts = _student_inputs(config) if source == "student" else _fused_inputs(config)
+    return (*parts, Input("heads", ("head.safetensors",), source))
+
+
 def _embedding_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     row = str(instance)
     if row == "zero_shot":
         return (Input("features", ("features.npy",)),)
     if row == "zero_shot_whitened":
         return _feature_inputs(config, instance)
+    if row == "student":
+        return (Input("images", PIXELS), *_student_inputs(config))
     if row == "concat":
         return tuple(Input("embeddings", ("embeddings.npy",), name) for name in config.granularities)
     base = (Input("images", PIXELS), Input("backbone", WEIGHTS))
@@ -197,13 +209,19 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage("adaptors", 1, _settings("adaptors"), _set_inputs, adaptor_sets, parallel=True),
     Stage("fusion", 1, _settings("fusion"), _fusion_inputs, lambda config: config.fusion.pairs, parallel=True),
+    Stage(
+        "student",
+        1,
+        _settings("student"),
+        lambda config, instance: (Input("images", PIXELS), *_fused_inputs(config)),
+    ),
     Stage("embeddings", 1, _embedding_settings, _embedding_inputs, embedding_rows, parallel=True),
     Stage("heads", 1, _settings("heads"), _head_inputs, head_rows),
     Stage(
         "model",
         1,
         _settings("images.cache_size"),
-        lambda config, instance: (*_fused_inputs(config), Input("heads", ("head.safetensors",), "fused")),
+        _model_inputs,
     ),
     Stage("evaluation", 1, _settings("evaluation"), _evaluation_inputs),
     Stage(
@@ -212,7 +230,7 @@ STAGES: tuple[Stage, ...] = (
         _settings("index"),
         lambda config, instance: (
             Input("images", ("images.parquet",)),
-            Input("heads", ("embeddings.npy",), "fused"),
+            Input("heads", ("embeddings.npy",), config.model.source),
         ),
     ),
     Stage(

@@ -68,12 +68,12 @@ def learning_curves(run: str | Path) -> pd.DataFrame:
     """Return the metrics along training: stage, instance, step, epoch, learning_rate, loss and the stage's own."""
     folder, config = _open(run)
     parts = []
-    for stage in ("adaptors", "fusion"):
+    for stage in ("adaptors", "fusion", "student"):
         for instance in find_stage(stage).instances(config):
             lines = (published(folder, stage, instance) / "metrics.jsonl").read_text().splitlines()
             part = pd.DataFrame([json.loads(line) for line in lines])
             part.insert(0, "stage", stage)
-            part.insert(1, "instance", instance)
+            part.insert(1, "instance", instance or stage)
             parts.append(part)
     return pd.concat(parts, ignore_index=True)
 

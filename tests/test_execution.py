@@ -17,13 +17,16 @@ from pipeline.recipes import MissingInputError
 from pipeline.storage import file_digest
 from pipeline.work import open_work
 
-EMBEDDINGS = [f"embeddings/{row}" for row in ("zero_shot", "zero_shot_whitened", "k00002", "k00004", "mean", "fused")]
-HEADS = [f"heads/{row}" for row in ("zero_shot", "k00002", "k00004", "mean", "fused")]
+EMBEDDINGS = [
+    f"embeddings/{row}" for row in ("zero_shot", "zero_shot_whitened", "k00002", "k00004", "mean", "fused", "student")
+]
+HEADS = [f"heads/{row}" for row in ("zero_shot", "k00002", "k00004", "mean", "fused", "student")]
 ALL = [
     *("backbone", "images", "features", "neighbors", "clusters/k00002", "clusters/k00004", "adaptors/k00002"),
     *(
         "adaptors/k00004",
         "fusion/neighbors",
+        "student",
         *EMBEDDINGS,
         *HEADS,
         "model",
@@ -81,8 +84,8 @@ def test_provenance_says_how_a_result_came_to_be(fakes: FakeStages) -> None:
 def test_an_edited_setting_runs_its_stage_and_all_that_hangs_on_it(complete: FakeStages) -> None:
     complete.configure(fusion={"seed": 1})
     complete.execute()
-    hanging = ["embeddings/fused", "heads/fused", "model", "evaluation", "index", "attention/neighbors"]
-    assert complete.ran == ["fusion/neighbors", *hanging]
+    rows = [f"{stage}/{row}" for stage in ("embeddings", "heads") for row in ("fused", "student")]
+    assert complete.ran == ["fusion/neighbors", "student", *rows, "model", "evaluation", "index", "attention/neighbors"]
 
 
 def test_upstream_run_again_with_the_same_bytes_leaves_downstream_fresh(complete: FakeStages) -> None:
@@ -144,7 +147,7 @@ def test_a_plan_changes_nothing(complete: FakeStages) -> None:
     steps = {name: str(state) for name, state in planned(complete.run, complete.config, Selection())}
     assert steps["fusion/neighbors"] == "stale: config fusion.seed: 0 -> 1"
     assert steps["index"] == "stale: upstream heads/fused is stale"
-    assert len(steps) == 7
+    assert len(steps) == 10
     assert sorted(str(path) for path in complete.root.rglob("*")) == before
     forced = planned(complete.run, complete.config, Selection(stage="clusters", force=True))
     assert [name for name, _ in forced] == ["clusters/k00002", "clusters/k00004"]

@@ -73,7 +73,7 @@ def test_a_new_run_has_a_listing_and_an_explicit_configuration(desk: Desk) -> No
     assert config.images.sources == (str(desk.images),)
     assert len(desk.listing()) == 16
     assert desk.said[0] == "16 images of 2 domains, no split: birds 6, cars 10"
-    assert desk.said[-1].startswith("32 artifacts: 32 missing; next: grappa run ")
+    assert desk.said[-1].startswith("35 artifacts: 35 missing; next: grappa run ")
 
 
 def test_relative_paths_become_absolute(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,8 @@ def test_artifacts_with_the_same_recipe_are_taken_over(desk: Desk, monkeypatch: 
     assert "adaptors/k00004" in taken and "embeddings/mean" in taken and "fusion" not in taken
     found = {each.name: str(each.state) for each in states(RunFolder.open(other), config, verify=True)}
     assert {name for name, state in found.items() if state != "fresh"} == {
-        *("fusion/neighbors", "embeddings/fused", "heads/fused", "model", "evaluation", "index", "attention/neighbors")
+        *("fusion/neighbors", "student", "embeddings/fused", "embeddings/student", "heads/fused", "heads/student"),
+        *("model", "evaluation", "index", "attention/neighbors"),
     }
     manifest = RunFolder.open(other).artifact("features").manifest()
     assert manifest and manifest.provenance["taken_from"] == str(desk.root / "features")

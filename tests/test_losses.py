@@ -73,6 +73,30 @@ def test_swapped_attention_is_the_written_formula() -> None:
     np.testing.assert_allclose(losses.swapped_attention(a, b, sharpness=2.0), (first + second) / 2, rtol=1e-12)
 
 
+def test_perception_transfer_is_the_written_formula() -> None:
+    student, teacher, bank = _random(5, 4), _random(5, 4), _random(7, 4)
+    x, z, c = (each.numpy() / np.linalg.norm(each.numpy(), axis=1, keepdims=True) for each in (student, teacher, bank))
+
+    def shares(rows: np.ndarray) -> np.ndarray:
+        exponentials = np.exp(rows @ c.T / (0.1 * 3.0))
+        return exponentials / exponentials.sum(1, keepdims=True)
+
+    p, q = shares(z), shares(x)
+    expected = 9.0 * (p * np.log(p / q)).sum(1).mean() + 0.7 * (1 - (x * z).sum(1)).mean()
+    settings = {"temperature": 0.1, "softening": 3.0, "cosine_weight": 0.7}
+    np.testing.assert_allclose(losses.perception_transfer(student, teacher, bank, **settings), expected, rtol=1e-12)
+    np.testing.assert_allclose(losses.perception_transfer(2 * teacher, teacher, bank, **settings), 0, atol=1e-12)
+
+
+def test_the_teacher_and_the_bank_carry_no_gradient() -> None:
+    student, teacher, bank = (_random(5, 4).requires_grad_() for _ in range(3))
+    losses.perception_transfer(student, teacher, bank, temperature=0.1).backward()
+    assert student.grad is not None
+    assert teacher.grad is None and bank.grad is None
+    fixed = teacher.detach(), bank.detach()
+    assert gradcheck(lambda x: losses.perception_transfer(x, *fixed, temperature=0.5), (student,))
+
+
 def test_gradients_are_those_of_the_formulas() -> None:
     x, y, p = (_random(6, 4).requires_grad_() for _ in range(3))
     labels = torch.tensor([0, 1, 2, 3, 4, 5])

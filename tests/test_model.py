@@ -56,12 +56,24 @@ def test_a_head_is_the_last_step_and_format_1_had_none(folder: Path) -> None:
     torch.testing.assert_close(model(images), head(plain(images)), rtol=1e-5, atol=1e-6)
     assert model.head.form() == head.form()
     record = json.loads((folder / "model.json").read_text())
+    record["granularities"] = record.pop("sets")
     del record["head"]
     (folder / "model.json").write_text(json.dumps({**record, "format": 1}))
     torch.testing.assert_close(grappa.load_model(folder)(images), plain(images))
     (folder / "model.json").write_text(json.dumps({**record, "format": 2}))
     with pytest.raises(ModelError, match="disagree"):
         grappa.load_model(folder)
+
+
+def test_a_student_is_the_backbone_with_one_set_and_no_fusion(folder: Path) -> None:
+    images, student = torch.randn(4, 3, 32, 32), tiny_set(5)
+    save_model(folder, tiny_backbone(), {"student": student}, None, cache_size=40)
+    model = grappa.load_model(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), embed(tiny_backbone(), images, list(student)))
+    assert sum(each.numel() for each in model.residuals.parameters()) == sum(e.numel() for e in student.parameters())
+    with pytest.raises(ValueError, match="found 2 adaptor sets and no fusion"):
+        save_model(folder, tiny_backbone(), {"a": student, "b": student}, None, cache_size=40)
 
 
 def test_preprocessing_an_image_gives_the_pipelines_embedding(folder: Path, tmp_path: Path) -> None:
@@ -86,10 +98,10 @@ def test_damaged_model_folders_are_refused_in_one_sentence(folder: Path, tmp_pat
     with pytest.raises(ModelError, match="has no model.json"):
         grappa.load_model(tmp_path / "nowhere")
     record = json.loads((folder / "model.json").read_text())
-    (folder / "model.json").write_text(json.dumps({**record, "format": 3}))
-    with pytest.raises(ModelError, match="has format 3, this version reads 1 and 2"):
+    (folder / "model.json").write_text(json.dumps({**record, "format": 4}))
+    with pytest.raises(ModelError, match="has format 4, this version reads 1 to 3"):
         grappa.load_model(folder)
-    (folder / "model.json").write_text(json.dumps({**record, "granularities": ["k00009"]}))
+    (folder / "model.json").write_text(json.dumps({**record, "sets": ["k00009"]}))
     with pytest.raises(ModelError, match="disagree"):
         grappa.load_model(folder)
     (folder / "model.json").write_text("{")

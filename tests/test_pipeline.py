@@ -32,7 +32,7 @@ from pipeline.work import Work
 
 COLUMNS = "model domain gallery num_queries map map_se r_precision map_at_r recall_at_1 recall_at_1_se recall_at_2"
 FREE = ["zero_shot", "zero_shot_whitened", "zero_shot_head"]
-ROWS = [*FREE, "k00004", "k00008", "mean", "fused", "fused_raw", "oracle"]
+ROWS = [*FREE, "k00004", "k00008", "mean", "fused", "fused_raw", "student", "oracle"]
 
 
 def _split(path: Path) -> str:
@@ -103,6 +103,7 @@ def test_tables_show_who_is_in_which_cluster(run: RunFolder) -> None:
         ("adaptors", "k00004"),
         ("adaptors", "k00008"),
         ("fusion", "neighbors"),
+        ("student", "student"),
     }
 
 
@@ -165,12 +166,35 @@ def test_the_stored_embeddings_are_the_models(
     np.testing.assert_allclose(model(torch.stack(inputs)).numpy(), stored[chosen], atol=tolerance)
 
 
+def test_the_student_can_be_what_is_deployed_indexed_and_searched(
+    copy: RunFolder, material: Path, tmp_path: Path
+) -> None:
+    make_run(copy.root, [], material / "weights.safetensors", model__source="student")
+    assert {name for name, kind in _kinds(copy).items() if kind == "stale"} == {"model", "index"}
+    picture = material / "images" / "discs" / "class_2" / "0.png"
+    lines = run_all(copy, stage="model")
+    assert lines[0].startswith("model: student: 1 adaptor set")
+    with pytest.raises(ValueError, match=r"is student, the index is of fused; run `grappa run "):
+        search(copy.root, picture, 3)
+    run_all(copy)
+    stored = np.load(copy.root / "heads" / "student" / "embeddings.npy")
+    images = pd.read_parquet(copy.root / "images" / "images.parquet")
+    row = int(np.flatnonzero(images["path"].str.endswith("discs/class_2/0.png"))[0])
+    found = search(copy.root, picture, 3)
+    assert found[0]["image_id"] == images["image_id"][row]
+    export(copy.root, tmp_path / "model")
+    model = grappa.load_model(tmp_path / "model")
+    with Image.open(picture) as opened, torch.inference_mode():
+        embedding = model(model.preprocess(opened)[None])[0].numpy()
+    assert float(embedding @ stored[row]) > 0.999
+
+
 def test_without_heads_the_embeddings_pass_unchanged(copy: RunFolder, material: Path) -> None:
     make_run(copy.root, [], material / "weights.safetensors", heads__kind="none")
     run_all(copy)
     metrics = tables.load_metrics(copy.root)
     assert list(dict.fromkeys(metrics["model"])) == [row for row in ROWS if row not in ("zero_shot_head", "fused_raw")]
-    for row in ("k00004", "mean", "fused"):
+    for row in ("k00004", "mean", "fused", "student"):
         head = (copy.root / "heads" / row / "embeddings.npy").read_bytes()
         assert head == (copy.root / "embeddings" / row / "embeddings.npy").read_bytes()
     assert json.loads((copy.root / "heads" / "fused" / "head.json").read_text()) == {"kind": "none"}
@@ -246,8 +270,8 @@ def test_shuffled_rows_and_renamed_files_change_nothing_but_names(
 def test_one_value_changed_makes_stale_exactly_what_reads_it(copy: RunFolder, material: Path) -> None:
     make_run(copy.root, [], material / "weights.safetensors", fusion__learning_rate=0.002)
     stale = {name for name, kind in _kinds(copy).items() if kind == "stale"}
-    hanging = {"embeddings/fused", "heads/fused", "model", "evaluation", "index", "attention/neighbors"}
-    assert stale == {"fusion/neighbors", *hanging}
+    rows = {f"{stage}/{row}" for stage in ("embeddings", "heads") for row in ("fused", "student")}
+    assert stale == {"fusion/neighbors", "student", *rows, "model", "evaluation", "index", "attention/neighbors"}
     before = digests(copy)
     lines = run_all(copy, stage="fusion")
     assert [line.split(":")[0] for line in lines] == ["fusion/neighbors"]
