@@ -1,4 +1,4 @@
-"""The steps of spherical k-means on tensors: a start, the nearest centroids, the means, new seeds for empty clusters.
+"""The steps of spherical k-means on tensors: a start, the means, new seeds for empty clusters.
 
 All are deterministic and take the points in the order of their ids (hashes): the first rows are a random sample.
 """
@@ -7,16 +7,14 @@ All are deterministic and take the points in the order of their ids (hashes): th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from grappa import proposals
+from grappa.assignment import BLOCK_ELEMENTS, Assignment, improve
 from grappa.randomness import key, uniforms
 
-Progress = Callable[[int], None]
-BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 SAME_POINT = 1e-6
 GROWTH, MAX_ROUND = 8, 512
 NUM_TRIALS, MIN_SAMPLE, SAMPLE_PER_CENTROID = 4, 4096, 16
@@ -24,28 +22,27 @@ NUM_TRIALS, MIN_SAMPLE, SAMPLE_PER_CENTROID = 4, 4096, 16
 
 def start(
     points_ND: torch.Tensor, ids: NDArray[np.uint64], num_clusters: int, start_key: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, Assignment]:
     """Draw points as first centroids: greedy k-means++ in growing rounds of an eighth of the present number.
 
     Each round draws candidates in proportion to their distance to the nearest centroid so far, and keeps the quarter
     that serves a sample of the points best, no two in one place. A draw is a function of ``start_key`` and an id.
-    Returns centroids (k, D) and the labels (N,) that come out of it for free.
+    Returns centroids (k, D) and the assignment to them that comes out of it for free.
     """
-    cosines = torch.zeros(len(ids), device=points_ND.device)
-    labels = torch.zeros(len(ids), dtype=torch.int64, device=points_ND.device)
+    found = Assignment.none(points_ND)
+    near_N = torch.zeros_like(found.cosines)
     chosen: NDArray[np.int64] = np.empty(0, dtype=np.int64)
     while len(chosen) < num_clusters:
         number = min(max(1, len(chosen) // GROWTH), MAX_ROUND, num_clusters - len(chosen))
         draws = uniforms(key(start_key, len(chosen)), ids, 1)[:, 0]
-        drawn = _draw(draws, 1.0 - cosines.cpu().numpy(), chosen, min(NUM_TRIALS * number, len(ids) - len(chosen)))
+        drawn = _draw(draws, 1.0 - near_N.cpu().numpy(), chosen, min(NUM_TRIALS * number, len(ids) - len(chosen)))
         sample = max(MIN_SAMPLE, SAMPLE_PER_CENTROID * len(chosen))
-        new = drawn[_best(points_ND, points_ND[:sample], cosines, drawn, number)]
-        found, closer = nearest(points_ND, _rows(points_ND, new), _silent)
-        moved = (closer > cosines) | (len(chosen) == 0)
-        labels = torch.where(moved, found + len(chosen), labels)
-        cosines = torch.where(moved, closer, cosines)
+        new = drawn[_best(points_ND, points_ND[:sample], near_N, drawn, number)]
+        names = torch.arange(len(chosen), len(chosen) + number, device=points_ND.device)
+        improve(found, points_ND, _rows(points_ND, new), names=names)
+        near_N = found.cosines
         chosen = np.concatenate([chosen, new])
-    return _rows(points_ND, chosen), labels
+    return _rows(points_ND, chosen), found
 
 
 def _rows(values: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
@@ -69,13 +66,27 @@ def _best(
     over one that a kept one of this round would serve better than any earlier centroid does, unless too few are
     left."""
     candidates_LD = _rows(points_ND, drawn)
-    gains = torch.zeros(len(candidates_LD), device=candidates_LD.device)
-    num_rows = max(1, BLOCK_ELEMENTS[candidates_LD.device.type] // len(candidates_LD))
-    for rows, near in zip(sample_ND.split(num_rows), cosines[: len(sample_ND)].split(num_rows), strict=True):
-        gains += (rows @ candidates_LD.T).sub_(near[:, None]).clamp_min_(0.0).sum(0)
-    ranking = gains.argsort(descending=True, stable=True).cpu().numpy()
+    gains_L = _gains(sample_ND, cosines[: len(sample_ND)], candidates_LD)
+    ranking = gains_L.argsort(descending=True, stable=True).cpu().numpy()
     taken_LL = ((candidates_LD @ candidates_LD.T) > _rows(cosines, drawn)).cpu().numpy()
     return _apart(ranking, taken_LL, number)
+
+
+def _gains(points_ND: torch.Tensor, cosines: torch.Tensor, candidates_LD: torch.Tensor) -> torch.Tensor:
+    """Return by how much each candidate as a further centroid would raise the sum of the points' cosines, (L,)."""
+    gains_L = torch.zeros(len(candidates_LD), device=candidates_LD.device)
+    num_rows = max(1, BLOCK_ELEMENTS[candidates_LD.device.type] // len(candidates_LD))
+    proposer = None
+    if proposals.worthwhile(candidates_LD.device, len(candidates_LD)):
+        proposer = proposals.Proposer(candidates_LD, num_rows)
+    for rows, near in zip(points_ND.split(num_rows), cosines.split(num_rows), strict=True):
+        pairs = proposer.larger(rows, near) if proposer else None
+        if pairs is None:
+            gains_L += (rows @ candidates_LD.T).sub_(near[:, None]).clamp_min_(0.0).sum(0)
+        else:
+            products_P = (rows[pairs[0]] * candidates_LD[pairs[1]]).sum(1)
+            gains_L.index_add_(0, pairs[1], products_P.sub_(near[pairs[0]]).clamp_min_(0.0))
+    return gains_L
 
 
 def _apart(ranking: NDArray[np.int64], taken_LL: NDArray[np.bool_], number: int) -> NDArray[np.int64]:
@@ -87,35 +98,6 @@ def _apart(ranking: NDArray[np.int64], taken_LL: NDArray[np.bool_], number: int)
             free &= ~taken_LL[candidate]
     passed = ranking[~np.isin(ranking, kept)]
     return np.concatenate([np.array(kept, dtype=np.int64), passed[: number - len(kept)]])
-
-
-def _silent(_: int) -> None:
-    return None
-
-
-def nearest(
-    points_ND: torch.Tensor, centroids_CD: torch.Tensor, progress: Progress
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the nearest centroid of each point (N,) int64 and its cosine (N,), one block of products at a time."""
-    num_rows = max(1, min(BLOCK_ELEMENTS[points_ND.device.type] // len(centroids_CD), len(points_ND), 65536))
-    labels = torch.empty(len(points_ND), dtype=torch.int64, device=points_ND.device)
-    cosines = torch.empty(len(points_ND), device=points_ND.device)
-    products = torch.empty(num_rows, len(centroids_CD), device=points_ND.device)
-    for start in range(0, len(points_ND), num_rows):
-        rows = slice(start, start + num_rows)
-        block_BC = products[: len(labels[rows])]
-        torch.mm(points_ND[rows], centroids_CD.T, out=block_BC)
-        labels[rows] = _argmax(block_BC)
-        cosines[rows] = block_BC.gather(1, labels[rows, None])[:, 0]
-        progress(len(block_BC))
-    return labels, cosines
-
-
-def _argmax(products_BC: torch.Tensor) -> torch.Tensor:
-    """The first largest column of each row; on a CPU numpy finds it ten times faster than torch does."""
-    if products_BC.device.type == "cpu":
-        return torch.from_numpy(products_BC.numpy().argmax(1))
-    return products_BC.argmax(1)
 
 
 def means(points_ND: torch.Tensor, labels: torch.Tensor, centroids_CD: torch.Tensor) -> torch.Tensor:
@@ -137,25 +119,22 @@ def _sums_by_segment(points_ND: torch.Tensor, labels: torch.Tensor, num_clusters
     return torch.segment_reduce(points_ND[order], "sum", lengths=lengths)
 
 
-def fill_empty(
-    points_ND: torch.Tensor, labels: torch.Tensor, cosines: torch.Tensor, centroids_CD: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+def fill_empty(points_ND: torch.Tensor, found: Assignment, centroids_CD: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Re-seed empty clusters on the worst-served points until none is empty (or every point is its own centroid).
 
-    No point gets further from its centroid and at least one gets nearer in each round, so it ends.
+    ``found`` is brought up to date in place. No point gets further from its centroid and at least one gets nearer in
+    each round, so it ends. Returns the centroids and how many were re-seeded.
     """
     num_reseeded = 0
     while True:
-        sizes = torch.bincount(labels, minlength=len(centroids_CD))
+        sizes = torch.bincount(found.labels, minlength=len(centroids_CD))
         empty = torch.nonzero(sizes == 0)[:, 0]
-        seeds = _worst_served(points_ND, labels, cosines, sizes, len(empty))
+        seeds = _worst_served(points_ND, found.labels, found.cosines, sizes, len(empty))
         if not len(seeds):
-            return labels, cosines, centroids_CD, num_reseeded
+            return centroids_CD, num_reseeded
         empty = empty[: len(seeds)]
         centroids_CD = centroids_CD.index_copy(0, empty, points_ND[seeds])
-        found, closer = nearest(points_ND, points_ND[seeds], _silent)
-        moved = closer > cosines
-        labels, cosines = torch.where(moved, empty[found], labels), torch.where(moved, closer, cosines)
+        improve(found, points_ND, points_ND[seeds], names=empty)
         num_reseeded += len(seeds)
 
 

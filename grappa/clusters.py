@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grappa.cluster_steps import Progress, fill_empty, means, nearest, start
+from grappa.assignment import Progress, nearest, reassign
+from grappa.cluster_steps import fill_empty, means, start
 from grappa.randomness import key
 from grappa.vectors import as_tensor, check_unit_vectors, full_float32
 
@@ -191,21 +192,21 @@ def _cluster_once(
     start_key: int,
     progress: Progress,
 ) -> Clustering:
-    centroids, labels = start(points_ND, ids, num_clusters, start_key)
+    centroids, found = start(points_ND, ids, num_clusters, start_key)
     progress(len(ids))
     num_reseeded = 0
     for iteration in range(num_iterations):
-        before = labels
-        centroids = means(points_ND, labels, centroids)
-        labels, cosines = nearest(points_ND, centroids, progress)
-        labels, cosines, centroids, num_new = fill_empty(points_ND, labels, cosines, centroids)
+        before, stood = found.labels.clone(), centroids
+        centroids = means(points_ND, found.labels, centroids)
+        reassign(found, points_ND, centroids, (centroids != stood).any(1), progress)
+        centroids, num_new = fill_empty(points_ND, found, centroids)
         num_reseeded += num_new
-        if torch.equal(labels, before):
+        if torch.equal(found.labels, before):
             progress(len(ids) * (num_iterations - 1 - iteration))
             break
-    sizes = torch.bincount(labels, minlength=num_clusters)
-    objective = float(cosines.double().mean())
-    arrays = labels.cpu().numpy(), centroids.cpu().numpy(), _distances(cosines), sizes.cpu().numpy()
+    sizes = torch.bincount(found.labels, minlength=num_clusters)
+    objective = float(found.cosines.double().mean())
+    arrays = found.labels.cpu().numpy(), centroids.cpu().numpy(), _distances(found.cosines), sizes.cpu().numpy()
     return Clustering(*arrays, objective=objective, num_reseeded=num_reseeded)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,7 +24,13 @@ def resolve_precision(requested: str, device: torch.device) -> str:
         return requested
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if _cpu_flags() & {"avx512_bf16", "amx_bf16"} else "float32"
+    return "bfloat16" if has_bfloat16_products() else "float32"
+
+
+@cache
+def has_bfloat16_products() -> bool:
+    """Tell whether this machine's CPU multiplies bfloat16 numbers in hardware."""
+    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

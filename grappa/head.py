@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grappa.cluster_steps import BLOCK_ELEMENTS
+from grappa.assignment import BLOCK_ELEMENTS
 from grappa.vectors import as_tensor, check_unit_vectors, full_float32
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grappa.cluster_steps import Progress
+from grappa.assignment import Progress
 from grappa.clusters import cluster, count_distinct
 from grappa.head import NeighborhoodHead, WhiteningHead, block_rows, closeness, mean_perplexity, neighborhood_mean
 from grappa.vectors import as_tensor, check_unit_vectors

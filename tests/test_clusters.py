@@ -6,7 +6,8 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
-from grappa import cluster_steps
+from grappa import assignment, cluster_steps, proposals
+from grappa.assignment import Assignment
 from grappa.clusters import assign, cluster, cluster_health, cluster_many, num_assignments
 from grappa.randomness import id_numbers
 
@@ -106,13 +107,67 @@ def test_no_cluster_is_empty_among_heavy_duplicates() -> None:
 def test_empty_clusters_are_seeded_on_the_worst_served_points() -> None:
     points = torch.from_numpy(DATA["noise"][:50].copy())
     centroids = points[[0, 0, 0]]
-    labels, cosines = cluster_steps.nearest(points, centroids, lambda _: None)
-    assert labels.unique().tolist() == [0]
-    new_labels, new_cosines, new_centroids, number = cluster_steps.fill_empty(points, labels, cosines, centroids)
-    worst = cosines.argsort()[:2]
-    torch.testing.assert_close(new_centroids[1:], points[worst])
-    assert number == 2 and new_labels.unique().tolist() == [0, 1, 2]
-    assert (new_cosines >= cosines).all()
+    found = Assignment(*assignment.nearest(points, centroids, lambda _: None))
+    assert found.labels.unique().tolist() == [0]
+    cosines = found.cosines.clone()
+    new_centroids, number = cluster_steps.fill_empty(points, found, centroids)
+    torch.testing.assert_close(new_centroids[1:], points[cosines.argsort()[:2]])
+    assert number == 2 and found.labels.unique().tolist() == [0, 1, 2]
+    assert (found.cosines >= cosines).all()
+
+
+def propose_always(monkeypatch: pytest.MonkeyPatch, *, share: int = 1) -> None:
+    """Use bfloat16 proposals on any CPU, however few centroids; one pair in ``share`` at most is looked at again."""
+    monkeypatch.setattr(proposals, "worthwhile", lambda device, num_columns: True)
+    monkeypatch.setattr(proposals, "MAX_SHARE", share)
+
+
+@pytest.mark.parametrize("name", list(DATA))
+@pytest.mark.parametrize("share", [1, 64])
+def test_proposals_change_no_result(name: str, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = DATA[name]
+    plain = cluster(features, num_clusters=30, ids=names(len(features)))
+    propose_always(monkeypatch, share=share)
+    proposed = cluster(features, num_clusters=30, ids=names(len(features)))
+    np.testing.assert_array_equal(proposed.pseudo_labels, plain.pseudo_labels)
+    np.testing.assert_allclose(proposed.distances, plain.distances, atol=1e-6)
+    np.testing.assert_allclose(proposed.centroids, plain.centroids, atol=1e-6)
+
+
+def test_proposals_miss_no_nearest_centroid_among_near_ties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All centroids lie within the error of a bfloat16 product, on both sides of 0."""
+    random = np.random.default_rng(0)
+    centroids = unit(np.eye(1, 48) + 3e-3 * random.normal(size=(200, 48)))
+    features = unit(np.concatenate([centroids[:100], -centroids[100:]]) + 1e-3 * random.normal(size=(200, 48)))
+    exact = features.astype(np.float64) @ centroids.astype(np.float64).T
+    propose_always(monkeypatch)
+    labels, distances = assign(features, centroids)
+    np.testing.assert_allclose(1.0 - distances, exact.max(1), atol=2e-7)
+    np.testing.assert_allclose(exact[np.arange(200), labels], exact.max(1), atol=2e-7)
+
+
+def test_gains_of_a_further_centroid_are_the_same_by_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = torch.from_numpy(DATA["noise"].copy())
+    near = (points @ points[:20].T).amax(1)
+    plain = cluster_steps._gains(points, near, points[100:300])
+    propose_always(monkeypatch)
+    torch.testing.assert_close(cluster_steps._gains(points, near, points[100:300]), plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(DATA))
+def test_an_update_after_few_centroids_moved_is_a_whole_search(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assignment, "MIN_CENTROIDS", 1)
+    points = torch.from_numpy(DATA[name].copy())
+    centroids = points[:90].clone()
+    found = Assignment(*assignment.nearest(points, centroids, lambda _: None))
+    changed = torch.arange(90) % 5 == 0
+    centroids[changed] = torch.from_numpy(unit(centroids[changed].numpy() + 0.3 * points[300:318].numpy()))
+    done: list[int] = []
+    assignment.reassign(found, points, centroids, changed, done.append)
+    labels, cosines = assignment.nearest(points, centroids, lambda _: None)
+    assert sum(done) == len(points)
+    torch.testing.assert_close(found.cosines, cosines, atol=1e-6, rtol=0)
+    assert (found.labels == labels).double().mean() > 0.999  # but for exact duplicates among the centroids
 
 
 def test_opposite_points_in_one_cluster_do_not_break_the_mean() -> None:
@@ -129,7 +184,7 @@ def test_both_ways_of_adding_up_agree() -> None:
 
 
 def test_products_stay_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cluster_steps.BLOCK_ELEMENTS, "cpu", 5000)
+    monkeypatch.setitem(assignment.BLOCK_ELEMENTS, "cpu", 5000)
     sizes: list[int] = []
     product = torch.mm
 
