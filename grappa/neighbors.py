@@ -1,11 +1,13 @@
 """Exact nearest neighbors by cosine similarity, in blocks: never an N x M array, the image itself removed by its id.
 
-A float32 product proposes a few more candidates than asked for; these are compared again in float64. Where the proposal
-cannot be told apart from what it left out (many duplicates, ties), the row is searched once more in full: the result is
-exact whatever the block size, the device or the number of threads.
+A quicker product proposes more candidates than asked for; these are compared again in float64. A bfloat16 product (on a
+CPU that has them) proposes whatever its error bound leaves open, a float32 product a few more than asked for: where
+these cannot be told apart from what was left out (many duplicates, ties), the row is searched once more in full. The
+result is exact whatever the block size, the device or the number of threads.
 """
 
-# B queries of a block, C candidates of a block, D width, F fetched candidates, K neighbors, N queries, M candidates
+# B queries of a block, C candidates of a block, D width, F fetched candidates, K neighbors, N queries, M candidates,
+# P proposed pairs of a query and a candidate
 
 from __future__ import annotations
 
@@ -15,12 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from grappa import proposals
+from grappa.proposals import Pairs, Rounded
 from grappa.vectors import as_tensor, check_unit_vectors, full_float32
 
 CANDIDATE_BLOCK = 16384
 GROUP = 16
 TIE_BLOCK = 16
 RESCORE_BLOCK = 128
+PAIR_BLOCK = 4096
 
 
 def nearest_neighbors(
@@ -52,10 +57,13 @@ def nearest_neighbors(
     neighbors = np.empty((len(queries), num_neighbors), dtype=np.int64)
     similarities = np.empty((len(queries), num_neighbors), dtype=np.float32)
     scratch = torch.empty(min(block_size, len(queries)) * min(CANDIDATE_BLOCK, len(candidates)), device=device)
+    blocks = _rounded_blocks(points, num_neighbors)
     with full_float32():
         for start in range(0, len(queries), block_size):
             rows = slice(start, start + block_size)
-            found = _search(as_tensor(queries[rows], device), points, own[rows], num_neighbors, scratch)
+            asked = as_tensor(queries[rows], device)
+            found = _search_proposed(asked, points, blocks, own[rows], num_neighbors, scratch)
+            found = found or _search(asked, points, own[rows], num_neighbors, scratch)
             neighbors[rows], similarities[rows] = candidate_ids[found[0].cpu().numpy()], found[1].cpu().numpy()
             if progress is not None:
                 progress(len(found[0]))
@@ -90,6 +98,77 @@ def _own_positions(query_ids: NDArray[np.int64], candidate_ids: NDArray[np.int64
     """Where each query stands among the (sorted) candidates, -1 where it is none of them."""
     positions = np.minimum(np.searchsorted(candidate_ids, query_ids), len(candidate_ids) - 1)
     return np.where(candidate_ids[positions] == query_ids, positions, -1).astype(np.int64)
+
+
+def _rounded_blocks(points_MD: torch.Tensor, num_neighbors: int) -> list[Rounded]:
+    """Return the candidates in bfloat16, or nothing where proposing by them does not pay."""
+    enough = min(CANDIDATE_BLOCK, len(points_MD)) // GROUP >= 4 * num_neighbors
+    if not enough or not proposals.worthwhile(points_MD.device, len(points_MD)):
+        return []
+    return [proposals.rounded(block) for block in points_MD.split(CANDIDATE_BLOCK)]
+
+
+def _search_proposed(
+    queries_BD: torch.Tensor,
+    points_MD: torch.Tensor,
+    blocks: list[Rounded],
+    own_B: torch.Tensor,
+    num_neighbors: int,
+    scratch: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return what ``_search`` does, or None without blocks or where too many candidates are equally close."""
+    pairs = _propose(queries_BD, blocks, own_B, num_neighbors, scratch.view(torch.bfloat16)) if blocks else None
+    if pairs is None:
+        return None
+    rows_P, positions_P = pairs
+    parts = zip(rows_P.split(PAIR_BLOCK), positions_P.split(PAIR_BLOCK), strict=True)
+    exact_P = torch.cat([torch.linalg.vecdot(queries_BD[r].double(), points_MD[p].double()) for r, p in parts]).float()
+    order = np.lexsort((positions_P.numpy(), -exact_P.numpy(), rows_P.numpy()))
+    firsts_B = np.searchsorted(rows_P.numpy(), np.arange(len(queries_BD)))
+    chosen_BK = torch.from_numpy(order[firsts_B[:, None] + np.arange(num_neighbors)])
+    return positions_P[chosen_BK], exact_P[chosen_BK]
+
+
+def _propose(
+    queries_BD: torch.Tensor, blocks: list[Rounded], own_B: torch.Tensor, num_neighbors: int, scratch: torch.Tensor
+) -> Pairs | None:
+    """Return rows and positions (P,), by row, of all candidates that can be among the K most similar.
+
+    The K-th largest of the maxima of groups of candidates is a value that K candidates reach.
+    """
+    queries, start = proposals.rounded(queries_BD), 0
+    reached_BK = torch.empty(len(queries_BD), 0)
+    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    for block in blocks:
+        products_BC = scratch[: len(queries_BD) * len(block.vectors)].view(len(queries_BD), -1)
+        torch.mm(queries.vectors, block.vectors.T, out=products_BC)
+        _hide_own(products_BC, own_B - start)
+        reached_BK = torch.cat([reached_BK, _group_maxima(products_BC)], 1).topk(num_neighbors, 1).values
+        floors_B = _floors(reached_BK, proposals.error_of(queries, block))
+        pairs = proposals.reaching(products_BC, floors_B)
+        if pairs is None:
+            return None
+        found.append((pairs[0], pairs[1] + start, products_BC[pairs].float()))
+        start += len(block.vectors)
+    rows_P, positions_P, products_P = (torch.cat(parts) for parts in zip(*found, strict=True))
+    floors_B = _floors(reached_BK, max(proposals.error_of(queries, block) for block in blocks))
+    left = torch.nonzero(products_P >= floors_B[rows_P])[:, 0]
+    left = left[rows_P[left].argsort(stable=True)]
+    return rows_P[left], positions_P[left]
+
+
+def _floors(reached_BK: torch.Tensor, error: float) -> torch.Tensor:
+    """Return what the product of one of the K most similar candidates reaches at least."""
+    least_B = reached_BK[:, -1]
+    return least_B - 2.0 * (error + proposals.half_step(least_B))
+
+
+def _group_maxima(products_BC: torch.Tensor) -> torch.Tensor:
+    """Return the maxima of groups of 16 columns (some are left out), float32; bits are compared as integers."""
+    num_groups = products_BC.shape[1] // GROUP
+    bits = products_BC.view(torch.int16).numpy()[:, : num_groups * GROUP]
+    maxima = bits.reshape(len(bits), GROUP, num_groups).max(1)
+    return torch.from_numpy(maxima).view(torch.bfloat16).float()
 
 
 def _search(

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from grappa import proposals
 from grappa.neighbors import largest, nearest_neighbors
+
+
+@pytest.fixture(params=["float32", "bfloat16"], autouse=True)
+def proposing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds with either kind of product, whatever this CPU prefers."""
+    monkeypatch.setattr(proposals, "worthwhile", lambda device, num_columns: request.param == "bfloat16")
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
