@@ -54,6 +54,15 @@ def test_equals_the_exhaustive_search_across_candidate_blocks(monkeypatch: pytes
     np.testing.assert_array_equal(found[0], exhaustive(features[:40], features, ids[:40], ids, 6)[0])
 
 
+def test_equals_the_exhaustive_search_where_all_are_about_as_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Similarities differ by less than a bfloat16 product is off by."""
+    monkeypatch.setattr(proposals, "MAX_SHARE", 1)
+    ids = np.arange(900)
+    features = unit(np.eye(1, 24) + 0.02 * points(900, width=24))
+    found = nearest_neighbors(features[:50], features, num_neighbors=5, query_ids=ids[:50], candidate_ids=ids)
+    np.testing.assert_array_equal(found[0], exhaustive(features[:50], features, ids[:50], ids, 5)[0])
+
+
 def test_never_the_image_itself_and_duplicates_stay() -> None:
     features = np.repeat(points(50), 6, axis=0)
     ids = np.arange(300)
