@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from grappa.large_softmax import large_norm_softmax
+
+LARGE = 2**22
+
 
 def norm_softmax(embeddings_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, *, temperature: float) -> Tensor:
     """Return the normalised softmax loss, mean over B (Zhai & Wu 2019; no bias).
 
-    ``-log softmax_c(<x, p_c> / temperature)[y]`` with x and every p_c L2-normalised. ``labels_B`` int64 in 0..C-1.
+    ``-log softmax_c(<x, p_c> / temperature)[y]`` with x and every p_c L2-normalised. ``labels_B`` int64 in 0..C-1. From
+    ``LARGE`` products on it is computed in chunks of classes: the same in float32, but for its rounding.
     """
+    if len(embeddings_BD) * len(proxies_CD) >= LARGE and embeddings_BD.dtype != torch.float64:
+        units_BD = F.normalize(_full(embeddings_BD), dim=-1)
+        return large_norm_softmax(units_BD, _full(proxies_CD), labels_B, temperature)
     logits = F.normalize(_full(embeddings_BD), dim=-1) @ F.normalize(_full(proxies_CD), dim=-1).T
     return F.cross_entropy(logits / temperature, labels_B)
 
