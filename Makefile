@@ -1,6 +1,7 @@
 # make install   a virtual environment in .venv with the `grappa` command, once
 # make demo      the whole pipeline on built-in images, offline after the installation
 # make test      lint, types and tests
+# make bench     every performance gate, some hours; `make bench ONLY=R5` one of them, `QUICK=--quick` toy sizes
 # The faiss build follows the machine: a GPU if nvidia-smi sees one. Otherwise say it: `make clean install EXTRA=gpu`.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PRODUCT := $(wildcard grappa pipeline slurm)
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint bench clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -34,6 +35,9 @@ lint: install
 test: lint
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
 	    $(BIN)/python -m pytest -q --numprocesses $(TEST_WORKERS) --dist loadfile
+
+bench: install
+	$(BIN)/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY)) $(QUICK)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -71,7 +71,7 @@ class Backbone(nn.Module):
     def on(self, device: torch.device) -> Backbone:
         """Move to ``device`` and choose its attention: explicit products on a CPU, the fused kernel elsewhere.
 
-        On a CPU the fused kernel's backward pass takes most of a training step (tests/benchmarks/bench_attention.py).
+        On a CPU the fused kernel's backward pass takes most of a training step (tests/benchmarks: R10).
         """
         for module in self.vit.modules():
             if hasattr(module, "fused_attn"):

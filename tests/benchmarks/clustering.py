@@ -1,0 +1,122 @@
+"""R5 to R7: k-means at one k and at several, against faiss-cpu, and its peak memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from grappa.clusters import cluster, cluster_many
+from tests.benchmarks import data
+from tests.benchmarks.core import Gate, Options, Pair, seconds
+from tests.benchmarks.memory import peak_growth
+
+WIDTH, NUM_ITERATIONS = 384, 20
+NUM_CLUSTERS = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
+ALLOWANCE = 256 * 2**20
+MAX_LOSS = 0.002
+
+
+@contextmanager
+def against_faiss(options: Options) -> Iterator[Pair]:
+    """The largest k, the same number of Lloyd iterations on both sides, every point used by both."""
+    features, ids, sizes = _problem(options)
+    found: dict[str, NDArray[np.float32]] = {}
+
+    def ours() -> None:
+        result = cluster(features, num_clusters=sizes[-1], ids=ids, num_iterations=NUM_ITERATIONS)
+        found["ours"] = result.centroids
+
+    def peer() -> None:
+        found["peer"] = _faiss_centroids(features, sizes[-1])
+
+    setup = f"faiss {faiss.__version__} Kmeans, spherical, niter={NUM_ITERATIONS}, no sub-sampling, its random start"
+    where = f"n={len(features)}, d={WIDTH}, k={sizes[-1]}, {options.threads} threads on both sides"
+
+    def check() -> tuple[bool, str]:
+        more = _inertia(features, found["ours"]) / _inertia(features, found["peer"]) - 1.0
+        return more <= MAX_LOSS, f"inertia {more:+.2%} of faiss's"
+
+    yield Pair(seconds(ours), seconds(peer), f"{setup}; {where}", check, repeats=3, warm_up=False)
+
+
+@contextmanager
+def all_at_once(options: Options) -> Iterator[Pair]:
+    """Eight values of k in one call against the largest alone."""
+    features, ids, sizes = _problem(options)
+
+    def run(chosen: Sequence[int]) -> Callable[[], object]:
+        return lambda: cluster_many(features, chosen, ids=ids, num_iterations=NUM_ITERATIONS)
+
+    setup = f"k = {', '.join(map(str, sizes))} against k = {sizes[-1]} alone; n={len(features)}, d={WIDTH}"
+    yield Pair(seconds(run(sizes)), seconds(run(sizes[-1:])), setup, repeats=3, warm_up=False)
+
+
+@contextmanager
+def memory(options: Options) -> Iterator[Pair]:
+    """Growth of a fresh process that loads the features and clusters them, against what must be held anyway."""
+    features, _, sizes = _problem(options)
+    allowed = float(features.nbytes + sizes[-1] * WIDTH * 4 + ALLOWANCE)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "features.npy"
+        np.save(file, features, allow_pickle=False)
+        setup = f"features + centroids + 256 MB; a fresh process, above what it held before, k = {sizes[-1]}"
+        ours = partial(peak_growth, _load_and_cluster, file, sizes[-1], options.threads)
+        yield Pair(ours, lambda: allowed, setup, repeats=2, warm_up=False)
+
+
+def _load_and_cluster(file: Path, num_clusters: int, threads: int) -> Callable[[], object]:
+    """Return the work, everything imported and every library started."""
+    torch.set_num_threads(threads)
+    small = np.eye(600, dtype=np.float32)
+    cluster(small, num_clusters=300, ids=np.arange(600, dtype=np.uint64), num_iterations=1)
+
+    def run() -> object:
+        features = np.load(file, allow_pickle=False)
+        ids = np.random.default_rng(1).permutation(len(features)).astype(np.uint64)
+        return cluster(features, num_clusters=num_clusters, ids=ids, num_iterations=2)
+
+    return run
+
+
+def _problem(options: Options) -> tuple[NDArray[np.float32], NDArray[np.uint64], list[int]]:
+    features = data.features(options.size(100_000, 4_000), WIDTH, options.features)
+    ids = np.random.default_rng(1).permutation(len(features)).astype(np.uint64)
+    return features, ids, [k for k in NUM_CLUSTERS if k <= len(features) // 12]
+
+
+def _faiss_centroids(features: NDArray[np.float32], num_clusters: int) -> NDArray[np.float32]:
+    kmeans: Any = faiss.Kmeans(
+        WIDTH,
+        num_clusters,
+        niter=NUM_ITERATIONS,
+        spherical=True,
+        max_points_per_centroid=len(features),
+        min_points_per_centroid=1,
+        seed=1,
+    )
+    kmeans.train(features)
+    centroids: NDArray[np.float32] = kmeans.centroids
+    return centroids
+
+
+def _inertia(features: NDArray[np.float32], centroids: NDArray[np.float32]) -> float:
+    """Sum of squared distances to the nearest centroid, by faiss for both sides."""
+    index = faiss.IndexFlatL2(WIDTH)
+    index.add(np.ascontiguousarray(centroids))
+    return float(index.search(features, 1)[0].astype(np.float64).sum())
+
+
+GATES = [
+    Gate("R5", "exact k-means / faiss-cpu: time", 1.0, against_faiss),
+    Gate("R6", "eight k's in one go / the largest alone: time", 2.2, all_at_once),
+    Gate("R7", "peak memory of clustering / (features + centroids + 256 MB)", 1.2, memory, unit="bytes"),
+]

@@ -1,0 +1,59 @@
+"""R13: what the command line costs before it does anything."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests import tiny
+from tests.benchmarks.core import Gate, Options, Pair, Side, seconds
+
+IMPORTS = [sys.executable, "-c", "import pydantic, typer, rich"]
+GRAPPA = [sys.executable, "-m", "pipeline"]
+
+
+def _side(command: list[str]) -> Side:
+    return seconds(lambda: subprocess.run(command, check=True, capture_output=True))
+
+
+def _pair(*arguments: str) -> Pair:
+    setup = "python -c 'import pydantic, typer, rich'; both as processes, started in turn"
+    return Pair(_side([*GRAPPA, *arguments]), _side(IMPORTS), setup, repeats=11)
+
+
+@contextmanager
+def help_text(options: Options) -> Iterator[Pair]:
+    """``grappa --help``."""
+    yield _pair("--help")
+
+
+@contextmanager
+def status(options: Options) -> Iterator[Pair]:
+    """``grappa status`` of a finished run."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield _pair("status", _finished(Path(folder)))
+
+
+@contextmanager
+def no_op(options: Options) -> Iterator[Pair]:
+    """``grappa run`` of a finished run."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield _pair("run", _finished(Path(folder)))
+
+
+def _finished(folder: Path) -> str:
+    images = tiny.draw_images(folder / "images")
+    run = tiny.make_run(folder / "run", [images], tiny.write_weights(folder / "vit.safetensors"))
+    tiny.run_all(run)
+    return str(folder / "run")
+
+
+GATES = [
+    Gate("R13 help", "`grappa --help` / three imports", 2.0, help_text),
+    Gate("R13 status", "`grappa status` / three imports", 2.0, status),
+    Gate("R13 no-op", "`grappa run` with all fresh / three imports", 8.0, no_op),
+]

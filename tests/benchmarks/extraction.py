@@ -1,0 +1,181 @@
+"""R1 to R4: embedding images, and loading them for it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+import grappa.backbone
+from grappa.backbone import Backbone, embed
+from grappa.decoding import decode_image, shrink
+from grappa.devices import autocast, resolve_precision
+from grappa.features import extract_features
+from grappa.pixels import PixelCache, write_index, write_shard
+from grappa.transforms import eval_batch, normalize
+from tests.benchmarks import data
+from tests.benchmarks.core import Gate, Options, Pair, seconds
+
+CPU = torch.device("cpu")
+BATCH, CACHE_SIZE, CROP = 32, 256, 0.875
+CPUINFO = Path("/proc/cpuinfo")
+HAS_AMX = CPUINFO.exists() and "amx_bf16" in CPUINFO.read_text()
+
+
+def pixels(backbone: Backbone) -> Tensor:
+    """A batch of uint8 images."""
+    size = backbone.spec.image_size
+    return torch.randint(0, 256, (BATCH, 3, size, size), generator=torch.Generator().manual_seed(0)).byte()
+
+
+@contextmanager
+def chosen_precision(options: Options) -> Iterator[Pair]:
+    """What ``auto`` chooses here against a plain loop: timm's model in float32, eager, its own fused attention."""
+    backbone, plain = (data.backbone(options.quick) for _ in range(2))
+    plain.load_state_dict(backbone.state_dict())
+    backbone.on(CPU)
+    precision, images = resolve_precision("auto", CPU), pixels(backbone)
+    found: dict[str, Tensor] = {}
+
+    def ours() -> None:
+        with torch.inference_mode(), autocast(CPU, precision):
+            found["ours"] = embed(backbone, normalize(images, backbone.spec.mean, backbone.spec.std))
+
+    def peer() -> None:
+        with torch.inference_mode():
+            found["peer"] = F.normalize(plain.vit((images / 255.0 - 0.5) / 0.5), dim=-1)
+
+    def check() -> tuple[bool, str]:
+        least = float((found["ours"] * found["peer"]).sum(1).min())
+        return least >= 0.999, f"{precision}, least cosine {least:.5f}"
+
+    yield Pair(seconds(ours), seconds(peer), f"timm, float32, eager, fused attention; batch {BATCH}", check)
+
+
+@contextmanager
+def class_token_only(options: Options) -> Iterator[Pair]:
+    """The same backbone and precision (float32), the last block for the class token only or whole."""
+    backbone = data.backbone(options.quick).on(CPU)
+    images = normalize(pixels(backbone), backbone.spec.mean, backbone.spec.std)
+    found: dict[str, Tensor] = {}
+
+    def run(name: str) -> None:
+        with torch.inference_mode():
+            found[name] = embed(backbone, images)
+
+    def whole() -> None:
+        with mock.patch.object(grappa.backbone, "can_skip_patches", return_value=False):
+            run("peer")
+
+    def check() -> tuple[bool, str]:
+        away = float((found["ours"] - found["peer"]).abs().max())
+        return away <= 1e-5, f"largest difference {away:.1e}"
+
+    yield Pair(seconds(lambda: run("ours")), seconds(whole), "the same model, float32", check)
+
+
+class Files(Dataset[Tensor]):
+    """JPEG files as a plain torch data set: PIL decode, resize of the shorter side, centre crop."""
+
+    def __init__(self, files: Sequence[Path], size: int) -> None:
+        self.files, self.size = files, size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> Tensor:
+        with Image.open(self.files[number]) as image:
+            rgb = image.convert("RGB")
+        scale = CACHE_SIZE / min(rgb.size)
+        rgb = rgb.resize((round(rgb.width * scale), round(rgb.height * scale)), Image.Resampling.BICUBIC)
+        left, top = (rgb.width - self.size) // 2, (rgb.height - self.size) // 2
+        cropped = np.asarray(rgb.crop((left, top, left + self.size, top + self.size)))
+        return torch.from_numpy(cropped.copy()).permute(2, 0, 1)
+
+
+def cached(files: Sequence[Path], folder: Path) -> PixelCache:
+    """Write the files' pixel cache and open it."""
+    images = [shrink(decode_image(file.read_bytes(), max_pixels=10**8), CACHE_SIZE) for file in files]
+    write_index(folder, write_shard(folder, 0, images))
+    return PixelCache.open(folder)
+
+
+@contextmanager
+def loading(options: Options) -> Iterator[Pair]:
+    """An epoch of evaluation crops, nothing else; the peer's worker processes are kept from epoch to epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = data.write_jpegs(Path(folder), options.size(1024, 32))
+        cache = cached(files, Path(folder))
+        size = int(CACHE_SIZE * CROP)
+        # No worker processes where there is one thread: they could not run beside anything.
+        workers: dict[str, Any] = {"num_workers": options.threads, "persistent_workers": True}
+        loader = DataLoader(Files(files, size), BATCH, **(workers if options.threads > 1 else {}))
+
+        def ours() -> None:
+            for rows in np.split(np.arange(len(cache)), range(BATCH, len(cache), BATCH)):
+                eval_batch(cache, rows, image_size=size, crop_fraction=CROP, num_workers=options.threads)
+
+        def peer() -> None:
+            for batch in loader:
+                assert batch.shape[1:] == (3, size, size)
+
+        setup = f"torch DataLoader, {options.threads} workers, PIL; {len(files)} JPEGs of 500 x 375, batch {BATCH}"
+        yield Pair(seconds(ours), seconds(peer), setup, repeats=5)
+
+
+@contextmanager
+def end_to_end(options: Options) -> Iterator[Pair]:
+    """Extraction from the cache against the slower of its two parts alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = data.write_jpegs(Path(folder), options.size(192, 32))
+        cache, backbone = cached(files, Path(folder)), data.backbone(options.quick)
+        size, precision = backbone.spec.image_size, resolve_precision("auto", CPU)
+        out = np.empty((len(cache), backbone.width), dtype=np.float32)
+
+        def ours() -> None:
+            extract_features(backbone, cache, out, batch_size=BATCH, precision=precision, num_workers=options.threads)
+
+        def load(rows: Sequence[int]) -> Tensor:
+            return eval_batch(cache, rows, image_size=size, crop_fraction=CROP, num_workers=options.threads)
+
+        batches = [range(start, min(start + BATCH, len(cache))) for start in range(0, len(cache), BATCH)]
+        loaded = [load(rows) for rows in batches]
+        alone = seconds(lambda: [load(rows) for rows in batches]), seconds(_model(backbone, loaded, precision))
+
+        def peer() -> float:
+            return max(side() for side in alone)
+
+        yield Pair(seconds(ours), peer, f"the slower of loader and model alone; {len(files)} images", repeats=5)
+
+
+def _model(backbone: Backbone, loaded: Sequence[Tensor], precision: str) -> Callable[[], None]:
+    def run() -> None:
+        for images in loaded:
+            with torch.inference_mode(), autocast(CPU, precision):
+                embed(backbone, normalize(images, backbone.spec.mean, backbone.spec.std))
+
+    return run
+
+
+GATES = [
+    Gate(
+        "R1",
+        f"extraction in the chosen precision, times faster than fp32 eager ({'with' if HAS_AMX else 'no'} AMX)",
+        3.0 if HAS_AMX else 1.15,
+        chosen_precision,
+        at_least=True,
+    ),
+    Gate("R2", "class-token-only last block / whole", 0.97, class_token_only),
+    Gate("R3", "epoch from the pixel cache, times faster than from JPEG files", 5.0, loading, at_least=True),
+    Gate("R4", "end-to-end extraction, share of its slower part's speed", 0.85, end_to_end, at_least=True),
+]

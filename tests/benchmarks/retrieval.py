@@ -1,0 +1,78 @@
+"""R8 and R16: exact nearest neighbours against faiss-cpu, and the memory of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from grappa.evaluation import evaluate
+from grappa.neighbors import nearest_neighbors
+from tests.benchmarks import data
+from tests.benchmarks.core import Gate, Options, Pair, seconds
+from tests.benchmarks.memory import peak_growth
+
+WIDTH, NUM_NEIGHBORS = 384, 20
+
+
+@contextmanager
+def neighbors(options: Options) -> Iterator[Pair]:
+    """All rows query all rows; faiss is asked for one more, as it also returns the image itself."""
+    features = data.features(options.size(100_000, 6_000), WIDTH, options.features)
+    ids = np.arange(len(features))
+    found: dict[str, NDArray[np.int64]] = {}
+
+    def ours() -> None:
+        found["ours"] = nearest_neighbors(
+            features, features, num_neighbors=NUM_NEIGHBORS, query_ids=ids, candidate_ids=ids
+        )[0]
+
+    def peer() -> None:
+        index = faiss.IndexFlatIP(WIDTH)
+        index.add(features)
+        found["peer"] = index.search(features, NUM_NEIGHBORS + 1)[1]
+
+    def check() -> tuple[bool, str]:
+        recall = _recall(features, found["ours"], found["peer"])
+        return recall == 1.0, f"recall {recall:.6f}"
+
+    setup = f"faiss {faiss.__version__} IndexFlatIP, all queries in one call, {options.threads} threads on both sides"
+    where = f"n={len(features)}, d={WIDTH}, K={NUM_NEIGHBORS}"
+    yield Pair(seconds(ours), seconds(peer), f"{setup}; {where}", check, repeats=3, warm_up=False)
+
+
+def _recall(features: NDArray[np.float32], ours: NDArray[np.int64], peer: NDArray[np.int64]) -> float:
+    """Share of our neighbours that are as near as the peer's last one, itself left out (ties may differ in id)."""
+    hits = 0
+    for row in range(0, len(ours), 97):
+        others = peer[row][peer[row] != row][:NUM_NEIGHBORS]
+        last = (features[others].astype(np.float64) @ features[row]).min()
+        hits += int(((features[ours[row]].astype(np.float64) @ features[row]) >= last - 1e-6).sum())
+    return hits / (NUM_NEIGHBORS * len(range(0, len(ours), 97)))
+
+
+@contextmanager
+def evaluation_memory(options: Options) -> Iterator[Pair]:
+    """Growth of a fresh process that evaluates a merged gallery, against the whole matrix of similarities."""
+    number = options.size(60_000, 3_000)
+    setup = f"a float32 matrix of {number} x {number}, computed; a fresh process, above the embeddings it holds"
+    ours = partial(peak_growth, _evaluation, number)
+    yield Pair(ours, lambda: 4.0 * number * number, setup, repeats=1, warm_up=False)
+
+
+def _evaluation(number: int) -> Callable[[], object]:
+    embeddings = data.features(number, WIDTH, None)
+    labels = (np.arange(number) // 20).astype(str).astype(object)
+    domains, ids = np.full(number, "one", dtype=object), np.arange(number, dtype=np.uint64)
+    evaluate(embeddings[:200], labels=labels[:200], domains=domains[:200], ids=ids[:200], gallery="merged")
+    return partial(evaluate, embeddings, labels=labels, domains=domains, ids=ids, gallery="merged")
+
+
+GATES = [
+    Gate("R8", "kNN graph / faiss-cpu flat: time", 1.1, neighbors),
+    Gate("R16", "memory of an evaluation / the full matrix", 0.05, evaluation_memory, unit="bytes"),
+]

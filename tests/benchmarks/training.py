@@ -1,0 +1,155 @@
+"""R9, R10 and R14: the softmax over very many classes, an adaptor set's step, and what checkpoints cost."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grappa.adaptors import AdaptorSet
+from grappa.backbone import Backbone
+from grappa.losses import norm_softmax
+from grappa.transforms import normalize
+from pipeline.checkpoints import FileCheckpoint
+from pipeline.config import Compute
+from tests.benchmarks import data
+from tests.benchmarks.core import Gate, Options, Pair, Side, seconds
+from tests.benchmarks.extraction import CPU, pixels
+from tests.benchmarks.memory import peak_growth
+
+BATCH, WIDTH, NUM_CLASSES, TEMPERATURE, BOTTLENECK = 256, 384, 131_072, 0.05, 48
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def plain_softmax(embeddings: Tensor, proxies: Tensor, labels: Tensor) -> Tensor:
+    """The loss as it is written."""
+    return F.cross_entropy(F.normalize(embeddings, dim=-1) @ F.normalize(proxies, dim=-1).T / TEMPERATURE, labels)
+
+
+def ours(embeddings: Tensor, proxies: Tensor, labels: Tensor) -> Tensor:
+    return norm_softmax(embeddings, proxies, labels, temperature=TEMPERATURE)
+
+
+def metric_learning(embeddings: Tensor, proxies: Tensor, labels: Tensor) -> Tensor:
+    loss = NormalizedSoftmaxLoss(1, 1, temperature=TEMPERATURE)
+    loss.W = nn.Parameter(proxies.detach().T.contiguous())
+    value: Tensor = loss(embeddings, labels)
+    return value
+
+
+def _step(loss: Loss, num_classes: int, threads: int) -> Callable[[], Tensor]:
+    """Return a forward and backward pass; gradients are given up before each."""
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(BATCH, WIDTH, generator=generator, requires_grad=True)
+    proxies = torch.randn(num_classes, WIDTH, generator=generator, requires_grad=True)
+    labels = torch.randint(0, num_classes, (BATCH,), generator=generator)
+    loss(embeddings, proxies[:512], labels % 512).backward()
+
+    def run() -> Tensor:
+        embeddings.grad = proxies.grad = None
+        value = loss(embeddings, proxies, labels)
+        value.backward()
+        return value
+
+    embeddings.grad = proxies.grad = None
+    return run
+
+
+def _softmax_time(peer: Loss, options: Options) -> Iterator[Pair]:
+    num_classes = options.size(NUM_CLASSES, 20_000)
+    runs = [_step(loss, num_classes, options.threads) for loss in (ours, peer)]
+
+    def check() -> tuple[bool, str]:
+        losses = [float(run().detach()) for run in runs]
+        return abs(losses[0] - losses[1]) < 1e-4, f"losses {losses[0]:.5f} and {losses[1]:.5f}"
+
+    setup = f"{peer.__name__}, float32; batch {BATCH}, d={WIDTH}, k={num_classes}, forward and backward"
+    yield Pair(*(seconds(run) for run in runs), setup, check)
+
+
+@contextmanager
+def softmax_time(options: Options) -> Iterator[Pair]:
+    """A step of the head alone."""
+    yield from _softmax_time(plain_softmax, options)
+
+
+@contextmanager
+def softmax_time_metric_learning(options: Options) -> Iterator[Pair]:
+    """The same against pytorch-metric-learning."""
+    yield from _softmax_time(metric_learning, options)
+
+
+@contextmanager
+def softmax_memory(options: Options) -> Iterator[Pair]:
+    """Growth of fresh processes during a step, gradients of embeddings and proxies included."""
+    num_classes = options.size(NUM_CLASSES, 20_000)
+    sides = [partial(peak_growth, _step, loss, num_classes, options.threads) for loss in (ours, plain_softmax)]
+    yield Pair(*sides, "plain torch; each in a fresh process", repeats=3, warm_up=False)
+
+
+@contextmanager
+def adaptor_step(options: Options) -> Iterator[Pair]:
+    """A training step of an adaptor set against one of the whole ViT, AdamW and the same attention on both sides."""
+    sides = [_training_step(options, whole) for whole in (False, True)]
+    setup = f"full fine-tuning, float32, AdamW, explicit attention on both sides (the faster here), r={BOTTLENECK}"
+    yield Pair(*sides, setup, repeats=5)
+
+
+def _training_step(options: Options, whole: bool, *, fused: bool = False) -> Side:
+    backbone = data.backbone(options.quick).on(CPU)
+    for block in backbone.vit.blocks:  # type: ignore[union-attr]
+        block.attn.fused_attn = fused  # type: ignore[union-attr]
+    adaptors = AdaptorSet(backbone.num_blocks, backbone.width, BOTTLENECK)
+    backbone.requires_grad_(whole)
+    images = normalize(pixels(backbone), backbone.spec.mean, backbone.spec.std)
+    optimizer = torch.optim.AdamW(backbone.parameters() if whole else adaptors.parameters(), lr=1e-4)
+    labels, proxies = torch.arange(len(images)), torch.randn(1024, backbone.width)
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        embeddings = backbone(images, None if whole else list(adaptors))  # type: ignore[arg-type]
+        norm_softmax(embeddings, proxies, labels, temperature=TEMPERATURE).backward()
+        optimizer.step()
+
+    return seconds(run)
+
+
+@contextmanager
+def explicit_attention(options: Options) -> Iterator[Pair]:
+    """What ``Backbone.on`` chooses on a CPU against timm's fused kernel, whose backward pass is slow there."""
+    sides = [_training_step(options, False, fused=fused) for fused in (False, True)]
+    yield Pair(*sides, "the same adaptor set's step with torch's fused attention", repeats=5)
+
+
+@contextmanager
+def checkpoints(options: Options) -> Iterator[Pair]:
+    """Writing a set's state (weights, 8,192 proxies, two moments each) against the interval between two."""
+    backbone: Backbone = data.backbone(options.quick)
+    adaptors = AdaptorSet(backbone.num_blocks, backbone.width, BOTTLENECK)
+    state = {**adaptors.state_dict(), "proxies": torch.randn(8192, backbone.width)}
+    tensors = {
+        f"{part}.{name}": value.clone() for part in ("module", "first", "second") for name, value in state.items()
+    }
+    interval = float(Compute().checkpoint_seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        keeper = FileCheckpoint(Path(folder), seconds=interval)
+        side = seconds(lambda: keeper.save(tensors, {"step": 1}))
+        yield Pair(side, lambda: interval, f"the default compute.checkpoint_seconds = {interval:g}", repeats=5)
+
+
+GATES = [
+    Gate("R9 time", "softmax head at 131,072 classes / plain torch: time", 0.6, softmax_time),
+    Gate("R9 memory", "softmax head at 131,072 classes / plain torch: memory", 0.45, softmax_memory, unit="bytes"),
+    Gate("R9 pml", "the same / pytorch-metric-learning: time", 0.6, softmax_time_metric_learning),
+    Gate("R10", "adaptor training step / full fine-tuning step", 0.72, adaptor_step),
+    Gate("R10 attn", "explicit / fused attention in an adaptor training step", 1.0, explicit_attention),
+    Gate("R14", "a checkpoint / the default interval between two", 0.02, checkpoints),
+]
