@@ -131,7 +131,7 @@ def _search(centroids_CD: torch.Tensor, num_rows: int) -> Search:
         pairs = proposing.largest(points_BD, before_B)
         if pairs is None:
             return multiply(points_BD, before_B)
-        cosines_P = (points_BD[pairs[0]] * centroids_CD[pairs[1]]).sum(1)
+        cosines_P = proposals.pair_products(points_BD, centroids_CD, pairs)
         return _first_largest(*pairs, cosines_P, len(points_BD))
 
     return propose

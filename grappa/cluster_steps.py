@@ -84,7 +84,7 @@ def _gains(points_ND: torch.Tensor, cosines: torch.Tensor, candidates_LD: torch.
         if pairs is None:
             gains_L += (rows @ candidates_LD.T).sub_(near[:, None]).clamp_min_(0.0).sum(0)
         else:
-            products_P = (rows[pairs[0]] * candidates_LD[pairs[1]]).sum(1)
+            products_P = proposals.pair_products(rows, candidates_LD, pairs)
             gains_L.index_add_(0, pairs[1], products_P.sub_(near[pairs[0]]).clamp_min_(0.0))
     return gains_L
 

@@ -17,6 +17,7 @@ from grappa.devices import has_bfloat16_products
 Pairs = tuple[torch.Tensor, torch.Tensor]
 MIN_COLUMNS = 256
 MAX_SHARE = 64
+PAIR_BLOCK = 4096
 MANTISSA_BITS = 8
 SLACK = 1e-4  # the sums of a product are kept in float32; far above their rounding
 
@@ -74,6 +75,12 @@ class Proposer:
 def error_of(left: Rounded, right: Rounded) -> float:
     """Bound how far a float32 sum of products of rounded vectors, about 1 long, lies from the true one."""
     return 1.02 * (left.moved + right.moved) + SLACK
+
+
+def pair_products(left_BD: torch.Tensor, right_CD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Return the float32 products (P,) of pairs, a few at a time."""
+    parts = zip(pairs[0].split(PAIR_BLOCK), pairs[1].split(PAIR_BLOCK), strict=True)
+    return torch.cat([(left_BD[rows] * right_CD[columns]).sum(1) for rows, columns in parts])
 
 
 def half_step(values: torch.Tensor) -> torch.Tensor:

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 def run(context: StageContext) -> str:
     import numpy as np
 
+    from grappa import memory
     from grappa.clusters import cluster, num_assignments
     from grappa.randomness import id_numbers
 
     settings = context.config.clusters
     images = read_images(context.input("images"))
-    features = np.load(context.input("features") / "features.npy", allow_pickle=False)
+    features = np.load(context.input("features") / "features.npy", mmap_mode="r", allow_pickle=False)
     rows, num_clusters = train_rows(images), num_clusters_of(str(context.instance))
+    context.need_memory(memory.clustering(len(features), features.shape[1], num_clusters))
     device = str(settle_device(context))
     total = num_assignments(len(rows), [num_clusters], settings.num_iterations)
     with context.task("clustering", total, unit="assignments") as advance:

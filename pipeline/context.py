@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.artifacts import LOG_FILE, RunFolder
 from pipeline.config import Config
+from pipeline.machine import require_memory
 from pipeline.processes import ALONE, Team
 from pipeline.progress import Advance, Progress
 from pipeline.stages import Input, Stage, artifact_name
@@ -114,6 +115,11 @@ class StageContext:
             yield advance
         speed = {"seconds": round(meter.seconds, 3), "per_second": round(meter.speed, 3)}
         self.log({"task": description, "unit": unit, "total": total, "new": meter.new, **speed})
+
+    def need_memory(self, needed: int) -> None:
+        """Note the bytes that the work will take at its peak, and refuse to start where fewer are free."""
+        require_memory(self.name, needed)
+        self.log({"needed_memory_bytes": needed})
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append times and speeds to ``log.jsonl``: kept with the artifact, no part of its identity."""

@@ -41,14 +41,17 @@ def _evaluate_all(
     import numpy as np
     import pandas as pd
 
+    from grappa import memory
     from grappa.evaluation import evaluate, oracle
     from grappa.randomness import id_numbers
 
     ids, sources = images["image_id"].to_numpy(), evaluated_rows(context.config)
+    width = max(_embeddings(context, source).shape[1] for source in sources.values())
+    context.need_memory(memory.evaluation(len(rows), width, len(sources)))
     parts = []
     with context.task("evaluating", len(sources) * len(GALLERIES), unit="tables") as advance:
         for name, source in sources.items():
-            embeddings = np.load(context.input(*source) / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+            embeddings = _embeddings(context, source)
             chosen = np.asarray(embeddings[rows])
             for gallery in GALLERIES:
                 table = evaluate(
@@ -64,6 +67,13 @@ def _evaluate_all(
                 advance(1)
     per_query = pd.concat(parts, ignore_index=True)
     return pd.concat([per_query, oracle(per_query, list(context.config.granularities))], ignore_index=True)
+
+
+def _embeddings(context: StageContext, source: tuple[str, str]) -> NDArray[np.float32]:
+    import numpy as np
+
+    mapped: NDArray[np.float32] = np.load(context.input(*source) / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+    return mapped
 
 
 def _nothing() -> pd.DataFrame:

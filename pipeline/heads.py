@@ -58,12 +58,14 @@ def _fit(
 def _fit_neighborhood(
     context: StageContext, embeddings: NDArray[np.float32], ids: NDArray[np.uint64], device: str
 ) -> NeighborhoodHead:
+    from grappa import memory
     from grappa.clusters import num_assignments
     from grappa.head_fitting import automatic_num_centroids, fit_neighborhood_head
 
     settings = context.config.heads
     number = settings.num_centroids
     number = automatic_num_centroids(embeddings) if number == "auto" else number
+    context.need_memory(memory.head(len(embeddings), len(ids), embeddings.shape[1], number))
     total = num_assignments(len(ids), [number], settings.num_iterations)
     with context.task("clustering", total, unit="assignments") as advance:
         return fit_neighborhood_head(

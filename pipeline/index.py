@@ -9,6 +9,7 @@ from pipeline.inputs import chosen_rows, read_images
 def run(context: StageContext) -> str:
     import numpy as np
 
+    from grappa import memory
     from grappa.index import SearchIndex
 
     settings, images = context.config.index, read_images(context.input("images"))
@@ -16,6 +17,7 @@ def run(context: StageContext) -> str:
     embeddings = np.load(
         context.input("heads", context.config.model.source) / "embeddings.npy", mmap_mode="r", allow_pickle=False
     )
+    context.need_memory(memory.index(len(rows), embeddings.shape[1]))
     ids = images["image_id"].iloc[rows].tolist()
     SearchIndex.build(np.asarray(embeddings[rows]), ids, ivf_above=settings.ivf_above).save(context.path)
     return f"{len(rows)} images can be found"

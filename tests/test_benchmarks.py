@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,12 @@ def test_a_verdict_needs_the_whole_interval(ours: list[float], bound: float, at_
 def test_sides_that_did_not_do_the_same_work_fall_short_and_toy_sizes_are_not_judged() -> None:
     assert measured(toy([1.0] * 5, [2.0] * 5, 1.0, right=False), Options()).verdict == "falls short"
     assert measured(toy([1.0] * 5, [2.0] * 5, 1.0), Options(quick=True)).verdict == "not judged"
+
+
+def test_two_times_decide_nothing_two_sizes_of_memory_do() -> None:
+    for unit, expected in (("s", "undecided"), ("bytes", "pass")):
+        gate = replace(toy([1.0] * 5, [2.0] * 5, 1.0), unit=unit)
+        assert measured(gate, Options(repeats=2)).verdict == expected
 
 
 def test_pairs_are_measured_in_turn_and_the_first_alternates() -> None:

@@ -1,0 +1,51 @@
+"""How many bytes the steps take whose memory grows with the number of images, above what is held before they start.
+
+Counted are the arrays that a step holds at its peak; blocks of work are bounded and counted as they are. All other
+steps (decoding, extraction, training) read memory-mapped files in batches: theirs depends on model and batch alone.
+"""
+
+# N images, D width, K neighbors, k clusters
+
+from __future__ import annotations
+
+FLOAT, INTEGER, DOUBLE, HALF = 4, 8, 8, 2
+TEMPERATURE_SAMPLE = 2048
+SEARCH_ROWS, SEARCH_COLUMNS = 1024, 16384
+SCORE_BLOCK = 2**22
+COLUMNS = 12  # of a table of metrics
+WORK = 64 * 2**20  # bounded blocks of products and what is made of them
+
+
+def clustering(num_images: int, width: int, num_clusters: int) -> int:
+    """The images in their file, as given and in the order of their ids; labels and centroids before and after."""
+    points = 3 * num_images * width * FLOAT
+    labels = num_images * (4 * INTEGER + 3 * FLOAT)
+    centroids = 3 * num_clusters * width * FLOAT
+    candidates = min(2048, num_clusters // 2) ** 2 * (FLOAT + 1)
+    return points + labels + centroids + candidates + WORK
+
+
+def neighbors(num_images: int, num_candidates: int, width: int, num_neighbors: int) -> int:
+    """All images, the candidates as given and in bfloat16, the result, and a block of products with its mask."""
+    vectors = num_images * width * FLOAT + num_candidates * width * (FLOAT + HALF)
+    found = num_images * num_neighbors * (INTEGER + FLOAT)
+    rows, columns = min(SEARCH_ROWS, num_images), min(SEARCH_COLUMNS, num_candidates)
+    return vectors + found + columns * (rows * (FLOAT + 1) + 2 * width * FLOAT) + WORK
+
+
+def evaluation(num_images: int, width: int, num_models: int) -> int:
+    """One model's embeddings in their file, as given and in order, every model's two tables, a block of rankings."""
+    embeddings = 3 * num_images * width * FLOAT
+    tables = 2 * 2 * num_models * num_images * COLUMNS * INTEGER
+    return embeddings + tables + min(SCORE_BLOCK, 256 * num_images) * (4 * INTEGER + 3 * FLOAT) + WORK
+
+
+def head(num_images: int, num_train: int, width: int, num_centroids: int) -> int:
+    """All embeddings before and after, the train images' clustering, and the sample that fits the temperature."""
+    sample = 5 * min(TEMPERATURE_SAMPLE, num_train) * num_centroids * DOUBLE
+    return 2 * num_images * width * FLOAT + clustering(num_train, width, num_centroids) + sample + WORK
+
+
+def index(num_images: int, width: int) -> int:
+    """The embeddings in their file, as given and in the index."""
+    return 3 * num_images * width * FLOAT + num_images * 16 * INTEGER

@@ -1,0 +1,126 @@
+"""What a step says it will take at its peak is true, and it refuses to start where that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import draw_images, make_run, run_all, write_weights
+
+from grappa import memory
+from grappa.clusters import cluster
+from grappa.evaluation import evaluate
+from grappa.head import apply_head
+from grappa.head_fitting import fit_neighborhood_head
+from grappa.index import SearchIndex
+from grappa.neighbors import nearest_neighbors
+from pipeline import machine
+from pipeline.machine import NotEnoughMemoryError, available_memory, require_memory
+from tests.benchmarks.memory import peak_growth
+
+NUM, WIDTH, NUM_CLUSTERS, NUM_NEIGHBORS = 9000, 256, 300, 10
+
+
+def clustering(features: np.ndarray, ids: np.ndarray) -> object:
+    return cluster(features[ids], num_clusters=NUM_CLUSTERS, ids=ids[::-1].astype(np.uint64), num_iterations=2)
+
+
+def neighbors(features: np.ndarray, ids: np.ndarray) -> object:
+    return nearest_neighbors(features, features[ids], num_neighbors=NUM_NEIGHBORS, query_ids=ids, candidate_ids=ids)
+
+
+def evaluation(features: np.ndarray, ids: np.ndarray) -> object:
+    labels, domains = (ids // 3).astype(str).astype(object), np.full(len(ids), "one", dtype=object)
+    return evaluate(features[ids], labels=labels, domains=domains, ids=ids.astype(np.uint64), gallery="merged")
+
+
+def head(features: np.ndarray, ids: np.ndarray) -> object:
+    fitted = fit_neighborhood_head(features[ids], ids[::-1].astype(np.uint64), num_centroids=NUM_CLUSTERS)
+    return apply_head(fitted, features)
+
+
+def index(features: np.ndarray, ids: np.ndarray) -> object:
+    return SearchIndex.build(features[ids], [str(each) for each in ids])
+
+
+STEPS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], object], int]] = {
+    "clustering": (clustering, memory.clustering(NUM, WIDTH, NUM_CLUSTERS)),
+    "neighbors": (neighbors, memory.neighbors(NUM, NUM, WIDTH, NUM_NEIGHBORS)),
+    "evaluation": (evaluation, memory.evaluation(NUM, WIDTH, 1)),
+    "head": (head, memory.head(NUM, NUM, WIDTH, NUM_CLUSTERS)),
+    "index": (index, memory.index(NUM, WIDTH)),
+}
+
+
+def work(name: str, file: Path) -> Callable[[], object]:
+    """What runs in the fresh process: all libraries are started by a small problem before."""
+    step, _ = STEPS[name]
+    small = np.eye(700, dtype=np.float32)
+    step(small, np.arange(700))
+
+    def run() -> object:
+        features: Any = np.load(file, mmap_mode="r", allow_pickle=False)
+        return step(features, np.arange(len(features)))
+
+    return run
+
+
+@pytest.mark.parametrize("name", list(STEPS))
+def test_a_step_takes_what_it_says(name: str, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(NUM, WIDTH)).astype(np.float32)
+    np.save(tmp_path / "features.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    measured, said = peak_growth(partial(work, name), tmp_path / "features.npy"), STEPS[name][1]
+    assert measured <= 1.2 * said
+    assert said <= 3 * measured  # no bound is so wide that it would refuse what could run
+
+
+def test_the_need_grows_with_the_images() -> None:
+    assert memory.clustering(10**7, 384, 65536) > 10**7 * 384 * 4
+    assert memory.neighbors(10**6, 10**6, 384, 50) > 10 * memory.neighbors(10**4, 10**4, 384, 50)
+
+
+def test_too_little_memory_is_refused_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda: 3 * 2**30)
+    require_memory("clusters/k00256", 3 * 2**30)
+    with pytest.raises(NotEnoughMemoryError, match=r"clusters/k00256 needs about 3.5 GiB .* 3.0 GiB are free here"):
+        require_memory("clusters/k00256", 7 * 2**29)
+    monkeypatch.setattr(machine, "available_memory", lambda: None)
+    require_memory("clusters/k00256", 2**60)
+
+
+def test_the_limit_of_a_job_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm and containers limit a control group, here one above the process's own."""
+    group = tmp_path / "groups" / "job" / "step"
+    group.mkdir(parents=True)
+    (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n")
+    (tmp_path / "own").write_text("0::/job/step\n")
+    (group / "memory.max").write_text("max\n")
+    (group.parent / "memory.max").write_text("1000000\n")
+    (group.parent / "memory.current").write_text("700000\n")
+    (group.parent / "memory.stat").write_text("anon 5\ninactive_file 30000\nactive_file 20000\n")
+    for name, path in (("MEMINFO", "meminfo"), ("OWN_GROUPS", "own"), ("GROUPS", "groups")):
+        monkeypatch.setattr(machine, name, tmp_path / path)
+    assert available_memory() == 350_000
+    (group.parent / "memory.max").write_text("max\n")
+    assert available_memory() == 8_000_000 * 1024
+    (tmp_path / "meminfo").unlink()
+    assert available_memory() is None
+
+
+def test_a_run_refuses_before_it_works_and_goes_on_where_there_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", [draw_images(tmp_path / "images")], write_weights(tmp_path / "vit.safetensors"))
+    run_all(run, until="features")
+    monkeypatch.setattr(machine, "available_memory", lambda: 10 * 2**20)
+    with pytest.raises(NotEnoughMemoryError, match="neighbors needs about 0.1 GiB"):
+        run_all(run, until="clusters")
+    assert not run.artifact("neighbors").home.exists()
+    monkeypatch.setattr(machine, "available_memory", lambda: 10 * 2**30)
+    assert run_all(run, until="clusters")
+    log = (run.artifact("clusters", "k00004").home / "log.jsonl").read_text()
+    assert '"needed_memory_bytes"' in log
