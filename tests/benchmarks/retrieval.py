@@ -41,7 +41,7 @@ def neighbors(options: Options) -> Iterator[Pair]:
         recall = _recall(features, found["ours"], found["peer"])
         return recall == 1.0, f"recall {recall:.6f}"
 
-    setup = f"faiss {faiss.__version__} IndexFlatIP, its index built each time, all queries in one call, {options.threads} threads on both sides"
+    setup = f"faiss {faiss.__version__} IndexFlatIP built each time, one call, {options.threads} threads on both sides"
     where = f"{len(asked)} queries, n={len(features)}, d={WIDTH}, K={NUM_NEIGHBORS}"
     yield Pair(seconds(ours), seconds(peer), f"{setup}; {where}", check, repeats=3, warm_up=False)
 
