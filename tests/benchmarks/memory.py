@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,13 +17,19 @@ def peak_growth(prepare: Callable[..., Callable[[], object]], *arguments: Any) -
 
     ``prepare`` is a function of a module (it is started in a spawned process); what it allocates does not count.
     """
+    return cost(prepare, *arguments)[1]
+
+
+def cost(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> tuple[float, float]:
+    """Return the CPU seconds that the work takes in a fresh process, and what ``peak_growth`` does."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(sender, prepare, arguments))
     process.start()
     sender.close()
     try:
-        return float(receiver.recv())
+        seconds, size = receiver.recv()
+        return float(seconds), float(size)
     finally:
         process.join()
 
@@ -30,9 +37,9 @@ def peak_growth(prepare: Callable[..., Callable[[], object]], *arguments: Any) -
 def _measure(sender: Connection, prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> None:
     work = prepare(*arguments)
     CLEAR.write_text("5")  # the peak starts anew at what is resident now
-    before = _status("VmRSS")
+    before, start = _status("VmRSS"), time.process_time()
     work()
-    sender.send(_status("VmHWM") - before)
+    sender.send((time.process_time() - start, _status("VmHWM") - before))
 
 
 def _status(name: str) -> int:

@@ -61,11 +61,12 @@ def evaluation_memory(options: Options) -> Iterator[Pair]:
     """Growth of a fresh process that evaluates a merged gallery, against the whole matrix of similarities."""
     number = options.size(60_000, 3_000)
     setup = f"a float32 matrix of {number} x {number}, computed; a fresh process, above the embeddings it holds"
-    ours = partial(peak_growth, _evaluation, number)
+    ours = partial(peak_growth, evaluate_gallery, number)
     yield Pair(ours, lambda: 4.0 * number * number, setup, repeats=1, warm_up=False)
 
 
-def _evaluation(number: int) -> Callable[[], object]:
+def evaluate_gallery(number: int) -> Callable[[], object]:
+    """Return the evaluation of so many images in one gallery."""
     embeddings = data.features(number, WIDTH, None)
     labels = (np.arange(number) // 20).astype(str).astype(object)
     domains, ids = np.full(number, "one", dtype=object), np.arange(number, dtype=np.uint64)

@@ -1,0 +1,223 @@
+"""How time and memory grow with images, clusters and adaptor sets: measured, fitted, drawn, extrapolated.
+
+    python -m tests.benchmarks.scaling [--only neighbors] [--out FOLDER]
+
+Each point is a fresh process with one thread, of which the CPU time is counted: a busy machine changes little. Written
+are scaling.csv (measured), scaling.svg and scaling.md: the fitted exponents, and what 10^6 to 10^8 images would take by
+them on one core of this CPU (computed, not measured).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import linear_regression
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import pyplot
+
+from grappa.clusters import cluster
+from grappa.devices import resolve_precision
+from grappa.features import extract_features
+from grappa.fitting import Optimization
+from grappa.neighbors import nearest_neighbors
+from grappa.pixels import PixelCache, write_index, write_shard
+from grappa.targets import Targets
+from grappa.training import Run, Views, train_adaptor_set
+from grappa.transforms import Augmentation
+from tests.benchmarks import data
+from tests.benchmarks.extraction import CPU
+from tests.benchmarks.memory import cost
+from tests.benchmarks.retrieval import evaluate_gallery
+
+IMAGE_COUNTS = (10**6, 10**7, 10**8)
+WIDTH, BOTTLENECK, SIZE = 384, 48, 96
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity that grows; ``prepare(size)`` returns the work to measure in a fresh process."""
+
+    name: str
+    what: str
+    over: str
+    sizes: tuple[int, ...]
+    prepare: Callable[[int], Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """CPU seconds and bytes at one size."""
+
+    size: int
+    seconds: float
+    memory: float
+
+
+def kmeans(number: int, num_clusters: int = 256) -> Callable[[], object]:
+    _one_thread()
+    features, ids = data.features(number, WIDTH, None), np.arange(number, dtype=np.uint64)
+    return partial(cluster, features, num_clusters=num_clusters, ids=ids, num_iterations=20)
+
+
+def kmeans_over_k(num_clusters: int) -> Callable[[], object]:
+    return kmeans(20_000, num_clusters)
+
+
+def neighbors(number: int) -> Callable[[], object]:
+    _one_thread()
+    features, ids = data.features(number, WIDTH, None), np.arange(number)
+    return partial(nearest_neighbors, features, features, num_neighbors=20, query_ids=ids, candidate_ids=ids)
+
+
+def evaluation(number: int) -> Callable[[], object]:
+    _one_thread()
+    return evaluate_gallery(number)
+
+
+def extraction(number: int) -> Callable[[], object]:
+    _one_thread()
+    backbone, cache = data.backbone(False, "vit_tiny_patch16_224", SIZE), _drawn_cache(number)
+    out = np.empty((number, backbone.width), dtype=np.float32)
+    return partial(extract_features, backbone, cache, out, precision=resolve_precision("auto", CPU))
+
+
+def training(number: int, num_sets: int = 1) -> Callable[[], object]:
+    _one_thread()
+    backbone = data.backbone(False, "vit_tiny_patch16_224", SIZE)
+    views = Views(_drawn_cache(number), np.arange(number, dtype=np.uint64), SIZE, Augmentation(min_crop=0.8))
+    proxies = np.random.default_rng(0).normal(size=(16, backbone.width)).astype(np.float32)
+    once = partial(
+        train_adaptor_set,
+        backbone,
+        views,
+        np.arange(number),
+        [Targets(np.arange(number) % 16, proxies)],
+        name="k00016",
+        bottleneck_dim=BOTTLENECK,
+        temperature=0.05,
+        proxy_learning_rate=0.01,
+        optimization=Optimization(num_epochs=1, batch_size=32, learning_rate=1e-3, weight_decay=0.0, warmup=0.1),
+        seed=0,
+        run=Run(CPU, "float32"),
+    )
+    return lambda: [once() for _ in range(num_sets)]
+
+
+def training_over_sets(num_sets: int) -> Callable[[], object]:
+    return training(128, num_sets)
+
+
+CURVES = (
+    Curve("extraction", "embedding, ViT-Tiny at 96 px", "images", (128, 256, 512, 1024), extraction),
+    Curve("kmeans", "k-means, k = 256, d = 384", "images", (8_000, 16_000, 32_000, 64_000), kmeans),
+    Curve("kmeans-k", "k-means of 20,000 images, d = 384", "clusters", (256, 512, 1024, 2048), kmeans_over_k),
+    Curve("neighbors", "20 nearest neighbours, d = 384", "images", (4_000, 8_000, 16_000, 32_000), neighbors),
+    Curve("training", "an epoch of one adaptor set", "images", (128, 256, 512, 1024), training),
+    Curve("training-sets", "an epoch of 128 images", "adaptor sets", (1, 2, 4, 8), training_over_sets),
+    Curve("evaluation", "merged gallery, d = 384", "images", (2_000, 4_000, 8_000, 16_000), evaluation),
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, fit, draw and extrapolate what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [curve.name for curve in CURVES]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--out", type=Path, default=Path("runs/scaling"), help="default: runs/scaling")
+    given = parser.parse_args(arguments)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    measured: dict[Curve, list[Point]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TMPDIR"] = folder  # of the fresh processes
+        for curve in CURVES:
+            if curve.name in given.only:
+                measured[curve] = [_point(curve, size) for size in curve.sizes]
+                print(f"{curve.name}: time ~ {curve.over}^{exponent(measured[curve]):.2f}", flush=True)
+    given.out.mkdir(parents=True, exist_ok=True)
+    write(given.out, measured)
+    print(f"written to {given.out}: scaling.csv, scaling.svg, scaling.md")
+
+
+def _point(curve: Curve, size: int) -> Point:
+    found = Point(size, *cost(curve.prepare, size))
+    print(f"{curve.name}: {size} {curve.over}, {found.seconds:.2f} s, {found.memory / 2**20:.0f} MB", flush=True)
+    return found
+
+
+def exponent(points: list[Point]) -> float:
+    """Return the slope of the least-squares line through the logarithms of size and seconds."""
+    return linear_regression([math.log(p.size) for p in points], [math.log(p.seconds) for p in points]).slope
+
+
+def extrapolated(points: list[Point], size: int) -> float:
+    """Return the seconds at ``size`` by the fitted exponent, from the largest size measured."""
+    last = points[-1]
+    return last.seconds * (size / last.size) ** exponent(points)
+
+
+def write(folder: Path, measured: dict[Curve, list[Point]]) -> None:
+    """Write the three files."""
+    with (folder / "scaling.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["curve", "over", "size", "cpu_seconds", "peak_bytes"])
+        table.writerows(
+            (curve.name, curve.over, p.size, p.seconds, p.memory) for curve, points in measured.items() for p in points
+        )
+    (folder / "scaling.md").write_text("\n".join(_table(measured)) + "\n")
+    _draw(folder / "scaling.svg", measured)
+
+
+def _table(measured: dict[Curve, list[Point]]) -> list[str]:
+    header = ["step", "over", "measured", "exponent", "peak", *(f"10^{len(str(n)) - 1}" for n in IMAGE_COUNTS)]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for curve, points in measured.items():
+        first, last = points[0], points[-1]
+        sizes = f"{first.size:,} in {first.seconds:.2f} s ... {last.size:,} in {last.seconds:.2f} s"
+        far = [_hours(extrapolated(points, n)) if curve.over == "images" else "" for n in IMAGE_COUNTS]
+        peak = f"{last.memory / 2**20:.0f} MB"
+        lines.append(f"| {' | '.join([curve.what, curve.over, sizes, f'{exponent(points):.2f}', peak, *far])} |")
+    return lines
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:,.0f} days"
+
+
+def _draw(file: Path, measured: dict[Curve, list[Point]]) -> None:
+    matplotlib.use("svg")
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for curve, points in measured.items():
+        label = f"{curve.name}, exponent {exponent(points):.2f}"
+        axes.loglog([p.size for p in points], [p.seconds for p in points], marker="o", label=label)
+    axes.set_xlabel("images (clusters, adaptor sets)")
+    axes.set_ylabel("CPU seconds, one thread")
+    axes.legend(fontsize=8)
+    figure.savefig(file)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _drawn_cache(number: int) -> PixelCache:
+    """Write a pixel cache of random images and open it."""
+    folder = Path(tempfile.mkdtemp())
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (SIZE, SIZE + 12, 3), dtype=np.uint8) for _ in range(number)]
+    write_index(folder, write_shard(folder, 0, images))
+    return PixelCache.open(folder)
+
+
+if __name__ == "__main__":
+    main()
