@@ -45,7 +45,7 @@ def against_faiss(options: Options) -> Iterator[Pair]:
         more = _inertia(features, found["ours"]) / _inertia(features, found["peer"]) - 1.0
         return more <= MAX_LOSS, f"inertia {more:+.2%} of faiss's"
 
-    yield Pair(seconds(ours), seconds(peer), f"{setup}; {where}", check, repeats=3, warm_up=False)
+    yield Pair(seconds(ours, options), seconds(peer, options), f"{setup}; {where}", check, repeats=3, warm_up=False)
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def all_at_once(options: Options) -> Iterator[Pair]:
         return lambda: cluster_many(features, chosen, ids=ids, num_iterations=NUM_ITERATIONS)
 
     setup = f"k = {', '.join(map(str, sizes))} against k = {sizes[-1]} alone; n={len(features)}, d={WIDTH}"
-    yield Pair(seconds(run(sizes)), seconds(run(sizes[-1:])), setup, repeats=3, warm_up=False)
+    yield Pair(seconds(run(sizes), options), seconds(run(sizes[-1:]), options), setup, repeats=3, warm_up=False)
 
 
 @contextmanager

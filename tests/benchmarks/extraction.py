@@ -59,7 +59,9 @@ def chosen_precision(options: Options) -> Iterator[Pair]:
         least = float((found["ours"] * found["peer"]).sum(1).min())
         return least >= 0.999, f"{precision}, least cosine {least:.5f}"
 
-    yield Pair(seconds(ours), seconds(peer), f"timm, float32, eager, fused attention; batch {BATCH}", check)
+    yield Pair(
+        seconds(ours, options), seconds(peer, options), f"timm, float32, eager, fused attention; batch {BATCH}", check
+    )
 
 
 @contextmanager
@@ -81,7 +83,7 @@ def class_token_only(options: Options) -> Iterator[Pair]:
         away = float((found["ours"] - found["peer"]).abs().max())
         return away <= 1e-5, f"largest difference {away:.1e}"
 
-    yield Pair(seconds(lambda: run("ours")), seconds(whole), "the same model, float32", check)
+    yield Pair(seconds(lambda: run("ours"), options), seconds(whole, options), "the same model, float32", check)
 
 
 class Files(Dataset[Tensor]):

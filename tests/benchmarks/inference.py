@@ -53,14 +53,16 @@ def _filled(backbone: Backbone, seed: int) -> AdaptorSet:
     return adaptors
 
 
-def _side(backbone: Backbone, images: Tensor, residuals: Sequence[Any] | None, found: dict[str, Tensor]) -> Side:
+def _side(
+    backbone: Backbone, images: Tensor, residuals: Sequence[Any] | None, found: dict[str, Tensor], options: Options
+) -> Side:
     name = "plain" if residuals is None else type(residuals[0]).__name__
 
     def run() -> None:
         with torch.inference_mode():
             found[name] = embed(backbone, images, residuals)
 
-    return seconds(run)
+    return seconds(run, options)
 
 
 @contextmanager
@@ -68,7 +70,9 @@ def fused_to_plain(options: Options) -> Iterator[Pair]:
     """The folded fusion of eight sets in every block against the backbone without."""
     backbone, images = _start(options)
     residuals, found = list(_fusion(backbone).folded()), dict[str, Tensor]()
-    yield Pair(*(_side(backbone, images, each, found) for each in (residuals, None)), _setup(backbone), repeats=9)
+    yield Pair(
+        *(_side(backbone, images, each, found, options) for each in (residuals, None)), _setup(backbone), repeats=9
+    )
 
 
 @contextmanager
@@ -77,7 +81,7 @@ def fused_to_naive(options: Options) -> Iterator[Pair]:
     backbone, images = _start(options)
     fusion, found = _fusion(backbone), dict[str, Tensor]()
     naive = [PlainFusionLayer(layer) for layer in fusion]
-    sides = [_side(backbone, images, each, found) for each in (list(fusion.folded()), naive)]
+    sides = [_side(backbone, images, each, found, options) for each in (list(fusion.folded()), naive)]
 
     def check() -> tuple[bool, str]:
         away = float((found["FoldedFusionLayer"] - found["PlainFusionLayer"]).abs().max())
@@ -91,7 +95,9 @@ def one_set_to_plain(options: Options) -> Iterator[Pair]:
     """One adaptor set in every block, as a bottleneck student has, against the backbone without."""
     backbone, images = _start(options)
     residuals, found = list(_filled(backbone, 0)), dict[str, Tensor]()
-    yield Pair(*(_side(backbone, images, each, found) for each in (residuals, None)), _setup(backbone), repeats=9)
+    yield Pair(
+        *(_side(backbone, images, each, found, options) for each in (residuals, None)), _setup(backbone), repeats=9
+    )
 
 
 def _start(options: Options) -> tuple[Backbone, Tensor]:

@@ -25,6 +25,7 @@ def machine(options: Options) -> dict[str, str]:
     return {
         "cpu": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores",
         "threads": str(options.threads),
+        "clock": "CPU time" if options.cpu_time else "wall",
         "bfloat16 products": "in hardware" if has_bfloat16_products() else "no",
         "load at the start": f"{os.getloadavg()[0]:.1f}",
         "features": "given" if options.features else "drawn",

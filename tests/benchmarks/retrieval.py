@@ -43,7 +43,7 @@ def neighbors(options: Options) -> Iterator[Pair]:
 
     setup = f"faiss {faiss.__version__} IndexFlatIP built each time, one call, {options.threads} threads on both sides"
     where = f"{len(asked)} queries, n={len(features)}, d={WIDTH}, K={NUM_NEIGHBORS}"
-    yield Pair(seconds(ours), seconds(peer), f"{setup}; {where}", check, repeats=3, warm_up=False)
+    yield Pair(seconds(ours, options), seconds(peer, options), f"{setup}; {where}", check, repeats=3, warm_up=False)
 
 
 def _recall(features: NDArray[np.float32], ours: NDArray[np.int64], peer: NDArray[np.int64]) -> float:

@@ -37,13 +37,6 @@ def ours(embeddings: Tensor, proxies: Tensor, labels: Tensor) -> Tensor:
     return norm_softmax(embeddings, proxies, labels, temperature=TEMPERATURE)
 
 
-def metric_learning(embeddings: Tensor, proxies: Tensor, labels: Tensor) -> Tensor:
-    loss = NormalizedSoftmaxLoss(1, 1, temperature=TEMPERATURE)
-    loss.W = nn.Parameter(proxies.detach().T.contiguous())
-    value: Tensor = loss(embeddings, labels)
-    return value
-
-
 def _step(loss: Loss, num_classes: int, threads: int) -> Callable[[], Tensor]:
     """Return a forward and backward pass; gradients are given up before each."""
     torch.set_num_threads(threads)
@@ -63,28 +56,46 @@ def _step(loss: Loss, num_classes: int, threads: int) -> Callable[[], Tensor]:
     return run
 
 
-def _softmax_time(peer: Loss, options: Options) -> Iterator[Pair]:
-    num_classes = options.size(NUM_CLASSES, 20_000)
-    runs = [_step(loss, num_classes, options.threads) for loss in (ours, peer)]
+def _metric_learning_step(num_classes: int) -> Callable[[], Tensor]:
+    """The same step by pytorch-metric-learning, whose loss keeps its proxies as (D, C); started from the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(BATCH, WIDTH, generator=generator, requires_grad=True)
+    loss = NormalizedSoftmaxLoss(num_classes, WIDTH, temperature=TEMPERATURE)
+    loss.W = nn.Parameter(torch.randn(num_classes, WIDTH, generator=generator).T.contiguous())
+    labels = torch.randint(0, num_classes, (BATCH,), generator=generator)
+
+    def run() -> Tensor:
+        embeddings.grad = loss.W.grad = None
+        value: Tensor = loss(embeddings, labels)
+        value.backward()
+        return value
+
+    return run
+
+
+def _softmax_pair(name: str, peer: Callable[[], Tensor], num_classes: int, options: Options) -> Pair:
+    runs = [_step(ours, num_classes, options.threads), peer]
 
     def check() -> tuple[bool, str]:
         losses = [float(run().detach()) for run in runs]
         return abs(losses[0] - losses[1]) < 1e-4, f"losses {losses[0]:.5f} and {losses[1]:.5f}"
 
-    setup = f"{peer.__name__}, float32; batch {BATCH}, d={WIDTH}, k={num_classes}, forward and backward"
-    yield Pair(*(seconds(run) for run in runs), setup, check)
+    setup = f"{name}, float32; batch {BATCH}, d={WIDTH}, k={num_classes}, forward and backward"
+    return Pair(*(seconds(run, options) for run in runs), setup, check)
 
 
 @contextmanager
 def softmax_time(options: Options) -> Iterator[Pair]:
     """A step of the head alone."""
-    yield from _softmax_time(plain_softmax, options)
+    number = options.size(NUM_CLASSES, 20_000)
+    yield _softmax_pair("plain torch", _step(plain_softmax, number, options.threads), number, options)
 
 
 @contextmanager
 def softmax_time_metric_learning(options: Options) -> Iterator[Pair]:
     """The same against pytorch-metric-learning."""
-    yield from _softmax_time(metric_learning, options)
+    number = options.size(NUM_CLASSES, 20_000)
+    yield _softmax_pair("NormalizedSoftmaxLoss", _metric_learning_step(number), number, options)
 
 
 @contextmanager
@@ -119,7 +130,7 @@ def _training_step(options: Options, whole: bool, *, fused: bool = False) -> Sid
         norm_softmax(embeddings, proxies, labels, temperature=TEMPERATURE).backward()
         optimizer.step()
 
-    return seconds(run)
+    return seconds(run, options)
 
 
 @contextmanager
