@@ -28,6 +28,7 @@ class Options:
     threads: int = 1
     features: Path | None = None
     cpu_time: bool = False
+    num_images: int = 100_000
 
     def size(self, full: int, quick: int) -> int:
         """Return the size to measure at."""
