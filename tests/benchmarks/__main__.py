@@ -40,13 +40,15 @@ def _parsed(arguments: list[str] | None) -> tuple[Options, list[str], Path]:
     parser.add_argument("--repeats", type=int, help="pairs a gate, in place of its own number")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both sides; default: all cores")
     parser.add_argument(
-        "--cpu-time", action="store_true", help="for a busy machine: one thread, its CPU time (not R3, R4, R13)"
+        "--cpu-time", action="store_true", help="of one thread, but for R3, R4, R13: for a busy machine"
     )
+    parser.add_argument("--images", type=int, default=100_000, help="of R5 to R8; default: 100,000")
     parser.add_argument("--features", type=Path, metavar="FILE", help="real features (N, D) .npy for R5 to R8")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="default: runs/benchmarks")
     given = parser.parse_args(arguments)
     threads = 1 if given.cpu_time else given.threads
-    return Options(given.quick, given.repeats, threads, given.features, given.cpu_time), given.only, given.out
+    options = Options(given.quick, given.repeats, threads, given.features, given.cpu_time, given.images)
+    return options, given.only, given.out
 
 
 def _set_threads(number: int) -> None:

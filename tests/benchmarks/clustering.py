@@ -88,7 +88,7 @@ def _load_and_cluster(file: Path, num_clusters: int, threads: int) -> Callable[[
 
 
 def _problem(options: Options) -> tuple[NDArray[np.float32], NDArray[np.uint64], list[int]]:
-    features = data.features(options.size(100_000, 4_000), WIDTH, options.features)
+    features = data.features(options.size(options.num_images, 4_000), WIDTH, options.features)
     ids = np.random.default_rng(1).permutation(len(features)).astype(np.uint64)
     return features, ids, [k for k in NUM_CLUSTERS if k <= len(features) // 12]
 

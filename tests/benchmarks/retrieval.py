@@ -22,7 +22,7 @@ WIDTH, NUM_NEIGHBORS = 384, 20
 @contextmanager
 def neighbors(options: Options) -> Iterator[Pair]:
     """A tenth of the rows query all rows (each costs the same); faiss returns the image itself too: one more."""
-    features = data.features(options.size(100_000, 6_000), WIDTH, options.features)
+    features = data.features(options.size(options.num_images, 6_000), WIDTH, options.features)
     ids = np.arange(len(features))
     asked = ids[: len(ids) // 10]
     found: dict[str, NDArray[np.int64]] = {}
