@@ -1,5 +1,7 @@
 """Stage ``evaluation``: retrieval metrics of every model on the test rows, per domain and over the merged gallery.
 
+``reciprocity`` (see ``grappa.indicators``) reads no label: it is there, and nothing else, where no test image has one.
+
 Adapted models are evaluated with their embedding head; ``zero_shot_head`` is the frozen backbone with one (a free
 competitor, as ``zero_shot_whitened`` is), ``fused_raw`` the fused model without.
 """
@@ -28,9 +30,9 @@ def run(context: StageContext) -> str:
     rows, transductive = test_rows(images)
     num_labeled = int(labels.iloc[rows].notna().sum())
     per_query = _evaluate_all(context, images.iloc[rows], labels.iloc[rows], rows) if num_labeled else _nothing()
-    metrics = _write(context, per_query)
+    metrics = _write(context, per_query, _reciprocity(context, images["domain"].to_numpy()[rows], rows))
     if not num_labeled:
-        return "no test image has a label: nothing to evaluate (the model and its index are complete all the same)"
+        return "no test image has a label: only the reciprocity of neighbours is told (model and index are complete)"
     where = "transductive: no image is split, all rows are both" if transductive else "test rows"
     return f"{_headline(metrics)} ({where}, {num_labeled} of {len(rows)} labeled)"
 
@@ -84,10 +86,32 @@ def _nothing() -> pd.DataFrame:
     )
 
 
-def _write(context: StageContext, per_query: pd.DataFrame) -> pd.DataFrame:
-    from grappa.evaluation import summarize
+def _reciprocity(context: StageContext, domains: NDArray[np.object_], rows: NDArray[np.int64]) -> pd.DataFrame:
+    """Return model, domain, gallery and reciprocity of every model but the oracle; no label is read."""
+    import numpy as np
+    import pandas as pd
 
+    from grappa.indicators import reciprocity_table
+
+    sources = evaluated_rows(context.config)
+    parts = []
+    with context.task("reciprocity", len(sources) * len(GALLERIES), unit="tables") as advance:
+        for name, source in sources.items():
+            chosen = np.asarray(_embeddings(context, source)[rows])
+            for gallery in GALLERIES:
+                found = reciprocity_table(chosen, domains, gallery=gallery)
+                parts.append(found.assign(model=name, gallery=gallery))
+                advance(1)
+    return pd.concat(parts, ignore_index=True)[["model", "domain", "gallery", "reciprocity"]]
+
+
+def _write(context: StageContext, per_query: pd.DataFrame, reciprocity: pd.DataFrame) -> pd.DataFrame:
+    from grappa.evaluation import SUMMARY_COLUMNS, summarize
+
+    keys = ["model", "domain", "gallery"]
     metrics = summarize(per_query)
+    known = metrics if len(metrics) else reciprocity[keys].reindex(columns=SUMMARY_COLUMNS).assign(num_queries=0)
+    metrics = known.merge(reciprocity, how="left", on=keys, validate="one_to_one")
     per_query.to_parquet(context.path / "per_query.parquet", index=False)
     metrics.to_csv(context.path / "metrics.csv", index=False)
     return metrics

@@ -47,10 +47,22 @@ def read_table(metrics: Path) -> tuple[list[str], list[list[str]]]:
     The cells are mAP with three digits in the domain's own gallery, then the mean over domains, its relative gain over
     the best zero-shot row, then the mean in the merged gallery; a cell that cannot be computed is ``-``. Where there
     is a supervised row, a last row says how much of the gap that labels would close is closed without them:
-    (fused - zero_shot) / (supervised - zero_shot).
+    (fused - zero_shot) / (supervised - zero_shot). The last column is the label-free reciprocity of neighbours in the
+    merged gallery; where no image has a label it is the only one.
     """
     with metrics.open(newline="", encoding="utf-8") as file:
         records = list(csv.DictReader(file))
+    header, rows = _quality_table(records)
+    if not records or "reciprocity" not in records[0]:
+        return header, rows
+    found = {row["model"]: row["reciprocity"] for row in records if (row["gallery"], row["domain"]) == ("merged", MEAN)}
+    rows = [[*row, _cell(found.get(row[0], ""))] for row in rows]
+    if not any(_number(row["map"]) is not None for row in records):
+        return ["", "reciprocity"], [[row[0], row[-1]] for row in rows]
+    return [*header, "reciprocity"], rows
+
+
+def _quality_table(records: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
     values = {(row["model"], row["gallery"], row["domain"]): row["map"] for row in records}
     domains = [name for name in dict.fromkeys(row["domain"] for row in records) if name != MEAN]
     columns = [*(("domain", name) for name in domains), ("domain", MEAN)]

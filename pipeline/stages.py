@@ -223,7 +223,7 @@ STAGES: tuple[Stage, ...] = (
         _settings("images.cache_size"),
         _model_inputs,
     ),
-    Stage("evaluation", 1, _settings("evaluation"), _evaluation_inputs),
+    Stage("evaluation", 2, _settings("evaluation"), _evaluation_inputs),
     Stage(
         "index",
         1,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from tiny import digests, draw_images, make_run, run_all, write_table, write_weights
 
@@ -96,7 +97,10 @@ def test_absent_labels_change_nothing_at_all_of_the_rest(run: RunFolder, materia
     other = _make(tmp_path / "other", material, "absent", evaluation__extra_rows="[concat, multi_head]")
     lines = run_all(other)
     assert any("no test image has a label" in line for line in lines)
-    assert len(tables.load_metrics(other.root)) == 0
+    told, whole = (tables.load_metrics(each.root).set_index(["model", "domain", "gallery"]) for each in (other, run))
+    assert told.drop(columns=["num_queries", "reciprocity"]).isna().all(axis=None) and not told["num_queries"].any()
+    assert told["reciprocity"].between(0, 1).all()
+    pd.testing.assert_series_equal(told["reciprocity"], whole["reciprocity"].loc[told.index])
     mine, theirs = digests(run), digests(other)
     differing = {name for name in theirs if mine[name] != theirs[name]}
     assert differing == {LABELS, "evaluation/metrics.csv", "evaluation/per_query.parquet"}

@@ -77,7 +77,7 @@ def test_every_artifact_is_in_place_and_a_second_run_does_nothing(run: RunFolder
 
 def test_the_result_table_is_tidy_and_complete(run: RunFolder) -> None:
     metrics = tables.load_metrics(run.root)
-    assert list(metrics.columns) == [*COLUMNS.split(), "recall_at_4", "recall_at_8"]
+    assert list(metrics.columns) == [*COLUMNS.split(), "recall_at_4", "recall_at_8", "reciprocity"]
     assert list(dict.fromkeys(metrics["model"])) == ROWS
     assert set(metrics["gallery"]) == {"domain", "merged"}
     assert set(metrics["domain"]) == {"stripes", "checks", "discs", "_mean"}

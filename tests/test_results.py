@@ -76,6 +76,19 @@ def test_a_ruled_table_on_a_terminal(metrics: Path) -> None:
     assert "[cars]" in stream.getvalue() and "─" in stream.getvalue()
 
 
+def test_the_last_column_is_told_without_labels_too(metrics: Path) -> None:
+    lines = metrics.read_text().splitlines()
+    shares = ["reciprocity"] + ["0.7" if ",merged," in line else "0.6" for line in lines[1:]]
+    metrics.write_text("".join(f"{line},{share}\n" for line, share in zip(lines, shares, strict=True)))
+    header, rows = read_table(metrics)
+    assert header[-2:] == ["merged mean", "reciprocity"]
+    assert rows[1] == ["fused", "0.512", "0.125", "0.318", "+27.2%", "0.300", "0.700"]
+    number = lines[0].split(",").index("map")
+    blank = [",".join("" if at == number else cell for at, cell in enumerate(line.split(","))) for line in lines[1:]]
+    metrics.write_text("".join(f"{a},{b}\n" for a, b in zip([lines[0], *blank], shares, strict=True)))
+    assert read_table(metrics) == (["", "reciprocity"], [["zero_shot", "0.700"], ["fused", "0.700"]])
+
+
 def test_nothing_is_printed_without_labels(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(METRICS.splitlines()[0] + "\n")
     stream = StringIO()

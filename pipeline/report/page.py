@@ -52,7 +52,7 @@ def _content(
     run: RunFolder, config: Config, metrics: pd.DataFrame, per_query: pd.DataFrame, *, attention: bool
 ) -> dict[str, Any]:
     """Return all that the templates show."""
-    models = list(dict.fromkeys(metrics["model"]))
+    models = list(dict.fromkeys(metrics["model"])) if metrics["map"].notna().any() else []
     sources = evaluated_rows(config)
     shown = {each: sources[each] for each in examples.MODELS if each in sources and _is_made(run, *sources[each])}
     spent = costs.load_costs(run, config)
