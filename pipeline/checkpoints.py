@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,30 @@ if TYPE_CHECKING:
     from grappa.processes import Processes
 
 TENSORS_FILE, RECORD_FILE = "checkpoint.safetensors", "checkpoint.json"
+_stop = threading.Event()
+
+
+class Stopped(Exception):
+    """A stage was asked to stop and has kept its state: the same call goes on from there."""
+
+
+def request_stop() -> None:
+    """Ask the stage at work in this process to keep its state at the next step, then to raise Stopped.
+
+    May be called by a signal handler. A stage without checkpoints goes on to its end.
+    """
+    _stop.set()
+
+
+def withdraw_stop() -> None:
+    """Take the request back, for what this process does next."""
+    _stop.clear()
+
+
+def refuse_if_stopped() -> None:
+    """Raise Stopped if it was requested; to be called where nothing would be lost."""
+    if _stop.is_set():
+        raise Stopped
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -55,13 +80,14 @@ class FileCheckpoint:
             return int(json.loads(file.metadata()["record"])["step"])
 
     def due(self) -> bool:
-        """Tell whether the interval since the last checkpoint has passed."""
-        return time.monotonic() - self._last >= self._seconds
+        """Tell whether the interval since the last checkpoint has passed, or a stop was requested."""
+        return _stop.is_set() or time.monotonic() - self._last >= self._seconds
 
     def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Replace the checkpoint, whole or not at all."""
+        """Replace the checkpoint, whole or not at all; then raise Stopped if that was requested."""
         write_tensors(self._path, tensors, {"record": json.dumps(record)})
         self._last = time.monotonic()
+        refuse_if_stopped()
 
 
 class SharedCheckpoint:
@@ -112,8 +138,9 @@ class RowCheckpoint:
         return int(json.loads(self._path.read_text())["rows"]) if self._path.exists() else 0
 
     def offer(self, num_rows: int, flush: Callable[[], None]) -> None:
-        """Call ``flush`` and note ``num_rows`` when the interval has passed."""
-        if time.monotonic() - self._last >= self._seconds:
+        """Call ``flush`` and note ``num_rows`` when the interval has passed or a stop was requested (then Stopped)."""
+        if _stop.is_set() or time.monotonic() - self._last >= self._seconds:
             flush()
             atomic_write_json(self._path, {"rows": num_rows})
             self._last = time.monotonic()
+            refuse_if_stopped()

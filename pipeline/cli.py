@@ -105,19 +105,74 @@ def run_command(
 def status(
     run: Run,
     verify: Annotated[bool, typer.Option("--verify", help="re-read every byte; check the images' sizes")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="again every half minute, until no job is left")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say of every stage and instance whether it is missing, fresh, stale (why) or corrupt (what)."""
+    """Say of every stage and instance whether it is missing, fresh, stale (why) or corrupt (what), and of its job."""
     from pipeline.artifacts import RunFolder
     from pipeline.status import read_config, states, status_lines
 
     folder = RunFolder.open(run)
+    if (folder.root / "jobs").is_dir():
+        from slurm.status import say_status
+
+        say_status(folder, verify=verify, watch=watch, as_json=as_json, say=say)
+        return
     found = states(folder, read_config(folder), verify=verify)
     if as_json:
         say(json.dumps([each.to_json() for each in found], indent=2))
         return
     for line in status_lines(found):
         say(line)
+
+
+@app.command()
+@guarded
+def submit(
+    run: Run,
+    cluster: Annotated[
+        str, typer.Option(metavar="PROFILE", envvar="GRAPPA_CLUSTER", help="slurm, local, debug, or a YAML file")
+    ] = "slurm",
+    stage: Annotated[str | None, typer.Option(metavar="STAGE", help="submit this stage only")] = None,
+    instance: Annotated[str | None, typer.Option(metavar="NAME", help="submit this instance of the stage only")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="submit all stages up to this one")] = None,
+    force: Annotated[bool, typer.Option("--force", help="submit also what is fresh")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the jobs and their scripts; submit nothing")
+    ] = False,
+) -> None:
+    """Run what is not fresh as jobs of a cluster; nothing that is queued or running is submitted twice."""
+    from pipeline.execution import Selection
+    from slurm.submit import submit as send
+
+    send(run, Selection(stage, instance, until, force), cluster, say=say, dry_run=dry_run)
+
+
+@app.command()
+@guarded
+def logs(
+    run: Run,
+    stage: Annotated[str, typer.Argument(metavar="STAGE")],
+    instance: Annotated[str | None, typer.Argument(metavar="[INSTANCE]")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the job ends")] = False,
+) -> None:
+    """Print what the newest job of a stage (instance) printed."""
+    from slurm.status import logs as print_logs
+
+    print_logs(run, stage, instance, follow=follow, say=say)
+
+
+@app.command()
+@guarded
+def cancel(
+    run: Run,
+    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]")] = None,
+    instance: Annotated[str | None, typer.Argument(metavar="[INSTANCE]")] = None,
+) -> None:
+    """Cancel the queued and running jobs of a run, or of a stage (instance); what they did so far is kept."""
+    from slurm.status import cancel as cancel_jobs
+
+    cancel_jobs(run, stage, instance, say=say)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,11 +114,12 @@ def states(run: RunFolder, config: Config, *, verify: bool = False) -> list[Inst
     return [InstanceState(stage.name, instance, judge.state(stage, instance)) for stage, instance in instances(config)]
 
 
-def status_lines(found: list[InstanceState]) -> list[str]:
-    """Return the text of `grappa status`: a line an instance, a line below it for each reason."""
+def status_lines(found: list[InstanceState], notes: Mapping[str, str] | None = None) -> list[str]:
+    """Return the text of `grappa status`: a line an instance, with its note if any, a line below for each reason."""
     width = max(len(each.name) for each in found)
     lines = []
     for each in found:
-        lines.append(f"{each.name:<{width}}  {each.state.kind}")
+        note = (notes or {}).get(each.name, "")
+        lines.append(f"{each.name:<{width}}  {each.state.kind:<{8 if note else 0}}{note}")
         lines += [f"{'':<{width}}    {reason}" for reason in each.state.reasons]
     return lines

@@ -98,6 +98,21 @@ def load_sweep(folder: str | Path) -> pd.DataFrame:
     return pd.read_parquet(path)
 
 
+def load_jobs(run: str | Path) -> pd.DataFrame:
+    """Return the jobs of a run, one row an artifact and job, in the order of submission.
+
+    Columns: artifact, job_id, job_name, state (submitted, running, stopped, made, failed, not begun: as the job itself
+    said), submitted, started, ended (UTC), seconds, restarts, node, peak_memory_bytes (of the process), exit, recipe
+    (sha256 of the artifact's recipe), error, outcome (accounting's word on a job that ended without one), log.
+    """
+    path = Path(run) / "jobs" / "jobs.csv"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: no job was submitted; do it by `grappa submit {quoted(Path(run))}`")
+    texts = dict.fromkeys(("job_id", "recipe", "error", "outcome"), "string")
+    numbers = dict.fromkeys(("restarts", "peak_memory_bytes", "exit"), "Int64")
+    return pd.read_csv(path, dtype={**texts, **numbers}, parse_dates=["submitted", "started", "ended"])
+
+
 def load_rejected(run: str | Path) -> pd.DataFrame:
     """Return the files that could not be used: path, root, domain, reason."""
     folder, _ = _open(run)

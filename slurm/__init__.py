@@ -1,0 +1,1 @@
+"""Where stages run: profiles of clusters, the graph as jobs, what Slurm says of them."""

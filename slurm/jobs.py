@@ -1,0 +1,220 @@
+"""What runs in a job: the pinned stages, one after another, by the same call as ``grappa run``.
+
+The state of unfinished work lies in the run folder (``pipeline.work``), never in the job: whatever ends a job, the next
+start of it, or the next ``grappa submit``, goes on from there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import submitit
+
+from pipeline.artifacts import RunFolder
+from pipeline.checkpoints import Stopped, refuse_if_stopped, request_stop, withdraw_stop
+from pipeline.config import Config
+from pipeline.config_file import load_config
+from pipeline.execution import Selection, run_stages
+from pipeline.explained import EXPECTED, explained
+from pipeline.freshness import compare_recipes
+from pipeline.locks import LockedError, read_holder
+from pipeline.progress import Progress
+from pipeline.provenance import git_commit, peak_memory
+from pipeline.recipes import MissingInputError, expected_recipe
+from pipeline.stages import find_stage
+from pipeline.status import read_config
+from pipeline.storage import StorageError
+from slurm.jobs_table import recipe_digest, write_jobs_table
+from slurm.records import PINNED_CONFIG, Pin, append_event, read_events
+
+PATIENCE_SECONDS = 10.0  # from the signal to the checkpoint; later the job goes without, to the one before
+LOCKED_SECONDS = 600.0
+CODE = Path(__file__).resolve().parents[1]
+
+
+class PinnedError(ValueError):
+    """What the job would compute now is not what was submitted; the message says what differs."""
+
+
+@dataclass(frozen=True)
+class StageJob(submitit.helpers.Checkpointable):
+    """A job's call. ``commit``: the code it was submitted with; ``cpus``: threads, where the configuration says 0."""
+
+    run: str
+    submission: str
+    pins: tuple[Pin, ...]
+    commit: str | None
+    cpus: int
+    max_requeues: int
+    task: str | None = None
+
+    def __call__(self) -> None:
+        """Make the artifacts; put the job back into the queue at the signal, exit with 1 at an error."""
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        self._tell("start", restarts=restarts, node=node, pid=os.getpid())
+        try:
+            with _stopping(lambda: self._tell("stop")):
+                self._make_all(restarts)
+        except EXPECTED as error:
+            self._end(error)
+        except Exception as error:
+            self._tell("end", exit=1, error=f"{type(error).__name__}: {error}", peak_memory_bytes=peak_memory())
+            raise
+        else:
+            self._tell("end", exit=0, error="", peak_memory_bytes=peak_memory())
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """Return the same call: the state lies in the run folder."""
+        return submitit.helpers.DelayedSubmission(self)
+
+    def _make_all(self, restarts: int) -> None:
+        if restarts > self.max_requeues:
+            raise PinnedError(
+                f"the job was put back into the queue {restarts} times, the profile allows {self.max_requeues} "
+                "(max_requeues); nothing is lost: grappa submit goes on from here"
+            )
+        refuse_other_code(self.commit)
+        made = {each["artifact"] for each in read_events(self._events_file) if each["event"] == "made"}
+        for pin in self.pins:
+            if pin.name not in made:
+                refuse_if_stopped()
+                self._make(pin)
+
+    def _make(self, pin: Pin) -> None:
+        run, (stage, _, instance) = RunFolder.open(Path(self.run), writable=True), pin.name.partition("/")
+        config = _with_threads(load_config(Path(self.submission) / PINNED_CONFIG), self.cpus)
+        refuse_other_recipe(run, config, pin)
+        self._tell("artifact", artifact=pin.name)
+        selection, begin = Selection(stage, instance or None, force=pin.force), time.monotonic()
+
+        def make() -> None:
+            run_stages(run, config, selection, progress=Progress(), say=lambda line: print(line, flush=True))
+
+        patiently(make, run.artifact(stage, instance or None).lock)
+        manifest = run.artifact(stage, instance or None).manifest()
+        assert manifest is not None, f"{pin.name} was just published"
+        seconds = round(time.monotonic() - begin, 3)
+        self._tell("made", artifact=pin.name, recipe=recipe_digest(manifest.recipe), seconds=seconds)
+
+    def _end(self, error: BaseException) -> None:
+        sentence, _ = explained(error)
+        if sentence is None:
+            sentence = f"{type(error).__name__}: {error}"
+        self._tell("end", exit=1, error=sentence, peak_memory_bytes=peak_memory())
+        if explained(error)[0] is None:
+            raise error
+        print(f"grappa: {sentence}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+    @property
+    def _events_file(self) -> Path:
+        return Path(self.submission) / "events" / f"{self.task or submitit.JobEnvironment().job_id}.jsonl"
+
+    def _tell(self, event: str, **fields: object) -> None:
+        """Note an event, by one process of the job; the table follows."""
+        if self.task is None and submitit.JobEnvironment().global_rank:
+            return
+        with suppress(StorageError):  # a full disk: what matters is the artifact, and Slurm tells the end
+            append_event(self._events_file, event, **fields)
+            if event != "stop":  # perhaps in a signal handler: as little as possible
+                write_jobs_table(RunFolder(Path(self.run)))
+
+
+@contextmanager
+def _stopping(tell: Callable[[], None]) -> Iterator[None]:
+    """At the signal: let the stage keep its state, then requeue, by submitit's own handler.
+
+    SIGUSR2 announces a preemption or the time limit. SIGTERM is the end (scancel), or a preemption of a cluster that
+    sends nothing else: the state is kept, and Slurm itself decides what becomes of the job.
+    """
+    requeue = signal.getsignal(signal.SIGUSR2)
+    if not callable(requeue):  # in process: no job to put anywhere
+        yield
+        return
+    received: list[tuple[int, FrameType | None]] = []
+
+    def leave() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        tell()
+        number, frame = received[0]
+        if number == signal.SIGUSR2:
+            requeue(number, frame)
+        raise SystemExit(128 + number)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"grappa: {signal.Signals(number).name}: keeping the state and leaving\n".encode())
+        if not received:
+            received.append((number, frame))
+            request_stop()
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE_SECONDS)
+
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, stop)
+    signal.signal(signal.SIGALRM, lambda number, frame: leave())
+    try:
+        yield
+    except Stopped:
+        leave()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        withdraw_stop()
+
+
+def patiently(make: Callable[[], None], lock: Path) -> None:
+    """Call ``make`` again while another process writes the artifact, for ten minutes.
+
+    A former start of this very job may still be at work (on a node that Slurm took for dead): it is waited for as long
+    as it lives, and when it has published, there is nothing left to do.
+    """
+    end = time.monotonic() + LOCKED_SECONDS
+    while True:
+        try:
+            return make()
+        except LockedError as error:
+            holder = read_holder(lock)
+            former = holder is not None and holder.job is not None and holder.job == os.environ.get("SLURM_JOB_ID")
+            if time.monotonic() > end and not former:
+                raise
+            print(f"waiting: {error}", file=sys.stderr, flush=True)
+        refuse_if_stopped()
+        time.sleep(5)
+
+
+def refuse_other_code(commit: str | None) -> None:
+    """Raise PinnedError when the checkout is not the one that was submitted."""
+    found = git_commit(CODE)
+    if found != commit:
+        raise PinnedError(f"submitted with the code at {commit}, found {found}; check that out, or submit again")
+
+
+def refuse_other_recipe(run: RunFolder, config: Config, pin: Pin) -> None:
+    """Raise PinnedError when version, settings or inputs of an artifact are not those that were submitted."""
+    stage, _, instance = pin.name.partition("/")
+    found = find_stage(stage)
+    changes = [f"stage version: {pin.version} -> {found.version}"] if found.version != pin.version else []
+    try:
+        now = expected_recipe(run, config, found, instance or None).recipe
+        changes += compare_recipes(pin.recipe, now) if pin.recipe is not None else []
+        changes += compare_recipes(now, expected_recipe(run, read_config(run), found, instance or None).recipe)
+    except MissingInputError:
+        pass  # running the stage says which input is missing, and the command that makes it
+    if changes:
+        lines = "; ".join(dict.fromkeys(changes))
+        raise PinnedError(f"{pin.name} is no longer what was submitted: {lines}; submit again")
+
+
+def _with_threads(config: Config, cpus: int) -> Config:
+    """Return the configuration with the job's processors where it says 0: a node's others may be someone else's."""
+    compute = config.compute
+    update = {name: cpus for name in ("num_threads", "num_workers") if getattr(compute, name) == 0}
+    return config.model_copy(update={"compute": compute.model_copy(update=update)})

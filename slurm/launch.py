@@ -1,0 +1,109 @@
+"""Jobs into the hands of submitit: as sbatch requests, as local processes, or at once in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slurm.plan import PlannedJob
+from slurm.profiles import Profile, Resources
+from slurm.scheduler import SchedulerError
+
+if TYPE_CHECKING:
+    from slurm.jobs import StageJob
+
+
+def sbatch_text(profile: Profile, job: PlannedJob, folder: Path, name: str, after: Sequence[str]) -> str:
+    """Return the script that `submit_slurm` gives to sbatch."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    count = len(job.tasks) if len(job.tasks) > 1 else None
+    parameters = _slurm_parameters(profile, job.resources, name, after)
+    text: str = _make_sbatch_string(command=command, folder=folder, map_count=count, **parameters)
+    return text
+
+
+def submit_slurm(
+    profile: Profile, job: PlannedJob, folder: Path, name: str, after: Sequence[str], calls: Sequence[StageJob]
+) -> tuple[str, ...]:
+    """Call sbatch once, for one job or an array; return the tasks' ids. SchedulerError holds sbatch's own words."""
+    import submitit
+
+    _refuse_without("sbatch")
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=profile.max_requeues)
+    executor.update_parameters(**_slurm_parameters(profile, job.resources, name, after))
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats what the error says
+            found = executor.submit_array(calls) if len(calls) > 1 else [executor.submit(calls[0])]
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        raise SchedulerError(f"{job.title} was refused: {_own_words(str(error))}") from None
+    return tuple(each.job_id for each in found)
+
+
+def start_local(profile: Profile, job: PlannedJob, folder: Path, calls: Sequence[StageJob]) -> list[Any]:
+    """Start processes of this machine, one a call; return submitit's jobs."""
+    import submitit
+
+    executor = submitit.LocalExecutor(folder, max_num_timeout=profile.max_requeues)
+    executor.update_parameters(
+        timeout_min=job.resources.time,
+        nodes=job.resources.nodes,
+        tasks_per_node=job.resources.tasks,
+        gpus_per_node=job.resources.gpus,
+        signal_delay_s=profile.signal_seconds,
+        stderr_to_stdout=True,
+        setup=list(profile.setup),
+    )
+    return [executor.submit(call) for call in calls]
+
+
+def run_here(call: StageJob, task: str) -> None:
+    """Make a job's call in this process; an error goes to the caller."""
+    dataclasses.replace(call, task=task)()
+
+
+def _slurm_parameters(profile: Profile, resources: Resources, name: str, after: Sequence[str]) -> dict[str, Any]:
+    own = {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"} if after else {}
+    mail = {"mail_user": profile.mail, "mail_type": ",".join(profile.mail_events)} if profile.mail else {}
+    return {
+        "job_name": name,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "constraint": resources.constraint,
+        "time": resources.time,
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.tasks,
+        "gpus_per_node": resources.gpus or None,
+        "cpus_per_task": resources.cpus,
+        "mem": resources.memory,
+        "setup": list(profile.setup) or None,
+        "signal_delay_s": profile.signal_seconds,
+        "array_parallelism": profile.array_parallelism,
+        "wckey": None,
+        "stderr_to_stdout": True,
+        # Since Slurm 22.05 srun takes no --cpus-per-task from sbatch.
+        "srun_args": [f"--cpus-per-task={resources.cpus}"],
+        "additional_parameters": {"requeue": True, **own, **profile.sbatch},
+        **mail,
+    }
+
+
+def _own_words(text: str) -> str:
+    """Return the lines of sbatch among those of its caller."""
+    lines = re.findall(r"^sbatch: (?:error: )?(.+)$", text, flags=re.MULTILINE)
+    return "; ".join(lines) or " ".join(text.split())
+
+
+def _refuse_without(program: str) -> None:
+    if shutil.which(program) is None or shutil.which("srun") is None:
+        raise SchedulerError(f"{program} is not on the PATH: submit where Slurm is, or give --cluster local")

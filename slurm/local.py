@@ -1,0 +1,77 @@
+"""Jobs without Slurm: processes of this machine (submitit's local executor), or calls in this very process."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+
+from pipeline.execution import Say
+from slurm.jobs_table import write_jobs_table
+from slurm.launch import run_here, start_local
+from slurm.plan import PlannedJob
+from slurm.records import JobRecord, Pin, read_events
+from slurm.submission import Submission
+
+
+class JobsFailedError(ValueError):
+    """Some jobs failed; the message names them and their logs."""
+
+
+def run_locally(submission: Submission, jobs: Sequence[PlannedJob], say: Say) -> None:
+    """Run the jobs in order, each when those it needs have ended well; JobsFailedError at the end if some did not."""
+    run_job = _run_processes if submission.profile.cluster == "local" else _run_here
+    records: list[JobRecord] = []
+    lost: dict[str, str] = {}  # artifacts that are not made, and why
+    submission.prepare()
+    for job in jobs:
+        blocker = next((name for name in job.needs if name in lost), None)
+        if blocker:
+            lost |= dict.fromkeys(job.artifacts, f"blocked by {blocker}")
+            say(f"{job.title}: blocked by {blocker}")
+            continue
+        say(f"{job.title}: started")
+        failed = run_job(submission, job, records)
+        lost |= failed
+        for name, reason in failed.items():
+            say(f"{name}: failed: {reason}")
+    write_jobs_table(submission.run)
+    if lost:
+        raise JobsFailedError(f"not made: {'; '.join(f'{name} ({reason})' for name, reason in lost.items())}")
+
+
+def _run_processes(submission: Submission, job: PlannedJob, records: list[JobRecord]) -> dict[str, str]:
+    """Run ``array_parallelism`` tasks at once; return what failed."""
+    calls, width = submission.calls(job), submission.profile.array_parallelism
+    failed: dict[str, str] = {}
+    for start in range(0, len(calls), width):
+        some = job.tasks[start : start + width]
+        started = start_local(submission.profile, job, submission.folder, calls[start : start + width])
+        records.append(JobRecord(submission.job_name(job), tuple(each.job_id for each in started), some, (), {}))
+        submission.write(records)
+        for each, pins in zip(started, some, strict=True):
+            each.wait()
+            failed |= _not_made(submission, each.job_id, pins)
+    return failed
+
+
+def _run_here(submission: Submission, job: PlannedJob, records: list[JobRecord]) -> dict[str, str]:
+    """Make each task's call; return what failed."""
+    ids = tuple(f"here{secrets.token_hex(3)}" for _ in job.tasks)
+    records.append(JobRecord(submission.job_name(job), ids, job.tasks, (), {}))
+    submission.write(records)
+    failed: dict[str, str] = {}
+    for call, task, pins in zip(submission.calls(job), ids, job.tasks, strict=True):
+        with suppress(SystemExit):
+            run_here(call, task)
+        failed |= _not_made(submission, task, pins)
+    return failed
+
+
+def _not_made(submission: Submission, task: str, pins: Sequence[Pin]) -> dict[str, str]:
+    """Return the artifacts that a task did not make, with its last words."""
+    events = list(read_events(submission.folder / "events" / f"{task}.jsonl"))
+    made = {each["artifact"] for each in events if each["event"] == "made"}
+    words = events[-1].get("error") if events else None
+    log = submission.folder / f"{task}_0_log.out"
+    return {pin.name: words or f"see {log}" for pin in pins if pin.name not in made}

@@ -1,0 +1,182 @@
+"""Profiles: what jobs ask of a cluster. One YAML file a cluster, checked before anything is submitted.
+
+Resources are never part of a recipe: another profile gives the same result.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from pipeline.config_file import ConfigError, expected_text, read_yaml, shipped_or_file, short
+from pipeline.stages import STAGES
+
+CLUSTERS = Path(__file__).parent / "clusters"
+# What grappa itself gives to sbatch: a profile has a key of its own for it, or it may not be changed.
+OWN_OPTIONS = (
+    "account array chdir constraint cpus-per-task dependency error gpus-per-node job-name kill-on-invalid-dep "
+    "mail-type mail-user mem nodes ntasks-per-node open-mode output partition qos requeue signal time wrap"
+).split()
+
+
+def minutes(text: Any) -> int:
+    """Return the minutes of ``4h``, ``1d12h``, ``90m`` or of Slurm's ``2-04:00:00`` and ``04:00:00``."""
+    if isinstance(text, str):
+        units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", text)
+        clock = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):\d\d", text)
+        found = units if text and units else clock
+        if found:
+            days, hours, rest = (int(part or 0) for part in found.groups())
+            total = (days * 24 + hours) * 60 + rest
+            if total:
+                return total
+    raise ValueError(f"found {short(text)}, expected a time such as 4h, 90m or 1d12h (at least 1m)")
+
+
+def memory(text: Any) -> str:
+    """Return a memory size as Slurm reads it; ``0``: the whole node's."""
+    if isinstance(text, str | int) and re.fullmatch(r"\d+[MGT]|0", str(text)):
+        return str(text)
+    raise ValueError(f"found {short(text)}, expected a size such as 32G or 500M")
+
+
+Count = Annotated[int, Field(strict=True, ge=1)]  # strict: YAML's `yes` is no 1
+CountOrNone = Annotated[int, Field(strict=True, ge=0)]
+Minutes = Annotated[int, BeforeValidator(minutes)]
+Memory = Annotated[str, BeforeValidator(memory)]
+Word = Annotated[str, Field(pattern=r"^[^\n]+$")]
+Option = str | int | Literal[True]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Resources(Strict):
+    """What one job (of an array: each task of it) asks for; None: whatever the cluster gives by itself."""
+
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    nodes: Count = 1
+    tasks: Count = 1  # processes a node
+    gpus: CountOrNone = 0  # a node
+    cpus: Count = 1  # a task
+    memory: Memory | None = None  # a node
+    time: Minutes = 60
+
+
+class Profile(Resources):
+    """A cluster: the resources of every stage, exceptions by stage, and how jobs are made."""
+
+    cluster: Literal["slurm", "local", "debug"] = "slurm"
+    stages: dict[str, dict[str, Any]] = {}
+    shared: tuple[tuple[str, ...], ...] = ()
+    array_parallelism: Count = 256
+    signal_seconds: Annotated[int, Field(strict=True, ge=10)] = 120
+    max_requeues: CountOrNone = 20
+    mail: Word | None = None
+    mail_events: tuple[Literal["BEGIN", "END", "FAIL", "REQUEUE", "ALL"], ...] = ("END", "FAIL")
+    setup: tuple[str, ...] = ()
+    sbatch: dict[str, Option] = {}
+
+    @model_validator(mode="after")
+    def _fits_the_graph(self) -> Profile:
+        _refuse_unknown("stages", self.stages, (stage.name for stage in STAGES))
+        for stage in self.stages:
+            self.resources((stage,))
+        for group in self.shared:
+            self._check_group(group)
+        for option in self.sbatch:
+            if option.replace("_", "-") in OWN_OPTIONS:
+                raise ValueError(
+                    f"sbatch: {option} is set by grappa; the profile's own keys change what may be changed"
+                )
+        return self
+
+    def _check_group(self, group: tuple[str, ...]) -> None:
+        names = [stage.name for stage in STAGES]
+        _refuse_unknown("shared", group, names)
+        start = names.index(group[0]) if group else 0
+        if not group or list(group) != names[start : start + len(group)]:
+            raise ValueError(f"shared: found {list(group)}, expected stages that follow one another in {names}")
+        if sum(group[0] in other for other in self.shared) > 1 or len(set(group)) != len(group):
+            raise ValueError(f"shared: {group[0]} is in two groups; a stage runs in one job")
+        self.resources(group)
+
+    def group_of(self, stage: str) -> tuple[str, ...]:
+        """Return the stages that share a job with this one, itself included."""
+        return next((group for group in self.shared if stage in group), (stage,))
+
+    def resources(self, stages: tuple[str, ...]) -> Resources:
+        """Return what a job of these stages asks for: the largest number of any of them."""
+        general = {name: getattr(self, name) for name in Resources.model_fields}
+        general["time"] = f"{self.time}m"
+        found = []
+        for stage in stages:
+            try:
+                found.append(Resources.model_validate(general | self.stages.get(stage, {})))
+            except ValidationError as error:
+                raise ValueError(_sentence(error, Resources, f"stages.{stage}.")) from None
+        for name in ("partition", "account", "qos", "constraint"):
+            values = {getattr(each, name) for each in found}
+            if len(values) > 1:
+                raise ValueError(f"shared: {', '.join(stages)} share a job but differ in {name}")
+        numbers = {
+            name: max(getattr(each, name) for each in found) for name in ("nodes", "tasks", "gpus", "cpus", "time")
+        }
+        largest = max((each.memory for each in found if each.memory), key=_megabytes, default=None)
+        return found[0].model_copy(update={**numbers, "memory": largest})
+
+
+def load_profile(name_or_file: str) -> Profile:
+    """Return a checked profile: one that comes with the package, or a file; ConfigError in a sentence."""
+    path = shipped_or_file(name_or_file, CLUSTERS, f"--cluster {name_or_file}", "profile")
+    found = read_yaml(path)
+    if not isinstance(found, dict | None):
+        raise ConfigError(f"{path}: found {short(found)}, expected keys such as `partition:`")
+    try:
+        return Profile.model_validate(found or {})
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_sentence(error, Profile)}") from None
+
+
+def _sentence(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
+    """Return the first wrong key of a profile, what was found and what is expected."""
+    first = error.errors(include_url=False)[0]
+    name = where + ".".join(str(part) for part in first["loc"][:2] if isinstance(part, str))
+    if first["type"] == "extra_forbidden":
+        return _unknown(name, str(first["loc"][-1]), model.model_fields)
+    if first["type"] == "value_error":
+        return ": ".join(part for part in (name, str(first["ctx"]["error"])) if part)
+    return f"{name}: found {short(first['input'])}, expected {expected_text(str(first['msg']))}"
+
+
+def _refuse_unknown(where: str, names: Iterable[str], known: Iterable[str]) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(_unknown(f"{where}.{name}", name, known))
+
+
+def _unknown(name: str, key: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"unknown key {name}: " + (f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}")
+
+
+def _megabytes(size: str) -> int:
+    return int(size.rstrip("MGT")) * {"M": 1, "G": 1024, "T": 1024**2}.get(size[-1], 1 << 40)

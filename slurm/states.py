@@ -1,0 +1,90 @@
+"""What has become of the jobs of a run: Slurm's queue, the jobs' own words, and accounting where both are silent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from pipeline.artifacts import RunFolder
+from pipeline.storage import StorageError, atomic_write_json
+from slurm import scheduler
+from slurm.records import OUTCOMES_FILE, Task, all_tasks, newest_by_artifact, read_outcomes
+from slurm.scheduler import Queued, SchedulerError
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """The newest task of each artifact and what is known of it; ``warning``: what Slurm would not say."""
+
+    tasks: Mapping[str, Task]
+    queue: Mapping[scheduler.Key, Queued] | None = None
+    outcomes: Mapping[scheduler.Key, str] = field(default_factory=dict)
+    warning: str = ""
+
+    def in_queue(self, task: Task) -> Queued | None:
+        return self.queue.get((task.id, task.job_name)) if self.queue is not None else None
+
+    def outcome(self, task: Task) -> str:
+        """Return how accounting says that a silent job ended, or nothing."""
+        return self.outcomes.get((task.id, task.job_name), "")
+
+
+def read_jobs(run: RunFolder) -> Jobs:
+    """Return what is known of a run's jobs, by at most two calls of Slurm, however many jobs there are."""
+    tasks = newest_by_artifact(all_tasks(run))
+    known = {key: outcome for task in _distinct(tasks.values()) for key, outcome in _kept(task)}
+    unsettled = [
+        task
+        for task in _distinct(tasks.values())
+        if task.cluster == "slurm" and not task.ended and (task.id, task.job_name) not in known
+    ]
+    try:
+        queue = scheduler.queued(task.job_name for task in unsettled)
+    except SchedulerError as error:
+        return Jobs(tasks, None, known, f"{error}; what follows of the jobs is what they said themselves")
+    silent = [task for task in unsettled if task.events and (task.id, task.job_name) not in queue]
+    try:
+        found = scheduler.outcomes([(task.id, task.job_name) for task in silent])
+    except SchedulerError:  # no accounting here: nothing more can be known
+        found = {}
+    _keep(silent, found)
+    return Jobs(tasks, queue, {**known, **found})
+
+
+def live_tasks(run: RunFolder) -> dict[str, Task]:
+    """Return the tasks that are queued or running, by the artifact they will make; SchedulerError if Slurm is mute."""
+    tasks = {name: task for name, task in newest_by_artifact(all_tasks(run)).items() if task.cluster == "slurm"}
+    queue = scheduler.queued(task.job_name for task in tasks.values() if not task.ended)
+    return {name: task for name, task in tasks.items() if (task.id, task.job_name) in queue and not _made(task, name)}
+
+
+def _made(task: Task, name: str) -> bool:
+    return any(each["event"] == "made" and each["artifact"] == name for each in task.events)
+
+
+def _distinct(tasks: Iterable[Task]) -> list[Task]:
+    return list({(task.submission, task.id): task for task in tasks}.values())
+
+
+def _kept(task: Task) -> list[tuple[scheduler.Key, str]]:
+    outcome = read_outcomes(task.submission).get(task.id)
+    return [((task.id, task.job_name), outcome)] if outcome else []
+
+
+def _keep(tasks: Sequence[Task], found: Mapping[scheduler.Key, str]) -> None:
+    """Write down how jobs ended, so that accounting is asked once; a state that is not the last one is left out."""
+    for folder in {task.submission for task in tasks}:
+        new = {
+            task.id: found[task.id, task.job_name]
+            for task in tasks
+            if task.submission == folder and is_final(found.get((task.id, task.job_name), "RUNNING"))
+        }
+        if new:
+            with suppress(StorageError):
+                atomic_write_json(folder / OUTCOMES_FILE, {**read_outcomes(folder), **new})
+
+
+def is_final(outcome: str) -> bool:
+    """Tell whether a state of accounting is an end."""
+    return not outcome.startswith(("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "COMPLETING", "RESIZING"))

@@ -1,0 +1,58 @@
+"""One call of ``grappa submit``: what its jobs have in common, and its folder."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.artifacts import RunFolder
+from pipeline.config import Config
+from pipeline.config_file import dump_config
+from pipeline.storage import atomic_write_text, storage_errors
+from slurm.jobs import StageJob
+from slurm.plan import PlannedJob
+from slurm.profiles import Profile
+from slurm.records import PINNED_CONFIG, JobRecord, now, write_submission
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One call of ``grappa submit``: what its jobs have in common."""
+
+    run: RunFolder
+    config: Config
+    profile: Profile
+    folder: Path
+    mark: str
+    commit: str | None
+
+    def job_name(self, job: PlannedJob) -> str:
+        """Return a name that no other job has, now or later: ids are used again, this tells whose one is."""
+        return f"grappa-{job.stages[0]}-{self.mark}"
+
+    def calls(self, job: PlannedJob) -> list[StageJob]:
+        where = (str(self.run.root), str(self.folder))
+        cpus, requeues = job.resources.cpus, self.profile.max_requeues
+        return [StageJob(*where, pins, self.commit, cpus, requeues) for pins in job.tasks]
+
+    def prepare(self) -> None:
+        """Make the folder, with the configuration as it is now."""
+        with storage_errors(self.folder):
+            (self.folder / "events").mkdir(parents=True)
+        atomic_write_text(self.folder / PINNED_CONFIG, dump_config(self.config))
+
+    def record(self, job: PlannedJob, ids: tuple[str, ...], after: tuple[str, ...]) -> JobRecord:
+        return JobRecord(self.job_name(job), ids, job.tasks, after, job.resources.model_dump(mode="json"))
+
+    def write(self, records: Sequence[JobRecord]) -> None:
+        """Write down what was submitted so far."""
+        general = {
+            "submitted": now(),
+            "cluster": self.profile.cluster,
+            "host": socket.gethostname(),
+            "commit": self.commit,
+            "profile": self.profile.model_dump(mode="json"),
+        }
+        write_submission(self.folder, records, general)

@@ -1,0 +1,150 @@
+"""``grappa submit``: plan, pin, submit; all of it or nothing."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipeline.artifacts import RunFolder, quoted
+from pipeline.config import Config
+from pipeline.execution import Say, Selection
+from pipeline.locks import LockedError, acquire
+from pipeline.provenance import git_commit
+from pipeline.status import read_config
+from pipeline.storage import storage_errors
+from slurm import scheduler
+from slurm.jobs import CODE
+from slurm.jobs_table import write_jobs_table
+from slurm.launch import sbatch_text, submit_slurm
+from slurm.local import run_locally
+from slurm.plan import PlannedJob, plan
+from slurm.profiles import Profile, load_profile
+from slurm.records import JobRecord, Task, jobs_folder
+from slurm.states import live_tasks
+from slurm.submission import Submission
+
+LOCK_SECONDS = 120.0
+
+
+def submit(root: Path, selection: Selection, profile_name: str, *, say: Say, dry_run: bool = False) -> None:
+    """Submit what is not fresh and not on its way; ``say`` gets a line for each job.
+
+    Raises NotReadyError for a stage whose inputs are not there, SchedulerError with Slurm's words when it refuses a job
+    (then none is left behind), LockedError when another submission of the run takes more than two minutes.
+    """
+    run = RunFolder.open(root.resolve(), writable=not dry_run)
+    profile = load_profile(profile_name)
+    _refuse_odd_name(run.root)
+    if dry_run:
+        submission = _submission(run, read_config(run), profile)
+        jobs = plan(run, submission.config, selection, profile, _live(run, profile))
+        _say_plan(submission, jobs, say)
+        return
+    with storage_errors(run.root):
+        jobs_folder(run).mkdir(exist_ok=True)
+    with _alone(run):
+        submission, live = _submission(run, read_config(run), profile), _live(run, profile)
+        jobs = plan(run, submission.config, selection, profile, live)
+        if not jobs:
+            say(f"nothing to submit: {f'{len(live)} artifacts are on their way' if live else 'all is fresh'}")
+        elif profile.cluster == "slurm":
+            _submit_all(submission, jobs, live, say)
+        else:
+            run_locally(submission, jobs, say)
+
+
+def _live(run: RunFolder, profile: Profile) -> dict[str, Task]:
+    return live_tasks(run) if profile.cluster == "slurm" else {}
+
+
+def _submission(run: RunFolder, config: Config, profile: Profile) -> Submission:
+    mark = secrets.token_hex(4)
+    folder = jobs_folder(run) / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{mark}"
+    return Submission(run, config, profile, folder, mark, git_commit(CODE))
+
+
+def _submit_all(submission: Submission, jobs: Sequence[PlannedJob], live: Mapping[str, Task], say: Say) -> None:
+    records: list[JobRecord] = []
+    makers = {name: task.id for name, task in live.items()}
+    submission.prepare()
+    try:
+        for job in jobs:
+            after = tuple(dict.fromkeys(makers[name] for name in job.needs))
+            name, calls = submission.job_name(job), submission.calls(job)
+            ids = submit_slurm(submission.profile, job, submission.folder, name, after, calls)
+            records.append(submission.record(job, ids, after))
+            submission.write(records)
+            makers |= {pin.name: task for task, pins in zip(ids, job.tasks, strict=True) for pin in pins}
+            say(f"job {_base(ids)}: {job.title}{f', after {_bases(after)}' if after else ''}")
+    except BaseException:
+        _withdraw(submission, records)
+        raise
+    write_jobs_table(submission.run)
+    root = quoted(submission.run.root)
+    say(f"you may log out now; grappa status {root}, grappa logs {root} STAGE, grappa cancel {root}")
+
+
+def _withdraw(submission: Submission, records: Sequence[JobRecord]) -> None:
+    """Take back what was submitted before the error: all or nothing."""
+    with suppress(scheduler.SchedulerError):
+        scheduler.cancel([task for record in records for task in record.ids])
+    shutil.rmtree(submission.folder, ignore_errors=True)
+
+
+def _say_plan(submission: Submission, jobs: Sequence[PlannedJob], say: Say) -> None:
+    """Say what would be submitted; in the scripts ``<stages>`` stands for an id that only Slurm can give."""
+    makers = {pin: f"<{'+'.join(job.stages)}>" for job in jobs for pin in job.artifacts}
+    for number, job in enumerate(jobs, 1):
+        after = tuple(dict.fromkeys(makers.get(name, name) for name in job.needs))
+        say(f"job {number}: {job.title}{f', after {_bases(after)}' if after else ''}")
+        for name, reason in job.reasons.items():
+            say(f"    {name}: {reason}")
+        asked = {name: value for name, value in job.resources.model_dump().items() if value is not None}
+        say("    " + ", ".join(f"{name} {value}{' min' if name == 'time' else ''}" for name, value in asked.items()))
+        if submission.profile.cluster == "slurm":
+            text = sbatch_text(submission.profile, job, submission.folder, submission.job_name(job), after)
+            for line in text.rstrip().splitlines():
+                say(f"    | {line}".rstrip())
+    tasks = sum(len(job.tasks) for job in jobs)
+    say(f"{len(jobs)} jobs, {tasks} tasks; nothing was submitted" if jobs else "nothing to submit")
+
+
+@contextmanager
+def _alone(run: RunFolder) -> Iterator[None]:
+    """Hold the run's submissions together: a second one waits for the first, and then finds its jobs."""
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            lock = acquire(jobs_folder(run) / "submit.lock", what=f"the queue of {run.root}")
+            break
+        except LockedError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+    with lock:
+        yield
+
+
+def _refuse_odd_name(root: Path) -> None:
+    """Slurm gives these characters a meaning in the names of logs."""
+    found = re.search(
+        r"[%\
+]",
+        str(root),
+    )
+    if found:
+        raise ValueError(f"{root} has {found[0]!r} in its name, which Slurm cannot have in a log's; rename the folder")
+
+
+def _base(ids: Sequence[str]) -> str:
+    return ids[0].partition("_")[0]
+
+
+def _bases(ids: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(each.partition("_")[0] for each in ids))
