@@ -1,11 +1,15 @@
-"""What all tests share: no network, one thread, and a reason for each test that this machine cannot run."""
+"""What tests share: no network, one thread, a reason for what this machine cannot run, a Slurm cluster."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from cluster.cluster import Cluster, missing_reason
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
@@ -13,12 +17,40 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` and ``slurm`` where there is no such thing."""
+    """Skip tests marked ``gpu`` where there is no such thing."""
     for item in items:
-        if item.get_closest_marker("slurm") and shutil.which("sbatch") is None:
-            item.add_marker(pytest.mark.skip(reason="sbatch is not on the PATH"))
         if item.get_closest_marker("gpu") and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked ``slurm`` where no cluster can be started; GRAPPA_REQUIRE_SLURM=1 makes that a failure."""
+    if not item.get_closest_marker("slurm"):
+        return
+    reason = missing_reason()
+    if reason and os.environ.get("GRAPPA_REQUIRE_SLURM") == "1":
+        pytest.fail(f"GRAPPA_REQUIRE_SLURM is set, but {reason}", pytrace=False)
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A Slurm cluster of this test process alone, stopped at its end; Slurm's commands find it."""
+    home = Path(tempfile.mkdtemp(prefix="grappa-slurm-"))
+    home.chmod(0o755)  # the database runs as a user of its own
+    started = Cluster(home / "cluster")
+    started.start()
+    before = os.environ.get("SLURM_CONF")
+    os.environ["SLURM_CONF"] = str(started.conf)
+    try:
+        yield started
+    finally:
+        os.environ.pop("SLURM_CONF")
+        if before is not None:
+            os.environ["SLURM_CONF"] = before
+        started.stop()
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def _has_gpu() -> bool:
