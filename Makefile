@@ -1,6 +1,6 @@
 # make install   a virtual environment in .venv with the `grappa` command, once
 # make demo      the whole pipeline on built-in images, offline after the installation
-# make test      lint, types and tests
+# make test      lint, types and tests, those on a Slurm cluster too where Slurm is installed (tests/cluster/install.sh)
 # make bench     every performance gate, some hours; `make bench ONLY=R5` one of them, `QUICK=--quick` toy sizes
 # The faiss build follows the machine: a GPU if nvidia-smi sees one. Otherwise say it: `make clean install EXTRA=gpu`.
 

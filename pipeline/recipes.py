@@ -99,7 +99,7 @@ def weights_digest(path: Path, known: Any = None) -> dict[str, Any]:
     """
     text = os.fsencode(path).decode(errors="backslashreplace")
     known = known if isinstance(known, dict) and known.get("path") == text else None
-    if not path.is_file():
+    if not os.path.isfile(path):  # also where another user's folder may not be looked into
         if known:
             return known
         raise MissingInputError(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,43 +325,48 @@ def test_a_configuration_edited_while_jobs_wait(scene: Scene) -> None:
     scene.assert_undisturbed()
 
 
-def test_two_submits_at_once(scene: Scene) -> None:
-    command = [sys.executable, "-m", "pipeline", "submit", str(scene.run.root), "--cluster", str(scene.profile)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    both = [subprocess.Popen([*command, "--until", "fusion"], **pipes) for _ in range(2)]
-    said = [process.communicate(timeout=SECONDS) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert sorted("nothing to submit" in out for out, _ in said) == [False, True], said
-    jobs = tables.load_jobs(scene.run.root)
-    assert not jobs["artifact"].duplicated().any()
-    assert "nothing to submit: 3 artifacts are on their way" in _as_another_user(scene)
-    scene.open_gate()
-    scene.wait_until_idle()
-    scene.assert_undisturbed()
+def test_two_submits_at_once(desk: Desk) -> None:
+    home = Path(tempfile.mkdtemp())  # where another user gets to, unlike to pytest's folders
+    try:
+        for scene in _scene(desk, home / "run", home):
+            command = [sys.executable, "-m", "pipeline", "submit", scene.run.root, "--cluster", scene.profile]
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+            both = [subprocess.Popen([*command, "--until", "fusion"], **pipes) for _ in range(2)]
+            said = [process.communicate(timeout=SECONDS) for process in both]
+            assert [process.returncode for process in both] == [0, 0], said
+            assert sorted("nothing to submit" in out for out, _ in said) == [False, True], said
+            jobs = tables.load_jobs(scene.run.root)
+            assert not jobs["artifact"].duplicated().any()
+            assert "nothing to submit: 3 artifacts are on their way" in _as_another_user(scene, home)
+            scene.open_gate()
+            scene.wait_until_idle()
+            scene.assert_undisturbed()
+    finally:
+        shutil.rmtree(home)
 
 
-def _as_another_user(scene: Scene) -> str:
+def _as_another_user(scene: Scene, home: Path) -> str:
     """Submit as ``nobody``, who may write into the run folder, in a child that has loaded everything already."""
     from pipeline.execution import Selection
     from slurm.submit import submit
 
-    for path in (scene.run.root, *scene.run.root.rglob("*"), *scene.run.root.parents):
-        if str(path).startswith(str(scene.gate.parents[1])) or path in scene.run.root.parents:
-            path.chmod(path.stat().st_mode | (0o777 if scene.run.root in (path, *path.parents) else 0o011))
-    out = scene.gate / "said"
-    out.touch(mode=0o666)
-    out.chmod(0o666)
+    out = home / "said"
+    out.touch()
+    for path in (home, *home.rglob("*")):
+        path.chmod(0o777)
     child = os.fork()
     if child == 0:
         status = 1
         try:
             os.setgid(NOBODY)
             os.setuid(NOBODY)
-            with out.open("w") as file:
-                selection = Selection(until="fusion")
-                submit(scene.run.root, selection, str(scene.profile), say=lambda line: print(line, file=file))
+            with out.open("w") as file, contextlib.redirect_stderr(file):
+                say = functools.partial(print, file=file)
+                submit(scene.run.root, Selection(until="fusion"), str(scene.profile), say=say)
             status = 0
         finally:
+            if status:
+                out.write_text(traceback.format_exc())
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, out.read_text()
     return out.read_text()
