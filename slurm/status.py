@@ -52,7 +52,9 @@ def _note(name: str, task: Task, jobs: Jobs, notes: Mapping[str, str], lost: set
     if jobs.queue is None:
         return f"{'begun' if task.events else 'submitted'} (job {task.id})"
     if task.events:
-        return f"failed: job {task.id} ended without a word (killed, or its node died), {task.log}"
+        left = task.events[-1]["event"] == "stop"
+        words = "left at a signal and did not come back" if left else "ended without a word (killed, or its node died)"
+        return f"failed: job {task.id} {words}, {task.log}"
     blocker = _blocker(name, task, jobs, lost)
     return f"blocked by {blocker}" if blocker else f"cancelled before it began (job {task.id})"
 
