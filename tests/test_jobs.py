@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fake_stages import FakeStages, fake_stages
+from tiny import draw_images, make_run, write_weights
 from typer.testing import CliRunner, Result
 
 from pipeline import checkpoints, tables
@@ -18,7 +20,7 @@ from pipeline.cli import app
 from pipeline.context import StageContext
 from pipeline.execution import NotReadyError, Selection
 from pipeline.locks import acquire
-from pipeline.status import states
+from pipeline.status import read_config, states
 from slurm import scheduler
 from slurm.jobs import PinnedError, StageJob, refuse_other_recipe
 from slurm.plan import PlannedJob, plan
@@ -150,6 +152,19 @@ def test_a_failing_job_blocks_what_needs_it_and_nothing_else(fakes: FakeStages) 
     assert grappa("submit", fakes.root, "--cluster", "debug").exit_code == 0
     assert "adaptors/k00004" not in fakes.ran[-14:]
     assert not fakes.not_fresh()
+
+
+def test_jobs_as_processes_of_this_machine(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [draw_images(tmp_path / "images")], write_weights(tmp_path / "w.safetensors"))
+    result = grappa("submit", run.root, "--cluster", "local", "--until", "images")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines() == ["backbone+images: started"]
+    assert {each.name for each in states(run, read_config(run)) if each.state.kind == "fresh"} == {"backbone", "images"}
+    assert "60 images" in grappa("logs", run.root, "images").stdout
+    shutil.rmtree(tmp_path / "images")
+    result = grappa("submit", run.root, "--cluster", "local", "--stage", "images", "--force")
+    assert result.exit_code == 1
+    assert "not made: images (images changed: " in result.stderr
 
 
 def _status(fakes: FakeStages) -> str:

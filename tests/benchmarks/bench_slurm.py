@@ -1,0 +1,98 @@
+"""What submission costs, on a throw-away cluster; root, Debian's Slurm (tests/cluster/install.sh).
+
+    python tests/benchmarks/bench_slurm.py            submit a pipeline of 8 granularities; status of about 200 jobs
+    python tests/benchmarks/bench_slurm.py RUN        of a finished run: wall time / stage times on its critical path
+
+Nothing is computed by the first: the jobs are held, and cancelled afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from cluster.cluster import Cluster  # noqa: E402
+from tiny import draw_images, make_run, write_weights  # noqa: E402
+
+from pipeline import tables  # noqa: E402
+from pipeline.artifacts import RunFolder  # noqa: E402
+from pipeline.status import instances, read_config  # noqa: E402
+
+COMMANDS = ("sbatch", "squeue", "sacct", "scontrol")
+PROFILE = """
+cpus: 1
+shared: [[backbone, images], [heads, model, evaluation, index]]
+sbatch: {hold: true}
+"""
+
+
+def main() -> None:
+    """Print one line a figure."""
+    if len(sys.argv) > 1:
+        print_overhead(RunFolder.open(Path(sys.argv[1])))
+        return
+    home = Path(tempfile.mkdtemp(prefix="grappa-slurm-"))
+    home.chmod(0o755)
+    cluster = Cluster(home / "cluster")
+    cluster.start()
+    try:
+        print_submission(cluster, home)
+    finally:
+        cluster.stop()
+
+
+def print_submission(cluster: Cluster, home: Path) -> None:
+    """Time submit with 8 granularities, then status with 66."""
+    (home / "profile.yaml").write_text(PROFILE)
+    images, weights = draw_images(home / "images", num_images=12), write_weights(home / "weights.safetensors")
+    for number, wanted in ((8, "submit"), (66, "status")):
+        values = "[" + ", ".join(str(2 + each) for each in range(number)) + "]"
+        run = make_run(home / f"run{number}", [images], weights, clusters__num_clusters=values)
+        submit = timed(cluster, home, "submit", str(run.root), "--cluster", str(home / "profile.yaml"))
+        found = submit if wanted == "submit" else timed(cluster, home, "status", str(run.root))
+        tasks = tables.load_jobs(run.root)["job_id"].nunique()
+        print(f"{wanted} with {number} granularities, {tasks} tasks: {found}")
+        cluster.call("scancel", "--user=root")
+
+
+def timed(cluster: Cluster, home: Path, *arguments: str) -> str:
+    """Return seconds and numbers of Slurm's commands of one call of grappa."""
+    calls = home / "calls"
+    calls.write_text("")
+    bin_folder = home / "bin"
+    bin_folder.mkdir(exist_ok=True)
+    for name in COMMANDS:
+        (bin_folder / name).write_text(f'#!/bin/sh\necho {name} >> {calls}\nexec /usr/bin/{name} "$@"\n')
+        (bin_folder / name).chmod(0o755)
+    environment = cluster.environment | {"PATH": f"{bin_folder}{os.pathsep}{cluster.environment['PATH']}"}
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    seconds, names = time.perf_counter() - start, calls.read_text().split()
+    return f"{seconds:.2f} s, {', '.join(f'{names.count(name)} {name}' for name in COMMANDS if name in names)}"
+
+
+def print_overhead(run: RunFolder) -> None:
+    """Compare the time from the first submission to the last end with the longest chain of stage times."""
+    jobs = tables.load_jobs(run.root)
+    wall = (jobs["ended"].max() - jobs["submitted"].min()).total_seconds()
+    config, path = read_config(run), dict[str, float]()
+    for stage, instance in instances(config):
+        artifact = run.artifact(stage.name, instance)
+        manifest = artifact.manifest()
+        assert manifest is not None, f"{artifact.name} was not made"
+        before = max((path[each.name] for each in stage.inputs(config, instance)), default=0.0)
+        path[artifact.name] = before + float(manifest.provenance["seconds"])
+    critical = max(path.values())
+    print(f"wall {wall:.0f} s / stages on the critical path {critical:.0f} s = {wall / critical:.3f}")
+
+
+if __name__ == "__main__":
+    main()
