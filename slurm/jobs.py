@@ -41,8 +41,8 @@ LOCKED_SECONDS = 600.0
 CODE = Path(__file__).resolve().parents[1]
 
 
-class PinnedError(ValueError):
-    """What the job would compute now is not what was submitted; the message says what differs."""
+class JobRefusedError(ValueError):
+    """The job must not compute what it would compute now, or not once more; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class StageJob(submitit.helpers.Checkpointable):
 
     def _make_all(self, restarts: int) -> None:
         if restarts > self.max_requeues:
-            raise PinnedError(
+            raise JobRefusedError(
                 f"the job was put back into the queue {restarts} times, the profile allows {self.max_requeues} "
                 "(max_requeues); nothing is lost: grappa submit goes on from here"
             )
@@ -108,10 +108,9 @@ class StageJob(submitit.helpers.Checkpointable):
 
     def _end(self, error: BaseException) -> None:
         sentence, _ = explained(error)
+        words = sentence or f"{type(error).__name__}: {error}"
+        self._tell("end", exit=1, error=words, peak_memory_bytes=peak_memory())
         if sentence is None:
-            sentence = f"{type(error).__name__}: {error}"
-        self._tell("end", exit=1, error=sentence, peak_memory_bytes=peak_memory())
-        if explained(error)[0] is None:
             raise error
         print(f"grappa: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
@@ -191,14 +190,14 @@ def patiently(make: Callable[[], None], lock: Path) -> None:
 
 
 def refuse_other_code(commit: str | None) -> None:
-    """Raise PinnedError when the checkout is not the one that was submitted."""
+    """Raise JobRefusedError when the checkout is not the one that was submitted."""
     found = git_commit(CODE)
     if found != commit:
-        raise PinnedError(f"submitted with the code at {commit}, found {found}; check that out, or submit again")
+        raise JobRefusedError(f"submitted with the code at {commit}, found {found}; check that out, or submit again")
 
 
 def refuse_other_recipe(run: RunFolder, config: Config, pin: Pin) -> None:
-    """Raise PinnedError when version, settings or inputs of an artifact are not those that were submitted."""
+    """Raise JobRefusedError when version, settings or inputs of an artifact are not those that were submitted."""
     stage, _, instance = pin.name.partition("/")
     found = find_stage(stage)
     changes = [f"stage version: {pin.version} -> {found.version}"] if found.version != pin.version else []
@@ -210,7 +209,7 @@ def refuse_other_recipe(run: RunFolder, config: Config, pin: Pin) -> None:
         pass  # running the stage says which input is missing, and the command that makes it
     if changes:
         lines = "; ".join(dict.fromkeys(changes))
-        raise PinnedError(f"{pin.name} is no longer what was submitted: {lines}; submit again")
+        raise JobRefusedError(f"{pin.name} is no longer what was submitted: {lines}; submit again")
 
 
 def _with_threads(config: Config, cpus: int) -> Config:

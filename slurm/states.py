@@ -53,10 +53,26 @@ def read_jobs(run: RunFolder) -> Jobs:
 
 
 def live_tasks(run: RunFolder) -> dict[str, Task]:
-    """Return the tasks that are queued or running, by the artifact they will make; SchedulerError if Slurm is mute."""
-    tasks = {name: task for name, task in newest_by_artifact(all_tasks(run)).items() if task.cluster == "slurm"}
-    queue = scheduler.queued(task.job_name for task in tasks.values() if not task.ended)
-    return {name: task for name, task in tasks.items() if (task.id, task.job_name) in queue and not _made(task, name)}
+    """Return the tasks that are queued or running, by the artifact they will make; SchedulerError if Slurm is mute.
+
+    A task that waits for one that failed is left out: Slurm is about to cancel it.
+    """
+    everything = [task for task in all_tasks(run) if task.cluster == "slurm"]
+    by_id, newest = {task.id: task for task in everything}, newest_by_artifact(everything)
+    queue = scheduler.queued(task.job_name for task in newest.values() if not task.ended)
+
+    def doomed(task: Task) -> bool:
+        waited = [] if task.events else [by_id[other] for other in task.after if other in by_id]
+        return any(
+            doomed(other) if (other.id, other.job_name) in queue else not all(_made(other, x) for x in other.artifacts)
+            for other in waited
+        )
+
+    return {
+        name: task
+        for name, task in newest.items()
+        if (task.id, task.job_name) in queue and not _made(task, name) and not doomed(task)
+    }
 
 
 def _made(task: Task, name: str) -> bool:

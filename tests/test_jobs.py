@@ -22,10 +22,11 @@ from pipeline.execution import NotReadyError, Selection
 from pipeline.locks import acquire
 from pipeline.status import read_config, states
 from slurm import scheduler
-from slurm.jobs import PinnedError, StageJob, refuse_other_recipe
+from slurm.jobs import JobRefusedError, StageJob, refuse_other_recipe
 from slurm.plan import PlannedJob, plan
 from slurm.profiles import load_profile
 from slurm.records import JobRecord, Pin, Task, all_tasks, append_event
+from slurm.states import live_tasks
 from slurm.status import job_notes
 from slurm.submission import Submission
 
@@ -190,7 +191,7 @@ def test_a_job_refuses_to_compute_something_else(fakes: FakeStages, change: dict
         fakes.configure(clusters={"seed": 5})
         fakes.execute(stage="clusters", instance="k00002")
     pin = dataclasses.replace(pin, version=change.get("version", pin.version))
-    with pytest.raises(PinnedError, match=f"adaptors/k00002 is no longer what was submitted: .*{reason}"):
+    with pytest.raises(JobRefusedError, match=f"adaptors/k00002 is no longer what was submitted: .*{reason}"):
         refuse_other_recipe(fakes.run, config, pin)
 
 
@@ -265,6 +266,22 @@ def _fake_command(path: Path, calls: Path, line: str) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/bin/sh\necho {path.name} >> {calls}\necho '{line}'\n")
     path.chmod(0o755)
+
+
+def test_a_job_that_slurm_is_about_to_cancel_is_not_on_its_way(
+    fakes: FakeStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes.execute(until="clusters")
+    submission = submitted(fakes, planned(fakes, until="fusion"))  # jobs 7 (two sets) and 8 (fusion)
+    queue = "7_1|grappa-adaptors-mark|RUNNING|None|n1|1:00\n8|grappa-fusion-mark|PENDING|Dependency||1:00"
+    _fake_command(tmp_path / "bin" / "squeue", tmp_path / "calls", queue)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    first = submission.folder / "events" / "7_0.jsonl"
+    append_event(first, "made", artifact="adaptors/k00002")
+    assert set(live_tasks(fakes.run)) == {"adaptors/k00004", "fusion/neighbors"}
+    first.unlink()
+    append_event(first, "end", exit=1, error="failed")
+    assert set(live_tasks(fakes.run)) == {"adaptors/k00004"}
 
 
 def test_a_scheduler_that_does_not_answer_is_waited_for_a_while_only(
