@@ -6,6 +6,7 @@ start of it, or the next ``grappa submit``, goes on from there.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
@@ -38,7 +39,7 @@ from slurm.records import PINNED_CONFIG, Pin, append_event, read_events
 
 PATIENCE_SECONDS = 10.0  # from the signal to the checkpoint; later the job goes without, to the one before
 LOCKED_SECONDS = 600.0
-CODE = Path(__file__).resolve().parents[1]
+CODE, PACKAGES = Path(__file__).resolve().parents[1], ("grappa", "pipeline", "slurm")
 
 
 class JobRefusedError(ValueError):
@@ -46,13 +47,21 @@ class JobRefusedError(ValueError):
 
 
 @dataclass(frozen=True)
+class Code:
+    """The code that a job was submitted with; ``digest`` is that of all modules, so that uncommitted edits count."""
+
+    commit: str | None
+    digest: str
+
+
+@dataclass(frozen=True)
 class StageJob(submitit.helpers.Checkpointable):
-    """A job's call. ``commit``: the code it was submitted with; ``cpus``: threads, where the configuration says 0."""
+    """A job's call. ``code``: what it was submitted with; ``cpus``: threads, where the configuration says 0."""
 
     run: str
     submission: str
     pins: tuple[Pin, ...]
-    commit: str | None
+    code: Code
     cpus: int
     max_requeues: int
     task: str | None = None
@@ -83,7 +92,7 @@ class StageJob(submitit.helpers.Checkpointable):
                 f"the job was put back into the queue {restarts} times, the profile allows {self.max_requeues} "
                 "(max_requeues); nothing is lost: grappa submit goes on from here"
             )
-        refuse_other_code(self.commit)
+        refuse_other_code(self.code)
         made = {each["artifact"] for each in read_events(self._events_file) if each["event"] == "made"}
         for pin in self.pins:
             if pin.name not in made:
@@ -189,11 +198,23 @@ def patiently(make: Callable[[], None], lock: Path) -> None:
         time.sleep(5)
 
 
-def refuse_other_code(commit: str | None) -> None:
-    """Raise JobRefusedError when the checkout is not the one that was submitted."""
-    found = git_commit(CODE)
-    if found != commit:
-        raise JobRefusedError(f"submitted with the code at {commit}, found {found}; check that out, or submit again")
+def code_here() -> Code:
+    """Return which code this is: the commit of a checkout, for people, and the digest of all its modules."""
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for path in sorted((CODE / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(CODE)}\0".encode() + path.read_bytes())
+    return Code(git_commit(CODE), digest.hexdigest())
+
+
+def refuse_other_code(submitted: Code) -> None:
+    """Raise JobRefusedError when a module is not the one that was submitted (a changed text elsewhere is no matter)."""
+    found = code_here()
+    if found.digest != submitted.digest:
+        raise JobRefusedError(
+            f"submitted with the code at {submitted.commit or 'no commit'}, found other code, at "
+            f"{found.commit or 'no commit'}; check that out, or submit again"
+        )
 
 
 def refuse_other_recipe(run: RunFolder, config: Config, pin: Pin) -> None:

@@ -65,7 +65,7 @@ def _queued_note(name: str, task: Task, waiting: Queued, jobs: Jobs, lost: set[s
         if blocker:
             return f"blocked by {blocker} (job {task.id})"
         start = task.last("start")
-        how = f"requeued ({int(start['restarts']) + 1} times), pending" if start else "pending"
+        how = f"requeued {int(start['restarts']) + 1}x, pending" if start else "pending"
         return f"{how}: {waiting.reason} (job {task.id})"
     if waiting.state != "RUNNING":
         return f"{waiting.state.lower()} on {waiting.node} (job {task.id})"

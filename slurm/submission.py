@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.artifacts import RunFolder
 from pipeline.config import Config
 from pipeline.config_file import dump_config
 from pipeline.storage import atomic_write_text, storage_errors
-from slurm.jobs import StageJob
+from slurm.jobs import Code, StageJob
 from slurm.plan import PlannedJob
 from slurm.profiles import Profile
 from slurm.records import PINNED_CONFIG, JobRecord, now, write_submission
@@ -26,7 +26,7 @@ class Submission:
     profile: Profile
     folder: Path
     mark: str
-    commit: str | None
+    code: Code
 
     def job_name(self, job: PlannedJob) -> str:
         """Return a name that no other job has, now or later: ids are used again, this tells whose one is."""
@@ -35,7 +35,7 @@ class Submission:
     def calls(self, job: PlannedJob) -> list[StageJob]:
         where = (str(self.run.root), str(self.folder))
         cpus, requeues = job.resources.cpus, self.profile.max_requeues
-        return [StageJob(*where, pins, self.commit, cpus, requeues) for pins in job.tasks]
+        return [StageJob(*where, pins, self.code, cpus, requeues) for pins in job.tasks]
 
     def prepare(self) -> None:
         """Make the folder, with the configuration as it is now."""
@@ -52,7 +52,7 @@ class Submission:
             "submitted": now(),
             "cluster": self.profile.cluster,
             "host": socket.gethostname(),
-            "commit": self.commit,
+            "code": asdict(self.code),
             "profile": self.profile.model_dump(mode="json"),
         }
         write_submission(self.folder, records, general)

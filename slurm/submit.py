@@ -15,11 +15,10 @@ from pipeline.artifacts import RunFolder, quoted
 from pipeline.config import Config
 from pipeline.execution import Say, Selection
 from pipeline.locks import LockedError, acquire
-from pipeline.provenance import git_commit
 from pipeline.status import read_config
 from pipeline.storage import storage_errors
 from slurm import scheduler
-from slurm.jobs import CODE
+from slurm.jobs import code_here
 from slurm.jobs_table import write_jobs_table
 from slurm.launch import sbatch_text, submit_slurm
 from slurm.local import run_locally
@@ -66,7 +65,7 @@ def _live(run: RunFolder, profile: Profile) -> dict[str, Task]:
 def _submission(run: RunFolder, config: Config, profile: Profile) -> Submission:
     mark = secrets.token_hex(4)
     folder = jobs_folder(run) / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{mark}"
-    return Submission(run, config, profile, folder, mark, git_commit(CODE))
+    return Submission(run, config, profile, folder, mark, code_here())
 
 
 def _submit_all(submission: Submission, jobs: Sequence[PlannedJob], live: Mapping[str, Task], say: Say) -> None:

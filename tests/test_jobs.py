@@ -22,7 +22,7 @@ from pipeline.execution import NotReadyError, Selection
 from pipeline.locks import acquire
 from pipeline.status import read_config, states
 from slurm import scheduler
-from slurm.jobs import JobRefusedError, StageJob, refuse_other_recipe
+from slurm.jobs import Code, JobRefusedError, StageJob, code_here, refuse_other_recipe
 from slurm.plan import PlannedJob, plan
 from slurm.profiles import load_profile
 from slurm.records import JobRecord, Pin, Task, all_tasks, append_event
@@ -110,7 +110,7 @@ def test_a_stage_whose_inputs_are_neither_fresh_nor_on_their_way_is_refused(fake
 def submitted(fakes: FakeStages, jobs: list[PlannedJob], cluster: str = "slurm") -> Submission:
     """Write down a submission of these jobs as 7, 8, ..., as if Slurm had given these numbers."""
     profile = load_profile(cluster)
-    submission = Submission(fakes.run, fakes.config, profile, fakes.root / "jobs" / "2026-x", "mark", None)
+    submission = Submission(fakes.run, fakes.config, profile, fakes.root / "jobs" / "2026-x", "mark", code_here())
     submission.prepare()
     records, makers = [], dict[str, str]()
     for number, job in enumerate(jobs, 7):
@@ -199,10 +199,12 @@ def test_a_job_refuses_other_code_and_an_endless_return_to_the_queue(
     fakes: FakeStages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = submitted(fakes, planned(fakes, until="backbone"), "debug").folder
-    job = StageJob(str(fakes.root), str(folder), (Pin("backbone", 1, False, None),), "another", 1, 2, task="7")
+    job = StageJob(
+        str(fakes.root), str(folder), (Pin("backbone", 1, False, None),), Code("another", ""), 1, 2, task="7"
+    )
     with pytest.raises(SystemExit):
         job()
-    assert "submitted with the code at another, found" in capsys.readouterr().err
+    assert "submitted with the code at another, found other code, at " in capsys.readouterr().err
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     with pytest.raises(SystemExit):
         job()
@@ -216,15 +218,8 @@ def test_a_forced_job_that_comes_back_does_not_begin_again(fakes: FakeStages) ->
     task = all_tasks(fakes.run)[0]
     fakes.ran.clear()
     pins = (Pin("index", 1, True, None),)
-    StageJob(str(fakes.root), str(task.submission), pins, _commit(), 1, 2, task=task.id)()
+    StageJob(str(fakes.root), str(task.submission), pins, code_here(), 1, 2, task=task.id)()
     assert not fakes.ran
-
-
-def _commit() -> str | None:
-    from pipeline.provenance import git_commit
-    from slurm.jobs import CODE
-
-    return git_commit(CODE)
 
 
 def test_a_signal_ends_a_training_after_its_checkpoint(tmp_path: Path, stop: None) -> None:
