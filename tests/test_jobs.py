@@ -50,7 +50,7 @@ def planned(fakes: FakeStages, live: dict[str, Task] | None = None, **selection:
     return plan(fakes.run, fakes.config, Selection(**selection), load_profile("slurm"), live or {})  # type: ignore[arg-type]
 
 
-def test_the_whole_graph_is_nine_jobs(fakes: FakeStages) -> None:
+def test_the_whole_graph_as_jobs(fakes: FakeStages) -> None:
     jobs = planned(fakes)
     assert [job.title for job in jobs] == [
         "backbone+images",
@@ -59,7 +59,8 @@ def test_the_whole_graph_is_nine_jobs(fakes: FakeStages) -> None:
         "clusters (array of 2)",
         "adaptors (array of 2)",
         "fusion",
-        "embeddings (array of 6)",
+        "student",
+        "embeddings (array of 7)",
         "heads+model+evaluation+index",
         "attention",
     ]
@@ -72,7 +73,7 @@ def test_the_whole_graph_is_nine_jobs(fakes: FakeStages) -> None:
 def test_only_what_is_not_fresh_is_planned_and_its_inputs_are_pinned(fakes: FakeStages) -> None:
     fakes.execute(until="clusters")
     jobs = planned(fakes)
-    assert [job.stages[0] for job in jobs] == ["adaptors", "fusion", "embeddings", "heads", "attention"]
+    assert [job.stages[0] for job in jobs] == ["adaptors", "fusion", "student", "embeddings", "heads", "attention"]
     (first, *_), (fusion,) = jobs[0].tasks, jobs[1].tasks
     assert first[0].recipe is not None
     assert set(first[0].recipe["inputs"]) == {"images", "backbone", "clusters/k00002"}
