@@ -75,8 +75,10 @@ def _job(
     pins = [_pin(run, config, step, coming, force) for step in steps]
     needs = (name for step in steps for name in _inputs(config, step) if name in coming - own)
     reasons = {_name(step): "forced" if force else str(judge.state(*step)) for step in steps}
-    # The instances of one stage run side by side; stages that share a job run one after another.
-    tasks = tuple((pin,) for pin in pins) if len(names) == 1 else (tuple(pins),)
+    # The instances of one stage run side by side, unless one reads another (concat); stages that share a job run one
+    # after another.
+    apart = len(names) == 1 and not any(name in own for step in steps for name in _inputs(config, step))
+    tasks = tuple((pin,) for pin in pins) if apart else (tuple(pins),)
     return PlannedJob(names, tasks, reasons, tuple(dict.fromkeys(needs)), resources)
 
 
