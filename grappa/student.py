@@ -67,7 +67,7 @@ def train_student(
     backbone = backbone.on(run.device)
     bank_MD = _bank(backbone, teacher, views, rows, transfer.bank_size, seed, run)
     student = start.requires_grad_(True).to(run.device)
-    order = BatchOrder(views.ids[rows], optimization.batch_size, (seed, "student"))
+    order = BatchOrder(views.ids[rows], optimization.batch_size, (seed, "student"), run.processes)
 
     def batch(step: int) -> Tensor:
         chosen, epoch = order.at(step)
@@ -87,10 +87,14 @@ def train_student(
             softening=transfer.softening,
             cosine_weight=transfer.cosine_weight,
         )
-        return value, {"similarity": F.cosine_similarity(learned_BD.detach().float(), taught_BD).mean()}
+        similarity = F.cosine_similarity(learned_BD.detach().float(), taught_BD).mean()
+        share = len(images) / order.batch_size
+        return share * value, {"similarity": share * similarity}
 
     groups = [Group(list(student.parameters()), optimization.learning_rate, optimization.weight_decay)]
-    result = fit(student, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress)
+    result = fit(
+        student, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress, run.processes
+    )
     return student.cpu(), result
 
 

@@ -214,6 +214,7 @@ STAGES: tuple[Stage, ...] = (
         1,
         _settings("student"),
         lambda config, instance: (Input("images", PIXELS), *_fused_inputs(config)),
+        parallel=True,
     ),
     Stage("embeddings", 1, _embedding_settings, _embedding_inputs, embedding_rows, parallel=True),
     Stage("heads", 1, _settings("heads"), _head_inputs, head_rows),

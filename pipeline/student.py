@@ -37,6 +37,8 @@ def run(context: StageContext) -> str:
             seed=settings.seed,
             run=training,
         )
+    if not context.leads:
+        return ""
     write_tensors(context.path / FILE, student.state_dict())
     write_metrics(context, result)
     last = result.metrics[-1]

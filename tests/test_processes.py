@@ -87,6 +87,7 @@ def _make(root: Path, material: Path) -> RunFolder:
         compute__checkpoint_seconds=0.000001,
         adaptors__precision="float32",
         fusion__precision="float32",
+        student__precision="float32",
         evaluation__extra_rows="[multi_head, supervised]",
         adaptors__num_epochs=1,
     )
@@ -157,7 +158,7 @@ def test_a_run_equals_that_of_one_process(
     assert {"adaptors/multi_head/adaptors.safetensors", "fusion/neighbors/fusion.safetensors"} <= set(found)
     assert {name for name in found if found[name] != wanted[name] and name.startswith(EXACT)} == set()
     for name in found:
-        if name.endswith(("adaptors.safetensors", "fusion.safetensors")):
+        if name.endswith(("adaptors.safetensors", "fusion.safetensors", "student.safetensors")):
             _close(load_file(together.root / name), load_file(alone[1].root / name), PARAMETERS, name)
         elif name.endswith(("embeddings.npy", "attention.npy")) and not name.startswith("heads"):
             _close({"": np.load(together.root / name)}, {"": np.load(alone[1].root / name)}, 0.02, name)

@@ -17,6 +17,7 @@ from grappa import losses
 from grappa.fitting import Optimization
 from grappa.processes import ALONE, Processes
 from grappa.randomness import id_numbers
+from grappa.student import Transfer, new_student, train_student
 from grappa.targets import Targets
 from grappa.training import PropagationLoss, Run, Views, train_adaptor_set, train_fusion
 from grappa.transforms import Augmentation
@@ -32,7 +33,7 @@ LOSSES = {
 
 
 def results(folder: Path, processes: Processes = ALONE) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the trained tensors and the losses of two adaptor sets and of a fusion by each loss."""
+    """Return the trained tensors and the losses of two adaptor sets, of a fusion by each loss and of a student."""
     cache = tiny_cache(folder / f"pixels{processes.rank}", NUM)
     views = Views(cache, id_numbers([str(i) for i in range(NUM)]), 32, Augmentation(0.7, 0.5, 0.2, 0.2, 0.2, 0.1))
     run = Run(torch.device("cpu"), "float32", processes=processes)
@@ -41,6 +42,7 @@ def results(folder: Path, processes: Processes = ALONE) -> dict[str, np.ndarray[
         _keep(found, name, *trained)
     for name, propagation in LOSSES.items():
         _keep(found, name, *_fusion(views, run, propagation))
+    _keep(found, "student", *_student(views, run))
     return found
 
 
@@ -85,6 +87,21 @@ def _fusion(views: Views, run: Run, propagation: PropagationLoss) -> Any:
         attention_temperature=1.0,
         propagation=propagation,
         initial_std=0.1,
+        optimization=OPTIMIZATION,
+        seed=0,
+        run=run,
+    )
+
+
+def _student(views: Views, run: Run) -> Any:
+    backbone = tiny_backbone()
+    return train_student(
+        backbone,
+        list(tiny_set(1)),
+        views,
+        ROWS,
+        start=new_student(backbone, 4, seed=0),
+        transfer=Transfer(bank_size=8),
         optimization=OPTIMIZATION,
         seed=0,
         run=run,
