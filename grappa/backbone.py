@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -18,14 +18,30 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grappa.class_token import can_skip_patches, class_token
+from grappa.block import is_plain, run_block
 
 Residual = Callable[[Tensor], Tensor]
+Residuals = Sequence[Residual] | nn.ModuleList
 _shim: list[torch.library.Library] = []
 
 
 class BackboneError(ValueError):
     """A backbone that cannot be built or weights that do not fit; the sentence says what to do."""
+
+
+class Adaptation(Protocol):
+    """What adapts the backbone: one residual a block, or none at all, in each of two places.
+
+    ``outputs``: (B, T, D) -> (B, T, D), from a block's output to what is added to it. The last one sees the class token
+    only (T = 1), as nothing else of the last block is read. ``in_context``: (B, T, D) -> (B, T, 2 D), from a block's
+    normed input to what is added to its queries and keys.
+    """
+
+    @property
+    def outputs(self) -> Residuals: ...
+
+    @property
+    def in_context(self) -> Residuals: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,7 @@ class BackboneSpec:
 
 
 class Backbone(nn.Module):
-    """A frozen VisionTransformer whose blocks can be followed by residuals."""
+    """A frozen VisionTransformer whose blocks can be adapted."""
 
     def __init__(self, vit: nn.Module, spec: BackboneSpec) -> None:
         super().__init__()
@@ -78,31 +94,46 @@ class Backbone(nn.Module):
                 module.fused_attn = device.type != "cpu"  # type: ignore[assignment]
         return self.to(device)
 
-    def forward(self, images: Tensor, residuals: Sequence[Residual] | None = None) -> Tensor:
+    def forward(self, images: Tensor, adaptation: Adaptation | None = None) -> Tensor:
         """Embed images.
 
         Args:
             images: (B, 3, S, S) float, normalised with ``spec.mean`` and ``spec.std``.
-            residuals: one function a block, (B, T, D) -> (B, T, D); its value is added to the block's output. The last
-                one sees the class token only (T = 1), as nothing else of the last block is read.
+            adaptation: an adaptor set, a fusion; None: the plain backbone.
 
         Returns:
             (B, D) the class token after the final norm, not normalised.
+
+        Raises:
+            BackboneError: queries and keys are adapted, and a block's attention is not timm's plain one.
         """
         vit: Any = self.vit
+        outputs, in_context = (adaptation.outputs, adaptation.in_context) if adaptation else ((), ())
         hidden_BTD = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         for number, block in enumerate(vit.blocks):
-            last = number == len(vit.blocks) - 1 and can_skip_patches(block)
-            hidden_BTD = class_token(block, hidden_BTD) if last else block(hidden_BTD)
-            if residuals is not None:
-                hidden_BTD = hidden_BTD + residuals[number](hidden_BTD)
+            last = number == len(vit.blocks) - 1
+            hidden_BTD = _run(block, hidden_BTD, in_context[number] if len(in_context) else None, last=last)
+            if len(outputs):
+                hidden_BTD = hidden_BTD + outputs[number](hidden_BTD)
         embedding: Tensor = vit.norm(hidden_BTD[:, 0])
         return embedding
 
 
-def embed(backbone: Backbone, images: Tensor, residuals: Sequence[Residual] | None = None) -> Tensor:
+def _run(block: nn.Module, hidden_BTD: Tensor, in_context: Residual | None, *, last: bool) -> Tensor:
+    if in_context is None and not (last and is_plain(block)):
+        out: Tensor = block(hidden_BTD)
+        return out
+    if not is_plain(block):
+        raise BackboneError(
+            "in-context adaptors need timm's plain attention, this backbone has blocks of type "
+            f"{type(block).__name__}; set adaptors.kind=bottleneck, or choose another backbone"
+        )
+    return run_block(block, hidden_BTD, in_context, class_token=last)
+
+
+def embed(backbone: Backbone, images: Tensor, adaptation: Adaptation | None = None) -> Tensor:
     """Return (B, D) float32 L2-normalised embeddings of (B, 3, S, S) normalised images."""
-    return F.normalize(backbone(images, residuals).float(), dim=-1)
+    return F.normalize(backbone(images, adaptation).float(), dim=-1)
 
 
 def import_timm() -> Any:

@@ -5,20 +5,20 @@ Shapes: N images, B batch, D width, S image side, L blocks, G pseudo-granulariti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from grappa.backbone import Backbone, Residual, embed
+from grappa.backbone import Adaptation, Backbone, embed
 from grappa.devices import autocast
 from grappa.pixels import PixelCache
 from grappa.processes import ALONE, Processes
 from grappa.transforms import eval_batch, normalize, prefetch
 
-Read = Callable[[Backbone, Tensor, Sequence[Residual] | None], Tensor]
+Read = Callable[[Backbone, Tensor, Adaptation | None], Tensor]
 
 
 def extract_features(
@@ -26,7 +26,7 @@ def extract_features(
     cache: PixelCache,
     out: NDArray[np.float32] | None,
     *,
-    residuals: Sequence[Residual] | None = None,
+    adaptation: Adaptation | None = None,
     read: Read = embed,
     start: int = 0,
     batch_size: int = 64,
@@ -40,8 +40,8 @@ def extract_features(
 
     Args:
         out: an array or a memory map; its rows are the cache's rows. Only the first of several processes has one.
-        residuals: what follows each block (an adaptor set, a fusion); None: the plain backbone.
-        read: what is kept of a batch: ``embed``, or another function of (backbone, images, residuals) to (B, ...) such
+        adaptation: an adaptor set, a fusion; None: the plain backbone.
+        read: what is kept of a batch: ``embed``, or another function of (backbone, images, adaptation) to (B, ...) such
             as ``grappa.fusion.class_token_attention``; ``out`` is then (N, ...).
         start: rows before it are there already; a multiple of ``batch_size``, so that batches are the same.
         progress: told the rows newly written, after they are written.
@@ -50,7 +50,7 @@ def extract_features(
     device = device or torch.device("cpu")
     spec = backbone.spec
     backbone = backbone.on(device)
-    residuals = None if residuals is None else [_on(residual, device) for residual in residuals]
+    adaptation = adaptation.to(device) if isinstance(adaptation, nn.Module) else adaptation
     bounds = range(start, len(cache), batch_size)
     rounds = [bounds[first : first + processes.size] for first in range(0, len(bounds), processes.size)]
 
@@ -64,14 +64,10 @@ def extract_features(
 
     for begins, images in zip(rounds, prefetch(make, len(rounds)), strict=True):
         with torch.inference_mode(), autocast(device, precision):
-            found = read(backbone, normalize(images.to(device), spec.mean, spec.std), residuals)
+            found = read(backbone, normalize(images.to(device), spec.mean, spec.std), adaptation)
         parts = processes.collect(found, batch_size)
         for begin, part in zip(begins, parts or (), strict=False):
             assert out is not None, "the first process writes"
             out[begin : begin + len(part)] = part.cpu().numpy()
         if progress:
             progress(min(begins[-1] + batch_size, len(cache)) - begins[0])
-
-
-def _on(residual: Residual, device: torch.device) -> Residual:
-    return residual.to(device) if isinstance(residual, nn.Module) else residual

@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from grappa.adaptors import AdaptorSet
+from grappa.adaptors import AdaptorSet, folded
 from grappa.backbone import Backbone, BackboneSpec, build_backbone, embed
 from grappa.decoding import image_to_rgb, shrink
-from grappa.fusion import Fusion
+from grappa.fusion import FoldedFusion, Fusion
 from grappa.head import Head, IdentityHead, open_head
 from grappa.transforms import eval_crop, normalize
 
@@ -34,15 +34,18 @@ class ModelError(ValueError):
 
 
 class GrappaModel(nn.Module):
-    """Backbone, what follows its blocks (a fusion in its folded inference form, or one set), and the embedding head
+    """Backbone, what adapts its blocks (a fusion or one set, in its folded inference form), and the embedding head
     (None: none)."""
 
     def __init__(
         self, backbone: Backbone, adapted: Fusion | AdaptorSet, *, cache_size: int, head: Head | None = None
     ) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.residuals = adapted.folded() if isinstance(adapted, Fusion) else adapted.adaptors
+        self.adaptation: FoldedFusion | AdaptorSet
+        if isinstance(adapted, Fusion):
+            self.backbone, self.adaptation = backbone, adapted.folded()
+        else:
+            self.backbone, self.adaptation = folded(backbone, adapted)
         self.head = IdentityHead() if head is None else head
         self.cache_size = cache_size
         self.requires_grad_(False)
@@ -53,7 +56,7 @@ class GrappaModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed (B, 3, S, S) float images, normalised as ``preprocess`` does; (B, D) float32, L2-normalised rows."""
-        embeddings: Tensor = self.head(embed(self.backbone, images, list(self.residuals)))
+        embeddings: Tensor = self.head(embed(self.backbone, images, self.adaptation))
         return embeddings
 
     def preprocess(self, image: Image.Image) -> Tensor:

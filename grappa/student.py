@@ -9,7 +9,6 @@ Shapes: B batch, D width, S image side, M bank, n train rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 from grappa import losses
 from grappa.adaptors import AdaptorSet
-from grappa.backbone import Backbone, Residual, embed
+from grappa.backbone import Adaptation, Backbone, embed
 from grappa.devices import autocast
 from grappa.fitting import FitResult, Group, Optimization, fit
 from grappa.randomness import key, shuffled
@@ -38,14 +37,20 @@ class Transfer:
     bank_size: int = 1024
 
 
-def new_student(backbone: Backbone, bottleneck_dim: int, *, seed: int) -> AdaptorSet:
+def new_student(backbone: Backbone, bottleneck_dim: int, *, in_context_rank: int = 0, seed: int) -> AdaptorSet:
     """Return the set that a student starts from: the backbone unchanged."""
-    return AdaptorSet(backbone.num_blocks, backbone.width, bottleneck_dim, seed=key(seed, "student") >> 1)
+    return AdaptorSet(
+        backbone.num_blocks,
+        backbone.width,
+        bottleneck_dim,
+        in_context_rank=in_context_rank,
+        seed=key(seed, "student") >> 1,
+    )
 
 
 def train_student(
     backbone: Backbone,
-    teacher: Sequence[Residual],
+    teacher: Adaptation,
     views: Views,
     rows: Rows,
     *,
@@ -58,7 +63,7 @@ def train_student(
     """Train one adaptor set to embed the views of the train ``rows`` (n,) as the teacher does.
 
     Args:
-        teacher: the residuals of the teacher's blocks (a folded fusion) on the same backbone; frozen.
+        teacher: what adapts the teacher (a folded fusion) on the same backbone; frozen.
         start: the set that training begins with (:func:`new_student`); it is changed in place and returned.
 
     Returns:
@@ -78,7 +83,7 @@ def train_student(
         with autocast(run.device, run.precision):
             with torch.no_grad():
                 taught_BD = embed(backbone, images, teacher)
-            learned_BD = backbone(images, list(student))
+            learned_BD = backbone(images, student)
         value = losses.perception_transfer(
             learned_BD,
             taught_BD,
@@ -99,7 +104,7 @@ def train_student(
 
 
 def _bank(
-    backbone: Backbone, teacher: Sequence[Residual], views: Views, rows: Rows, bank_size: int, seed: int, run: Run
+    backbone: Backbone, teacher: Adaptation, views: Views, rows: Rows, bank_size: int, seed: int, run: Run
 ) -> Tensor:
     """Return the teacher's embeddings (M, D) of train images drawn by their ids, as retrieval sees them."""
     spec = backbone.spec

@@ -87,6 +87,7 @@ def train_adaptor_set(
     *,
     name: str,
     bottleneck_dim: int,
+    in_context_rank: int = 0,
     temperature: float,
     proxy_learning_rate: float,
     optimization: Optimization,
@@ -99,13 +100,20 @@ def train_adaptor_set(
         rows: (n,) train rows of the cache; each of ``targets`` classifies these n rows: the pseudo-labels of one
             pseudo-granularity with its centroids, those of all of them, or the labels of the images.
         name: the instance (``k00256``), part of every random draw's key.
+        bottleneck_dim, in_context_rank: sizes of the set's adaptors, 0: none of that kind.
 
     Returns:
         The set, and the metrics ``loss`` and ``accuracy`` (of the class, on augmented views; means over the targets)
         along the steps.
     """
     backbone = backbone.on(run.device)
-    adaptors = AdaptorSet(backbone.num_blocks, backbone.width, bottleneck_dim, seed=_torch_seed(seed, "adaptors", name))
+    adaptors = AdaptorSet(
+        backbone.num_blocks,
+        backbone.width,
+        bottleneck_dim,
+        in_context_rank=in_context_rank,
+        seed=_torch_seed(seed, "adaptors", name),
+    )
     module = nn.ParameterDict({"proxies": nn.Parameter(_joined_proxies(targets))})
     trained = nn.ModuleDict({"set": adaptors, "classifier": module}).to(run.device)
     labels_nH = torch.from_numpy(np.stack([each.labels for each in targets], axis=1).astype(np.int64))
@@ -119,7 +127,7 @@ def train_adaptor_set(
     def loss(made: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         images, labels_BH = made[0].to(run.device), made[1].to(run.device)
         with autocast(run.device, run.precision):
-            embeddings = backbone(normalize(images, backbone.spec.mean, backbone.spec.std), list(adaptors))
+            embeddings = backbone(normalize(images, backbone.spec.mean, backbone.spec.std), adaptors)
         tables = zip(module["proxies"].split(sizes), labels_BH.unbind(1), strict=True)
         found = [_classify(embeddings, proxies, labels, temperature) for proxies, labels in tables]
         values, accuracies = zip(*found, strict=True)

@@ -1,7 +1,8 @@
 """Stage ``attention``: the class token's granularity attention of every image, (N, L, G) float32, to look at.
 
-L blocks and G pseudo-granularities in the order of their numbers; each (i, l) sums to 1 over G. Nothing reads it but
-``pipeline.tables``: a result needs no such pass, and a look at it needs no training.
+L blocks and G pseudo-granularities in the order of their numbers; each (i, l) sums to 1 over G. Where the sets adapt
+outputs, queries and keys, a block attends twice and counts as two. Nothing reads it but ``pipeline.tables``: a result
+needs no such pass, and a look at it needs no training.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ def run(context: StageContext) -> str:
     num_images, num_blocks, num_sets = extract(
         context,
         backbone,
-        list(fusion.folded()),
+        fusion.folded(),
         FILE,
         context.config.embeddings.precision,
         read=class_token_attention,
-        row_shape=(backbone.num_blocks, len(sets)),
+        row_shape=(len(fusion.layers) + len(fusion.in_context), len(sets)),
     )
     if not context.leads:
         return ""

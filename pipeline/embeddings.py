@@ -12,12 +12,10 @@ from pipeline.stages import FROZEN_ROWS, adaptor_sets, fusion_instance
 from pipeline.student import open_student
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     from numpy.typing import NDArray
 
-    from grappa.backbone import Residual
+    from grappa.backbone import Adaptation, Backbone
 
 FILE = "embeddings.npy"
 
@@ -30,22 +28,24 @@ def run(context: StageContext) -> str:
         return _from_features(context, whitened=row == "zero_shot_whitened")
     if row == "concat":
         return _side_by_side(context)
-    backbone = open_backbone(context)
-    residuals = _residuals(context, row)
-    num_rows, width = extract(context, backbone, residuals, FILE, context.config.embeddings.precision)
+    backbone, adaptation = _adapted(context, row)
+    num_rows, width = extract(context, backbone, adaptation, FILE, context.config.embeddings.precision)
     return f"{num_rows} embeddings of {width} dimensions by {row}"
 
 
-def _residuals(context: StageContext, row: str) -> Sequence[Residual]:
+def _adapted(context: StageContext, row: str) -> tuple[Backbone, Adaptation]:
+    """Return the backbone and what adapts it, in their inference form."""
+    from grappa.adaptors import folded
     from grappa.fusion import Fusion
 
+    backbone = open_backbone(context)
     if row == "student":
-        return list(open_student(context))
+        return folded(backbone, open_student(context))
     if row in adaptor_sets(context.config):
-        return list(open_sets(context, (row,))[row])
+        return folded(backbone, open_sets(context, (row,))[row])
     sets = open_sets(context, context.config.granularities)
     fusion = Fusion(list(sets.values())) if row == "mean" else open_fusion(context, fusion_instance(row), sets)
-    return list(fusion.folded())
+    return backbone, fusion.folded()
 
 
 def _side_by_side(context: StageContext) -> str:

@@ -11,11 +11,9 @@ from pipeline.context import StageContext
 from pipeline.inputs import open_backbone, open_pixels, settle_device, settle_precision
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
 
-    from grappa.backbone import Backbone, Residual
+    from grappa.backbone import Adaptation, Backbone
     from grappa.features import Read
 
 
@@ -27,7 +25,7 @@ def run(context: StageContext) -> str:
 def extract(
     context: StageContext,
     backbone: Backbone,
-    residuals: Sequence[Residual] | None,
+    adaptation: Adaptation | None,
     file: str,
     precision: str,
     *,
@@ -62,7 +60,7 @@ def extract(
             backbone,
             cache,
             out,
-            residuals=residuals,
+            adaptation=adaptation,
             read=read or embed,
             start=start,
             batch_size=batch_size,

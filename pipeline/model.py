@@ -32,7 +32,7 @@ def run(context: StageContext) -> str:
     )
     model = load_model(context.path)
     added, last = (
-        sum(len(each.flatten()) for each in part.state_dict().values()) / 1e6 for part in (model.residuals, model.head)
+        sum(len(each.flatten()) for each in part.state_dict().values()) / 1e6 for part in (model.adaptation, model.head)
     )
     size = f"{model.embedding_dim} dimensions, {added:.2f} M weights added, {last:.2f} M in the head"
     return f"{source}: {len(sets)} adaptor sets in one model of {size}"

@@ -22,7 +22,7 @@ def run(context: StageContext) -> str:
 
     settings = context.config.student
     backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
-    teacher = list(open_fusion(context, "neighbors", sets).folded())
+    teacher = open_fusion(context, "neighbors", sets).folded()
     rows = train_rows(read_images(context.input("images")))
     views = open_views(context, settings, backbone.spec.image_size)
     with training_task(context, settings, len(rows)) as training:

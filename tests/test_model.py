@@ -40,7 +40,7 @@ def test_the_loaded_model_gives_the_trained_models_embeddings(folder: Path) -> N
     model = grappa.load_model(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["model.json", "weights.safetensors"]
     with torch.no_grad():
-        torch.testing.assert_close(model(images), embed(tiny_backbone(), images, list(_fusion())), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(images), embed(tiny_backbone(), images, _fusion()), rtol=1e-4, atol=1e-5)
     assert model(images).shape == (4, model.embedding_dim)
     torch.testing.assert_close(model(images).norm(dim=1), torch.ones(4))
 
@@ -70,8 +70,8 @@ def test_a_student_is_the_backbone_with_one_set_and_no_fusion(folder: Path) -> N
     save_model(folder, tiny_backbone(), {"student": student}, None, cache_size=40)
     model = grappa.load_model(folder)
     with torch.no_grad():
-        torch.testing.assert_close(model(images), embed(tiny_backbone(), images, list(student)))
-    assert sum(each.numel() for each in model.residuals.parameters()) == sum(e.numel() for e in student.parameters())
+        torch.testing.assert_close(model(images), embed(tiny_backbone(), images, student))
+    assert sum(each.numel() for each in model.adaptation.parameters()) == sum(e.numel() for e in student.parameters())
     with pytest.raises(ValueError, match="found 2 adaptor sets and no fusion"):
         save_model(folder, tiny_backbone(), {"a": student, "b": student}, None, cache_size=40)
 
@@ -79,7 +79,7 @@ def test_a_student_is_the_backbone_with_one_set_and_no_fusion(folder: Path) -> N
 def test_preprocessing_an_image_gives_the_pipelines_embedding(folder: Path, tmp_path: Path) -> None:
     cache, model = tiny_cache(tmp_path / "pixels", 5), grappa.load_model(folder)
     out = np.empty((5, 32), np.float32)
-    extract_features(model.backbone, cache, out, residuals=list(model.residuals), batch_size=2)
+    extract_features(model.backbone, cache, out, adaptation=model.adaptation, batch_size=2)
     inputs = torch.stack([model.preprocess(Image.fromarray(np.array(cache.image(row)))) for row in range(5)])
     torch.testing.assert_close(model(inputs), torch.from_numpy(out), rtol=1e-5, atol=1e-6)
 
@@ -117,7 +117,7 @@ def test_damaged_model_folders_are_refused_in_one_sentence(folder: Path, tmp_pat
         grappa.load_model(folder)
 
 
-def test_residuals_follow_the_backbone_to_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_adaptation_follows_the_backbone_to_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[torch.device] = []
     real = torch.nn.Module.to
 
@@ -127,8 +127,8 @@ def test_residuals_follow_the_backbone_to_its_device(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(torch.nn.Module, "to", spy)
     cache, out = tiny_cache(tmp_path / "pixels", 2), np.empty((2, 32), np.float32)
-    extract_features(tiny_backbone(), cache, out, residuals=list(tiny_set(0)))
-    assert len(moved) == 3, "the backbone and the residuals of its two blocks"
+    extract_features(tiny_backbone(), cache, out, adaptation=tiny_set(0))
+    assert len(moved) == 2, "the backbone and what adapts it"
 
 
 @pytest.mark.gpu
@@ -138,6 +138,6 @@ def test_a_gpu_gives_the_same_embeddings(tmp_path: Path) -> None:
         np.empty((6, 32), np.float32),
         np.empty((6, 32), np.float32),
     )
-    extract_features(tiny_backbone(), cache, on_cpu, residuals=list(_fusion().folded()))
-    extract_features(tiny_backbone(), cache, on_gpu, residuals=list(_fusion().folded()), device=torch.device("cuda"))
+    extract_features(tiny_backbone(), cache, on_cpu, adaptation=_fusion().folded())
+    extract_features(tiny_backbone(), cache, on_gpu, adaptation=_fusion().folded(), device=torch.device("cuda"))
     np.testing.assert_allclose(on_gpu, on_cpu, atol=1e-3)

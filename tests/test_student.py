@@ -42,7 +42,7 @@ def _train(views: Views, run: Run, *, num_epochs: int = 20) -> tuple[AdaptorSet,
     backbone = tiny_backbone()
     return train_student(
         backbone,
-        list(_teacher().folded()),
+        _teacher().folded(),
         views,
         ROWS,
         start=new_student(backbone, 4, seed=0),
@@ -57,7 +57,7 @@ def _similarity(views: Views, student: AdaptorSet) -> float:
     backbone = tiny_backbone()
     images = normalize(eval_batch(views.cache, np.arange(16), image_size=32, crop_fraction=1.0), HALF, HALF)
     with torch.no_grad():
-        mine, wanted = (embed(backbone, images, list(each)) for each in (student, _teacher()))
+        mine, wanted = (embed(backbone, images, each) for each in (student, _teacher()))
     return float((mine * wanted).sum(1).mean())
 
 
@@ -66,7 +66,7 @@ def test_a_new_student_is_the_backbone_and_a_trained_one_is_near_its_teacher(vie
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(
-            embed(tiny_backbone(), images, list(untrained)), embed(tiny_backbone(), images), rtol=0, atol=0
+            embed(tiny_backbone(), images, untrained), embed(tiny_backbone(), images), rtol=0, atol=0
         )
     student, result = _train(views, Run(CPU, "float32"))
     before, after = _similarity(views, untrained), _similarity(views, student)
@@ -82,7 +82,7 @@ def test_the_teacher_is_not_changed_and_gets_no_gradient(views: Views) -> None:
     backbone = tiny_backbone()
     train_student(
         backbone,
-        list(teacher),
+        teacher,
         views,
         ROWS,
         start=new_student(backbone, 4, seed=0),

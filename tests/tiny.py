@@ -36,7 +36,7 @@ def tiny_set(seed: int, *, trained: bool = True) -> AdaptorSet:
     adaptors = AdaptorSet(2, 32, 4, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     if trained:
-        for adaptor in adaptors:
+        for adaptor in adaptors.outputs:
             torch.nn.init.normal_(adaptor.up.weight, std=0.5, generator=generator)
     return adaptors.requires_grad_(False)
 

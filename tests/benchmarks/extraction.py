@@ -76,7 +76,7 @@ def class_token_only(options: Options) -> Iterator[Pair]:
             found[name] = embed(backbone, images)
 
     def whole() -> None:
-        with mock.patch.object(grappa.backbone, "can_skip_patches", return_value=False):
+        with mock.patch.object(grappa.backbone, "is_plain", return_value=False):
             run("peer")
 
     def check() -> tuple[bool, str]:

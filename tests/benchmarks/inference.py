@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grappa.adaptors import AdaptorSet
-from grappa.backbone import Backbone, embed
+from grappa.backbone import Adaptation, Backbone, embed
 from grappa.fusion import Fusion
 from grappa.transforms import normalize
 from tests.benchmarks import data
@@ -48,19 +49,19 @@ def _fusion(backbone: Backbone) -> Fusion:
 
 def _filled(backbone: Backbone, seed: int) -> AdaptorSet:
     adaptors = AdaptorSet(backbone.num_blocks, backbone.width, BOTTLENECK, seed=seed).requires_grad_(False)
-    for adaptor in adaptors:
+    for adaptor in adaptors.outputs:
         nn.init.normal_(adaptor.up.weight, std=0.02)  # type: ignore[union-attr, arg-type]
     return adaptors
 
 
 def _side(
-    backbone: Backbone, images: Tensor, residuals: Sequence[Any] | None, found: dict[str, Tensor], options: Options
+    backbone: Backbone, images: Tensor, adaptation: Adaptation | None, found: dict[str, Tensor], options: Options
 ) -> Side:
-    name = "plain" if residuals is None else type(residuals[0]).__name__
+    name = "plain" if adaptation is None else type(adaptation.outputs[0]).__name__
 
     def run() -> None:
         with torch.inference_mode():
-            found[name] = embed(backbone, images, residuals)
+            found[name] = embed(backbone, images, adaptation)
 
     return seconds(run, options)
 
@@ -69,9 +70,9 @@ def _side(
 def fused_to_plain(options: Options) -> Iterator[Pair]:
     """The folded fusion of eight sets in every block against the backbone without."""
     backbone, images = _start(options)
-    residuals, found = list(_fusion(backbone).folded()), dict[str, Tensor]()
+    adaptation, found = _fusion(backbone).folded(), dict[str, Tensor]()
     yield Pair(
-        *(_side(backbone, images, each, found, options) for each in (residuals, None)), _setup(backbone), repeats=9
+        *(_side(backbone, images, each, found, options) for each in (adaptation, None)), _setup(backbone), repeats=9
     )
 
 
@@ -80,8 +81,8 @@ def fused_to_naive(options: Options) -> Iterator[Pair]:
     """The folded fusion against AdapterFusion as it is written."""
     backbone, images = _start(options)
     fusion, found = _fusion(backbone), dict[str, Tensor]()
-    naive = [PlainFusionLayer(layer) for layer in fusion]
-    sides = [_side(backbone, images, each, found, options) for each in (list(fusion.folded()), naive)]
+    naive = SimpleNamespace(outputs=[PlainFusionLayer(layer) for layer in fusion.outputs], in_context=())
+    sides = [_side(backbone, images, each, found, options) for each in (fusion.folded(), naive)]
 
     def check() -> tuple[bool, str]:
         away = float((found["FoldedFusionLayer"] - found["PlainFusionLayer"]).abs().max())
@@ -94,9 +95,9 @@ def fused_to_naive(options: Options) -> Iterator[Pair]:
 def one_set_to_plain(options: Options) -> Iterator[Pair]:
     """One adaptor set in every block, as a bottleneck student has, against the backbone without."""
     backbone, images = _start(options)
-    residuals, found = list(_filled(backbone, 0)), dict[str, Tensor]()
+    adaptation, found = _filled(backbone, 0), dict[str, Tensor]()
     yield Pair(
-        *(_side(backbone, images, each, found, options) for each in (residuals, None)), _setup(backbone), repeats=9
+        *(_side(backbone, images, each, found, options) for each in (adaptation, None)), _setup(backbone), repeats=9
     )
 
 

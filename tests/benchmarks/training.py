@@ -126,7 +126,7 @@ def _training_step(options: Options, whole: bool, *, fused: bool = False) -> Sid
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
-        embeddings = backbone(images, None if whole else list(adaptors))  # type: ignore[arg-type]
+        embeddings = backbone(images, None if whole else adaptors)
         norm_softmax(embeddings, proxies, labels, temperature=TEMPERATURE).backward()
         optimizer.step()
 

@@ -1,7 +1,8 @@
-"""The last block for the class token alone equals the whole block, value and gradient."""
+"""A block for the class token alone, or with adapted queries and keys, equals the whole block, value and gradient."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from tiny import HALF, OPTIONS, tiny_backbone, tiny_set
 
 from grappa.backbone import BackboneSpec, build_backbone
-from grappa.class_token import can_skip_patches, class_token
+from grappa.block import is_plain, run_block
 
 HIDDEN = torch.randn(3, 17, 32, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -22,8 +23,8 @@ def test_it_equals_the_whole_block(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     backbone = build_backbone(BackboneSpec("vit_tiny_patch16_224", 32, 1.0, HALF, HALF, {**OPTIONS, **options}))
     block = backbone.vit.blocks[-1]
-    assert can_skip_patches(block)
-    torch.testing.assert_close(class_token(block, HIDDEN), block(HIDDEN)[:, :1], rtol=1e-5, atol=1e-6)
+    assert is_plain(block)
+    torch.testing.assert_close(run_block(block, HIDDEN, class_token=True), block(HIDDEN)[:, :1], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(backbone(IMAGES), backbone.vit(IMAGES), rtol=1e-5, atol=1e-6)
 
 
@@ -34,7 +35,7 @@ def test_adaptors_get_the_same_gradients() -> None:
         if not skip:
             type(backbone.vit.blocks[-1]).__name__ = "Whole"
         try:
-            backbone(IMAGES, list(adaptors)).square().sum().backward()
+            backbone(IMAGES, adaptors).square().sum().backward()
         finally:
             type(backbone.vit.blocks[-1]).__name__ = "Block"
         grads.append([parameter.grad for parameter in adaptors.parameters()])
@@ -44,7 +45,21 @@ def test_adaptors_get_the_same_gradients() -> None:
 
 def test_other_blocks_are_run_whole() -> None:
     spec = BackboneSpec("vit_small_patch16_36x1_224", 32, 1.0, HALF, HALF, {"depth": 2})
-    assert can_skip_patches(build_backbone(spec).vit.blocks[-1])
+    assert is_plain(build_backbone(spec).vit.blocks[-1])
     parallel = build_backbone(BackboneSpec("vit_small_patch16_18x2_224", 32, 1.0, HALF, HALF, {"depth": 2}))
-    assert not can_skip_patches(parallel.vit.blocks[-1])
+    assert not is_plain(parallel.vit.blocks[-1])
     torch.testing.assert_close(parallel(IMAGES), parallel.vit(IMAGES))
+
+
+def test_adapted_queries_and_keys_equal_those_of_changed_weights() -> None:
+    block = tiny_backbone().vit.blocks[0]
+    update = torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
+    for fused in (True, False):
+        block.attn.fused_attn = fused
+        found = run_block(block, HIDDEN, lambda normed: normed @ update.T)
+        only = run_block(block, HIDDEN, lambda normed: normed @ update.T, class_token=True)
+        changed = deepcopy(block)
+        changed.attn.qkv.weight.data[:64] += update
+        torch.testing.assert_close(found, changed(HIDDEN), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(only, changed(HIDDEN)[:, :1], rtol=1e-4, atol=1e-5)
+        assert (found - block(HIDDEN)).abs().max() > 0.01

@@ -1,0 +1,68 @@
+"""A block of the backbone, where it is not simply run: for the class token alone, or with adapted queries and keys.
+
+The first is exact, since an embedding reads nothing else of the last block.
+
+Shapes: B batch, T tokens, D width, H heads, E width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def is_plain(block: nn.Module) -> bool:
+    """Tell whether ``block`` is timm's plain pre-norm block with its plain attention, which this module knows."""
+    attention = getattr(block, "attn", None)
+    plain = (type(block).__name__, type(attention).__name__) == ("Block", "Attention")
+    return plain and getattr(attention, "gate", None) is None
+
+
+def run_block(
+    block: Any, hidden_BTD: Tensor, in_context: Callable[[Tensor], Tensor] | None = None, *, class_token: bool = False
+) -> Tensor:
+    """Return what ``block(hidden_BTD)`` is, (B, T, D), with its queries and keys adapted.
+
+    Args:
+        block: one for which ``is_plain`` holds.
+        in_context: from the block's normed input (B, T, D) to what is added to its queries and keys, (B, T, 2 D).
+        class_token: the value for the first token only, (B, 1, D): keys and values of all tokens, all the rest for one.
+    """
+    kept = hidden_BTD[:, :1] if class_token else hidden_BTD
+    normed_BTD = block.norm1(hidden_BTD)
+    added = None if in_context is None else in_context(normed_BTD)
+    kept = kept + block.drop_path1(block.ls1(_attend(block.attn, normed_BTD, added, class_token=class_token)))
+    out: Tensor = kept + block.drop_path2(block.ls2(block.mlp(block.norm2(kept))))
+    return out
+
+
+def _attend(attention: Any, normed_BTD: Tensor, added: Tensor | None, *, class_token: bool) -> Tensor:
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    width = weight.shape[0] // 3
+    asking = normed_BTD[:, :1] if class_token else normed_BTD
+    query = F.linear(asking, weight[:width], None if bias is None else bias[:width])
+    both = F.linear(normed_BTD, weight[width:], None if bias is None else bias[width:])
+    keys, values = both.chunk(2, dim=-1)
+    if added is not None:
+        to_query, to_keys = added.chunk(2, dim=-1)
+        query, keys = query + to_query[:, : query.shape[1]], keys + to_keys
+    query_BHTE, keys_BHTE = attention.q_norm(_heads(attention, query)), attention.k_norm(_heads(attention, keys))
+    mixed = _mix(attention, query_BHTE, keys_BHTE, _heads(attention, values)).transpose(1, 2).flatten(2)
+    mixed = attention.norm(mixed) if hasattr(attention, "norm") else mixed
+    out: Tensor = attention.proj_drop(attention.proj(mixed))
+    return out
+
+
+def _mix(attention: Any, query_BHTE: Tensor, keys_BHTE: Tensor, values_BHTE: Tensor) -> Tensor:
+    """One query has nothing to gain from the fused kernel; for all tokens the backbone says which (``on``)."""
+    if attention.fused_attn and query_BHTE.shape[2] > 1:
+        return F.scaled_dot_product_attention(query_BHTE, keys_BHTE, values_BHTE)
+    shares = (query_BHTE * attention.scale @ keys_BHTE.transpose(-2, -1)).softmax(dim=-1)
+    return shares @ values_BHTE
+
+
+def _heads(attention: Any, projected: Tensor) -> Tensor:
+    return projected.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
