@@ -6,27 +6,20 @@ Shapes: B batch, T tokens, D width, S image side.
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grappa.block import is_plain, run_block
+from grappa.weights import BackboneError, import_timm, load_state, read_state_dict
 
 Residual = Callable[[Tensor], Tensor]
 Residuals = Sequence[Residual] | nn.ModuleList
-_shim: list[torch.library.Library] = []
-
-
-class BackboneError(ValueError):
-    """A backbone that cannot be built or weights that do not fit; the sentence says what to do."""
 
 
 class Adaptation(Protocol):
@@ -136,24 +129,6 @@ def embed(backbone: Backbone, images: Tensor, adaptation: Adaptation | None = No
     return F.normalize(backbone(images, adaptation).float(), dim=-1)
 
 
-def import_timm() -> Any:
-    """Import timm, also where a CPU-only torch stands beside a CUDA-built torchvision.
-
-    There torchvision's compiled operators do not load and its import fails on the missing schema of ``nms``; declaring
-    the two schemas is enough for all that timm needs. Where torchvision loads, this does nothing.
-    """
-    try:
-        return importlib.import_module("timm")
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _shim.append(library)
-    return importlib.import_module("timm")
-
-
 def build_backbone(spec: BackboneSpec) -> Backbone:
     """Build the architecture with random weights; no file and no network is touched."""
     vit = _create(spec.name, spec.image_size, spec.options, pretrained=False)
@@ -188,50 +163,6 @@ def load_backbone(
     backbone = build_backbone(spec)
     load_state(backbone.vit, read_state_dict(weights), source=str(weights))
     return backbone
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from safetensors or a torch file, never unpickling code; float32 tensors, timm's names."""
-    if not path.is_file():
-        raise BackboneError(f"backbone.weights names {path}, which is no file; give an existing file")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except SafetensorError as error:
-        raise BackboneError(f"{path} is no readable safetensors file ({error}); give whole weights") from error
-    except Exception as error:  # torch raises many kinds here; all mean the same to a user
-        raise BackboneError(
-            f"{path} is no plain state dict that can be read without running code; save it as safetensors"
-        ) from error
-    return {_timm_key(key): value.float() for key, value in _innermost(state, path).items()}
-
-
-def load_state(vit: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Load a state dict into a VisionTransformer; a head is ignored, positions are resampled, all else must fit."""
-    wanted = vit.state_dict()
-    given = {key: value for key, value in state.items() if key in wanted or not _is_head(key)}
-    if "pos_embed" in given and given["pos_embed"].shape != wanted["pos_embed"].shape:
-        given["pos_embed"] = _resample_positions(vit, given["pos_embed"], source)
-    missing, unknown = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
-    wrong = [key for key in wanted if key in given and wanted[key].shape != given[key].shape]
-    if missing or unknown or wrong:
-        raise BackboneError(_misfit(source, missing, unknown, wrong, given, wanted))
-    vit.load_state_dict(dict(given), strict=True)
-
-
-def _misfit(
-    source: str,
-    missing: list[str],
-    unknown: list[str],
-    wrong: list[str],
-    given: Mapping[str, Tensor],
-    wanted: Mapping[str, Tensor],
-) -> str:
-    parts = [f"{len(missing)} tensors missing (first: {missing[0]})"] if missing else []
-    parts += [f"{len(unknown)} unknown (first: {unknown[0]})"] if unknown else []
-    parts += [f"{k} is {tuple(given[k].shape)} instead of {tuple(wanted[k].shape)}" for k in wrong[:1]]
-    return (
-        f"the weights in {source} do not fit backbone.name: {'; '.join(parts)}; set the name and options they belong to"
-    )
 
 
 def _resolve_spec(
@@ -292,37 +223,3 @@ def _from_hub(spec: BackboneSpec) -> nn.Module:
             f"the pretrained weights of {spec.name!r} could not be had from the hub ({type(error).__name__}); "
             "give a local file with --set backbone.weights=FILE"
         ) from error
-
-
-def _innermost(state: Any, path: Path) -> dict[str, Tensor]:
-    for name in ("teacher", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(name), dict):
-            state = state[name]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise BackboneError(f"{path} holds no state dict (names with tensors); give such a file")
-    return state
-
-
-def _timm_key(key: str) -> str:
-    for prefix in ("module.", "backbone.", "vit."):
-        key = key.removeprefix(prefix)
-    return key
-
-
-def _is_head(key: str) -> bool:
-    return key.split(".")[0] in {"head", "head_dist", "pre_logits", "fc", "mask_token"}
-
-
-def _resample_positions(vit: nn.Module, positions: Tensor, source: str) -> Tensor:
-    timm = import_timm()
-    model: Any = vit
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    side = (positions.shape[1] - prefix) ** 0.5
-    if positions.ndim != 3 or positions.shape[2] != model.embed_dim:
-        return positions
-    if side != int(side):
-        raise BackboneError(f"the positions in {source} have shape {tuple(positions.shape)}, which is no square grid")
-    resampled: Tensor = timm.layers.resample_abs_pos_embed(
-        positions, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=prefix
-    )
-    return resampled

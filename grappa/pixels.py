@@ -14,7 +14,7 @@ import resource
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,16 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class ImageRows(Protocol):
+    """Images by row of the image table: a pixel cache, or what is made of one at every access."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, row: int) -> NDArray[np.uint8]:
+        """Return the image of a row, (H, W, 3) uint8."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from grappa import losses
 from grappa.adaptors import AdaptorSet
 from grappa.backbone import Adaptation, Backbone, embed
+from grappa.batches import BatchOrder, Rows, Run, Views
 from grappa.devices import autocast
 from grappa.fitting import FitResult, Group, Optimization, fit
 from grappa.randomness import key, shuffled
-from grappa.training import BatchOrder, Rows, Run, Views
 from grappa.transforms import eval_batch, normalize
 
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from grappa.pixels import PixelCache
+from grappa.pixels import ImageRows
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
@@ -71,7 +71,7 @@ def eval_crop(image: Pixels, *, image_size: int, crop_fraction: float) -> Pixels
 
 
 def eval_batch(
-    cache: PixelCache,
+    cache: ImageRows,
     rows: Rows,
     *,
     image_size: int,
@@ -91,7 +91,7 @@ def eval_batch(
 
 
 def train_batch(
-    cache: PixelCache,
+    cache: ImageRows,
     rows: Rows,
     uniforms: Floats,
     *,

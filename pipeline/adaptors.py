@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from grappa.adaptors import AdaptorSet
+    from grappa.backbone import Backbone
+    from grappa.batches import Run
     from grappa.fitting import FitResult, Optimization
     from grappa.targets import Targets
-    from grappa.training import Run
 
 
 def run(context: StageContext) -> str:
-    from grappa.training import train_adaptor_set
+    from grappa.training import SetLoss, train_adaptor_set
 
     settings, backbone = context.config.adaptors, open_backbone(context)
     rows, targets, what = _targets(context)
@@ -41,8 +43,8 @@ def run(context: StageContext) -> str:
             rows,
             targets,
             name=str(context.instance),
-            bottleneck_dim=settings.bottleneck_dim,
-            temperature=settings.temperature,
+            start=_start(context, backbone),
+            set_loss=SetLoss(temperature=settings.temperature),
             proxy_learning_rate=settings.proxy_learning_rate,
             optimization=optimization(settings),
             seed=settings.seed,
@@ -54,6 +56,22 @@ def run(context: StageContext) -> str:
     write_metrics(context, result)
     last = result.metrics[-1]
     return f"{settings.num_epochs} epochs, loss {last['loss']:.3f}, {what} accuracy {last['accuracy']:.1%}"
+
+
+def _start(context: StageContext, backbone: Backbone) -> AdaptorSet:
+    from grappa.training import new_set
+
+    settings = context.config.adaptors
+    bottleneck_dim, rank = set_sizes(settings, backbone.width)
+    return new_set(backbone, bottleneck_dim, in_context_rank=rank, name=str(context.instance), seed=settings.seed)
+
+
+def set_sizes(settings: Any, width: int) -> tuple[int, int]:
+    """Return bottleneck and in-context rank of a set on a backbone of a width; 0 for what its kind has not."""
+    from grappa import adaptors
+
+    rank = adaptors.automatic_rank(width) if settings.in_context_rank == "auto" else settings.in_context_rank
+    return adaptors.set_sizes(settings.kind, settings.bottleneck_dim, rank)
 
 
 def _targets(context: StageContext) -> tuple[NDArray[np.int64], list[Targets], str]:
@@ -115,7 +133,7 @@ def optimization(settings: Any) -> Optimization:
 @contextmanager
 def training_task(context: StageContext, settings: Any, num_train: int, unit: str = "images") -> Iterator[Run]:
     """Yield where a training runs, its checkpoint and its progress; an epoch is whole batches, the rest is left out."""
-    from grappa.training import Run
+    from grappa.batches import Run
 
     device = settle_device(context)
     precision = settle_precision(context, settings.precision, device)

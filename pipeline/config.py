@@ -6,12 +6,9 @@ that list it in ``pipeline.stages``.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -21,141 +18,33 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.config_sections import (
+    Backbone,
+    Clusters,
+    Features,
+    Fraction,
+    Images,
+    Neighbors,
+    Precision,
+    Section,
+    provenance,
+)
+from pipeline.config_training import Adaptors, Augmented, Fusion, Student
+
+__all__ = [
+    "Adaptors",
+    "Augmented",
+    "Backbone",
+    "Clusters",
+    "Features",
+    "Fusion",
+    "Images",
+    "Neighbors",
+    "Section",
+    "Student",
+]
+
 ExtraRow = Literal["concat", "multi_head", "supervised"]
-Precision = Literal["auto", "float32", "bfloat16"]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-CropFraction = Annotated[float, Field(gt=0.0, le=1.0)]
-Triple = tuple[float, float, float]
-PositiveTriple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-
-
-class Section(BaseModel):
-    """A frozen group of fields; unknown fields are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def provenance(default: Any, description: str) -> Any:
-    """Return a field that is written down but is no part of any recipe."""
-    return Field(default=default, description=description, json_schema_extra={"identity": False})
-
-
-class Images(Section):
-    sources: tuple[str, ...] = provenance((), "folders (DOMAIN/...) or tables (.csv, .parquet) of images")
-    cache_size: PositiveInt = Field(256, description="pixels of the shorter side kept in the pixel cache")
-    max_rejected: Fraction = provenance(0.05, "share of unreadable files above which the stage stops")
-    max_pixels: PositiveInt = Field(100_000_000, description="a larger image is refused as a decompression bomb")
-    shard_size: PositiveInt = Field(1024, description="images a file of the pixel cache; the unit of resuming")
-
-
-class Backbone(Section):
-    name: str = Field("vit_small_patch16_224.dino", description="a timm VisionTransformer with a class token")
-    weights: str | None = provenance(None, "a .safetensors file or a state dict; null: the hub's weights")
-    image_size: PositiveInt | None = Field(None, description="pixels of the square input; null: the model's own")
-    crop_fraction: CropFraction | None = Field(
-        None, description="share of the shorter side seen; null: the model's own"
-    )
-    mean: Triple | None = Field(None, description="channel means of the input, 0-1; null: the model's own")
-    std: PositiveTriple | None = Field(None, description="channel deviations of the input, 0-1; null: the model's own")
-    options: dict[str, bool | int | float | str] = Field(
-        default_factory=dict, description="further arguments for timm.create_model, such as {depth: 6}"
-    )
-
-
-class Features(Section):
-    precision: Precision = Field("auto", description="auto: bfloat16 where the device has it in hardware")
-
-
-class Neighbors(Section):
-    num_neighbors: PositiveInt = Field(10, description="nearest train images kept for each image")
-
-
-class Clusters(Section):
-    num_clusters: str | tuple[PositiveInt, ...] = Field(
-        "auto", description="the pseudo-granularities; auto: 4 (auto:7: 7) geometric values, N/64 to N/3 of N images"
-    )
-    num_iterations: PositiveInt = Field(20, description="iterations of spherical k-means")
-    seed: NonNegativeInt = Field(0, description="seed of the initial centroids")
-
-    @field_validator("num_clusters")
-    @classmethod
-    def _ascending(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
-        if isinstance(value, str):
-            if not re.fullmatch(r"auto(:([1-9]|1[0-6]))?", value):
-                raise ValueError(f"found {value!r}; give auto, auto:7 (any number up to 16) or numbers as [64, 512]")
-            return value
-        if not value or min(value) < 2 or len(set(value)) != len(value):
-            raise ValueError(f"found {list(value)}; give one or more different numbers, each at least 2")
-        return tuple(sorted(value))
-
-
-class Augmented(Section):
-    """Views shared by the two training stages; every draw belongs to (seed, stage, instance, epoch, image_id)."""
-
-    min_crop: CropFraction = Field(0.6, description="smallest side of a training crop, as a share of the shorter side")
-    flip: Fraction = Field(0.5, description="chance of a mirrored view")
-    brightness: Fraction = Field(0.3, description="strength of the brightness change")
-    contrast: Fraction = Field(0.3, description="strength of the contrast change")
-    saturation: Fraction = Field(0.3, description="strength of the saturation change")
-    grayscale: Fraction = Field(0.05, description="chance of a grey view")
-
-
-class Trained(Augmented):
-    """What every training has, AdamW under a warmed-up cosine schedule."""
-
-    num_epochs: PositiveInt = Field(4, description="passes over the train images")
-    batch_size: PositiveInt = Field(64, description="images (fusion: pairs) a step")
-    learning_rate: PositiveFloat = Field(1e-3, description="peak of the cosine schedule")
-    weight_decay: NonNegativeFloat = Field(1e-2, description="AdamW's weight decay on what is trained but the proxies")
-    warmup: Fraction = Field(0.1, description="share of the steps in which the rate rises linearly")
-    seed: NonNegativeInt = Field(0, description="seed of initial weights, order, partners and views")
-    precision: Precision = Field("auto", description="auto: bfloat16 autocast where the device has it in hardware")
-
-
-class Adaptors(Trained):
-    bottleneck_dim: PositiveInt = Field(48, description="width of an adaptor's bottleneck")
-    proxy_learning_rate: PositiveFloat = Field(1e-3, description="peak of the class proxies' cosine schedule")
-    temperature: PositiveFloat = Field(0.05, description="tau of the normalised softmax")
-
-
-class Fusion(Trained):
-    pairs: tuple[Literal["neighbors", "views"], ...] = provenance(
-        ("neighbors",), "the fusions to train: neighbors, and for the ablation views (two views of one image)"
-    )
-    attention_loss: Literal["mutual_information", "swapped", "none"] = Field(
-        "mutual_information", description="how a pair's granularity attentions are led to agree (see grappa.losses)"
-    )
-    marginal_weight: NonNegativeFloat = Field(
-        1.0, description="mutual_information: weight of the mean attention's entropy (keeps all sets in use)"
-    )
-    sharpness: PositiveFloat = Field(2.0, description="swapped: power by which the partner's attention is sharpened")
-    barlow_weight: NonNegativeFloat = Field(0.0, description="weight of Barlow Twins on the pair's fused embeddings")
-    barlow_off_diagonal: NonNegativeFloat = Field(3.9e-3, description="Barlow Twins' weight of the off-diagonal terms")
-    attention_level: Literal["token", "cls"] = Field(
-        "token", description="one attention a token, or the CLS token's for all"
-    )
-    attention_temperature: PositiveFloat = Field(1.0, description="the attention's logits are divided by it")
-    initial_std: PositiveFloat = Field(
-        0.02, description="spread of the keys' start; breaks the symmetry of equal attention"
-    )
-    num_epochs: PositiveInt = Field(2, description="passes over the train images")
-    weight_decay: NonNegativeFloat = Field(1e-4, description="AdamW's weight decay")
-    num_neighbors: PositiveInt = Field(5, description="a pair's second image is one of so many nearest neighbours")
-
-    @field_validator("pairs")
-    @classmethod
-    def _with_neighbors(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if "neighbors" not in value or len(set(value)) != len(value):
-            raise ValueError(f"found {list(value)}; give [neighbors] or [neighbors, views]")
-        return value
-
-
-class Student(Trained):
-    bottleneck_dim: PositiveInt = Field(48, description="width of the one set's bottleneck")
-    temperature: PositiveFloat = Field(0.1, description="tau of the similarities to the bank of reference images")
-    softening: PositiveFloat = Field(2.0, description="T by which tau is multiplied on both sides (Hinton)")
-    cosine_weight: NonNegativeFloat = Field(1.0, description="weight of the distance to the teacher's embedding")
-    bank_size: PositiveInt = Field(1024, description="train images that serve as the bank, at most")
 
 
 class Embeddings(Section):
@@ -182,8 +71,10 @@ class Heads(Section):
 
 
 class Model(Section):
-    source: Literal["fused", "student"] = provenance(
-        "fused", "the model that is deployed, indexed and searched: fused, or the student (one set, nearly as fast)"
+    source: Literal["fused", "student", "single"] = provenance(
+        "fused",
+        "what is deployed, indexed and searched: the fused sets; the student (one set, nearly as fast); single: the "
+        "only set there is, neither fusion nor student is trained",
     )
 
 
@@ -245,9 +136,29 @@ class Config(Section):
             raise ValueError("fusion.attention_loss is none and fusion.barlow_weight 0: nothing to train; set one")
         return self
 
+    @model_validator(mode="after")
+    def _has_one_set(self) -> Config:
+        if self.adaptors.supervision == "labels" and self.model.source != "single":
+            raise ValueError(
+                f"adaptors.supervision is labels, which makes one adaptor set, and model.source {self.model.source}; "
+                "set model.source=single"
+            )
+        if self.model.source != "single":
+            return self
+        needless = [name for name in ("concat", "multi_head") if name in self.evaluation.extra_rows]
+        if needless or "views" in self.fusion.pairs:
+            what = f"evaluation.extra_rows asks for {needless[0]}" if needless else "fusion.pairs asks for views"
+            raise ValueError(f"model.source is single, but {what}, which several sets have; leave it out")
+        values = self.clusters.num_clusters
+        if self.adaptors.supervision == "labels" or values == "auto:1" or (values != "auto" and len(values) == 1):
+            return self
+        raise ValueError(f"model.source is single, but clusters.num_clusters is {values}; give one number, or auto:1")
+
     @property
     def granularities(self) -> tuple[str, ...]:
-        """The names of the pseudo-granularities, ordered by number."""
+        """The names of the pseudo-granularities, ordered by number; none where labels take their place."""
+        if self.adaptors.supervision == "labels":
+            return ()
         if isinstance(self.clusters.num_clusters, str):
             found = self.clusters.num_clusters
             raise ValueError(f"clusters.num_clusters is still `{found}`; `grappa init RUN` resolves it")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.context import StageContext
 from pipeline.inputs import read_images, test_rows
-from pipeline.stages import evaluated_rows
+from pipeline.stages import deployed_row, evaluated_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,7 @@ def run(context: StageContext) -> str:
     if not num_labeled:
         return "no test image has a label: only the reciprocity of neighbours is told (model and index are complete)"
     where = "transductive: no image is split, all rows are both" if transductive else "test rows"
-    return f"{_headline(metrics)} ({where}, {num_labeled} of {len(rows)} labeled)"
+    return f"{_headline(metrics, deployed_row(context.config))} ({where}, {num_labeled} of {len(rows)} labeled)"
 
 
 def _evaluate_all(
@@ -68,6 +68,8 @@ def _evaluate_all(
                 parts.append(table.assign(model=name, gallery=gallery))
                 advance(1)
     per_query = pd.concat(parts, ignore_index=True)
+    if context.config.model.source == "single":
+        return per_query
     return pd.concat([per_query, oracle(per_query, list(context.config.granularities))], ignore_index=True)
 
 
@@ -117,10 +119,9 @@ def _write(context: StageContext, per_query: pd.DataFrame, reciprocity: pd.DataF
     return metrics
 
 
-def _headline(metrics: pd.DataFrame) -> str:
+def _headline(metrics: pd.DataFrame, deployed: str) -> str:
     means = metrics[(metrics["domain"] == "_mean") & (metrics["gallery"] == "domain")].set_index("model")["map"]
     free = max(means[name] for name in ("zero_shot", "zero_shot_whitened", "zero_shot_head") if name in means)
-    return (
-        f"mean mAP {means['zero_shot']:.3f} zero-shot, {free:.3f} the best free competitor, "
-        f"{means['mean']:.3f} mean over sets, {means['fused']:.3f} fused"
-    )
+    ours = (row for row in ("mean", "fused", deployed) if row in means)
+    found = ", ".join(f"{means[row]:.3f} {row}" for row in dict.fromkeys(ours))
+    return f"mean mAP {means['zero_shot']:.3f} zero_shot, {free:.3f} the best free competitor, {found}"

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from grappa.training import PropagationLoss
+    from grappa.fusion_training import PropagationLoss
 
 
 def run(context: StageContext) -> str:
-    from grappa.training import train_fusion
+    from grappa.fusion_training import train_fusion
 
     settings = context.config.fusion
     backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
@@ -62,7 +62,7 @@ def _partners(context: StageContext, rows: NDArray[np.int64]) -> NDArray[np.int6
 
 
 def _propagation(settings: Any) -> PropagationLoss:
-    from grappa.training import PropagationLoss
+    from grappa.fusion_training import PropagationLoss
 
     return PropagationLoss(
         attention=settings.attention_loss,

@@ -1,9 +1,10 @@
-"""Stage ``index``: the searchable index over the fused embeddings, with their head."""
+"""Stage ``index``: the searchable index over the embeddings of the deployed model, with their head."""
 
 from __future__ import annotations
 
 from pipeline.context import StageContext
 from pipeline.inputs import chosen_rows, read_images
+from pipeline.stages import deployed_row
 
 
 def run(context: StageContext) -> str:
@@ -15,7 +16,7 @@ def run(context: StageContext) -> str:
     settings, images = context.config.index, read_images(context.input("images"))
     rows = chosen_rows(images, settings.rows)
     embeddings = np.load(
-        context.input("heads", context.config.model.source) / "embeddings.npy", mmap_mode="r", allow_pickle=False
+        context.input("heads", deployed_row(context.config)) / "embeddings.npy", mmap_mode="r", allow_pickle=False
     )
     context.need_memory(memory.index(len(rows), embeddings.shape[1]))
     ids = images["image_id"].iloc[rows].tolist()

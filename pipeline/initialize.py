@@ -21,6 +21,7 @@ from pipeline.config_file import (
     recipe_path,
 )
 from pipeline.sources import list_sources, publish_listing, published_listing
+from pipeline.stages import adaptor_sets
 from pipeline.status import read_config, states
 from pipeline.storage import atomic_write_text
 from pipeline.takeover import take_over
@@ -148,12 +149,16 @@ def check_weights(config: Config, known: RunFolder | None) -> None:
         raise ConfigError(f"backbone.weights: no such file {path}; give a .safetensors file or a state dict")
 
 
+_ASKED = "evaluation.extra_rows asks for `supervised`"
+
+
 def _check_labels(config: Config, listing: pd.DataFrame) -> None:
     """Refuse a supervised row where no train image has a label: better now than after the training of all others."""
     labeled = listing["label"].notna() & (listing["split"] != "test")
-    if "supervised" in config.evaluation.extra_rows and not labeled.any():
+    if "supervised" in adaptor_sets(config) and not labeled.any():
+        asking = "adaptors.supervision is labels" if config.adaptors.supervision == "labels" else _ASKED
         raise ConfigError(
-            "evaluation.extra_rows asks for `supervised`, but no train image has a label; give labels "
+            f"{asking}, but no train image has a label; give labels "
             "(DOMAIN/CLASS/file, or a table with the column `label`), or leave it out"
         )
 

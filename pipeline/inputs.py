@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from grappa.adaptors import AdaptorSet
     from grappa.backbone import Backbone
+    from grappa.batches import Views
     from grappa.head import Head
     from grappa.pixels import PixelCache
-    from grappa.training import Views
     from pipeline.config import Augmented
     from pipeline.context import StageContext
 
@@ -63,7 +63,8 @@ def open_pixels(context: StageContext) -> PixelCache:
 
 def open_backbone(context: StageContext) -> Backbone:
     """Return the backbone of the backbone artifact: no hub, no file outside the run."""
-    from grappa.backbone import BackboneSpec, build_backbone, load_state, read_state_dict
+    from grappa.backbone import BackboneSpec, build_backbone
+    from grappa.weights import load_state, read_state_dict
 
     folder = context.input("backbone")
     backbone = build_backbone(BackboneSpec.from_json(json.loads((folder / "backbone.json").read_text())))
@@ -94,8 +95,8 @@ def open_head(context: StageContext, row: str) -> Head:
 
 def open_views(context: StageContext, settings: Augmented, image_size: int) -> Views:
     """Return the augmented views of the cached images that a training stage draws."""
+    from grappa.batches import Views
     from grappa.randomness import id_numbers
-    from grappa.training import Views
     from grappa.transforms import Augmentation
 
     return Views(

@@ -1,6 +1,6 @@
 """Stage ``model``: the self-contained adapted model, backbone + what adapts it + head + preprocessing.
 
-What adapts it is the adaptor sets and their fusion, or the student's one set: ``model.source`` says which.
+What adapts it is the adaptor sets and their fusion, the student's one set, or the only set: ``model.source`` says.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.context import StageContext
 from pipeline.fused import open_fusion
 from pipeline.inputs import open_backbone, open_head, open_sets
+from pipeline.stages import deployed_row
 from pipeline.student import open_student
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def run(context: StageContext) -> str:
     from grappa.model import load_model, save_model
 
-    source, cache_size = context.config.model.source, context.config.images.cache_size
+    row, cache_size = deployed_row(context.config), context.config.images.cache_size
     sets, fusion = _adapted(context)
     save_model(
         context.path,
@@ -28,18 +29,21 @@ def run(context: StageContext) -> str:
         sets,
         fusion,
         cache_size=cache_size,
-        head=open_head(context, source),
+        head=open_head(context, row),
     )
     model = load_model(context.path)
     added, last = (
         sum(len(each.flatten()) for each in part.state_dict().values()) / 1e6 for part in (model.adaptation, model.head)
     )
     size = f"{model.embedding_dim} dimensions, {added:.2f} M weights added, {last:.2f} M in the head"
-    return f"{source}: {len(sets)} adaptor sets in one model of {size}"
+    return f"{row}: {len(sets)} adaptor {'set' if len(sets) == 1 else 'sets'} in one model of {size}"
 
 
 def _adapted(context: StageContext) -> tuple[dict[str, AdaptorSet], Fusion | None]:
-    if context.config.model.source == "student":
+    source, row = context.config.model.source, deployed_row(context.config)
+    if source == "student":
         return {"student": open_student(context)}, None
+    if source == "single":
+        return open_sets(context, (row,)), None
     sets = open_sets(context, context.config.granularities)
     return sets, open_fusion(context, "neighbors", sets)

@@ -79,7 +79,7 @@ def _quality_table(records: list[dict[str, str]]) -> tuple[list[str], list[list[
         ]
         for model, mean in means.items()
     ]
-    if SUPERVISED in means:
+    if SUPERVISED in means and "fused" in means:
         shares = [_gap_closed(values, gallery, domain) for gallery, domain in (*columns, ("merged", MEAN))]
         rows.append(["gap closed", *shares[:-1], "", shares[-1]])
     return ["mAP", *domains, "mean", "gain", "merged mean"], rows

@@ -48,7 +48,7 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
 
 
 def _source(folder: RunFolder) -> str:
-    """Return whose embeddings the index holds, ``fused`` or ``student``; ValueError where the model is the other."""
+    """Return whose embeddings the index holds, such as ``fused``; ValueError where the model is the other."""
     heads: dict[str, str] = {}
     for name in ("model", "index"):
         published(folder, name)

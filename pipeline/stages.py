@@ -70,17 +70,20 @@ def _granularities(config: Config) -> tuple[str | None, ...]:
 
 
 def adaptor_sets(config: Config) -> tuple[str, ...]:
-    """Return the adaptor sets that are trained: one a granularity, and the competitors that were asked for."""
-    extra = (name for name in ("multi_head", "supervised") if name in config.evaluation.extra_rows)
-    return (*config.granularities, *extra)
+    """Return the adaptor sets that are trained: one a granularity (or that of the labels), and the competitors."""
+    labels = config.adaptors.supervision == "labels" or "supervised" in config.evaluation.extra_rows
+    extra = {"multi_head": "multi_head" in config.evaluation.extra_rows, "supervised": labels}
+    return (*config.granularities, *(name for name, wanted in extra.items() if wanted))
 
 
 def embedding_rows(config: Config) -> tuple[str, ...]:
     """Return the models whose embeddings are kept.
 
     ``concat``: the granularities' embeddings side by side; ``multi_head``: one set trained on all granularities at
-    once; ``supervised``: one set trained on the train labels.
+    once; ``supervised``: one set trained on the train labels. A single set has neither mean, fusion nor student.
     """
+    if config.model.source == "single":
+        return (*FROZEN_ROWS, *adaptor_sets(config))
     views = ("fused_views",) if "views" in config.fusion.pairs else ()
     concat = ("concat",) if "concat" in config.evaluation.extra_rows else ()
     alone = adaptor_sets(config)[len(config.granularities) :]
@@ -97,16 +100,27 @@ def evaluated_rows(config: Config) -> dict[str, tuple[str, str]]:
     """Return the rows of the result table but the oracle, each with the stage and instance of its final embeddings.
 
     Adapted models are evaluated with their head. ``zero_shot_head`` is the frozen backbone with one, and ``fused_raw``
-    the fused model without: left out where no head is asked for.
+    the fused model without (of a single set that set's): left out where no head is asked for.
     """
+    raw = adaptor_sets(config)[0] if config.model.source == "single" else "fused"
     rows = {}
     for row in embedding_rows(config):
         rows[row] = ("embeddings" if row in FROZEN_ROWS else "heads", row)
         if row == "zero_shot_whitened" and config.heads.kind != "none":
             rows["zero_shot_head"] = ("heads", "zero_shot")
-        if row == "fused" and config.heads.kind != "none":
-            rows["fused_raw"] = ("embeddings", "fused")
+        if row == raw and config.heads.kind != "none":
+            rows[f"{row}_raw"] = ("embeddings", row)
     return rows
+
+
+def deployed_row(config: Config) -> str:
+    """Return the embedding row of the model that is deployed, indexed and searched."""
+    return adaptor_sets(config)[0] if config.model.source == "single" else config.model.source
+
+
+def fusions(config: Config) -> tuple[str, ...]:
+    """Return the fusions that are trained: none over a single set."""
+    return () if config.model.source == "single" else config.fusion.pairs
 
 
 def _feature_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
@@ -146,9 +160,10 @@ def _student_inputs(config: Config) -> tuple[Input, ...]:
 
 
 def _model_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
-    source = config.model.source
-    parts = _student_inputs(config) if source == "student" else _fused_inputs(config)
-    return (*parts, Input("heads", ("head.safetensors",), source))
+    row = deployed_row(config)
+    only = (Input("backbone", WEIGHTS), Input("adaptors", ("adaptors.safetensors",), row))
+    parts = {"fused": _fused_inputs(config), "student": _student_inputs(config)}.get(row, only)
+    return (*parts, Input("heads", ("head.safetensors",), row))
 
 
 def _embedding_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
@@ -208,12 +223,13 @@ STAGES: tuple[Stage, ...] = (
         _granularities,
     ),
     Stage("adaptors", 1, _settings("adaptors"), _set_inputs, adaptor_sets, parallel=True),
-    Stage("fusion", 1, _settings("fusion"), _fusion_inputs, lambda config: config.fusion.pairs, parallel=True),
+    Stage("fusion", 1, _settings("fusion"), _fusion_inputs, fusions, parallel=True),
     Stage(
         "student",
         1,
         _settings("student"),
         lambda config, instance: (Input("images", PIXELS), *_fused_inputs(config)),
+        lambda config: () if config.model.source == "single" else (None,),
         parallel=True,
     ),
     Stage("embeddings", 1, _embedding_settings, _embedding_inputs, embedding_rows, parallel=True),
@@ -231,7 +247,7 @@ STAGES: tuple[Stage, ...] = (
         _settings("index"),
         lambda config, instance: (
             Input("images", ("images.parquet",)),
-            Input("heads", ("embeddings.npy",), config.model.source),
+            Input("heads", ("embeddings.npy",), deployed_row(config)),
         ),
     ),
     Stage(
@@ -239,7 +255,7 @@ STAGES: tuple[Stage, ...] = (
         1,
         _settings("embeddings.precision"),
         _attention_inputs,
-        lambda config: config.fusion.pairs,
+        fusions,
         parallel=True,
     ),
 )

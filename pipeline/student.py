@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pipeline.adaptors import optimization, training_task, write_metrics
+from pipeline.adaptors import optimization, set_sizes, training_task, write_metrics
 from pipeline.checkpoints import write_tensors
 from pipeline.context import StageContext
 from pipeline.fused import open_fusion
@@ -22,6 +22,7 @@ def run(context: StageContext) -> str:
 
     settings = context.config.student
     backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
+    bottleneck_dim, rank = set_sizes(settings, backbone.width)
     teacher = open_fusion(context, "neighbors", sets).folded()
     rows = train_rows(read_images(context.input("images")))
     views = open_views(context, settings, backbone.spec.image_size)
@@ -31,7 +32,7 @@ def run(context: StageContext) -> str:
             teacher,
             views,
             rows,
-            start=new_student(backbone, settings.bottleneck_dim, seed=settings.seed),
+            start=new_student(backbone, bottleneck_dim, in_context_rank=rank, seed=settings.seed),
             transfer=_transfer(settings),
             optimization=optimization(settings),
             seed=settings.seed,

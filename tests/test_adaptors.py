@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_backbone, tiny_set
 
 from grappa.adaptors import AdaptorKind, AdaptorSet, automatic_rank, folded, set_sizes
-from grappa.backbone import BackboneError, BackboneSpec, build_backbone
+from grappa.backbone import BackboneSpec, build_backbone
+from grappa.weights import BackboneError
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import HALF, OPTIONS, tiny_backbone
 
-from grappa.backbone import BackboneError, BackboneSpec, embed, import_timm, load_backbone
+from grappa.backbone import BackboneSpec, embed, load_backbone
+from grappa.weights import BackboneError, import_timm
 
 NAME = "vit_tiny_patch16_224"
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))

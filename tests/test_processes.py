@@ -23,8 +23,8 @@ from together import ROOT, start
 from together_library import results
 from torch.distributed import HashStore
 
+from grappa.batches import BatchOrder
 from grappa.processes import ALONE, Processes
-from grappa.training import BatchOrder
 from pipeline import board as boards
 from pipeline.artifacts import RunFolder
 from pipeline.board import Board, ProcessesError

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from grappa.adaptors import AdaptorSet
 from grappa.backbone import embed
+from grappa.batches import Run, Views
 from grappa.fitting import FitResult, Optimization
 from grappa.fusion import Fusion
 from grappa.student import Transfer, new_student, train_student
-from grappa.training import Run, Views
 from grappa.transforms import Augmentation, eval_batch, normalize
 
 HALF = (0.5, 0.5, 0.5)

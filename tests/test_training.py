@@ -11,10 +11,12 @@ import pytest
 import torch
 from tiny import tiny_backbone, tiny_cache, tiny_set
 
-from grappa.fitting import Optimization, schedule
+from grappa.batches import BatchOrder, Run, Views
+from grappa.fitting import Optimization, fit, schedule
+from grappa.fusion_training import PropagationLoss, train_fusion
 from grappa.randomness import id_numbers
 from grappa.targets import Targets
-from grappa.training import BatchOrder, PropagationLoss, Run, Views, train_adaptor_set, train_fusion
+from grappa.training import BACKGROUND, OBJECT, PLAIN, SetLoss, _loss, new_set, train_adaptor_set
 from grappa.transforms import Augmentation
 
 NUM = 40
@@ -62,8 +64,8 @@ def views(tmp_path_factory: pytest.TempPathFactory) -> Views:
 def _train_set(views: Views, checkpoint: Any = None, *, targets: tuple[Targets, ...] = TARGETS, **changes: Any) -> Any:
     arguments: dict[str, Any] = {
         "name": "k00004",
-        "bottleneck_dim": 4,
-        "temperature": 0.1,
+        "start": new_set(tiny_backbone(), 4, name="k00004", seed=0),
+        "set_loss": SetLoss(temperature=0.1),
         "proxy_learning_rate": 3e-3,
         "optimization": OPTIMIZATION,
         "seed": 0,
@@ -89,14 +91,14 @@ def _train_fusion(views: Views, checkpoint: Any = None, **changes: Any) -> Any:
 
 def test_a_set_learns_its_pseudo_labels(views: Views) -> None:
     longer = Optimization(num_epochs=12, batch_size=8, learning_rate=1e-2, weight_decay=0.0, warmup=0.1)
-    _, result = _train_set(views, optimization=longer, proxy_learning_rate=1e-2, temperature=0.02)
+    _, result = _train_set(views, optimization=longer, proxy_learning_rate=1e-2, set_loss=SetLoss(0.02))
     assert result.metrics[-1]["loss"] < 0.7 * result.metrics[0]["loss"]
     assert result.metrics[-1]["step"] == 12 * (len(ROWS) // 8)
 
 
 def test_several_targets_are_one_training_on_the_mean_of_their_losses(views: Views) -> None:
     coarse = Targets(ROWS % 2, np.random.default_rng(1).normal(size=(2, 32)).astype(np.float32))
-    one_step = {"optimization": Optimization(1, len(ROWS), 3e-3, 0.01, 0.0), "temperature": 0.5}
+    one_step = {"optimization": Optimization(1, len(ROWS), 3e-3, 0.01, 0.0), "set_loss": SetLoss(0.5)}
     together, *apart = (
         _train_set(views, targets=targets, **one_step)[1].metrics[0]
         for targets in ((*TARGETS, coarse), TARGETS, (coarse,))
@@ -117,8 +119,27 @@ def _train_on_two(views: Views, checkpoint: Any = None) -> Any:
     return _train_set(views, checkpoint, targets=(*TARGETS, other))
 
 
+def _train_on_views(views: Views, checkpoint: Any = None, **changes: Any) -> Any:
+    set_loss = SetLoss(0.1, object_weight=1.0, transfer_weight=0.5, background_weight=0.5)
+    arguments: dict[str, Any] = {"set_loss": set_loss, "objects": _Mirrored(views), "backgrounds": _Mirrored(views)}
+    return _train_set(views, checkpoint, **{**arguments, **changes})
+
+
+class _Mirrored:
+    """Stands for object and background views: the cache's images upside down."""
+
+    def __init__(self, views: Views) -> None:
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.views.cache)
+
+    def image(self, row: int) -> np.ndarray[Any, Any]:
+        return self.views.cache.image(row)[::-1]
+
+
 @pytest.mark.parametrize("crash_at", [1, 4, 9])
-@pytest.mark.parametrize("train", [_train_set, _train_on_two, _train_fusion])
+@pytest.mark.parametrize("train", [_train_set, _train_on_two, _train_on_views, _train_fusion])
 def test_killed_and_resumed_equals_undisturbed_bit_for_bit(views: Views, train: Any, crash_at: int) -> None:
     whole, whole_result = train(views)
     checkpoint = MemoryCheckpoint(crash_at)
@@ -142,19 +163,18 @@ def test_a_crash_between_two_records_leaves_the_metrics_as_they_would_be(views: 
 
 
 def test_only_adaptors_learn_and_the_backbone_keeps_its_bytes(views: Views, monkeypatch: pytest.MonkeyPatch) -> None:
-    import grappa.training as training
-
     backbone = tiny_backbone()
     before = _digest(backbone)
     seen: list[set[str]] = []
-    real_fit = training.fit
+    real_fit = fit
 
     def spying_fit(module: torch.nn.Module, *arguments: Any) -> Any:
         result = real_fit(module, *arguments)
         seen.append({name for name, parameter in module.named_parameters() if parameter.grad is not None})
         return result
 
-    monkeypatch.setattr(training, "fit", spying_fit)
+    for module in ("training", "fusion_training"):
+        monkeypatch.setattr(f"grappa.{module}.fit", spying_fit)
     monkeypatch.setattr("test_training.tiny_backbone", lambda: backbone)
     _train_set(views)
     _train_fusion(views, propagation=PropagationLoss())
@@ -168,8 +188,8 @@ def test_fusion_moves_away_from_equal_attention_and_leaves_the_sets_alone(views:
     fusion, result = _train_fusion(views)
     assert set(result.metrics[-1]) >= {"loss", "entropy", "marginal_entropy", "variance"}
     assert result.metrics[-1]["loss"] < result.metrics[0]["loss"]
-    expected = torch.cat([tiny_set(i)[0].down.weight for i in range(3)])
-    assert torch.equal(fusion[0].down, expected)
+    expected = torch.cat([tiny_set(i).outputs[0].down.weight for i in range(3)])
+    assert torch.equal(fusion.outputs[0].down, expected)
 
 
 def test_the_ablation_with_views_needs_no_neighbors(views: Views) -> None:
@@ -188,7 +208,7 @@ def test_the_ablation_with_views_needs_no_neighbors(views: Views) -> None:
         seed=0,
         run=Run(CPU, "float32"),
     )
-    assert fusion[0].level == "cls"
+    assert fusion.outputs[0].level == "cls"
 
 
 def test_a_fusion_with_no_loss_is_refused(views: Views) -> None:
@@ -209,7 +229,7 @@ def test_seeds_and_names_matter_worker_counts_do_not(views: Views) -> None:
 
 def test_a_diverging_loss_stops_with_a_sentence(views: Views) -> None:
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        _train_set(views, temperature=float("nan"))
+        _train_set(views, set_loss=SetLoss(float("nan")))
 
 
 def test_an_epoch_sees_each_row_once_in_an_order_of_its_own() -> None:
@@ -230,3 +250,65 @@ def test_the_rate_rises_then_falls_to_almost_zero() -> None:
 def _digest(module: torch.nn.Module) -> str:
     tensors = module.state_dict().values()
     return hashlib.sha256(b"".join(value.numpy().tobytes() for value in tensors)).hexdigest()
+
+
+def test_weights_of_zero_leave_the_training_as_it_is_without_object_views(views: Views) -> None:
+    plain, _ = _train_set(views)
+    unused, result = _train_on_views(views, set_loss=SetLoss(0.1), backgrounds=None)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(unused.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+    assert set(result.metrics[0]) >= {"accuracy", "object_accuracy", "transfer"}
+
+
+def test_the_loss_is_its_parts_as_written(views: Views) -> None:
+    """One batch of all rows, one step: the loss told is that of the untrained set."""
+    once = Optimization(1, len(ROWS), 1e-3, 0.0, 0.0)
+    weights = {"object_weight": 0.7, "transfer_weight": 0.3, "background_weight": 0.2}
+    told = _train_on_views(views, optimization=once, set_loss=SetLoss(0.1, **weights))[1].metrics[0]["loss"]
+    parts = {
+        name: _train_on_views(views, optimization=once, set_loss=SetLoss(0.1, **{name: 1.0}))[1].metrics[0]["loss"]
+        for name in weights
+    }
+    plain = _train_set(views, optimization=once)[1].metrics[0]["loss"]
+    assert told == pytest.approx(plain + sum(weights[name] * (parts[name] - plain) for name in weights), rel=1e-5)
+    assert all(part > plain for part in parts.values())
+
+
+def test_the_parts_equal_their_formulas_in_float64() -> None:
+    rng = np.random.default_rng(0)
+    plain, seen, back, proxies, extra = (rng.normal(size=(n, 8)) for n in (5, 5, 5, 3, 1))
+    labels, tau, soft = np.array([0, 1, 2, 2, 0]), 0.2, 2.0
+    options = SetLoss(
+        tau, object_weight=0.7, transfer_weight=0.3, softening=soft, cosine_weight=0.4, background_weight=0.2
+    )
+
+    def unit(x: Any) -> Any:
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    def log_softmax(x: Any) -> Any:
+        return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+    def softmax_loss(x: Any, p: Any, y: Any) -> Any:
+        return -log_softmax(unit(x) @ unit(p).T / tau)[np.arange(len(y)), y].mean()
+
+    student, teacher = (log_softmax(unit(x) @ unit(proxies).T / (tau * soft)) for x in (plain, seen))
+    divergence = (np.exp(teacher) * (teacher - student)).sum(1).mean()
+    transfer = soft**2 * divergence + 0.4 * (1 - (unit(plain) * unit(seen)).sum(1)).mean()
+    expected = softmax_loss(plain, proxies, labels) + 0.7 * softmax_loss(seen, proxies, labels) + 0.3 * transfer
+    expected += 0.2 * softmax_loss(back, np.concatenate([proxies, extra]), np.full(5, 3))
+    embedded = {PLAIN: plain, OBJECT: seen, BACKGROUND: back}
+    tensors = {kind: torch.from_numpy(value).requires_grad_() for kind, value in embedded.items()}
+    classes = [(torch.from_numpy(proxies), torch.from_numpy(labels))]
+    found, _ = _loss(tensors, classes, torch.from_numpy(extra), options)
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-9)
+    only_transfer = SetLoss(tau, transfer_weight=1.0)
+    _loss(tensors, classes, None, only_transfer)[0].backward()
+    assert tensors[OBJECT].grad is None or not tensors[OBJECT].grad.any(), "the teacher gets no gradient"
+
+
+@pytest.mark.parametrize("bottleneck_dim", [0, 4])
+def test_in_context_adaptors_learn_too(views: Views, bottleneck_dim: int) -> None:
+    start = new_set(tiny_backbone(), bottleneck_dim, in_context_rank=3, name="k00004", seed=0)
+    before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    after = _train_set(views, start=start)[0].state_dict()
+    assert all(not torch.equal(before[name], after[name]) for name in before)

@@ -14,12 +14,14 @@ import torch
 from tiny import tiny_backbone, tiny_cache, tiny_set
 
 from grappa import losses
+from grappa.batches import Run, Views
 from grappa.fitting import Optimization
+from grappa.fusion_training import PropagationLoss, train_fusion
 from grappa.processes import ALONE, Processes
 from grappa.randomness import id_numbers
 from grappa.student import Transfer, new_student, train_student
 from grappa.targets import Targets
-from grappa.training import PropagationLoss, Run, Views, train_adaptor_set, train_fusion
+from grappa.training import SetLoss, new_set, train_adaptor_set
 from grappa.transforms import Augmentation
 
 NUM = 40
@@ -67,8 +69,8 @@ def _set(views: Views, run: Run, num_targets: int) -> Any:
         ROWS,
         targets,
         name="k00004",
-        bottleneck_dim=4,
-        temperature=0.1,
+        start=new_set(tiny_backbone(), 4, name="k00004", seed=0),
+        set_loss=SetLoss(temperature=0.1),
         proxy_learning_rate=3e-3,
         optimization=OPTIMIZATION,
         seed=0,
@@ -97,7 +99,7 @@ def _student(views: Views, run: Run) -> Any:
     backbone = tiny_backbone()
     return train_student(
         backbone,
-        list(tiny_set(1)),
+        tiny_set(1),
         views,
         ROWS,
         start=new_student(backbone, 4, seed=0),

@@ -41,6 +41,8 @@ def needed(config: Config, stage: str, instance: str | None) -> set[Step]:
 def row_steps(config: Config) -> dict[str, set[Step]]:
     """Return what each row of the result table hangs on, by row; the oracle's are those of every granularity."""
     rows = {row: needed(config, *source) for row, source in evaluated_rows(config).items()}
+    if config.model.source == "single":
+        return rows
     return rows | {ORACLE: set().union(*(rows[name] for name in config.granularities))}
 
 

@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.published import check_same_origin
 from pipeline.report import costs, examples, figures, summary
 from pipeline.report.summary import Table, number
-from pipeline.stages import evaluated_rows
+from pipeline.stages import deployed_row, evaluated_rows, fusions
 from pipeline.status import instances, read_config, states
 from pipeline.storage import new_folder, refuse_existing
 
@@ -36,7 +36,9 @@ def write_report(run: Path, folder: Path) -> str:
     check_same_origin(source, *(source.artifact(*each).name for each in made))
     content = _content(source, config, metrics, per_query, attention=("attention", "neighbors") in made)
     with new_folder(folder) as draft:
-        _write_figures(run, draft / FIGURES, attention=content["attention"] is not None)
+        _write_figures(
+            run, draft / FIGURES, attention=content["attention"] is not None, clusters=bool(config.granularities)
+        )
         (draft / THUMBNAILS).mkdir()
         examples.write_thumbnails(source, content["examples"], draft / THUMBNAILS)
         (draft / PAGE).write_text(_render("page.html.j2", content), encoding="utf-8")
@@ -54,21 +56,24 @@ def _content(
     """Return all that the templates show."""
     models = list(dict.fromkeys(metrics["model"])) if metrics["map"].notna().any() else []
     sources = evaluated_rows(config)
-    shown = {each: sources[each] for each in examples.MODELS if each in sources and _is_made(run, *sources[each])}
+    shown_rows = dict.fromkeys([*examples.MODELS, deployed_row(config)])
+    shown = {each: sources[each] for each in shown_rows if each in sources and _is_made(run, *sources[each])}
     spent = costs.load_costs(run, config)
     return {
         "name": run.root.resolve().name,
         "facts": _facts(run, config),
         "not_fresh": [f"{each.name} {each.state}" for each in states(run, config) if each.state.kind != "fresh"],
-        "galleries": [_gallery(metrics, per_query, gallery) for gallery in summary.GALLERIES] if models else [],
+        "galleries": [_gallery(metrics, per_query, gallery, deployed_row(config)) for gallery in summary.GALLERIES]
+        if models
+        else [],
         "means": summary.means_table(metrics) if models else None,
         "meanings": [(model, summary.meaning(model)) for model in models],
         "costs": costs.cost_table(spent, models or list(dict.fromkeys(spent["row"]))),
         "partly_known": costs.partly_known(spent),
         "examples": examples.load_examples(run, shown, per_query),
         "attention": _attention(run, config) if attention else None,
-        "attention_command": f"grappa run {quoted(run.root)} --stage attention",
-        "clusters": _clusters(tables.cluster_sizes(run.root), tables.domain_mix(run.root)),
+        "attention_command": f"grappa run {quoted(run.root)} --stage attention" if fusions(config) else None,
+        "clusters": _clusters(run) if config.granularities else None,
         "config": run.config_path.read_text(encoding="utf-8", errors="replace"),
         "thumbnails": THUMBNAILS,
         "figures": FIGURES,
@@ -77,8 +82,8 @@ def _content(
     }
 
 
-def _gallery(metrics: pd.DataFrame, per_query: pd.DataFrame, gallery: str) -> dict[str, Any]:
-    found = summary.comparisons(metrics, per_query, gallery)
+def _gallery(metrics: pd.DataFrame, per_query: pd.DataFrame, gallery: str, deployed: str) -> dict[str, Any]:
+    found = summary.comparisons(metrics, per_query, gallery, deployed=deployed)
     means = found[found["domain"] == MEAN]
     return {
         "where": summary.GALLERIES[gallery],
@@ -100,13 +105,19 @@ def _facts(run: RunFolder, config: Config) -> list[tuple[str, str]]:
     return [
         ("images", f"{len(listing):,} ({counts}); {split if num_test else 'not split: all to learn from and to test'}"),
         ("backbone", backbone),
-        ("pseudo-granularities", ", ".join(config.granularities)),
-        ("seeds", f"clusters {config.clusters.seed}, adaptors {config.adaptors.seed}, fusion {config.fusion.seed}"),
+        ("pseudo-granularities", ", ".join(config.granularities) or "none: trained on the labels"),
+        ("seeds", _seeds(config)),
         ("commit", _several(each.get("git_commit") for each in made)),
         ("device", _several(each.get("device") for each in made)),
         ("precision", _several((each.get("resolved") or {}).get("precision") for each in made)),
         ("finished", max((str(each["ended"]) for each in made if "ended" in each), default="-")),
     ]
+
+
+def _seeds(config: Config) -> str:
+    sections = ("adaptors",) if not config.granularities else ("clusters", "adaptors")
+    learned = () if config.model.source == "single" else ("fusion", "student")
+    return ", ".join(f"{name} {getattr(config, name).seed}" for name in (*sections, *learned))
 
 
 def _several(values: Any) -> str:
@@ -137,9 +148,9 @@ def _named(text: str) -> str:
     return "mean" if text == MEAN else text
 
 
-def _clusters(sizes: pd.DataFrame, mix: pd.DataFrame) -> Table:
+def _clusters(run: RunFolder) -> Table:
     """Return one row a granularity: how large its clusters are, and how pure of domain."""
-    rows = []
+    sizes, mix, rows = tables.cluster_sizes(run.root), tables.domain_mix(run.root), []
     for name, own in sizes.groupby("granularity", sort=False):
         part = mix[mix["granularity"] == name]
         purity = (part["share"] * part["num_images"]).sum() / part["num_images"].sum()
@@ -149,11 +160,12 @@ def _clusters(sizes: pd.DataFrame, mix: pd.DataFrame) -> Table:
     return Table("clusters", ["", "clusters", "empty", "of one", "median", "largest", "own domain"], rows)
 
 
-def _write_figures(run: Path, folder: Path, *, attention: bool) -> None:
+def _write_figures(run: Path, folder: Path, *, attention: bool, clusters: bool) -> None:
     folder.mkdir()
     figures.save(figures.learning_curves(tables.learning_curves(run)), folder / "learning_curves.svg")
-    figures.save(figures.cluster_sizes(tables.cluster_sizes(run)), folder / "cluster_sizes.svg")
-    figures.save(figures.shared_clusters(tables.domain_mix(run)), folder / "shared_clusters.svg")
+    if clusters:
+        figures.save(figures.cluster_sizes(tables.cluster_sizes(run)), folder / "cluster_sizes.svg")
+        figures.save(figures.shared_clusters(tables.domain_mix(run)), folder / "shared_clusters.svg")
     if attention:
         figures.save(figures.attention(tables.load_attention(run)), folder / "attention.svg")
 

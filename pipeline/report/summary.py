@@ -91,8 +91,10 @@ def means_table(metrics: pd.DataFrame) -> Table:
     return Table("mean over domains", ["", *header], rows)
 
 
-def comparisons(metrics: pd.DataFrame, per_query: pd.DataFrame, gallery: str, *, seed: int = 0) -> pd.DataFrame:
-    """Return the mAP gain of each learned model, one row a (candidate, against, domain), ``_mean`` last.
+def comparisons(
+    metrics: pd.DataFrame, per_query: pd.DataFrame, gallery: str, *, deployed: str = "fused", seed: int = 0
+) -> pd.DataFrame:
+    """Return the mAP gain of each learned model and of ``deployed``, one row a (candidate, against, domain).
 
     ``against`` is "zero-shot" (``reference``: the best of the zero-shot rows in this domain) or "mean" (for those
     learned on top of the mean over sets). Columns: candidate, against, domain, reference, difference, low, high
@@ -102,8 +104,9 @@ def comparisons(metrics: pd.DataFrame, per_query: pd.DataFrame, gallery: str, *,
     precision = scored.pivot(index="image_id", columns="model", values="average_precision")
     domains = scored.drop_duplicates("image_id").set_index("image_id")["domain"].reindex(precision.index)
     own = metrics[metrics["gallery"] == gallery].set_index(["model", "domain"])["map"]
-    wanted: list[tuple[str, str, tuple[str, ...]]] = [(model, "zero-shot", BASELINES) for model in CANDIDATES]
-    wanted += [(model, "mean", ("mean",)) for model in CANDIDATES if model != "mean"]
+    candidates = list(dict.fromkeys([*CANDIDATES, deployed]))
+    wanted: list[tuple[str, str, tuple[str, ...]]] = [(model, "zero-shot", BASELINES) for model in candidates]
+    wanted += [(model, "mean", ("mean",)) for model in candidates if model != "mean"]
     rows = [
         _compare(precision, domains, own, model, references, domain, seed) | {"against": against}
         for model, against, references in wanted

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot
 
+from grappa.batches import Run, Views
 from grappa.clusters import cluster
 from grappa.devices import resolve_precision
 from grappa.features import extract_features
@@ -32,7 +33,7 @@ from grappa.fitting import Optimization
 from grappa.neighbors import nearest_neighbors
 from grappa.pixels import PixelCache, write_index, write_shard
 from grappa.targets import Targets
-from grappa.training import Run, Views, train_adaptor_set
+from grappa.training import SetLoss, new_set, train_adaptor_set
 from grappa.transforms import Augmentation
 from tests.benchmarks import data
 from tests.benchmarks.extraction import CPU
@@ -103,8 +104,8 @@ def training(number: int, num_sets: int = 1) -> Callable[[], object]:
         np.arange(number),
         [Targets(np.arange(number) % 16, proxies)],
         name="k00016",
-        bottleneck_dim=BOTTLENECK,
-        temperature=0.05,
+        start=new_set(backbone, BOTTLENECK, name="k00016", seed=0),
+        set_loss=SetLoss(),
         proxy_learning_rate=0.01,
         optimization=Optimization(num_epochs=1, batch_size=32, learning_rate=1e-3, weight_decay=0.0, warmup=0.1),
         seed=0,
