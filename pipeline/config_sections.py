@@ -35,6 +35,11 @@ def provenance(default: Any, description: str) -> Any:
 
 class Images(Section):
     sources: tuple[str, ...] = provenance((), "folders (DOMAIN/...) or tables (.csv, .parquet) of images")
+    protocol: Literal["as_given", "closed_set"] = provenance(
+        "as_given",
+        "who is tested: the given split; closed_set: half of each train class's images, the given test left out",
+    )
+    protocol_seed: NonNegativeInt = provenance(0, "closed_set: seed of the halves")
     cache_size: PositiveInt = Field(256, description="pixels of the shorter side kept in the pixel cache")
     max_rejected: Fraction = provenance(0.05, "share of unreadable files above which the stage stops")
     max_pixels: PositiveInt = Field(100_000_000, description="a larger image is refused as a decompression bomb")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import RUN_FILE, RunFolder, quoted
-from pipeline.config import Config, automatic_num_clusters
+from pipeline.config import Config, Images, automatic_num_clusters
 from pipeline.config_file import (
     ConfigError,
     Settings,
@@ -52,7 +52,7 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     other = RunFolder.open(request.other) if request.other else None
     config = _requested(known, request)
     check_weights(config, known)
-    listing = list_sources(given_sources(config))
+    listing = list_sources(given_images(config))
     config = fitted(config, listing)
     run, former = write_run(root, config, listing)
     say_images(listing, former, say)
@@ -163,11 +163,11 @@ def _check_labels(config: Config, listing: pd.DataFrame) -> None:
         )
 
 
-def given_sources(config: Config) -> tuple[str, ...]:
-    """Return the images' folders and tables; ConfigError when there are none."""
+def given_images(config: Config) -> Images:
+    """Return which images are meant; ConfigError when there are none."""
     if not config.images.sources:
         raise ConfigError("no images given; name a folder (DOMAIN/...) or a table (.csv, .parquet) by --images")
-    return config.images.sources
+    return config.images
 
 
 def _count_train(listing: pd.DataFrame) -> int:

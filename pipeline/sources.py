@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.artifacts import RunFolder
+from pipeline.config import Images
 from pipeline.provenance import provenance
 from pipeline.recipes import SOURCES_FILE, SOURCES_RECIPE, read_manifest
 from pipeline.storage import atomic_write_bytes, file_digest
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def list_sources(sources: Sequence[str]) -> pd.DataFrame:
-    """Return the listing of ``grappa.image_table.list_images``."""
+def list_sources(images: Images) -> pd.DataFrame:
+    """Return the listing of ``grappa.image_table.list_images``, split as ``images.protocol`` says."""
+    from grappa.closed_set import closed_set
     from grappa.image_table import list_images
 
-    return list_images([Path(source) for source in sources])
+    listing = list_images([Path(source) for source in images.sources])
+    return listing if images.protocol == "as_given" else closed_set(listing, images.protocol_seed)
 
 
 def published_listing(run: RunFolder) -> pd.DataFrame | None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import RUN_FILE, RunFolder
-from pipeline.config import Config
+from pipeline.config import Config, Images
 from pipeline.config_file import RECIPES, ConfigError, Settings, parse_assignments, read_settings, shipped_or_file
 from pipeline.execution import Selection, selected
-from pipeline.initialize import check_weights, fitted, given_sources, layered
+from pipeline.initialize import check_weights, fitted, given_images, layered
 from pipeline.sources import list_sources
 from pipeline.stages import evaluated_rows
 from pipeline.sweep_file import SweepFile, nested, points, read_sweep
@@ -67,14 +67,14 @@ def prepare(request: SweepRequest) -> Sweep:
     out = request.out or Path("runs") / Path(request.sweep).stem
     _check_folder(out)
     configs = [(point, layered(base, [(f"{where}: {point.name}", nested(point.changes))])[1]) for point in points(file)]
-    listings: dict[tuple[str, ...], pd.DataFrame] = {}
+    listings: dict[Images, pd.DataFrame] = {}
     for point, config in configs:
         _check_known(out / point.name, config)
-        sources = given_sources(config)
-        listings[sources] = listings[sources] if sources in listings else list_sources(sources)
+        images = given_images(config)
+        listings[images] = listings[images] if images in listings else list_sources(images)
     runs = []
     for point, config in configs:
-        listing = listings[config.images.sources]
+        listing = listings[config.images]
         runs.append(
             SweepRun(point.name, point.variant, out / point.name, _fitted(point.name, config, listing), listing)
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fake_stages import FakeStages, fake_stages
 
+from pipeline.config import Images
 from pipeline.config_file import ConfigError
 from pipeline.sources import list_sources, publish_listing
 from pipeline.status import instances, read_config, states, status_lines
@@ -148,7 +149,7 @@ def test_verify_finds_images_that_changed_since_they_were_listed(fakes: FakeStag
         (folder / "birds").mkdir(parents=True, exist_ok=True)
         (folder / "birds" / name).write_bytes(b"ten bytes!")
     fakes.configure(images={"sources": [str(folder)]})
-    publish_listing(fakes.run, list_sources([str(folder)]), [str(folder)], None)
+    publish_listing(fakes.run, list_sources(Images(sources=(str(folder),))), [str(folder)], None)
     fakes.execute()
     assert fakes.not_fresh(verify=True) == {}
     (folder / "birds" / "b.png").write_bytes(b"eleven bytes")
