@@ -1,15 +1,17 @@
 """The student: the backbone with one adaptor set, taught to embed as the fused model does, at the cost of one set.
 
-Teacher and student see the same augmented view; what passes over is ``grappa.losses.perception_transfer``. No label and
-no pseudo-label is read. The bank of reference points are the teacher's embeddings of some train images, where the paper
-of the loss has the proxies of a classifier, which a fused model lacks.
+Teacher and student see the same augmented view, or, for a share of the loss, the teacher sees the image's object view
+(DVA's perception transfer, with the fused model as teacher); what passes over is ``grappa.losses.perception_transfer``.
+No label and no pseudo-label is read. The bank of reference points are the teacher's embeddings of some train images,
+where the paper of the loss has the proxies of a classifier, which a fused model lacks.
 
 Shapes: B batch, D width, S image side, M bank, n train rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from grappa.backbone import Adaptation, Backbone, embed
 from grappa.batches import BatchOrder, Rows, Run, Views
 from grappa.devices import autocast
 from grappa.fitting import FitResult, Group, Optimization, fit
+from grappa.pixels import ImageRows
 from grappa.randomness import key, shuffled
 from grappa.transforms import eval_batch, normalize
 
@@ -29,12 +32,13 @@ from grappa.transforms import eval_batch, normalize
 @dataclass(frozen=True)
 class Transfer:
     """How perception is transferred (``grappa.losses.perception_transfer`` has the equation), over a bank of at most
-    ``bank_size`` train images."""
+    ``bank_size`` train images; ``object_share``: of the loss whose teacher sees the object view, 0 to 1."""
 
     temperature: float = 0.1
     softening: float = 2.0
     cosine_weight: float = 1.0
     bank_size: int = 1024
+    object_share: float = 0.0
 
 
 def new_student(backbone: Backbone, bottleneck_dim: int, *, in_context_rank: int = 0, seed: int) -> AdaptorSet:
@@ -59,12 +63,14 @@ def train_student(
     optimization: Optimization,
     seed: int,
     run: Run,
+    objects: ImageRows | None = None,
 ) -> tuple[AdaptorSet, FitResult]:
     """Train one adaptor set to embed the views of the train ``rows`` (n,) as the teacher does.
 
     Args:
         teacher: what adapts the teacher (a folded fusion) on the same backbone; frozen.
         start: the set that training begins with (:func:`new_student`); it is changed in place and returned.
+        objects: the object views of the cache's rows, if ``transfer.object_share`` is above 0.
 
     Returns:
         The set, and the metrics ``loss`` and ``similarity`` (mean cosine to the teacher) along the steps.
@@ -74,26 +80,23 @@ def train_student(
     student = start.requires_grad_(True).to(run.device)
     order = BatchOrder(views.ids[rows], optimization.batch_size, (seed, "student"), run.processes)
 
+    sources = {"view": views} if objects is None else {"view": views, "object view": replace(views, cache=objects)}
+
     def batch(step: int) -> Tensor:
         chosen, epoch = order.at(step)
-        return views.draw(key(seed, "student", epoch, "view"), rows[chosen])
+        return torch.stack(
+            [each.draw(key(seed, "student", epoch, kind), rows[chosen]) for kind, each in sources.items()]
+        )
 
     def loss(made: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        images = normalize(made.to(run.device), backbone.spec.mean, backbone.spec.std)
+        images = normalize(made.to(run.device).flatten(0, 1), backbone.spec.mean, backbone.spec.std)
         with autocast(run.device, run.precision):
             with torch.no_grad():
-                taught_BD = embed(backbone, images, teacher)
-            learned_BD = backbone(images, student)
-        value = losses.perception_transfer(
-            learned_BD,
-            taught_BD,
-            bank_MD,
-            temperature=transfer.temperature,
-            softening=transfer.softening,
-            cosine_weight=transfer.cosine_weight,
-        )
-        similarity = F.cosine_similarity(learned_BD.detach().float(), taught_BD).mean()
-        share = len(images) / order.batch_size
+                taught = embed(backbone, images, teacher).chunk(len(sources))
+            learned_BD = backbone(images[: made.shape[1]], student)
+        value = _transferred(learned_BD, taught, bank_MD, transfer)
+        similarity = F.cosine_similarity(learned_BD.detach().float(), taught[0]).mean()
+        share = made.shape[1] / order.batch_size
         return share * value, {"similarity": share * similarity}
 
     groups = [Group(list(student.parameters()), optimization.learning_rate, optimization.weight_decay)]
@@ -101,6 +104,17 @@ def train_student(
         student, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress, run.processes
     )
     return student.cpu(), result
+
+
+def _transferred(learned_BD: Tensor, taught: Sequence[Tensor], bank_MD: Tensor, transfer: Transfer) -> Tensor:
+    """Return the loss; ``taught``: the teacher's embeddings (B, D) of the images, and of object views if asked."""
+    how = {
+        "temperature": transfer.temperature,
+        "softening": transfer.softening,
+        "cosine_weight": transfer.cosine_weight,
+    }
+    values = [losses.perception_transfer(learned_BD, each, bank_MD, **how) for each in taught]
+    return values[0] if len(values) == 1 else torch.lerp(values[0], values[1], transfer.object_share)
 
 
 def _bank(

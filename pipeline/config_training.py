@@ -51,6 +51,15 @@ class Adaptors(Sets):
     )
     proxy_learning_rate: PositiveFloat = Field(1e-3, description="peak of the class proxies' cosine schedule")
     temperature: PositiveFloat = Field(0.05, description="tau of the normalised softmax")
+    object_weight: NonNegativeFloat = Field(0.0, description="weight of the same loss on object views (see objects)")
+    transfer_weight: NonNegativeFloat = Field(
+        0.0, description="weight of the perception transfer from object views to images"
+    )
+    softening: PositiveFloat = Field(2.0, description="transfer: T by which tau is multiplied on both sides (Hinton)")
+    cosine_weight: NonNegativeFloat = Field(1.0, description="transfer: weight of the distance between the embeddings")
+    background_weight: NonNegativeFloat = Field(
+        0.0, description="weight of the loss by which background views come to a proxy of their own"
+    )
 
 
 class Fusion(Trained):
@@ -90,3 +99,4 @@ class Student(Sets):
     softening: PositiveFloat = Field(2.0, description="T by which tau is multiplied on both sides (Hinton)")
     cosine_weight: NonNegativeFloat = Field(1.0, description="weight of the distance to the teacher's embedding")
     bank_size: PositiveInt = Field(1024, description="train images that serve as the bank, at most")
+    object_share: Fraction = Field(0.0, description="share of the loss whose teacher sees object views (see objects)")

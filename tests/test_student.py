@@ -130,3 +130,40 @@ def test_an_interrupted_training_ends_with_the_same_bits(views: Views) -> None:
     assert memory.kept is not None
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     assert again.metrics == metrics.metrics
+
+
+class _Mirrored:
+    """Stands for object views: the cache's images upside down."""
+
+    def __init__(self, views: Views) -> None:
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.views.cache)
+
+    def image(self, row: int) -> Any:
+        return self.views.cache.image(row)[::-1]
+
+
+def test_object_views_are_taught_by_their_share(views: Views) -> None:
+    """One batch of all rows, one step: what is told is the loss of the new student, a mean of the two teachers'."""
+
+    def told(share: float, objects: Any) -> float:
+        _, result = train_student(
+            tiny_backbone(),
+            _teacher().folded(),
+            views,
+            ROWS,
+            start=new_student(tiny_backbone(), 4, seed=0),
+            transfer=Transfer(object_share=share),
+            optimization=Optimization(1, len(ROWS), 1e-3, 0.0, 0.0),
+            seed=0,
+            run=Run(CPU, "float32"),
+            objects=objects,
+        )
+        return float(result.metrics[0]["loss"])
+
+    without, none, half, only = told(0, None), *(told(share, _Mirrored(views)) for share in (0.0, 0.5, 1.0))
+    assert none == pytest.approx(without, rel=1e-5)
+    assert half == pytest.approx((none + only) / 2, rel=1e-5)
+    assert only != pytest.approx(none, rel=0.01)
