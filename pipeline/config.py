@@ -6,12 +6,9 @@ that list it in ``pipeline.stages``.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -21,72 +18,23 @@ from pydantic import (
     model_validator,
 )
 
-ExtraRow = Literal["concat", "multi_head", "supervised"]
-Precision = Literal["auto", "float32", "bfloat16"]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-CropFraction = Annotated[float, Field(gt=0.0, le=1.0)]
-Triple = tuple[float, float, float]
-PositiveTriple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+from pipeline.config_sections import (
+    Backbone,
+    Clusters,
+    CropFraction,
+    Features,
+    Fraction,
+    Images,
+    Neighbors,
+    Objects,
+    Precision,
+    Section,
+    provenance,
+)
 
+__all__ = ["Backbone", "Clusters", "Features", "Images", "Neighbors", "Objects", "Section", "provenance"]
 
-class Section(BaseModel):
-    """A frozen group of fields; unknown fields are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def provenance(default: Any, description: str) -> Any:
-    """Return a field that is written down but is no part of any recipe."""
-    return Field(default=default, description=description, json_schema_extra={"identity": False})
-
-
-class Images(Section):
-    sources: tuple[str, ...] = provenance((), "folders (DOMAIN/...) or tables (.csv, .parquet) of images")
-    cache_size: PositiveInt = Field(256, description="pixels of the shorter side kept in the pixel cache")
-    max_rejected: Fraction = provenance(0.05, "share of unreadable files above which the stage stops")
-    max_pixels: PositiveInt = Field(100_000_000, description="a larger image is refused as a decompression bomb")
-    shard_size: PositiveInt = Field(1024, description="images a file of the pixel cache; the unit of resuming")
-
-
-class Backbone(Section):
-    name: str = Field("vit_small_patch16_224.dino", description="a timm VisionTransformer with a class token")
-    weights: str | None = provenance(None, "a .safetensors file or a state dict; null: the hub's weights")
-    image_size: PositiveInt | None = Field(None, description="pixels of the square input; null: the model's own")
-    crop_fraction: CropFraction | None = Field(
-        None, description="share of the shorter side seen; null: the model's own"
-    )
-    mean: Triple | None = Field(None, description="channel means of the input, 0-1; null: the model's own")
-    std: PositiveTriple | None = Field(None, description="channel deviations of the input, 0-1; null: the model's own")
-    options: dict[str, bool | int | float | str] = Field(
-        default_factory=dict, description="further arguments for timm.create_model, such as {depth: 6}"
-    )
-
-
-class Features(Section):
-    precision: Precision = Field("auto", description="auto: bfloat16 where the device has it in hardware")
-
-
-class Neighbors(Section):
-    num_neighbors: PositiveInt = Field(10, description="nearest train images kept for each image")
-
-
-class Clusters(Section):
-    num_clusters: str | tuple[PositiveInt, ...] = Field(
-        "auto", description="the pseudo-granularities; auto: 4 (auto:7: 7) geometric values, N/64 to N/3 of N images"
-    )
-    num_iterations: PositiveInt = Field(20, description="iterations of spherical k-means")
-    seed: NonNegativeInt = Field(0, description="seed of the initial centroids")
-
-    @field_validator("num_clusters")
-    @classmethod
-    def _ascending(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
-        if isinstance(value, str):
-            if not re.fullmatch(r"auto(:([1-9]|1[0-6]))?", value):
-                raise ValueError(f"found {value!r}; give auto, auto:7 (any number up to 16) or numbers as [64, 512]")
-            return value
-        if not value or min(value) < 2 or len(set(value)) != len(value):
-            raise ValueError(f"found {list(value)}; give one or more different numbers, each at least 2")
-        return tuple(sorted(value))
+ExtraRow = Literal["concat", "multi_head", "supervised", "zero_shot_objects"]
 
 
 class Augmented(Section):
@@ -190,7 +138,9 @@ class Model(Section):
 class Evaluation(Section):
     seed: NonNegativeInt = Field(0, description="seed of the hash that breaks ties")
     extra_rows: tuple[ExtraRow, ...] = provenance(
-        (), "further rows of the result table: concat, multi_head, supervised (reads the train labels)"
+        (),
+        "further rows of the result table: concat, multi_head, supervised (reads the train labels), zero_shot_objects "
+        "(the frozen backbone on object views)",
     )
 
     @field_validator("extra_rows")
@@ -223,6 +173,7 @@ class Config(Section):
     backbone: Backbone = Backbone()
     features: Features = Features()
     neighbors: Neighbors = Neighbors()
+    objects: Objects = Objects()
     clusters: Clusters = Clusters()
     adaptors: Adaptors = Adaptors()
     fusion: Fusion = Fusion()
@@ -243,6 +194,17 @@ class Config(Section):
             )
         if self.fusion.attention_loss == "none" and self.fusion.barlow_weight == 0:
             raise ValueError("fusion.attention_loss is none and fusion.barlow_weight 0: nothing to train; set one")
+        return self
+
+    @model_validator(mode="after")
+    def _has_objects(self) -> Config:
+        if "zero_shot_objects" in self.evaluation.extra_rows and self.objects.provider == "none":
+            raise ValueError(
+                "evaluation.extra_rows asks for `zero_shot_objects`, but objects.provider is none; set it to backbone "
+                "(or columns, grounding_dino, random), or leave the row out"
+            )
+        if self.objects.provider == "grounding_dino" and not self.objects.model:
+            raise ValueError("objects.provider is grounding_dino, but objects.model is null; give a hub name or folder")
         return self
 
     @property

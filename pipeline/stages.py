@@ -13,7 +13,7 @@ from pipeline.config import Config
 
 PIXELS = ("images.parquet", "pixels/")
 WEIGHTS = ("weights.safetensors", "backbone.json")
-FROZEN_ROWS = ("zero_shot", "zero_shot_whitened")
+FROZEN_ROWS = ("zero_shot", "zero_shot_whitened", "zero_shot_objects")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Stage:
     """One step of the pipeline.
 
     ``settings`` gives the sections or single fields of the configuration that an instance reads; ``externals`` the
-    things outside the run folder that it reads (``sources``: the list of images, ``weights``: the backbone's file).
+    things outside the run folder that it reads (``sources``: the list of images, ``weights``: the backbone's file,
+    ``originals``: the images' files, whose digests the image table holds).
     ``parallel``: several processes can compute it, if there are; any other stage is left to the first of them.
     """
 
@@ -61,8 +62,9 @@ def _settings(*names: str) -> Callable[[str | None], tuple[str, ...]]:
 
 
 def _embedding_settings(instance: str | None) -> tuple[str, ...]:
-    special = {"zero_shot": (), "concat": (), "zero_shot_whitened": ("embeddings.whitening_power",)}
-    return special.get(str(instance), ("embeddings.precision",))
+    if instance in ("zero_shot", "zero_shot_objects", "concat"):
+        return ()
+    return ("embeddings.whitening_power",) if instance == "zero_shot_whitened" else ("embeddings.precision",)
 
 
 def _granularities(config: Config) -> tuple[str | None, ...]:
@@ -78,13 +80,15 @@ def adaptor_sets(config: Config) -> tuple[str, ...]:
 def embedding_rows(config: Config) -> tuple[str, ...]:
     """Return the models whose embeddings are kept.
 
-    ``concat``: the granularities' embeddings side by side; ``multi_head``: one set trained on all granularities at
-    once; ``supervised``: one set trained on the train labels.
+    ``zero_shot_objects``: the frozen backbone on object views; ``concat``: the granularities' embeddings side by side;
+    ``multi_head``: one set trained on all granularities at once; ``supervised``: one set trained on the train labels.
     """
     views = ("fused_views",) if "views" in config.fusion.pairs else ()
-    concat = ("concat",) if "concat" in config.evaluation.extra_rows else ()
+    extra = config.evaluation.extra_rows
+    frozen = FROZEN_ROWS if "zero_shot_objects" in extra else FROZEN_ROWS[:2]
+    concat = ("concat",) if "concat" in extra else ()
     alone = adaptor_sets(config)[len(config.granularities) :]
-    return (*FROZEN_ROWS, *config.granularities, "mean", "fused", "student", *views, *concat, *alone)
+    return (*frozen, *config.granularities, "mean", "fused", "student", *views, *concat, *alone)
 
 
 def head_rows(config: Config) -> tuple[str, ...]:
@@ -111,6 +115,15 @@ def evaluated_rows(config: Config) -> dict[str, tuple[str, str]]:
 
 def _feature_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     return (Input("images", ("images.parquet",)), Input("features", ("features.npy",)))
+
+
+def _object_instances(config: Config) -> tuple[str | None, ...]:
+    return () if config.objects.provider == "none" else (None,)
+
+
+def _object_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    reads_backbone = config.objects.provider in ("backbone", "random")
+    return (Input("images", PIXELS), *((Input("backbone", WEIGHTS),) if reads_backbone else ()))
 
 
 def _set_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
@@ -155,6 +168,8 @@ def _embedding_inputs(config: Config, instance: str | None) -> tuple[Input, ...]
     row = str(instance)
     if row == "zero_shot":
         return (Input("features", ("features.npy",)),)
+    if row == "zero_shot_objects":
+        return (Input("object_features", ("features.npy",)),)
     if row == "zero_shot_whitened":
         return _feature_inputs(config, instance)
     if row == "student":
@@ -191,6 +206,22 @@ STAGES: tuple[Stage, ...] = (
         1,
         _settings("features"),
         lambda config, instance: (Input("images", PIXELS), Input("backbone", WEIGHTS)),
+        parallel=True,
+    ),
+    Stage(
+        "objects",
+        1,
+        _settings("objects", "images.cache_size", "images.shard_size", "features.precision"),
+        _object_inputs,
+        _object_instances,
+        externals=("originals",),
+    ),
+    Stage(
+        "object_features",
+        1,
+        _settings("features"),
+        lambda config, instance: (Input("objects", ("pixels/",)), Input("backbone", WEIGHTS)),
+        _object_instances,
         parallel=True,
     ),
     Stage(
