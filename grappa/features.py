@@ -6,6 +6,7 @@ Shapes: N images, B batch, D width, S image side, L blocks, G pseudo-granulariti
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from grappa.processes import ALONE, Processes
 from grappa.transforms import eval_batch, normalize, prefetch
 
 Read = Callable[[Backbone, Tensor, Adaptation | None], Tensor]
+Batch = Callable[[PixelCache, NDArray[np.int64]], Tensor]
 
 
 def extract_features(
@@ -28,6 +30,7 @@ def extract_features(
     *,
     adaptation: Adaptation | None = None,
     read: Read = embed,
+    view: Batch | None = None,
     start: int = 0,
     batch_size: int = 64,
     device: torch.device | None = None,
@@ -43,12 +46,16 @@ def extract_features(
         adaptation: an adaptor set, a fusion; None: the plain backbone.
         read: what is kept of a batch: ``embed``, or another function of (backbone, images, adaptation) to (B, ...) such
             as ``grappa.fusion.class_token_attention``; ``out`` is then (N, ...).
+        view: how rows (B,) of the cache become a uint8 batch; None: the center crop that the backbone asks for.
         start: rows before it are there already; a multiple of ``batch_size``, so that batches are the same.
         progress: told the rows newly written, after they are written.
         processes: take turns at the batches, which stay those of a single process.
     """
     device = device or torch.device("cpu")
     spec = backbone.spec
+    view = view or partial(
+        eval_batch, image_size=spec.image_size, crop_fraction=spec.crop_fraction, num_workers=num_workers
+    )
     backbone = backbone.on(device)
     adaptation = adaptation.to(device) if isinstance(adaptation, nn.Module) else adaptation
     bounds = range(start, len(cache), batch_size)
@@ -58,9 +65,7 @@ def extract_features(
         turn = min(processes.rank, len(rounds[number]) - 1)  # one that has no batch left does the last one too
         begin = rounds[number][turn]
         rows = np.arange(begin, min(begin + batch_size, len(cache)))
-        return eval_batch(
-            cache, rows, image_size=spec.image_size, crop_fraction=spec.crop_fraction, num_workers=num_workers
-        )
+        return view(cache, rows)
 
     for begins, images in zip(rounds, prefetch(make, len(rounds)), strict=True):
         with torch.inference_mode(), autocast(device, precision):

@@ -20,8 +20,9 @@ from grappa.path_text import image_file
 # More bytes than this cannot be one image within max_pixels: 16-bit RGBA, uncompressed, and generous metadata.
 _BYTES_A_PIXEL, _METADATA_BYTES = 8, 64 * 2**20
 # What an error of the file system says of this one file; anything else (no memory, too many open files) is our trouble.
-_ERRORS_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP)
+_UNREADABLE_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP)
 _MISSING_ERRORS = (errno.ENOENT, errno.ENOTDIR)
+ERRORS_OF_THE_FILE = (*_UNREADABLE_ERRORS, *_MISSING_ERRORS)
 
 Box = tuple[float, float, float, float]
 
@@ -96,7 +97,7 @@ def _check_status(listed: ListedFile, status: os.stat_result, max_pixels: int) -
 def _named(error: OSError, listed: ListedFile) -> Exception:
     if error.errno in _MISSING_ERRORS:
         return RejectedFileError("missing") if listed.size == MISSING else _changed(listed, "it has gone")
-    if error.errno in _ERRORS_OF_THE_FILE:
+    if error.errno in _UNREADABLE_ERRORS:
         return RejectedFileError(f"unreadable: {error.strerror}")
     return error
 

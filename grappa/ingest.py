@@ -7,25 +7,23 @@ at the end: neither the order of a listing nor the names of its files reach what
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from grappa.image_files import DecodedFile, ImagesChangedError, ListedFile, RejectedFileError, decode_file
 from grappa.image_table import BOX_COLUMNS
-from grappa.pixels import shard_file, write_index, write_shard, write_whole
+from grappa.journals import Record, fingerprint, note_shard, noted_shard
+from grappa.pixels import write_index, write_shard
 
 __all__ = ["ImagesChangedError", "decode_all", "decode_shards"]
 
 _ID_DIGITS = 16
-Record = dict[str, Any]  # {"reason"} of a rejected file, or {"sha256", "height", "width", "box", "place"}
+# A record: {"reason"} of a rejected file, or {"sha256", "height", "width", "box", "place"}.
 
 
 def decode_all(
@@ -105,7 +103,7 @@ def decode_shards(
     with ThreadPoolExecutor(num_workers, "decode") as pool:
         for start in range(0, len(files), shard_size)[shards]:
             part, shard = files[start : start + shard_size], start // shard_size
-            mark = _fingerprint(part, settings)
+            mark = fingerprint(settings, part)
             journal = journals / f"{shard:05d}.json"
             records += _whole_shard(folder, shard, journal, mark, progress) or _decode_shard(
                 folder, shard, journal, mark, _run(pool, load, part, progress)
@@ -123,31 +121,17 @@ def _decode_shard(
     decoded = [outcome for outcome in outcomes if isinstance(outcome, DecodedFile)]
     places = iter(write_shard(folder, shard, [one.pixels for one in decoded]).tolist())
     records = [_record(outcome, places) for outcome in outcomes]
-    num_bytes = shard_file(folder, shard).stat().st_size
-    text = json.dumps({"mark": mark, "num_bytes": num_bytes, "records": records}, separators=(",", ":"))
-    write_whole(journal, lambda file: file.write(text.encode()))
+    note_shard(folder, shard, journal, mark, records)
     return records
 
 
 def _whole_shard(
     folder: Path, shard: int, journal: Path, mark: str, progress: Callable[[int], None] | None
 ) -> list[Record] | None:
-    """Return the records of a shard that an earlier pass wrote whole, from the same files and settings; else None."""
-    try:
-        noted = json.loads(journal.read_bytes())
-        num_bytes = shard_file(folder, shard).stat().st_size
-    except (FileNotFoundError, ValueError):
-        return None
-    if (noted["mark"], noted["num_bytes"]) != (mark, num_bytes):
-        return None
-    records: list[Record] = noted["records"]
-    if progress:
+    records = noted_shard(folder, shard, journal, mark)
+    if records and progress:
         progress(len(records))
     return records
-
-
-def _fingerprint(part: list[ListedFile], settings: dict[str, int]) -> str:
-    return hashlib.sha256(json.dumps([settings, part]).encode()).hexdigest()
 
 
 def _record(outcome: DecodedFile | RejectedFileError, places: Iterator[list[int]]) -> Record:

@@ -87,6 +87,16 @@ def eval_batch(
     return _in_parts(crops, len(rows), image_size, num_workers)
 
 
+def whole_batch(cache: PixelCache, rows: Rows, *, image_size: int, num_workers: int = 1) -> torch.Tensor:
+    """Return the cache's ``rows`` (B,) as (B, 3, S, S) uint8, whole: each side is stretched to S by itself."""
+
+    def squeezed(part: range) -> torch.Tensor:
+        images = (cache.image(rows[i]) for i in part)
+        return _channels_first([np.asarray(_resized(one, _frame(one), image_size)) for one in images])
+
+    return _in_parts(squeezed, len(rows), image_size, num_workers)
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -175,6 +185,10 @@ def normalize(batch: torch.Tensor, mean: Sequence[float], std: Sequence[float]) 
 
 def _square(left: float, top: float, side: float) -> Box:
     return left, top, left + side, top + side
+
+
+def _frame(image: Pixels) -> Box:
+    return 0.0, 0.0, float(image.shape[1]), float(image.shape[0])
 
 
 def _resized(image: Pixels, box: Box, size: int) -> Image.Image:

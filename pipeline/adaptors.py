@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.checkpoints import FileCheckpoint, SharedCheckpoint, write_tensors
 from pipeline.context import StageContext
 from pipeline.inputs import open_backbone, open_views, read_images, settle_device, settle_precision, train_rows
+from pipeline.perception import open_backgrounds, open_objects
 from pipeline.storage import atomic_write_text
 
 if TYPE_CHECKING:
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
     from grappa.batches import Run
     from grappa.fitting import FitResult, Optimization
     from grappa.targets import Targets
+    from grappa.training import Perception, SetLoss
 
 
 def run(context: StageContext) -> str:
-    from grappa.training import SetLoss, train_adaptor_set
+    from grappa.training import train_adaptor_set
 
     settings, backbone = context.config.adaptors, open_backbone(context)
     rows, targets, what = _targets(context)
@@ -44,11 +46,12 @@ def run(context: StageContext) -> str:
             targets,
             name=str(context.instance),
             start=_start(context, backbone),
-            set_loss=SetLoss(temperature=settings.temperature),
+            set_loss=_set_loss(settings),
             proxy_learning_rate=settings.proxy_learning_rate,
             optimization=optimization(settings),
             seed=settings.seed,
             run=training,
+            perception=_perception(context),
         )
     if not context.leads:
         return ""
@@ -74,6 +77,30 @@ def set_sizes(settings: Any, width: int) -> tuple[int, int]:
     return adaptors.set_sizes(settings.kind, settings.bottleneck_dim, rank)
 
 
+def _set_loss(settings: Any) -> SetLoss:
+    from grappa.training import SetLoss
+
+    return SetLoss(
+        temperature=settings.temperature,
+        object_weight=settings.object_weight,
+        transfer_weight=settings.transfer_weight,
+        softening=settings.softening,
+        cosine_weight=settings.cosine_weight,
+        background_weight=settings.background_weight,
+    )
+
+
+def _perception(context: StageContext) -> Perception:
+    """Return the further views that the settings give a weight to."""
+    from grappa.training import Perception
+
+    settings = context.config.adaptors
+    return Perception(
+        objects=open_objects(context) if settings.object_weight or settings.transfer_weight else None,
+        backgrounds=open_backgrounds(context) if settings.background_weight else None,
+    )
+
+
 def _targets(context: StageContext) -> tuple[NDArray[np.int64], list[Targets], str]:
     """Return the rows to train on, what is told apart there, and its name: only ``supervised`` reads labels."""
     images = read_images(context.input("images"))
@@ -90,6 +117,7 @@ def _pseudo_labels(context: StageContext, granularity: str, rows: NDArray[np.int
     import pandas as pd
 
     from grappa.targets import Targets
+    from grappa.training import Perception, SetLoss
 
     clusters = context.input("clusters", granularity)
     labels = pd.read_parquet(clusters / "assignments.parquet")["pseudo_label"].to_numpy()[rows]

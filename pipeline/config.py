@@ -25,6 +25,7 @@ from pipeline.config_sections import (
     Fraction,
     Images,
     Neighbors,
+    Objects,
     Precision,
     Section,
     provenance,
@@ -40,11 +41,12 @@ __all__ = [
     "Fusion",
     "Images",
     "Neighbors",
+    "Objects",
     "Section",
     "Student",
 ]
 
-ExtraRow = Literal["concat", "multi_head", "supervised"]
+ExtraRow = Literal["concat", "multi_head", "supervised", "zero_shot_objects", "adapted_objects"]
 
 
 class Embeddings(Section):
@@ -81,7 +83,9 @@ class Model(Section):
 class Evaluation(Section):
     seed: NonNegativeInt = Field(0, description="seed of the hash that breaks ties")
     extra_rows: tuple[ExtraRow, ...] = provenance(
-        (), "further rows of the result table: concat, multi_head, supervised (reads the train labels)"
+        (),
+        "further rows of the result table: concat, multi_head, supervised (reads the train labels), zero_shot_objects "
+        "(the frozen backbone on object views)",
     )
 
     @field_validator("extra_rows")
@@ -114,6 +118,7 @@ class Config(Section):
     backbone: Backbone = Backbone()
     features: Features = Features()
     neighbors: Neighbors = Neighbors()
+    objects: Objects = Objects()
     clusters: Clusters = Clusters()
     adaptors: Adaptors = Adaptors()
     fusion: Fusion = Fusion()
@@ -153,6 +158,17 @@ class Config(Section):
         if self.adaptors.supervision == "labels" or values == "auto:1" or (values != "auto" and len(values) == 1):
             return self
         raise ValueError(f"model.source is single, but clusters.num_clusters is {values}; give one number, or auto:1")
+
+    @model_validator(mode="after")
+    def _has_objects(self) -> Config:
+        if "zero_shot_objects" in self.evaluation.extra_rows and self.objects.provider == "none":
+            raise ValueError(
+                "evaluation.extra_rows asks for `zero_shot_objects`, but objects.provider is none; set it to backbone "
+                "(or columns, grounding_dino, random), or leave the row out"
+            )
+        if self.objects.provider == "grounding_dino" and not self.objects.model:
+            raise ValueError("objects.provider is grounding_dino, but objects.model is null; give a hub name or folder")
+        return self
 
     @property
     def granularities(self) -> tuple[str, ...]:

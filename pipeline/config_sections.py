@@ -13,6 +13,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     field_validator,
+    model_validator,
 )
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -72,6 +73,9 @@ class Clusters(Section):
     num_clusters: str | tuple[PositiveInt, ...] = Field(
         "auto", description="the pseudo-granularities; auto: 4 (auto:7: 7) geometric values, N/64 to N/3 of N images"
     )
+    view: Literal["images", "objects"] = provenance(
+        "images", "whose features are clustered: the images', or those of their object views (see objects)"
+    )
     num_iterations: PositiveInt = Field(20, description="iterations of spherical k-means")
     seed: NonNegativeInt = Field(0, description="seed of the initial centroids")
 
@@ -85,3 +89,30 @@ class Clusters(Section):
         if not value or min(value) < 2 or len(set(value)) != len(value):
             raise ValueError(f"found {list(value)}; give one or more different numbers, each at least 2")
         return tuple(sorted(value))
+
+
+class Objects(Section):
+    provider: Literal["none", "backbone", "columns", "grounding_dino", "random"] = Field(
+        "none",
+        description="who finds the objects: the backbone, the table's boxes, a detector; random: the control",
+    )
+    min_confidence: Fraction = Field(0.3, description="a box of less confidence is refused: the image stays whole")
+    min_area: Fraction = Field(0.02, description="a smaller box is refused; share of the image's area")
+    max_area: Fraction = Field(0.9, description="a larger box is refused; share of the image's area")
+    enlargement: Annotated[float, Field(ge=1.0, le=4.0)] = Field(
+        1.1, description="the object view's sides, as a multiple of the box's"
+    )
+    max_aspect: Annotated[float, Field(ge=1.0)] = Field(
+        4 / 3, description="a view's longer side over its shorter one, at most; the shorter one grows"
+    )
+    model: str | None = provenance(
+        None, "grounding_dino: a name on the hub, or a folder with config.json and model.safetensors"
+    )
+    prompt: str = provenance("an object.", "grounding_dino: what to look for, phrases that end in a full stop")
+    seed: NonNegativeInt = Field(0, description="random: seed of the boxes")
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> Objects:
+        if self.min_area >= self.max_area:
+            raise ValueError(f"min_area is {self.min_area:g} and max_area {self.max_area:g}; give a larger max_area")
+        return self

@@ -95,10 +95,17 @@ class StageContext:
     def sources(self) -> tuple[Path, list[str]]:
         """Return the table of the listed images and the root folders that its column ``root`` numbers."""
         assert "sources" in self.stage.externals, f"{self.name} does not declare `sources` in pipeline.stages"
-        artifact = self.run.artifact("sources")
-        manifest = artifact.manifest()
+        return self.run.artifact("sources").home / "sources.parquet", self._roots()
+
+    def originals(self) -> list[str]:
+        """Return the root folders that the image table's column ``root`` numbers."""
+        assert "originals" in self.stage.externals, f"{self.name} does not declare `originals` in pipeline.stages"
+        return self._roots()
+
+    def _roots(self) -> list[str]:
+        manifest = self.run.artifact("sources").manifest()
         assert manifest is not None, "the recipe could not have been made without the sources"
-        return artifact.home / "sources.parquet", list(manifest.provenance["roots"])
+        return list(manifest.provenance["roots"])
 
     @contextmanager
     def task(self, description: str, total: int, unit: str = "images", *, done: int = 0) -> Iterator[Advance]:

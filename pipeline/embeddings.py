@@ -65,7 +65,8 @@ def _side_by_side(context: StageContext) -> str:
 def _from_features(context: StageContext, *, whitened: bool) -> str:
     import numpy as np
 
-    features = np.load(context.input("features") / "features.npy", allow_pickle=False)
+    source = "object_features" if context.instance == "zero_shot_objects" else "features"
+    features = np.load(context.input(source) / "features.npy", allow_pickle=False)
     kept = _whiten(context, features) if whitened else features
     np.save(context.path / FILE, kept, allow_pickle=False)
     how = f"whitened with power {context.config.embeddings.whitening_power:g}" if whitened else "unchanged"

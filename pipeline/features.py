@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from grappa.backbone import Adaptation, Backbone
-    from grappa.features import Read
+    from grappa.features import Batch, Read
+    from grappa.pixels import PixelCache
 
 
 def run(context: StageContext) -> str:
@@ -29,17 +30,20 @@ def extract(
     file: str,
     precision: str,
     *,
+    cache: PixelCache | None = None,
+    view: Batch | None = None,
     read: Read | None = None,
     row_shape: tuple[int, ...] | None = None,
 ) -> tuple[int, ...]:
     """Write the embeddings of all cached images into ``file``, going on where an interrupted try stopped; (N, D).
 
-    ``read`` (see ``grappa.features``) may keep something else of an image, of shape ``row_shape``.
+    ``cache``: other pixels than those of the images artifact. ``view`` and ``read`` (see ``grappa.features``) may see
+    an image otherwise and keep something else of it, of shape ``row_shape``.
     """
     from grappa.backbone import embed
     from grappa.features import extract_features
 
-    cache, device = open_pixels(context), settle_device(context)
+    cache, device = cache or open_pixels(context), settle_device(context)
     settled = settle_precision(context, precision, device)
     batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
     shape, path = (len(cache), *(row_shape or (backbone.width,))), context.path / file
@@ -62,6 +66,7 @@ def extract(
             out,
             adaptation=adaptation,
             read=read or embed,
+            view=view,
             start=start,
             batch_size=batch_size,
             device=device,

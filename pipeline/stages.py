@@ -13,7 +13,8 @@ from pipeline.config import Config
 
 PIXELS = ("images.parquet", "pixels/")
 WEIGHTS = ("weights.safetensors", "backbone.json")
-FROZEN_ROWS = ("zero_shot", "zero_shot_whitened")
+FROZEN_ROWS = ("zero_shot", "zero_shot_whitened", "zero_shot_objects")
+ON_OBJECTS = "_objects"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Stage:
     """One step of the pipeline.
 
     ``settings`` gives the sections or single fields of the configuration that an instance reads; ``externals`` the
-    things outside the run folder that it reads (``sources``: the list of images, ``weights``: the backbone's file).
+    things outside the run folder that it reads (``sources``: the list of images, ``weights``: the backbone's file,
+    ``originals``: the images' files, whose digests the image table holds).
     ``parallel``: several processes can compute it, if there are; any other stage is left to the first of them.
     """
 
@@ -61,8 +63,9 @@ def _settings(*names: str) -> Callable[[str | None], tuple[str, ...]]:
 
 
 def _embedding_settings(instance: str | None) -> tuple[str, ...]:
-    special = {"zero_shot": (), "concat": (), "zero_shot_whitened": ("embeddings.whitening_power",)}
-    return special.get(str(instance), ("embeddings.precision",))
+    if instance in ("zero_shot", "zero_shot_objects", "concat"):
+        return ()
+    return ("embeddings.whitening_power",) if instance == "zero_shot_whitened" else ("embeddings.precision",)
 
 
 def _granularities(config: Config) -> tuple[str | None, ...]:
@@ -79,20 +82,29 @@ def adaptor_sets(config: Config) -> tuple[str, ...]:
 def embedding_rows(config: Config) -> tuple[str, ...]:
     """Return the models whose embeddings are kept.
 
-    ``concat``: the granularities' embeddings side by side; ``multi_head``: one set trained on all granularities at
-    once; ``supervised``: one set trained on the train labels. A single set has neither mean, fusion nor student.
+    ``zero_shot_objects``: the frozen backbone on object views; ``concat``: the granularities' embeddings side by side;
+    ``multi_head``: one set trained on all granularities at once; ``supervised``: one set trained on the train labels.
+    ``fused_objects`` (or of what else is deployed): the adapted model on object views. A single set has neither mean,
+    fusion nor student.
     """
+    extra = config.evaluation.extra_rows
+    frozen = FROZEN_ROWS if "zero_shot_objects" in extra else FROZEN_ROWS[:2]
+    on_objects = (f"{deployed_row(config)}{ON_OBJECTS}",) if "adapted_objects" in extra else ()
     if config.model.source == "single":
-        return (*FROZEN_ROWS, *adaptor_sets(config))
+        return (*frozen, *adaptor_sets(config), *on_objects)
     views = ("fused_views",) if "views" in config.fusion.pairs else ()
-    concat = ("concat",) if "concat" in config.evaluation.extra_rows else ()
+    concat = ("concat",) if "concat" in extra else ()
     alone = adaptor_sets(config)[len(config.granularities) :]
-    return (*FROZEN_ROWS, *config.granularities, "mean", "fused", "student", *views, *concat, *alone)
+    return (*frozen, *config.granularities, "mean", "fused", "student", *views, *concat, *alone, *on_objects)
+
+
+def _without_head(row: str) -> bool:
+    return row in FROZEN_ROWS or row.endswith(ON_OBJECTS)
 
 
 def head_rows(config: Config) -> tuple[str, ...]:
     """Return the embedding rows that get a head: the adapted models, and the frozen backbone if there is a head."""
-    adapted = tuple(row for row in embedding_rows(config) if row not in FROZEN_ROWS)
+    adapted = tuple(row for row in embedding_rows(config) if not _without_head(row))
     return adapted if config.heads.kind == "none" else ("zero_shot", *adapted)
 
 
@@ -105,7 +117,7 @@ def evaluated_rows(config: Config) -> dict[str, tuple[str, str]]:
     raw = adaptor_sets(config)[0] if config.model.source == "single" else "fused"
     rows = {}
     for row in embedding_rows(config):
-        rows[row] = ("embeddings" if row in FROZEN_ROWS else "heads", row)
+        rows[row] = ("embeddings" if _without_head(row) else "heads", row)
         if row == "zero_shot_whitened" and config.heads.kind != "none":
             rows["zero_shot_head"] = ("heads", "zero_shot")
         if row == raw and config.heads.kind != "none":
@@ -127,7 +139,31 @@ def _feature_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     return (Input("images", ("images.parquet",)), Input("features", ("features.npy",)))
 
 
+def _cluster_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    seen = "object_features" if config.clusters.view == "objects" else "features"
+    return (Input("images", ("images.parquet",)), Input(seen, ("features.npy",)))
+
+
+def _object_instances(config: Config) -> tuple[str | None, ...]:
+    return () if config.objects.provider == "none" else (None,)
+
+
+def _object_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    reads_backbone = config.objects.provider in ("backbone", "random")
+    return (Input("images", PIXELS), *((Input("backbone", WEIGHTS),) if reads_backbone else ()))
+
+
+def _perceived(weight: float) -> tuple[Input, ...]:
+    """Return the object views, where something gives them a weight."""
+    return (Input("objects", ("objects.parquet", "pixels/")),) if weight else ()
+
+
 def _set_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    weights = config.adaptors.object_weight + config.adaptors.transfer_weight + config.adaptors.background_weight
+    return (*_target_inputs(config, instance), *_perceived(weights))
+
+
+def _target_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     if instance == "supervised":
         images = Input("images", (*PIXELS, "labels.parquet"))
         return (images, Input("backbone", WEIGHTS), Input("features", ("features.npy",)))
@@ -168,8 +204,12 @@ def _model_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
 
 def _embedding_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     row = str(instance)
+    if row.endswith(ON_OBJECTS) and row not in FROZEN_ROWS:
+        return (*_perceived(True), *_embedding_inputs(config, row.removesuffix(ON_OBJECTS)))
     if row == "zero_shot":
         return (Input("features", ("features.npy",)),)
+    if row == "zero_shot_objects":
+        return (Input("object_features", ("features.npy",)),)
     if row == "zero_shot_whitened":
         return _feature_inputs(config, instance)
     if row == "student":
@@ -209,6 +249,22 @@ STAGES: tuple[Stage, ...] = (
         parallel=True,
     ),
     Stage(
+        "objects",
+        1,
+        _settings("objects", "images.cache_size", "images.shard_size", "features.precision"),
+        _object_inputs,
+        _object_instances,
+        externals=("originals",),
+    ),
+    Stage(
+        "object_features",
+        1,
+        _settings("features"),
+        lambda config, instance: (Input("objects", ("pixels/",)), Input("backbone", WEIGHTS)),
+        _object_instances,
+        parallel=True,
+    ),
+    Stage(
         "neighbors",
         1,
         _settings("neighbors"),
@@ -217,9 +273,9 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "clusters",
-        1,
+        2,
         _settings("clusters.num_iterations", "clusters.seed"),
-        _feature_inputs,
+        _cluster_inputs,
         _granularities,
     ),
     Stage("adaptors", 1, _settings("adaptors"), _set_inputs, adaptor_sets, parallel=True),
@@ -228,7 +284,11 @@ STAGES: tuple[Stage, ...] = (
         "student",
         1,
         _settings("student"),
-        lambda config, instance: (Input("images", PIXELS), *_fused_inputs(config)),
+        lambda config, instance: (
+            Input("images", PIXELS),
+            *_fused_inputs(config),
+            *_perceived(config.student.object_share),
+        ),
         lambda config: () if config.model.source == "single" else (None,),
         parallel=True,
     ),

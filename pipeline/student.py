@@ -9,6 +9,7 @@ from pipeline.checkpoints import write_tensors
 from pipeline.context import StageContext
 from pipeline.fused import open_fusion
 from pipeline.inputs import open_backbone, open_sets, open_views, read_images, train_rows
+from pipeline.perception import open_objects
 
 if TYPE_CHECKING:
     from grappa.adaptors import AdaptorSet
@@ -37,6 +38,7 @@ def run(context: StageContext) -> str:
             optimization=optimization(settings),
             seed=settings.seed,
             run=training,
+            objects=open_objects(context) if settings.object_share else None,
         )
     if not context.leads:
         return ""
@@ -63,4 +65,5 @@ def _transfer(settings: Any) -> Transfer:
         softening=settings.softening,
         cosine_weight=settings.cosine_weight,
         bank_size=settings.bank_size,
+        object_share=settings.object_share,
     )

@@ -1,0 +1,133 @@
+"""Stage ``objects``: a box for each image, whether it is believed, and the object views as a pixel cache.
+
+``objects.parquet``: row i is row i of the image table: image_id, box_x0 .. box_y1 (float64 pixels of the EXIF-oriented
+original; NaN: none), confidence (0-1; NaN: none), provider, accepted, reason. ``pixels/``: the object views; an image
+without an accepted box keeps its own pixels. ``report.csv``: acceptance by domain. ``contact_sheet.jpg``: to look at.
+Domains are reported; no provider reads them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.artifacts import SCRATCH_FOLDER
+from pipeline.context import StageContext
+from pipeline.features import extract
+from pipeline.inputs import open_backbone, open_pixels, read_images
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    Boxes = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+JPEG_QUALITY = 88
+
+
+def run(context: StageContext) -> str:
+    images = read_images(context.input("images"))
+    find = {"columns": _listed, "backbone": _seen, "random": _drawn}[context.config.objects.provider]
+    table = _judged(context, images, *find(context, images))
+    _write_views(context, images, table)
+    table.drop(columns=["domain", "height", "width"]).to_parquet(context.path / "objects.parquet", index=False)
+    return _report(context, table)
+
+
+def _listed(context: StageContext, images: pd.DataFrame) -> Boxes:
+    """Return the boxes of the image table's own columns."""
+    import numpy as np
+
+    from grappa.image_table import BOX_COLUMNS
+
+    boxes = images[list(BOX_COLUMNS)].to_numpy(dtype=np.float64)
+    if np.isnan(boxes).all():
+        raise ValueError(
+            "objects.provider is columns, but no image has a box; give a table with the columns "
+            f"{', '.join(BOX_COLUMNS)}, or set objects.provider=backbone"
+        )
+    return boxes, np.where(np.isnan(boxes[:, 0]), np.nan, 1.0)
+
+
+def _seen(context: StageContext, images: pd.DataFrame) -> Boxes:
+    """Return the boxes of what the frozen backbone sees in front."""
+    from functools import partial
+
+    import numpy as np
+
+    from grappa.foreground import boxes_of, foreground, grid_of
+    from grappa.transforms import whole_batch
+
+    backbone = open_backbone(context)
+    rows, columns = grid_of(backbone)
+    (context.path / SCRATCH_FOLDER).mkdir(exist_ok=True)
+    file = f"{SCRATCH_FOLDER}/foreground.npy"
+    view = partial(whole_batch, image_size=backbone.spec.image_size, num_workers=context.num_workers)
+    precision = context.config.features.precision
+    extract(context, backbone, None, file, precision, view=view, read=foreground, row_shape=(rows * columns,))
+    values = np.load(context.path / file, mmap_mode="r", allow_pickle=False).reshape(-1, rows, columns)
+    return boxes_of(values, images[["height", "width"]].to_numpy())
+
+
+def _drawn(context: StageContext, images: pd.DataFrame) -> Boxes:
+    """Return boxes as large as those that the backbone sees, but anywhere."""
+    from grappa.objects import random_boxes
+    from grappa.randomness import id_numbers, key
+
+    boxes, confidences = _seen(context, images)
+    ids = id_numbers(images["image_id"].tolist())
+    sizes = images[["height", "width"]].to_numpy()
+    drawn, rows = random_boxes(boxes, sizes, ids, key(context.config.objects.seed, "objects"))
+    return drawn, confidences[rows]
+
+
+def _judged(
+    context: StageContext, images: pd.DataFrame, boxes: NDArray[np.float64], confidences: NDArray[np.float64]
+) -> pd.DataFrame:
+    """Return objects.parquet with the images' domain, height and width."""
+    from grappa.image_table import BOX_COLUMNS
+    from grappa.objects import Gate, refusals
+
+    settings = context.config.objects
+    gate = Gate(settings.min_confidence, settings.min_area, settings.max_area)
+    reasons = refusals(boxes, confidences, images[["height", "width"]].to_numpy(), gate)
+    table = images[["image_id", "domain", "height", "width"]].copy()
+    table[list(BOX_COLUMNS)] = boxes
+    return table.assign(confidence=confidences, provider=settings.provider, accepted=reasons == "", reason=reasons)
+
+
+def _write_views(context: StageContext, images: pd.DataFrame, table: pd.DataFrame) -> None:
+    import numpy as np
+
+    from grappa.image_table import BOX_COLUMNS
+    from grappa.object_views import Framing, write_object_views
+
+    config = context.config
+    boxes = table[list(BOX_COLUMNS)].where(table["accepted"], np.nan).to_numpy()
+    with context.task("cutting views", len(images)) as advance:
+        write_object_views(
+            images,
+            boxes,
+            context.originals(),
+            open_pixels(context),
+            context.path / "pixels",
+            framing=Framing(config.objects.enlargement, config.objects.max_aspect, config.images.cache_size),
+            max_pixels=config.images.max_pixels,
+            shard_size=config.images.shard_size,
+            journals=context.path / SCRATCH_FOLDER,
+            num_workers=context.num_workers,
+            progress=advance,
+        )
+
+
+def _report(context: StageContext, table: pd.DataFrame) -> str:
+    from grappa.contact_sheet import contact_sheet
+    from grappa.objects import acceptance
+
+    counts = acceptance(table["domain"].to_numpy(), table["reason"].to_numpy(dtype=str))
+    counts.to_csv(context.path / "report.csv", index=False)
+    sheet = contact_sheet(table, open_pixels(context))
+    sheet.save(context.path / "contact_sheet.jpg", quality=JPEG_QUALITY)
+    shares = counts[counts["outcome"] == "accepted"].set_index("domain")["share"]
+    told = ", ".join(f"{domain} {share:.0%}" for domain, share in shares.items())
+    return f"{int(table['accepted'].sum())} of {len(table)} boxes accepted ({told})"
