@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from grappa.backbone import Adaptation, Backbone, BackboneError
+from grappa.backbone import Adaptation, Backbone
+from grappa.weights import BackboneError
 
 MIN_GRID = 4
 Floats = NDArray[np.float64]

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from grappa import losses
 from grappa.adaptors import AdaptorSet
 from grappa.backbone import Backbone
+from grappa.backgrounds import Backgrounds
 from grappa.batches import BatchOrder, Rows, Run, Views, torch_seed
 from grappa.devices import autocast
 from grappa.fitting import FitResult, Group, Optimization, fit
@@ -47,6 +48,27 @@ class SetLoss:
     background_weight: float = 0.0
 
 
+@dataclass(frozen=True)
+class Perception:
+    """Further views of the cache's rows: object views, and background views of those that have one."""
+
+    objects: ImageRows | None = None
+    backgrounds: Backgrounds | None = None
+
+    def sources(self, views: Views) -> dict[str, Views]:
+        """Return the kinds of view that are drawn of each image of a batch, the image itself first."""
+        further = {OBJECT: self.objects, BACKGROUND: self.backgrounds}
+        return {
+            PLAIN: views,
+            **{kind: replace(views, cache=each) for kind, each in further.items() if each is not None},
+        }
+
+    def known(self, rows: Rows) -> Tensor:
+        """Return which of the rows (n,) have a background view, (n,) bool."""
+        every = np.zeros(len(rows), dtype=bool) if self.backgrounds is None else self.backgrounds.known[rows]
+        return torch.from_numpy(every)
+
+
 def train_adaptor_set(
     backbone: Backbone,
     views: Views,
@@ -60,8 +82,7 @@ def train_adaptor_set(
     optimization: Optimization,
     seed: int,
     run: Run,
-    objects: ImageRows | None = None,
-    backgrounds: ImageRows | None = None,
+    perception: Perception | None = None,
 ) -> tuple[AdaptorSet, FitResult]:
     """Train one adaptor set by the normalised softmax over its targets; with several, by the mean of their losses.
 
@@ -70,32 +91,33 @@ def train_adaptor_set(
             pseudo-granularity with its centroids, those of all of them, or the labels of the images.
         name: the instance (``k00256``), part of every random draw's key.
         start: the set that training begins with (:func:`new_set`); it is changed in place and returned.
-        objects, backgrounds: the object and background views of the cache's rows, if ``set_loss`` uses them.
+        perception: the further views that ``set_loss`` uses.
 
     Returns:
         The set, and the metrics ``loss`` and ``accuracy`` (of the class, on augmented views; means over the targets)
         along the steps; with object views ``object_accuracy`` and ``transfer`` too.
     """
     backbone, adaptors = backbone.on(run.device), start.requires_grad_(True)
-    classifier = _classifier(targets, backgrounds is not None, torch_seed(seed, "adaptors", name, "background"))
+    perception = perception or Perception()
+    classifier = _classifier(targets, perception, torch_seed(seed, "adaptors", name, "background"))
     trained = nn.ModuleDict({"set": adaptors, "classifier": classifier}).to(run.device)
-    labels_nH = torch.from_numpy(np.stack([each.labels for each in targets], axis=1).astype(np.int64))
-    sizes = [len(each.proxies) for each in targets]
+    labels_nH, sizes = _all_labels(targets), [len(each.proxies) for each in targets]
     order = BatchOrder(views.ids[rows], optimization.batch_size, (seed, "adaptors", name), run.processes)
-    sources = _sources(views, objects, backgrounds)
+    sources, known_n = perception.sources(views), perception.known(rows)
 
-    def batch(step: int) -> tuple[Tensor, Tensor]:
+    def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
         chosen, epoch = order.at(step)
         drawn = [each.draw(key(seed, "adaptors", name, epoch, kind), rows[chosen]) for kind, each in sources.items()]
-        return torch.cat(drawn), labels_nH[torch.from_numpy(chosen)]
+        at = torch.from_numpy(chosen)
+        return torch.cat(drawn), labels_nH[at], known_n[at]
 
-    def loss(made: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        images, labels_BH = made[0].to(run.device), made[1].to(run.device)
+    def loss(made: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        images, labels_BH, known_B = (each.to(run.device) for each in made)
         with autocast(run.device, run.precision):
             embeddings = backbone(normalize(images, backbone.spec.mean, backbone.spec.std), adaptors)
         embedded = dict(zip(sources, embeddings.chunk(len(sources)), strict=True))
         classes = list(zip(classifier["proxies"].split(sizes), labels_BH.unbind(1), strict=True))
-        value, scalars = _loss(embedded, classes, classifier.get("background"), set_loss)
+        value, scalars = _loss(embedded, classes, known_B, classifier.get("background"), set_loss)
         share = len(labels_BH) / order.batch_size
         return share * value, {what: share * each for what, each in scalars.items()}
 
@@ -117,26 +139,28 @@ def new_set(backbone: Backbone, bottleneck_dim: int, *, in_context_rank: int = 0
     )
 
 
-def _sources(views: Views, objects: ImageRows | None, backgrounds: ImageRows | None) -> dict[str, Views]:
-    """Return the kinds of view that are drawn of each image of a batch, the image itself first."""
-    further = {OBJECT: objects, BACKGROUND: backgrounds}
-    return {PLAIN: views, **{kind: replace(views, cache=each) for kind, each in further.items() if each is not None}}
+def _all_labels(targets: Sequence[Targets]) -> Tensor:
+    """Return the labels of all targets, (n, H) int64."""
+    return torch.from_numpy(np.stack([each.labels for each in targets], axis=1).astype(np.int64))
 
 
-def _classifier(targets: Sequence[Targets], with_background: bool, seed: int) -> nn.ParameterDict:
+def _classifier(targets: Sequence[Targets], perception: Perception, seed: int) -> nn.ParameterDict:
     """Return the proxies of all targets as one table, (sum of C, D), and where asked for the backgrounds', (1, D)."""
     proxies = np.concatenate([np.array(each.proxies, dtype=np.float32) for each in targets])
     classifier = nn.ParameterDict({"proxies": nn.Parameter(torch.from_numpy(proxies))})
-    if with_background:
+    if perception.backgrounds is not None:
         drawn = torch.randn(1, proxies.shape[1], generator=torch.Generator().manual_seed(seed))
         classifier["background"] = nn.Parameter(F.normalize(drawn, dim=-1))
     return classifier
 
 
 def _loss(
-    embedded: Mapping[str, Tensor], classes: Classes, background: Tensor | None, options: SetLoss
+    embedded: Mapping[str, Tensor], classes: Classes, known_B: Tensor, background: Tensor | None, options: SetLoss
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of a batch, whose views are embedded (B, D) by kind, and what is told of it."""
+    """Return the loss of a batch, whose views are embedded (B, D) by kind, and what is told of it.
+
+    ``known_B``: which images have a background view. ``background``: the backgrounds' proxy (1, D).
+    """
     value, accuracy = _classify(embedded[PLAIN], classes, options.temperature)
     scalars = {"accuracy": accuracy}
     if OBJECT in embedded:
@@ -144,7 +168,8 @@ def _loss(
         scalars["transfer"] = _transfer(embedded[PLAIN], embedded[OBJECT], classes, options)
         value = value + options.object_weight * on_objects + options.transfer_weight * scalars["transfer"]
     if background is not None:
-        value = value + options.background_weight * _on_backgrounds(embedded[BACKGROUND], classes, background, options)
+        on_backgrounds = _on_backgrounds(embedded[BACKGROUND], known_B, classes, background, options)
+        value = value + options.background_weight * on_backgrounds
     return value, {what: each.detach() for what, each in scalars.items()}
 
 
@@ -171,11 +196,19 @@ def _transfer(plain_BD: Tensor, object_BD: Tensor, classes: Classes, options: Se
     ).mean()
 
 
-def _on_backgrounds(embeddings_BD: Tensor, classes: Classes, background: Tensor, options: SetLoss) -> Tensor:
-    """Return the loss by which backgrounds come to lie at their own proxy, and away from the classes'."""
+def _on_backgrounds(
+    embeddings_BD: Tensor, known_B: Tensor, classes: Classes, background: Tensor, options: SetLoss
+) -> Tensor:
+    """Return the loss by which backgrounds come to lie at their own proxy, and away from the classes'.
+
+    It is summed over the images that have a background view and divided by B: with few of them it weighs little.
+    """
+    kept_BD = embeddings_BD[known_B]
+    if not len(kept_BD):
+        return embeddings_BD.sum() * 0.0
     values = []
     for proxies_CD, labels_B in classes:
-        own = torch.full_like(labels_B, len(proxies_CD))
+        own = torch.full_like(labels_B[: len(kept_BD)], len(proxies_CD))
         every = torch.cat([proxies_CD, background])
-        values.append(losses.norm_softmax(embeddings_BD, every, own, temperature=options.temperature))
-    return torch.stack(values).mean()
+        values.append(losses.norm_softmax(kept_BD, every, own, temperature=options.temperature))
+    return torch.stack(values).mean() * len(kept_BD) / len(embeddings_BD)

@@ -87,7 +87,7 @@ def eval_batch(
     return _in_parts(crops, len(rows), image_size, num_workers)
 
 
-def whole_batch(cache: PixelCache, rows: Rows, *, image_size: int, num_workers: int = 1) -> torch.Tensor:
+def whole_batch(cache: ImageRows, rows: Rows, *, image_size: int, num_workers: int = 1) -> torch.Tensor:
     """Return the cache's ``rows`` (B,) as (B, 3, S, S) uint8, whole: each side is stretched to S by itself."""
 
     def squeezed(part: range) -> torch.Tensor:

@@ -117,7 +117,6 @@ def _pseudo_labels(context: StageContext, granularity: str, rows: NDArray[np.int
     import pandas as pd
 
     from grappa.targets import Targets
-    from grappa.training import Perception, SetLoss
 
     clusters = context.input("clusters", granularity)
     labels = pd.read_parquet(clusters / "assignments.parquet")["pseudo_label"].to_numpy()[rows]

@@ -24,7 +24,8 @@ def run(context: StageContext) -> str:
 
     settings = context.config.clusters
     images = read_images(context.input("images"))
-    features = np.load(context.input("features") / "features.npy", mmap_mode="r", allow_pickle=False)
+    seen = "object_features" if settings.view == "objects" else "features"
+    features = np.load(context.input(seen) / "features.npy", mmap_mode="r", allow_pickle=False)
     rows, num_clusters = train_rows(images), num_clusters_of(str(context.instance))
     context.need_memory(memory.clustering(len(features), features.shape[1], num_clusters))
     device = str(settle_device(context))

@@ -75,8 +75,7 @@ class Heads(Section):
 class Model(Section):
     source: Literal["fused", "student", "single"] = provenance(
         "fused",
-        "what is deployed, indexed and searched: the fused sets; the student (one set, nearly as fast); single: the "
-        "only set there is, neither fusion nor student is trained",
+        "what is deployed and searched: the fused sets; the student; single: the only set, neither of them is trained",
     )
 
 
@@ -84,8 +83,7 @@ class Evaluation(Section):
     seed: NonNegativeInt = Field(0, description="seed of the hash that breaks ties")
     extra_rows: tuple[ExtraRow, ...] = provenance(
         (),
-        "further rows of the result table: concat, multi_head, supervised (reads the train labels), zero_shot_objects "
-        "(the frozen backbone on object views)",
+        "further rows: concat, multi_head, supervised (train labels), zero_shot_objects, adapted_objects (object views)",
     )
 
     @field_validator("extra_rows")
@@ -109,6 +107,9 @@ class Compute(Section):
     num_workers: NonNegativeInt = provenance(0, "threads that decode and crop images; 0: all cores (likewise)")
     inference_batch_size: PositiveInt = provenance(64, "images a forward pass without gradients")
     checkpoint_seconds: PositiveFloat = provenance(60.0, "time between two checkpoints")
+
+
+PERCEIVED = ("object_weight", "transfer_weight", "background_weight")
 
 
 class Config(Section):
@@ -161,13 +162,20 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _has_objects(self) -> Config:
-        if "zero_shot_objects" in self.evaluation.extra_rows and self.objects.provider == "none":
-            raise ValueError(
-                "evaluation.extra_rows asks for `zero_shot_objects`, but objects.provider is none; set it to backbone "
-                "(or columns, grounding_dino, random), or leave the row out"
-            )
         if self.objects.provider == "grounding_dino" and not self.objects.model:
             raise ValueError("objects.provider is grounding_dino, but objects.model is null; give a hub name or folder")
+        weights = [f"adaptors.{name}" for name in PERCEIVED if getattr(self.adaptors, name)]
+        shares = ["student.object_share"] if self.student.object_share else []
+        rows = [
+            f"the row {name}" for name in ("zero_shot_objects", "adapted_objects") if name in self.evaluation.extra_rows
+        ]
+        views = ["clusters.view=objects"] if self.clusters.view == "objects" else []
+        asking = [*weights, *shares, *rows, *views]
+        if asking and self.objects.provider == "none":
+            raise ValueError(
+                f"{asking[0]} needs object views, but objects.provider is none; set it to backbone (or columns, "
+                f"grounding_dino, random), or leave {asking[0]} out"
+            )
         return self
 
     @property

@@ -8,7 +8,8 @@ from pipeline.context import StageContext
 from pipeline.features import extract, new_array
 from pipeline.fused import open_fusion
 from pipeline.inputs import open_backbone, open_sets, read_images, train_rows
-from pipeline.stages import FROZEN_ROWS, adaptor_sets, fusion_instance
+from pipeline.perception import open_objects
+from pipeline.rows import FROZEN_ROWS, ON_OBJECTS, adaptor_sets, fusion_instance
 from pipeline.student import open_student
 
 if TYPE_CHECKING:
@@ -28,8 +29,10 @@ def run(context: StageContext) -> str:
         return _from_features(context, whitened=row == "zero_shot_whitened")
     if row == "concat":
         return _side_by_side(context)
-    backbone, adaptation = _adapted(context, row)
-    num_rows, width = extract(context, backbone, adaptation, FILE, context.config.embeddings.precision)
+    cache = open_objects(context) if row.endswith(ON_OBJECTS) else None
+    backbone, adaptation = _adapted(context, row.removesuffix(ON_OBJECTS))
+    precision = context.config.embeddings.precision
+    num_rows, width = extract(context, backbone, adaptation, FILE, precision, cache=cache)
     return f"{num_rows} embeddings of {width} dimensions by {row}"
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.context import StageContext
 from pipeline.inputs import read_images, test_rows
-from pipeline.stages import deployed_row, evaluated_rows
+from pipeline.rows import deployed_row, evaluated_rows
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.context import StageContext
 from pipeline.inputs import chosen_rows, read_images
-from pipeline.stages import deployed_row
+from pipeline.rows import deployed_row
 
 
 def run(context: StageContext) -> str:

@@ -20,8 +20,8 @@ from pipeline.config_file import (
     read_settings,
     recipe_path,
 )
+from pipeline.rows import adaptor_sets
 from pipeline.sources import list_sources, publish_listing, published_listing
-from pipeline.stages import adaptor_sets
 from pipeline.status import read_config, states
 from pipeline.storage import atomic_write_text
 from pipeline.takeover import take_over

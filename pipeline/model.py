@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.context import StageContext
 from pipeline.fused import open_fusion
 from pipeline.inputs import open_backbone, open_head, open_sets
-from pipeline.stages import deployed_row
+from pipeline.rows import deployed_row
 from pipeline.student import open_student
 
 if TYPE_CHECKING:

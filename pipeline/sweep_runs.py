@@ -13,8 +13,8 @@ from pipeline.config import Config, Images
 from pipeline.config_file import RECIPES, ConfigError, Settings, parse_assignments, read_settings, shipped_or_file
 from pipeline.execution import Selection, selected
 from pipeline.initialize import check_weights, fitted, given_images, layered
+from pipeline.rows import evaluated_rows
 from pipeline.sources import list_sources
-from pipeline.stages import evaluated_rows
 from pipeline.sweep_file import SweepFile, nested, points, read_sweep
 
 if TYPE_CHECKING:

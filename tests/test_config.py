@@ -10,6 +10,7 @@ from pipeline.config import (
     Config,
     Evaluation,
     Fusion,
+    Objects,
     automatic_num_clusters,
     granularity_name,
     identity_settings,
@@ -38,7 +39,7 @@ def test_paths_and_speed_are_no_identity() -> None:
 
 
 def test_every_identity_field_is_read_by_a_stage() -> None:
-    config = Config(clusters=Clusters(num_clusters=(2,)))
+    config = Config(clusters=Clusters(num_clusters=(2,)), objects=Objects(provider="backbone"))
     sections = tuple(Config.model_fields)
     read = {
         name
@@ -82,7 +83,7 @@ def test_extra_rows_are_known_and_named_once() -> None:
     assert Evaluation(extra_rows=("supervised", "concat")).extra_rows == ("supervised", "concat")
     with pytest.raises(ValidationError, match="give each row once"):
         Evaluation(extra_rows=("concat", "concat"))
-    with pytest.raises(ValidationError, match="'concat', 'multi_head' or 'supervised'"):
+    with pytest.raises(ValidationError, match="'zero_shot_objects' or 'adapted_objects'"):
         Evaluation.model_validate({"extra_rows": ["oracle"]})
 
 

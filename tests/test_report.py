@@ -18,7 +18,7 @@ from pipeline.artifacts import RunFolder
 from pipeline.cli import app
 from pipeline.report import costs, examples, figures, summary
 from pipeline.report.page import write_report
-from pipeline.stages import evaluated_rows
+from pipeline.rows import evaluated_rows
 from pipeline.status import read_config
 
 

@@ -16,7 +16,7 @@ from grappa.fitting import Optimization, fit, schedule
 from grappa.fusion_training import PropagationLoss, train_fusion
 from grappa.randomness import id_numbers
 from grappa.targets import Targets
-from grappa.training import BACKGROUND, OBJECT, PLAIN, SetLoss, _loss, new_set, train_adaptor_set
+from grappa.training import BACKGROUND, OBJECT, PLAIN, Perception, SetLoss, _loss, new_set, train_adaptor_set
 from grappa.transforms import Augmentation
 
 NUM = 40
@@ -121,7 +121,7 @@ def _train_on_two(views: Views, checkpoint: Any = None) -> Any:
 
 def _train_on_views(views: Views, checkpoint: Any = None, **changes: Any) -> Any:
     set_loss = SetLoss(0.1, object_weight=1.0, transfer_weight=0.5, background_weight=0.5)
-    arguments: dict[str, Any] = {"set_loss": set_loss, "objects": _Mirrored(views), "backgrounds": _Mirrored(views)}
+    arguments: dict[str, Any] = {"set_loss": set_loss, "perception": Perception(_Mirrored(views), _Mirrored(views))}
     return _train_set(views, checkpoint, **{**arguments, **changes})
 
 
@@ -136,6 +136,10 @@ class _Mirrored:
 
     def image(self, row: int) -> np.ndarray[Any, Any]:
         return self.views.cache.image(row)[::-1]
+
+    @property
+    def known(self) -> np.ndarray[Any, Any]:
+        return np.arange(len(self)) % 3 > 0
 
 
 @pytest.mark.parametrize("crash_at", [1, 4, 9])
@@ -254,7 +258,7 @@ def _digest(module: torch.nn.Module) -> str:
 
 def test_weights_of_zero_leave_the_training_as_it_is_without_object_views(views: Views) -> None:
     plain, _ = _train_set(views)
-    unused, result = _train_on_views(views, set_loss=SetLoss(0.1), backgrounds=None)
+    unused, result = _train_on_views(views, set_loss=SetLoss(0.1), perception=Perception(_Mirrored(views)))
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(unused.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
     assert set(result.metrics[0]) >= {"accuracy", "object_accuracy", "transfer"}
@@ -295,14 +299,15 @@ def test_the_parts_equal_their_formulas_in_float64() -> None:
     divergence = (np.exp(teacher) * (teacher - student)).sum(1).mean()
     transfer = soft**2 * divergence + 0.4 * (1 - (unit(plain) * unit(seen)).sum(1)).mean()
     expected = softmax_loss(plain, proxies, labels) + 0.7 * softmax_loss(seen, proxies, labels) + 0.3 * transfer
-    expected += 0.2 * softmax_loss(back, np.concatenate([proxies, extra]), np.full(5, 3))
+    known = np.array([True, False, True, True, False])
+    expected += 0.2 * softmax_loss(back[known], np.concatenate([proxies, extra]), np.full(3, 3)) * 3 / 5
     embedded = {PLAIN: plain, OBJECT: seen, BACKGROUND: back}
     tensors = {kind: torch.from_numpy(value).requires_grad_() for kind, value in embedded.items()}
     classes = [(torch.from_numpy(proxies), torch.from_numpy(labels))]
-    found, _ = _loss(tensors, classes, torch.from_numpy(extra), options)
+    found, _ = _loss(tensors, classes, torch.from_numpy(known), torch.from_numpy(extra), options)
     assert float(found.detach()) == pytest.approx(expected, rel=1e-9)
     only_transfer = SetLoss(tau, transfer_weight=1.0)
-    _loss(tensors, classes, None, only_transfer)[0].backward()
+    _loss(tensors, classes, torch.from_numpy(known), None, only_transfer)[0].backward()
     assert tensors[OBJECT].grad is None or not tensors[OBJECT].grad.any(), "the teacher gets no gradient"
 
 

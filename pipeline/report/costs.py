@@ -12,7 +12,8 @@ from pipeline.config import Config
 from pipeline.execution import spent
 from pipeline.report.summary import Table
 from pipeline.results import ORACLE
-from pipeline.stages import STAGES, artifact_name, evaluated_rows, find_stage
+from pipeline.rows import evaluated_rows
+from pipeline.stages import STAGES, artifact_name, find_stage
 
 Step = tuple[str, str | None]
 

@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.published import check_same_origin
 from pipeline.report import costs, examples, figures, summary
 from pipeline.report.summary import Table, number
-from pipeline.stages import deployed_row, evaluated_rows, fusions
+from pipeline.rows import deployed_row, evaluated_rows, fusions
 from pipeline.status import instances, read_config, states
 from pipeline.storage import new_folder, refuse_existing
 
