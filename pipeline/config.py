@@ -83,7 +83,7 @@ class Evaluation(Section):
     seed: NonNegativeInt = Field(0, description="seed of the hash that breaks ties")
     extra_rows: tuple[ExtraRow, ...] = provenance(
         (),
-        "further rows: concat, multi_head, supervised (train labels), zero_shot_objects, adapted_objects (object views)",
+        "further rows: concat, multi_head, supervised (train labels), zero_shot_objects, adapted_objects (crops)",
     )
 
     @field_validator("extra_rows")
