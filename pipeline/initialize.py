@@ -56,6 +56,8 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     config = fitted(config, listing)
     run, former = write_run(root, config, listing)
     say_images(listing, former, say)
+    if "supervised" in adaptor_sets(config):
+        _say_lone_classes(listing, say)
     if other:
         take_over(other, run, config, say=say)
     _say_states(run, config, say)
@@ -186,6 +188,18 @@ def say_images(listing: pd.DataFrame, former: pd.DataFrame | None, say: Say) -> 
         say(f"{len(new - old)} images added, {len(old - new)} removed")
     for domain in sizes.index[sizes == 1]:
         say(f"warning: domain {domain} has one image only: a query there has nothing to find")
+
+
+def _say_lone_classes(listing: pd.DataFrame, say: Say) -> None:
+    """Warn of classes with one train image, of which a set trained on labels learns little."""
+    learned = listing[listing["label"].notna() & (listing["split"] != "test")]
+    sizes = learned.groupby(["domain", "label"]).size()
+    lone = sizes.index[sizes == 1]
+    if len(lone):
+        first = "/".join(lone[0])
+        say(
+            f"warning: {len(lone)} of {len(sizes)} classes have one train image, such as {first}: little to learn there"
+        )
 
 
 def _say_states(run: RunFolder, config: Config, say: Say) -> None:

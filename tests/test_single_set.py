@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import digests, draw_images, make_run, run_all, write_table, write_weights
+from tiny import digests, draw_images, make_run, run_all, settings, write_table, write_weights
 
 import grappa
 from pipeline.artifacts import RunFolder
 from pipeline.config_file import ConfigError
 from pipeline.export import export
+from pipeline.initialize import Request, initialize
 from pipeline.report.page import write_report
 from pipeline.results import read_table
 from pipeline.search import search
@@ -155,3 +156,13 @@ def test_going_back_to_pseudo_labels_keeps_what_is_fresh(run: RunFolder, materia
     _make(copy.root, material, adaptors__supervision="pseudo_labels", model__source="fused")
     kinds = {each.name: each.state.kind for each in states(copy, read_config(copy))}
     assert kinds["features"] == "fresh" and kinds["clusters/k00004"] == "missing" and kinds["model"] == "stale"
+
+
+def test_a_class_of_one_image_is_told(material: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(material / "table.csv")
+    table.loc[table.index[table["split"] == "train"][0], "label"] = "alone"
+    table.to_csv(material / "alone.csv", index=False)
+    lines: list[str] = []
+    asked = settings(material / "weights.safetensors", **LABELS)
+    initialize(tmp_path / "run", Request([str(material / "alone.csv")], None, asked, None), say=lines.append)
+    assert [line for line in lines if line.startswith("warning: 1 of 7 classes have one train image, such as ")]
