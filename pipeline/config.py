@@ -139,8 +139,7 @@ class Evaluation(Section):
     seed: NonNegativeInt = Field(0, description="seed of the hash that breaks ties")
     extra_rows: tuple[ExtraRow, ...] = provenance(
         (),
-        "further rows of the result table: concat, multi_head, supervised (reads the train labels), zero_shot_objects "
-        "(the frozen backbone on object views)",
+        "further rows of the result table: concat, multi_head, supervised (reads the train labels), zero_shot_objects",
     )
 
     @field_validator("extra_rows")

@@ -10,6 +10,7 @@ from pipeline.config import (
     Config,
     Evaluation,
     Fusion,
+    Objects,
     automatic_num_clusters,
     granularity_name,
     identity_settings,
@@ -38,7 +39,7 @@ def test_paths_and_speed_are_no_identity() -> None:
 
 
 def test_every_identity_field_is_read_by_a_stage() -> None:
-    config = Config(clusters=Clusters(num_clusters=(2,)))
+    config = Config(clusters=Clusters(num_clusters=(2,)), objects=Objects(provider="backbone"))
     sections = tuple(Config.model_fields)
     read = {
         name
@@ -82,8 +83,21 @@ def test_extra_rows_are_known_and_named_once() -> None:
     assert Evaluation(extra_rows=("supervised", "concat")).extra_rows == ("supervised", "concat")
     with pytest.raises(ValidationError, match="give each row once"):
         Evaluation(extra_rows=("concat", "concat"))
-    with pytest.raises(ValidationError, match="'concat', 'multi_head' or 'supervised'"):
+    with pytest.raises(ValidationError, match="'concat', 'multi_head', 'supervised' or 'zero_shot_objects'"):
         Evaluation.model_validate({"extra_rows": ["oracle"]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"evaluation": {"extra_rows": ["zero_shot_objects"]}}, "zero_shot_objects`, but objects.provider is none"),
+        ({"objects": {"provider": "grounding_dino"}}, "objects.model is null; give a hub name or folder"),
+        ({"objects": {"min_area": 0.9, "max_area": 0.5}}, "min_area is 0.9 and max_area 0.5"),
+    ],
+)
+def test_objects_are_asked_for_in_full(settings: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        Config.model_validate(settings)
 
 
 def test_auto_has_no_granularities_yet() -> None:
