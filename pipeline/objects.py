@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     Boxes = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 JPEG_QUALITY = 88
+NO_BOXES = (
+    "objects.provider is columns, but no image has a box; give a table with the columns box_x0, box_y0, box_x1 and "
+    "box_y1, or set objects.provider=backbone"
+)
 
 
 def run(context: StageContext) -> str:
@@ -42,10 +46,7 @@ def _listed(context: StageContext, images: pd.DataFrame) -> Boxes:
 
     boxes = images[list(BOX_COLUMNS)].to_numpy(dtype=np.float64)
     if np.isnan(boxes).all():
-        raise ValueError(
-            "objects.provider is columns, but no image has a box; give a table with the columns "
-            f"{', '.join(BOX_COLUMNS)}, or set objects.provider=backbone"
-        )
+        raise ValueError(NO_BOXES)
     return boxes, np.where(np.isnan(boxes[:, 0]), np.nan, 1.0)
 
 
