@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import HALF, OPTIONS, tiny_backbone
+from tiny import HALF, OPTIONS, tiny_backbone, tiny_cache
 
 from grappa.backbone import BackboneError, BackboneSpec, build_backbone
-from grappa.foreground import boxes_of, foreground, grid_of
+from grappa.foreground import boxes_of, foreground, grid_of, mean_tokens
 from grappa.objects import Gate, refusals
+from grappa.transforms import normalize, whole_batch
 
 
 def grids(*places: tuple[slice, slice], rows: int = 8, columns: int = 8) -> np.ndarray:
@@ -75,6 +78,21 @@ def test_values_are_deterministic_and_the_border_lies_low() -> None:
     torch.testing.assert_close(values.mean(1), torch.zeros(5), atol=1e-5, rtol=0)
     grid = values.reshape(5, 4, 4)
     assert (grid[:, 1:3, 1:3].mean((1, 2)) > values.mean(1)).all()
+
+
+def test_the_mean_token_of_each_place_is_taken_away(tmp_path: Path) -> None:
+    backbone, cache = tiny_backbone(), tiny_cache(tmp_path, 6)
+    rows = np.array([0, 2, 3])
+    means = mean_tokens(backbone, cache, rows)
+    assert (means.shape, means.dtype) == ((16, 32), torch.float32)
+    one = mean_tokens(backbone, cache, rows[:1])
+    torch.testing.assert_close(mean_tokens(backbone, cache, np.array([0, 0])), one)
+    assert not torch.allclose(means, one, atol=1e-3)
+    spec = backbone.spec
+    batch = normalize(whole_batch(cache, rows, image_size=spec.image_size), spec.mean, spec.std)
+    plain, less = foreground(backbone, batch), foreground(backbone, batch, means=means)
+    assert not torch.allclose(plain, less, atol=1e-3)
+    torch.testing.assert_close(foreground(backbone, batch[:1], means=one), torch.zeros(1, 16), atol=1e-4, rtol=0)
 
 
 def test_a_backbone_of_few_patches_is_refused() -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 from tiny import digests, draw_images, make_run, run_all, write_table, write_weights
 
+from grappa import object_views
 from grappa.image_table import BOX_COLUMNS
 from grappa.pixels import PixelCache
 from pipeline import tables
@@ -186,3 +188,27 @@ def test_originals_that_moved_are_named_and_init_mends_it(material: Path, tmp_pa
         run_all(run, stage="objects")
     make_run(run.root, [moved], material / "weights.safetensors", **changes)
     assert [line.partition(":")[0] for line in run_all(run, until="objects")] == ["objects"]
+
+
+def test_interrupted_work_goes_on_and_ends_with_the_same_bytes(
+    copy: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, read = digests(copy), object_views.read_original
+    calls: list[str] = []
+
+    def stop(path: str, *arguments: Any, **options: Any) -> Any:
+        calls.append(path)
+        if len(calls) == 25:
+            raise KeyboardInterrupt
+        return read(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(object_views, "read_original", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_all(copy, stage="objects", force=True)
+    assert digests(copy) == before, "the old result stays until the new one is whole"
+    monkeypatch.setattr("pipeline.objects.extract", None)
+    run_all(copy, stage="objects", force=True)
+    log = [json.loads(line) for line in (copy.root / "objects" / "log.jsonl").read_text().splitlines()]
+    assert [each["new"] for each in log if each.get("task") == "cutting views"] == [36]
+    assert digests(copy) == before
