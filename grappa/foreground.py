@@ -1,10 +1,11 @@
-"""The backbone's own idea of what is in front: label-free, one image at a time, from its patch tokens.
+"""The backbone's own idea of what is in front: from its patch tokens, without labels and without the domain.
 
 Shapes: B batch, T tokens, D width, P patches in a grid of rows x columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grappa.backbone import Adaptation, Backbone
+from grappa.devices import autocast
+from grappa.pixels import PixelCache
+from grappa.transforms import normalize, whole_batch
 from grappa.weights import BackboneError
 
 MIN_GRID = 4
+_BATCH_SIZE = 64  # of the mean: a sum's last bits depend on it
 Floats = NDArray[np.float64]
 
 
@@ -36,17 +41,50 @@ def grid_of(backbone: Backbone) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def foreground(backbone: Backbone, images: Tensor, adaptation: Adaptation | None = None) -> Tensor:
-    """Return each patch's place on the image's main axis, (B, P) float32, larger in front.
-
-    The axis is the first principal component of the image's own L2-normalised patch tokens after the final norm, turned
-    so that the border of the image lies low; the tokens' mean is 0.
+def mean_tokens(
+    backbone: Backbone,
+    cache: PixelCache,
+    rows: NDArray[np.int64],
+    *,
+    device: torch.device | None = None,
+    precision: str = "float32",
+    num_workers: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Return the mean patch token of some images at each place, (P, D) float32: what a token says of its place alone.
 
     Args:
-        images: (B, 3, S, S) float, normalised; the whole image, not its center.
+        rows: of the cache, a sample of the images; the other arguments are those of ``grappa.features``.
+    """
+    device = device or torch.device("cpu")
+    backbone = backbone.on(device)
+    total = torch.zeros(())
+    for start in range(0, len(rows), _BATCH_SIZE):
+        part = rows[start : start + _BATCH_SIZE]
+        images = whole_batch(cache, part, image_size=backbone.spec.image_size, num_workers=num_workers)
+        with torch.inference_mode(), autocast(device, precision):
+            tokens = _patch_tokens(backbone, normalize(images.to(device), backbone.spec.mean, backbone.spec.std))
+        total = total + tokens.sum(0).cpu()
+        if progress:
+            progress(len(part))
+    return total / len(rows)
+
+
+def foreground(
+    backbone: Backbone, images: Tensor, adaptation: Adaptation | None = None, *, means: Tensor | None = None
+) -> Tensor:
+    """Return each patch's place on the image's main axis, (B, P) float32, larger in front.
+
+    The axis is the first principal component of the image's own L2-normalised patch tokens after the final norm, from
+    which the mean token at their place was taken: without that it is mostly the height in the image. It is turned so
+    that the border of the image lies low.
+
+    Args:
+        images: (B, 3, S, S) float, normalised; the whole image, not its center. means: (P, D) of ``mean_tokens``.
     """
     tokens_BPD = _patch_tokens(backbone, images)
     with torch.autocast(images.device.type, enabled=False):
+        tokens_BPD = tokens_BPD if means is None else tokens_BPD - means.to(images.device)
         tokens_BPD = tokens_BPD - tokens_BPD.mean(1, keepdim=True)
         squares, vectors = torch.linalg.eigh(tokens_BPD @ tokens_BPD.transpose(1, 2))
         values = vectors[:, :, -1] * squares[:, -1:].clamp_min(0).sqrt()

@@ -126,6 +126,8 @@ def selected(config: Config, selection: Selection) -> list[Step]:
     if selection.stage:
         names = [find_stage(selection.stage).name]
     steps = [(stage, instance) for stage, instance in instances(config) if stage.name in names]
+    if selection.stage and not steps:
+        raise ValueError(f"nothing to run: {selection.stage} has no artifact with this configuration")
     if selection.instance is None:
         return steps
     known = [str(instance) for _, instance in steps if instance]

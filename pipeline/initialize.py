@@ -20,6 +20,7 @@ from pipeline.config_file import (
     read_settings,
     recipe_path,
 )
+from pipeline.objects import NO_BOXES
 from pipeline.rows import adaptor_sets
 from pipeline.sources import list_sources, publish_listing, published_listing
 from pipeline.status import read_config, states
@@ -77,6 +78,7 @@ def fitted(config: Config, listing: pd.DataFrame) -> Config:
     """Return the configuration with its granularities in numbers; ConfigError for what these images cannot give."""
     config = resolve_num_clusters(config, _count_train(listing))
     _check_labels(config, listing)
+    _check_boxes(config, listing)
     return config
 
 
@@ -163,6 +165,11 @@ def _check_labels(config: Config, listing: pd.DataFrame) -> None:
             f"{asking}, but no train image has a label; give labels "
             "(DOMAIN/CLASS/file, or a table with the column `label`), or leave it out"
         )
+
+
+def _check_boxes(config: Config, listing: pd.DataFrame) -> None:
+    if config.objects.provider == "columns" and listing["box_x0"].isna().all():
+        raise ConfigError(NO_BOXES)
 
 
 def given_images(config: Config) -> Images:

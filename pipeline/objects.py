@@ -11,27 +11,55 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.artifacts import SCRATCH_FOLDER
+from pipeline.checkpoints import write_tensors
 from pipeline.context import StageContext
 from pipeline.features import extract
-from pipeline.inputs import open_backbone, open_pixels, read_images
+from pipeline.inputs import open_backbone, open_pixels, read_images, settle_device, settle_precision, train_rows
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
+    from torch import Tensor
+
+    from grappa.backbone import Backbone
 
     Boxes = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 JPEG_QUALITY = 88
+NUM_SAMPLED = (
+    2048  # train images whose tokens are averaged; rows lie in the order of content digests, so it is a sample
+)
+NO_BOXES = (
+    "objects.provider is columns, but no image has a box; give a table with the columns box_x0, box_y0, box_x1 and "
+    "box_y1, or set objects.provider=backbone"
+)
 
 
 def run(context: StageContext) -> str:
     images = read_images(context.input("images"))
-    find = {"columns": _listed, "backbone": _seen, "random": _drawn}[context.config.objects.provider]
-    table = _judged(context, images, *find(context, images))
+    table = _judged(context, images, *_found(context, images))
     _write_views(context, images, table)
     table.drop(columns=["domain", "height", "width"]).to_parquet(context.path / "objects.parquet", index=False)
     return _report(context, table)
+
+
+def _found(context: StageContext, images: pd.DataFrame) -> Boxes:
+    """Return the provider's boxes (N, 4) and confidences (N,); interrupted work keeps those it has."""
+    import numpy as np
+
+    from grappa.pixels import write_whole
+
+    scratch = context.path / SCRATCH_FOLDER
+    scratch.mkdir(exist_ok=True)
+    file = scratch / "boxes.npy"
+    if not file.exists():
+        find = {"columns": _listed, "backbone": _seen, "random": _drawn}[context.config.objects.provider]
+        boxes, confidences = find(context, images)
+        both = np.concatenate([boxes, confidences[:, None]], axis=1)
+        write_whole(file, lambda opened: np.save(opened, both, allow_pickle=False))
+    kept = np.load(file, allow_pickle=False)
+    return kept[:, :4], kept[:, 4]
 
 
 def _listed(context: StageContext, images: pd.DataFrame) -> Boxes:
@@ -42,10 +70,7 @@ def _listed(context: StageContext, images: pd.DataFrame) -> Boxes:
 
     boxes = images[list(BOX_COLUMNS)].to_numpy(dtype=np.float64)
     if np.isnan(boxes).all():
-        raise ValueError(
-            "objects.provider is columns, but no image has a box; give a table with the columns "
-            f"{', '.join(BOX_COLUMNS)}, or set objects.provider=backbone"
-        )
+        raise ValueError(NO_BOXES)
     return boxes, np.where(np.isnan(boxes[:, 0]), np.nan, 1.0)
 
 
@@ -60,13 +85,37 @@ def _seen(context: StageContext, images: pd.DataFrame) -> Boxes:
 
     backbone = open_backbone(context)
     rows, columns = grid_of(backbone)
-    (context.path / SCRATCH_FOLDER).mkdir(exist_ok=True)
     file = f"{SCRATCH_FOLDER}/foreground.npy"
     view = partial(whole_batch, image_size=backbone.spec.image_size, num_workers=context.num_workers)
+    read = partial(foreground, means=_mean_tokens(context, images, backbone))
     precision = context.config.features.precision
-    extract(context, backbone, None, file, precision, view=view, read=foreground, row_shape=(rows * columns,))
+    extract(context, backbone, None, file, precision, view=view, read=read, row_shape=(rows * columns,))
     values = np.load(context.path / file, mmap_mode="r", allow_pickle=False).reshape(-1, rows, columns)
     return boxes_of(values, images[["height", "width"]].to_numpy())
+
+
+def _mean_tokens(context: StageContext, images: pd.DataFrame, backbone: Backbone) -> Tensor:
+    """Return what ``foreground`` takes from each token; interrupted work keeps the one it began with."""
+    from safetensors.torch import load_file
+
+    from grappa.foreground import mean_tokens
+
+    file = context.path / SCRATCH_FOLDER / "mean_tokens.safetensors"
+    if file.exists():
+        return load_file(file)["mean_tokens"]
+    device, rows = settle_device(context), train_rows(images)[:NUM_SAMPLED]
+    with context.task("mean tokens", len(rows)) as advance:
+        means = mean_tokens(
+            backbone,
+            open_pixels(context),
+            rows,
+            device=device,
+            precision=settle_precision(context, context.config.features.precision, device),
+            num_workers=context.num_workers,
+            progress=advance,
+        )
+    write_tensors(file, {"mean_tokens": means})
+    return means
 
 
 def _drawn(context: StageContext, images: pd.DataFrame) -> Boxes:

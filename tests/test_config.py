@@ -87,6 +87,22 @@ def test_extra_rows_are_known_and_named_once() -> None:
         Evaluation.model_validate({"extra_rows": ["oracle"]})
 
 
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"evaluation": {"extra_rows": ["zero_shot_objects"]}},
+            "zero_shot_objects needs object views, but objects.provider is none",
+        ),
+        ({"objects": {"provider": "grounding_dino"}}, "objects.model is null; give a hub name or folder"),
+        ({"objects": {"min_area": 0.9, "max_area": 0.5}}, "min_area is 0.9 and max_area 0.5"),
+    ],
+)
+def test_objects_are_asked_for_in_full(settings: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        Config.model_validate(settings)
+
+
 def test_auto_has_no_granularities_yet() -> None:
     with pytest.raises(ValueError, match="still `auto`"):
         _ = Config().granularities
