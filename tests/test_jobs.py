@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from fake_stages import FakeStages, fake_stages
-from tiny import draw_images, make_run, write_weights
+from tiny import digests, draw_images, make_run, run_all, write_weights
 from typer.testing import CliRunner, Result
 
 from pipeline import checkpoints, tables
@@ -70,12 +70,12 @@ def test_the_whole_graph_as_jobs(fakes: FakeStages) -> None:
     assert needs["fusion"] == ("images", "backbone", "neighbors", "adaptors/k00002", "adaptors/k00004")
 
 
-def test_what_reads_another_instance_of_its_stage_follows_it_in_one_task(fakes: FakeStages) -> None:
+def test_what_reads_another_instance_of_its_stage_follows_the_array_of_these(fakes: FakeStages) -> None:
     fakes.configure(evaluation={"extra_rows": ["concat"]})
-    (embeddings,) = [job for job in planned(fakes) if job.stages == ("embeddings",)]
-    assert len(embeddings.tasks) == 1
-    names = [pin.name for pin in embeddings.tasks[0]]
-    assert names.index("embeddings/concat") > names.index("embeddings/k00004")
+    array, late = [job for job in planned(fakes) if job.stages == ("embeddings",)]
+    assert len(array.tasks) == 7
+    assert late.artifacts == ("embeddings/concat",)
+    assert late.needs == ("embeddings/k00002", "embeddings/k00004")
 
 
 def test_only_what_is_not_fresh_is_planned_and_its_inputs_are_pinned(fakes: FakeStages) -> None:
@@ -177,6 +177,22 @@ def test_jobs_as_processes_of_this_machine(tmp_path: Path) -> None:
     assert "not made: images (images changed: " in result.stderr
 
 
+def test_a_job_of_two_processes_on_this_machine(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [draw_images(tmp_path / "images")], write_weights(tmp_path / "w.safetensors"))
+    profile = tmp_path / "two.yaml"
+    profile.write_text("{cluster: local, tasks: 2, shared: [[backbone, images, features]]}")
+    result = grappa("submit", run.root, "--cluster", profile, "--until", "features")
+    assert result.exit_code == 0, result.stderr
+    manifests = {name: run.artifact(name).manifest() for name in ("backbone", "images", "features")}
+    processes = {name: found.provenance["processes"] for name, found in manifests.items() if found}
+    assert processes == {"backbone": 1, "images": 2, "features": 2}
+    assert list(tables.load_jobs(run.root)["state"]) == ["made"] * 3
+    together = digests(run)
+    run_all(run, until="images", force=True)
+    run_all(run, stage="features", force=True)
+    assert digests(run) == together
+
+
 def _status(fakes: FakeStages) -> str:
     return grappa("status", fakes.root, "--json").stdout
 
@@ -264,6 +280,19 @@ def test_status_of_200_jobs_asks_slurm_twice(
     assert notes["adaptors/k00007"].startswith("failed: NODE_FAIL 1:0 (job 11_5, ")
     assert notes["adaptors/k00002"].startswith("failed: job 11_0 ended without a word")
     assert "NODE_FAIL" in (submission.folder / "outcomes.json").read_text()
+
+
+def test_what_a_running_job_has_made_already_needs_no_note(
+    fakes: FakeStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fake_command(tmp_path / "bin" / "squeue", tmp_path / "calls", "7|grappa-backbone-mark|RUNNING|None|n1|1:00")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    events = submitted(fakes, planned(fakes, until="images")).folder / "events" / "7.jsonl"
+    fakes.execute(until="backbone")
+    for event, name in (("artifact", "backbone"), ("made", "backbone"), ("artifact", "images")):
+        append_event(events, event, artifact=name)
+    notes, _ = job_notes(fakes.run, states(fakes.run, fakes.config))
+    assert notes == {"images": "running on n1, limit in 1:00 (job 7)"}
 
 
 def _fake_command(path: Path, calls: Path, line: str) -> None:
