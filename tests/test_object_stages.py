@@ -83,6 +83,9 @@ def test_the_artifact_holds_a_row_an_image_its_view_a_report_and_a_sheet(seen: R
     table, images = _objects(seen), pd.read_parquet(seen.root / "images" / "images.parquet")
     assert list(table.columns) == ["image_id", *BOX_COLUMNS, "confidence", "provider", "accepted", "reason"]
     assert table["image_id"].equals(images["image_id"])
+    loaded = tables.load_objects(seen.root)
+    assert loaded["domain"].tolist() == images["domain"].tolist()
+    assert loaded["box_x1"].tolist() == table["box_x1"].tolist()
     assert set(table["provider"]) == {"backbone"} and table["accepted"].any()
     assert table["accepted"].equals(table["reason"] == "")
     views = PixelCache.open(seen.root / "objects" / "pixels")
