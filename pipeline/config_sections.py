@@ -108,7 +108,7 @@ class Objects(Section):
     model: str | None = provenance(
         None, "grounding_dino: a name on the hub, or a folder with config.json and model.safetensors"
     )
-    prompt: str = provenance("an object.", "grounding_dino: what to look for, phrases that end in a full stop")
+    prompt: str = Field("an object.", description="grounding_dino: what to look for, phrases that end in a full stop")
     seed: NonNegativeInt = Field(0, description="random: seed of the boxes")
 
     @model_validator(mode="after")

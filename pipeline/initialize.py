@@ -21,6 +21,8 @@ from pipeline.config_file import (
     recipe_path,
 )
 from pipeline.objects import NO_BOXES
+from pipeline.outside import detector_digests, is_hub_name
+from pipeline.recipes import read_manifest
 from pipeline.rows import adaptor_sets
 from pipeline.sources import list_sources, publish_listing, published_listing
 from pipeline.status import read_config, states
@@ -137,6 +139,9 @@ def _absolute(settings: Settings) -> Settings:
     weights: Any = settings.get("backbone", {}).get("weights")
     if isinstance(weights, str):
         changed["backbone"] = {"weights": os.path.abspath(weights)}
+    model: Any = settings.get("objects", {}).get("model")
+    if isinstance(model, str) and not is_hub_name(model):
+        changed["objects"] = {"model": os.path.abspath(model)}
     sources: Any = settings.get("images", {}).get("sources")
     if isinstance(sources, list) and all(isinstance(source, str) for source in sources):
         changed["images"] = {"sources": [os.path.abspath(source) for source in sources]}
@@ -144,13 +149,19 @@ def _absolute(settings: Settings) -> Settings:
 
 
 def check_weights(config: Config, known: RunFolder | None) -> None:
-    """Refuse weights that are not there, unless the run has read them already."""
+    """Refuse weights and a detector that are not there, unless the run has read them already."""
+    detector_digests(config, None if known is None else _known_detector(known))
     path = config.backbone.weights
     if path is None or os.path.isfile(path):
         return
     before = read_settings(known.config_path) if known and known.config_path.exists() else {}
     if before.get("backbone", {}).get("weights") != path:
         raise ConfigError(f"backbone.weights: no such file {path}; give a .safetensors file or a state dict")
+
+
+def _known_detector(run: RunFolder) -> dict[str, Any]:
+    manifest = read_manifest(run, "objects")
+    return manifest.provenance.get("detector", {}) if manifest else {}
 
 
 _ASKED = "evaluation.extra_rows asks for `supervised`"

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.artifacts import SCRATCH_FOLDER
-from pipeline.checkpoints import write_tensors
+from pipeline.checkpoints import RowCheckpoint, write_tensors
 from pipeline.context import StageContext
-from pipeline.features import extract
+from pipeline.features import extract, new_array
 from pipeline.inputs import open_backbone, open_pixels, read_images, settle_device, settle_precision, train_rows
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ def _found(context: StageContext, images: pd.DataFrame) -> Boxes:
     scratch.mkdir(exist_ok=True)
     file = scratch / "boxes.npy"
     if not file.exists():
-        find = {"columns": _listed, "backbone": _seen, "random": _drawn}[context.config.objects.provider]
+        find = {"columns": _listed, "backbone": _seen, "random": _drawn, "grounding_dino": _detected}[
+            context.config.objects.provider
+        ]
         boxes, confidences = find(context, images)
         both = np.concatenate([boxes, confidences[:, None]], axis=1)
         write_whole(file, lambda opened: np.save(opened, both, allow_pickle=False))
@@ -128,6 +130,28 @@ def _drawn(context: StageContext, images: pd.DataFrame) -> Boxes:
     sizes = images[["height", "width"]].to_numpy()
     drawn, rows = random_boxes(boxes, sizes, ids, key(context.config.objects.seed, "objects"))
     return drawn, confidences[rows]
+
+
+def _detected(context: StageContext, images: pd.DataFrame) -> Boxes:
+    """Return the surest box that Grounding DINO finds in the cached pixels of each image."""
+    import numpy as np
+
+    from grappa.grounding import detect, load_detector
+
+    settings, cache = context.config.objects, open_pixels(context)
+    detector = load_detector(str(settings.model), settings.prompt, device=settle_device(context))
+    path = context.path / SCRATCH_FOLDER / "detected.npy"
+    checkpoint = RowCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
+    start = checkpoint.load() if path.exists() else 0
+    out = np.lib.format.open_memmap(path, mode="r+") if start else new_array(path, (len(cache), 5))
+    with context.task("detecting", len(cache), done=start) as advance:
+        for row in range(start, len(cache)):
+            out[row] = detect(detector, cache.image(row))
+            advance(1)
+            checkpoint.offer(row + 1, out.flush)
+    sides = images[["width", "height"] * 2].to_numpy()
+    found = out.astype(np.float64)
+    return found[:, :4] * sides, found[:, 4]
 
 
 def _judged(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +10,11 @@ from typing import Any
 
 from pipeline.artifacts import CorruptManifest, Manifest, RunFolder, quoted
 from pipeline.config import Config, identity_settings
+from pipeline.outside import MissingInputError, detector_digests, weights_digest
 from pipeline.stages import Input, Stage
-from pipeline.storage import file_digest
 
 SOURCES_FILE = "sources.parquet"
 SOURCES_RECIPE: dict[str, Any] = {"stage": "sources", "instance": None, "version": 1, "config": {}, "inputs": {}}
-
-
-class MissingInputError(ValueError):
-    """An input has no usable manifest or file, so that a recipe cannot be known; the message is a reason line."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,10 @@ def expected_recipe(run: RunFolder, config: Config, stage: Stage, instance: str 
         inputs["sources"] = {SOURCES_FILE: sources_manifest(run).outputs[SOURCES_FILE]["sha256"]}
     if "weights" in stage.externals:
         inputs["weights"], notes = _weights(run, config, stage)
+    if "detector" in stage.externals and config.objects.provider == "grounding_dino":
+        manifest = read_manifest(run, stage.name, instance)
+        inputs["detector"], found = detector_digests(config, manifest.provenance.get("detector") if manifest else None)
+        notes = {"detector": found}
     recipe = {"stage": stage.name, "instance": instance, "version": stage.version}
     return Expected(recipe | {"config": identity_settings(config, stage.settings(instance)), "inputs": inputs}, notes)
 
@@ -90,22 +89,3 @@ def _weights(run: RunFolder, config: Config, stage: Stage) -> tuple[dict[str, st
     known = manifest.provenance.get("weights") if manifest else None
     found = weights_digest(Path(config.backbone.weights), known)
     return {"sha256": found["sha256"]}, {"weights": found}
-
-
-def weights_digest(path: Path, known: Any = None) -> dict[str, Any]:
-    """Return path, bytes, mtime_ns and sha256 of a file, hashed only if it is not the one ``known``.
-
-    A file that is gone counts as unchanged when it was the known one: what was read lies in the run.
-    """
-    text = os.fsencode(path).decode(errors="backslashreplace")
-    known = known if isinstance(known, dict) and known.get("path") == text else None
-    if not os.path.isfile(path):  # also where another user's folder may not be looked into
-        if known:
-            return known
-        raise MissingInputError(
-            f"backbone.weights: no such file {path}; set it by `--set backbone.weights=FILE` of `grappa init`"
-        )
-    found = {"path": text, "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
-    if known and found.items() <= known.items():
-        return known
-    return found | {"sha256": file_digest(path)[1]}

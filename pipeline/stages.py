@@ -45,7 +45,7 @@ class Stage:
 
     ``settings`` gives the sections or single fields of the configuration that an instance reads; ``externals`` the
     things outside the run folder that it reads (``sources``: the list of images, ``weights``: the backbone's file,
-    ``originals``: the images' files, whose digests the image table holds).
+    ``originals``: the images' files, whose digests the image table holds, ``detector``: the one of ``objects.model``).
     ``parallel``: several processes can compute it, if there are; any other stage is left to the first of them.
     """
 
@@ -195,7 +195,7 @@ STAGES: tuple[Stage, ...] = (
         _settings("objects", "images.cache_size", "images.shard_size", "features.precision"),
         _object_inputs,
         _object_instances,
-        externals=("originals",),
+        externals=("originals", "detector"),
     ),
     Stage(
         "object_features",

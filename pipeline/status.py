@@ -10,7 +10,8 @@ from pipeline.artifacts import RunFolder, quoted
 from pipeline.config import Config
 from pipeline.config_file import ConfigError, load_config
 from pipeline.freshness import State, artifact_state
-from pipeline.recipes import MissingInputError, expected_recipe, read_manifest
+from pipeline.outside import MissingInputError
+from pipeline.recipes import expected_recipe, read_manifest
 from pipeline.stages import STAGES, Stage, artifact_name, find_stage
 
 

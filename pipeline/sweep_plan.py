@@ -18,7 +18,7 @@ from pipeline.artifacts import RUN_FILE, RunFolder
 from pipeline.config import Config, identity_settings
 from pipeline.config_file import ConfigError
 from pipeline.execution import Selection, selected
-from pipeline.recipes import MissingInputError, weights_digest
+from pipeline.outside import MissingInputError, detector_digests, weights_digest
 from pipeline.sources import same_listing
 from pipeline.stages import artifact_name
 from pipeline.status import Judge, instances, read_config
@@ -117,7 +117,8 @@ def _keys(config: Config, listed: str, weights: _Weights) -> Keys:
     for stage, instance in instances(config):
         name = artifact_name(stage.name, instance)
         inputs = [[each.name, list(each.files), keys[each.name]] for each in stage.inputs(config, instance)]
-        outside = {"sources": listed, "weights": weights.digest(config)}
+        outside = {"sources": listed, "originals": listed, "weights": weights.digest(config)}
+        outside["detector"] = weights.detector(config)
         parts: list[Any] = [name, stage.version, identity_settings(config, stage.settings(instance)), inputs]
         parts += [outside[external] for external in stage.externals]
         keys[name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -140,3 +141,13 @@ class _Weights:
             except MissingInputError:
                 self._known[path] = path
         return self._known[path]
+
+    def detector(self, config: Config) -> str:
+        model = str(config.objects.model)
+        if config.objects.provider != "grounding_dino" or model in self._known:
+            return self._known.get(model, "")
+        try:
+            self._known[model] = json.dumps(detector_digests(config, None)[0])
+        except MissingInputError:
+            self._known[model] = model
+        return self._known[model]

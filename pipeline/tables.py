@@ -119,6 +119,16 @@ def load_rejected(run: str | Path) -> pd.DataFrame:
     return pd.read_parquet(published(folder, "images") / "rejected.parquet")
 
 
+def load_objects(run: str | Path) -> pd.DataFrame:
+    """Return the boxes: index image_id; columns path, domain, split, box_x0 .. box_y1, confidence, provider, accepted,
+    reason (see ``pipeline.objects``)."""
+    folder, _ = _open(run)
+    check_same_origin(folder, "images", "objects")
+    images = pd.read_parquet(published(folder, "images") / "images.parquet").set_index("image_id")
+    boxes = pd.read_parquet(published(folder, "objects") / "objects.parquet").set_index("image_id")
+    return images[["path", "domain", "split"]].join(boxes, validate="one_to_one")
+
+
 def load_attention(run: str | Path, *, rows: Rows = "test", pairs: str = "neighbors") -> pd.DataFrame:
     """Return each domain's mean granularity attention: domain, block, granularity, num_images, mean, std (of images).
 

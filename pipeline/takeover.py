@@ -10,7 +10,8 @@ from pathlib import Path
 from pipeline.artifacts import LOG_FILE, Artifact, Manifest, Recipe, RunFolder
 from pipeline.config import Config
 from pipeline.freshness import artifact_state
-from pipeline.recipes import MissingInputError, expected_recipe, read_manifest
+from pipeline.outside import MissingInputError
+from pipeline.recipes import expected_recipe, read_manifest
 from pipeline.stages import Stage
 from pipeline.status import instances
 from pipeline.work import open_work, recover

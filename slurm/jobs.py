@@ -30,10 +30,11 @@ from pipeline.execution import Selection, follow, lead
 from pipeline.explained import EXPECTED, explained
 from pipeline.freshness import compare_recipes
 from pipeline.locks import LockedError, read_holder
+from pipeline.outside import MissingInputError
 from pipeline.processes import Team, joined
 from pipeline.progress import Progress
 from pipeline.provenance import git_commit, peak_memory
-from pipeline.recipes import MissingInputError, expected_recipe
+from pipeline.recipes import expected_recipe
 from pipeline.stages import find_stage
 from pipeline.status import read_config
 from pipeline.storage import StorageError

@@ -13,7 +13,7 @@ from pipeline.artifacts import MANIFEST_FILE
 from pipeline.context import StageContext
 from pipeline.execution import NotReadyError, Selection, planned
 from pipeline.locks import LockedError
-from pipeline.recipes import MissingInputError
+from pipeline.outside import MissingInputError
 from pipeline.storage import file_digest
 from pipeline.work import open_work
 

@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 from tiny import digests, draw_images, make_run, run_all, write_table, write_weights
+from tiny_detector import needs_transformers, write_detector
 
-from grappa import object_views
+from grappa import grounding, object_views
 from grappa.image_table import BOX_COLUMNS
 from grappa.pixels import PixelCache
 from pipeline import tables
@@ -82,6 +83,9 @@ def test_the_artifact_holds_a_row_an_image_its_view_a_report_and_a_sheet(seen: R
     table, images = _objects(seen), pd.read_parquet(seen.root / "images" / "images.parquet")
     assert list(table.columns) == ["image_id", *BOX_COLUMNS, "confidence", "provider", "accepted", "reason"]
     assert table["image_id"].equals(images["image_id"])
+    loaded = tables.load_objects(seen.root)
+    assert loaded["domain"].tolist() == images["domain"].tolist()
+    assert loaded["box_x1"].tolist() == table["box_x1"].tolist()
     assert set(table["provider"]) == {"backbone"} and table["accepted"].any()
     assert table["accepted"].equals(table["reason"] == "")
     views = PixelCache.open(seen.root / "objects" / "pixels")
@@ -212,3 +216,52 @@ def test_interrupted_work_goes_on_and_ends_with_the_same_bytes(
     log = [json.loads(line) for line in (copy.root / "objects" / "log.jsonl").read_text().splitlines()]
     assert [each["new"] for each in log if each.get("task") == "cutting views"] == [36]
     assert digests(copy) == before
+
+
+@needs_transformers
+def test_a_detector_is_part_of_the_recipe_by_its_files(material: Path, tmp_path: Path) -> None:
+    model = write_detector(tmp_path / "detector")
+    changes = {"objects__model": model, "objects__min_confidence": 0.0, "objects__prompt": "a bird."}
+    run = _make(tmp_path / "run", material, "grounding_dino", **changes)
+    run_all(run, until="object_features")
+    assert set(_objects(run)["provider"]) == {"grounding_dino"} and _objects(run)["confidence"].between(0, 1).any()
+    kinds = {each.name: each.state.kind for each in states(run, read_config(run))}
+    assert kinds["objects"] == kinds["object_features"] == "fresh"
+    moved = Path(shutil.copytree(model, tmp_path / "moved"))
+    _make(run.root, material, "grounding_dino", **{**changes, "objects__model": moved})
+    assert run_all(run, until="object_features") == []
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "num_queries": 11}))
+    (stale,) = [each for each in states(run, read_config(run)) if each.name == "objects"]
+    assert str(stale.state) == "stale: input detector: content changed"
+
+
+@needs_transformers
+def test_a_detection_that_was_interrupted_goes_on_at_its_image(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"objects__model": write_detector(tmp_path / "detector"), "compute__checkpoint_seconds": 0.000001}
+    run = _make(tmp_path / "run", material, "grounding_dino", **changes)
+    run_all(run, until="objects")
+    before, real, calls = digests(run), grounding.detect, list[int]()
+
+    def stop(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 21:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(grounding, "detect", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(run, stage="objects", force=True)
+    run_all(run, stage="objects", force=True)
+    assert len(calls) == 21 + 16, "20 of 36 images were done"
+    assert digests(run) == before
+
+
+def test_a_detector_that_is_not_there_is_refused_by_init(material: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"objects.model: /no/such/folder is no folder with a model; give one that"):
+        _make(tmp_path / "run", material, "grounding_dino", objects__model="/no/such/folder")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty is no folder with a model"):
+        _make(tmp_path / "run", material, "grounding_dino", objects__model=tmp_path / "empty")
