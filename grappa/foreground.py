@@ -1,11 +1,13 @@
 """The backbone's own idea of what is in front: from its patch tokens, without labels and without the domain.
 
-Shapes: B batch, T tokens, D width, P patches in a grid of rows x columns.
+Which tokens, and what is asked of them, was chosen by the overlap with boxes drawn by hand (README, Results).
+
+Shapes: B batch, T tokens, D width, P patches in a grid of rows x columns, N images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,91 +16,48 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from grappa.backbone import Adaptation, Backbone
-from grappa.devices import autocast
-from grappa.pixels import PixelCache
-from grappa.transforms import normalize, whole_batch
-from grappa.weights import BackboneError
+from grappa.backbone import Adaptation, Backbone, build_backbone, load_state
 
-MIN_GRID = 4
-_BATCH_SIZE = 64  # of the mean: a sum's last bits depend on it
 Floats = NDArray[np.float64]
+MIN_GRID = 16  # patches a side; a box is as fine as they are
+
+
+def seeing_finely(backbone: Backbone) -> Backbone:
+    """Return the backbone for an input of at least 16 x 16 patches, its positions resampled."""
+    vit: Any = backbone.vit
+    side = max(backbone.spec.image_size, MIN_GRID * max(vit.patch_embed.patch_size))
+    if side == backbone.spec.image_size:
+        return backbone
+    finer = build_backbone(replace(backbone.spec, image_size=side))
+    load_state(finer.vit, vit.state_dict(), source="the backbone")
+    return finer
 
 
 def grid_of(backbone: Backbone) -> tuple[int, int]:
-    """Return rows and columns of the backbone's patches.
-
-    Raises:
-        BackboneError: too few to tell where something is.
-    """
+    """Return rows and columns of the backbone's patches."""
     vit: Any = backbone.vit
     rows, columns = vit.patch_embed.grid_size
-    if min(rows, columns) < MIN_GRID:
-        raise BackboneError(
-            f"the backbone sees an image as {rows} x {columns} patches, too few to find an object; set a larger "
-            "backbone.image_size, or another objects.provider"
-        )
     return int(rows), int(columns)
 
 
-def mean_tokens(
-    backbone: Backbone,
-    cache: PixelCache,
-    rows: NDArray[np.int64],
-    *,
-    device: torch.device | None = None,
-    precision: str = "float32",
-    num_workers: int = 1,
-    progress: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Return the mean patch token of some images at each place, (P, D) float32: what a token says of its place alone.
+def foreground(backbone: Backbone, images: Tensor, adaptation: Adaptation | None = None) -> Tensor:
+    """Return how much each patch differs from the border, (B, P) float32 in 0-2, large in front.
+
+    The value is 1 - the cosine between the patch's token and the mean of the (L2-normalised) tokens at the border of
+    the image, after two thirds of the blocks: what lies at all four sides is taken for the background.
 
     Args:
-        rows: of the cache, a sample of the images; the other arguments are those of ``grappa.features``.
+        images: (B, 3, S, S) float, normalised; the whole image, not its center.
     """
-    device = device or torch.device("cpu")
-    backbone = backbone.on(device)
-    total = torch.zeros(())
-    for start in range(0, len(rows), _BATCH_SIZE):
-        part = rows[start : start + _BATCH_SIZE]
-        images = whole_batch(cache, part, image_size=backbone.spec.image_size, num_workers=num_workers)
-        with torch.inference_mode(), autocast(device, precision):
-            tokens = _patch_tokens(backbone, normalize(images.to(device), backbone.spec.mean, backbone.spec.std))
-        total = total + tokens.sum(0).cpu()
-        if progress:
-            progress(len(part))
-    return total / len(rows)
-
-
-def foreground(
-    backbone: Backbone, images: Tensor, adaptation: Adaptation | None = None, *, means: Tensor | None = None
-) -> Tensor:
-    """Return each patch's place on the image's main axis, (B, P) float32, larger in front.
-
-    The axis is the first principal component of the image's own L2-normalised patch tokens after the final norm, from
-    which the mean token at their place was taken: without that it is mostly the height in the image. It is turned so
-    that the border of the image lies low.
-
-    Args:
-        images: (B, 3, S, S) float, normalised; the whole image, not its center. means: (P, D) of ``mean_tokens``.
-    """
-    tokens_BPD = _patch_tokens(backbone, images)
-    with torch.autocast(images.device.type, enabled=False):
-        tokens_BPD = tokens_BPD if means is None else tokens_BPD - means.to(images.device)
-        tokens_BPD = tokens_BPD - tokens_BPD.mean(1, keepdim=True)
-        squares, vectors = torch.linalg.eigh(tokens_BPD @ tokens_BPD.transpose(1, 2))
-        values = vectors[:, :, -1] * squares[:, -1:].clamp_min(0).sqrt()
-    edge = torch.from_numpy(_border(grid_of(backbone))).to(values.device)
-    low = values[:, edge].mean(1, keepdim=True) <= values[:, ~edge].mean(1, keepdim=True)
-    return torch.where(low, values, -values)
-
-
-def _patch_tokens(backbone: Backbone, images: Tensor) -> Tensor:
     vit: Any = backbone.vit
     hidden_BTD = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-    for block in vit.blocks:
+    for block in vit.blocks[: max(1, 2 * len(vit.blocks) // 3)]:
         hidden_BTD = block(hidden_BTD)
-    return F.normalize(vit.norm(hidden_BTD)[:, vit.num_prefix_tokens :].float(), dim=-1)
+    tokens_BPD = F.normalize(hidden_BTD[:, vit.num_prefix_tokens :].float(), dim=-1)
+    edge = torch.from_numpy(_border(grid_of(backbone))).to(tokens_BPD.device)
+    background_BD = F.normalize(tokens_BPD[:, edge].mean(1), dim=-1)
+    values: Tensor = 1 - (tokens_BPD * background_BD[:, None]).sum(-1)
+    return values
 
 
 def _border(grid: tuple[int, int]) -> NDArray[np.bool_]:

@@ -11,25 +11,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.artifacts import SCRATCH_FOLDER
-from pipeline.checkpoints import RowCheckpoint, write_tensors
+from pipeline.checkpoints import RowCheckpoint
 from pipeline.context import StageContext
 from pipeline.features import extract, new_array
-from pipeline.inputs import open_backbone, open_pixels, read_images, settle_device, settle_precision, train_rows
+from pipeline.inputs import open_backbone, open_pixels, read_images, settle_device
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
-    from torch import Tensor
-
-    from grappa.backbone import Backbone
 
     Boxes = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 JPEG_QUALITY = 88
-NUM_SAMPLED = (
-    2048  # train images whose tokens are averaged; rows lie in the order of content digests, so it is a sample
-)
 NO_BOXES = (
     "objects.provider is columns, but no image has a box; give a table with the columns box_x0, box_y0, box_x1 and "
     "box_y1, or set objects.provider=backbone"
@@ -82,42 +76,17 @@ def _seen(context: StageContext, images: pd.DataFrame) -> Boxes:
 
     import numpy as np
 
-    from grappa.foreground import boxes_of, foreground, grid_of
+    from grappa.foreground import boxes_of, foreground, grid_of, seeing_finely
     from grappa.transforms import whole_batch
 
-    backbone = open_backbone(context)
+    backbone = seeing_finely(open_backbone(context))
     rows, columns = grid_of(backbone)
     file = f"{SCRATCH_FOLDER}/foreground.npy"
     view = partial(whole_batch, image_size=backbone.spec.image_size, num_workers=context.num_workers)
-    read = partial(foreground, means=_mean_tokens(context, images, backbone))
     precision = context.config.features.precision
-    extract(context, backbone, None, file, precision, view=view, read=read, row_shape=(rows * columns,))
+    extract(context, backbone, None, file, precision, view=view, read=foreground, row_shape=(rows * columns,))
     values = np.load(context.path / file, mmap_mode="r", allow_pickle=False).reshape(-1, rows, columns)
     return boxes_of(values, images[["height", "width"]].to_numpy())
-
-
-def _mean_tokens(context: StageContext, images: pd.DataFrame, backbone: Backbone) -> Tensor:
-    """Return what ``foreground`` takes from each token; interrupted work keeps the one it began with."""
-    from safetensors.torch import load_file
-
-    from grappa.foreground import mean_tokens
-
-    file = context.path / SCRATCH_FOLDER / "mean_tokens.safetensors"
-    if file.exists():
-        return load_file(file)["mean_tokens"]
-    device, rows = settle_device(context), train_rows(images)[:NUM_SAMPLED]
-    with context.task("mean tokens", len(rows)) as advance:
-        means = mean_tokens(
-            backbone,
-            open_pixels(context),
-            rows,
-            device=device,
-            precision=settle_precision(context, context.config.features.precision, device),
-            num_workers=context.num_workers,
-            progress=advance,
-        )
-    write_tensors(file, {"mean_tokens": means})
-    return means
 
 
 def _drawn(context: StageContext, images: pd.DataFrame) -> Boxes:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import HALF, OPTIONS, tiny_backbone, tiny_cache
+from tiny import HALF, OPTIONS, tiny_backbone
 
-from grappa.backbone import BackboneError, BackboneSpec, build_backbone
-from grappa.foreground import boxes_of, foreground, grid_of, mean_tokens
+from grappa.backbone import BackboneSpec, build_backbone
+from grappa.foreground import boxes_of, foreground, grid_of, seeing_finely
 from grappa.objects import Gate, refusals
-from grappa.transforms import normalize, whole_batch
 
 
 def grids(*places: tuple[slice, slice], rows: int = 8, columns: int = 8) -> np.ndarray:
@@ -68,34 +64,36 @@ def test_any_values_give_a_box_inside_the_image_that_does_not_depend_on_its_comp
     assert alone[0].tolist() == boxes[1:2].tolist() and alone[1].tolist() == confidences[1:2].tolist()
 
 
-def test_values_are_deterministic_and_the_border_lies_low() -> None:
-    backbone = tiny_backbone()
-    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+def test_values_tell_what_differs_from_the_border_whatever_else_is_in_the_batch() -> None:
+    backbone = seeing_finely(tiny_backbone())
+    assert grid_of(backbone) == (16, 16) and backbone.spec.image_size == 128
+    images = 0.1 * torch.randn(3, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    images[:, 0, 40:88, 24:80] += 4
     values = foreground(backbone, images)
-    assert grid_of(backbone) == (4, 4)
-    assert (values.shape, values.dtype) == ((5, 16), torch.float32)
-    torch.testing.assert_close(foreground(backbone, images[2:3]), values[2:3])
-    torch.testing.assert_close(values.mean(1), torch.zeros(5), atol=1e-5, rtol=0)
-    grid = values.reshape(5, 4, 4)
-    assert (grid[:, 1:3, 1:3].mean((1, 2)) > values.mean(1)).all()
+    assert (values.shape, values.dtype) == ((3, 256), torch.float32)
+    assert values.min() >= -1e-6 and values.max() <= 2
+    torch.testing.assert_close(foreground(backbone, images[2:]), values[2:])
+    inside = torch.zeros(16, 16, dtype=torch.bool)
+    inside[5:11, 3:10] = True
+    grid = values.reshape(3, 16, 16)
+    assert (grid[:, inside].mean(1) > 1.5 * grid[:, ~inside].mean(1)).all()
 
 
-def test_the_mean_token_of_each_place_is_taken_away(tmp_path: Path) -> None:
-    backbone, cache = tiny_backbone(), tiny_cache(tmp_path, 6)
-    rows = np.array([0, 2, 3])
-    means = mean_tokens(backbone, cache, rows)
-    assert (means.shape, means.dtype) == ((16, 32), torch.float32)
-    one = mean_tokens(backbone, cache, rows[:1])
-    torch.testing.assert_close(mean_tokens(backbone, cache, np.array([0, 0])), one)
-    assert not torch.allclose(means, one, atol=1e-3)
-    spec = backbone.spec
-    batch = normalize(whole_batch(cache, rows, image_size=spec.image_size), spec.mean, spec.std)
-    plain, less = foreground(backbone, batch), foreground(backbone, batch, means=means)
-    assert not torch.allclose(plain, less, atol=1e-3)
-    torch.testing.assert_close(foreground(backbone, batch[:1], means=one), torch.zeros(1, 16), atol=1e-4, rtol=0)
+def test_values_follow_the_formula() -> None:
+    backbone = tiny_backbone()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+    hook = backbone.vit.blocks[0].register_forward_hook(lambda block, given, out: seen.append(out))  # type: ignore[index]
+    values = foreground(backbone, images).numpy()
+    hook.remove()
+    for image in range(2):
+        tokens = seen[0][image, 1:].double().numpy()
+        tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
+        edge = [place for place in range(16) if place // 4 in (0, 3) or place % 4 in (0, 3)]
+        mean = tokens[edge].mean(axis=0)
+        np.testing.assert_allclose(values[image], 1 - tokens @ mean / np.linalg.norm(mean), atol=1e-6)
 
 
-def test_a_backbone_of_few_patches_is_refused() -> None:
-    backbone = build_backbone(BackboneSpec("vit_tiny_patch16_224", 24, 1.0, HALF, HALF, OPTIONS))
-    with pytest.raises(BackboneError, match="sees an image as 3 x 3 patches, too few to find an object; set a larger"):
-        grid_of(backbone)
+def test_a_backbone_of_many_patches_stays_as_it_is() -> None:
+    backbone = build_backbone(BackboneSpec("vit_tiny_patch16_224", 136, 1.0, HALF, HALF, OPTIONS))
+    assert seeing_finely(backbone) is backbone and grid_of(backbone) == (17, 17)
