@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.checkpoints import Stopped
 from pipeline.locks import LockedError
 
 BEAT_SECONDS = 1.0
@@ -26,7 +27,7 @@ BROKEN_SECONDS = 5.0  # the same, once a connection between the processes is kno
 GRACE_SECONDS = 30.0  # for a process to end in order when another one failed
 HEARD_SECONDS = 10.0  # for the others to have read the last note before the board goes
 
-ALIKE = {each.__name__: each for each in (LockedError,)}  # how one of them ends, all of them end
+ALIKE = {each.__name__: each for each in (LockedError, Stopped)}  # how one of them ends, all of them end
 
 
 class ProcessesError(ConnectionError):
@@ -41,7 +42,7 @@ class Failure:
     kind: str = ""
 
     def error(self) -> Exception:
-        """Return the same exception for what befalls all of them (a lock that is held), ProcessesError for the rest."""
+        """Return the same exception for what befalls all of them (a held lock, a stop), ProcessesError for the rest."""
         kind: type[Exception] = ALIKE.get(self.kind, ProcessesError)
         return kind(self.sentence)
 
@@ -76,7 +77,7 @@ class Board:
             return json.loads(self._store.get(key))
 
     def check(self) -> None:
-        """Raise ProcessesError (or LockedError) when another process failed."""
+        """Raise ProcessesError (or LockedError, Stopped) when another process failed."""
         if self._failure:
             raise self._failure.error()
 

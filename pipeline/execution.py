@@ -66,14 +66,22 @@ def run_stages(
     """
     with joined() as team:
         if team.leads:
-            return _lead(run, config, selection, progress=progress, say=say, take=take, team=team)
-        _follow(run, team)
+            return lead(run, config, selection, progress=progress, say=say, take=take, team=team)
+        follow(run, team)
         return Report(leads=False)
 
 
-def _lead(
-    run: RunFolder, config: Config, selection: Selection, *, progress: Progress, say: Say, take: Take | None, team: Team
+def lead(
+    run: RunFolder,
+    config: Config,
+    selection: Selection,
+    *,
+    progress: Progress,
+    say: Say,
+    take: Take | None = None,
+    team: Team,
 ) -> Report:
+    """Run the stages as ``run_stages`` does, as the first process of a team that exists already."""
     steps = selected(config, selection)
     for stage, instance in instances(config):
         recover(run.artifact(stage.name, instance))
@@ -92,7 +100,7 @@ def _lead(
     return report
 
 
-def _follow(run: RunFolder, team: Team) -> None:
+def follow(run: RunFolder, team: Team) -> None:
     """Take part in the stages that the leader announces, until it has finished."""
     for step in team.steps():
         stage, config = find_stage(step["stage"]), Config.model_validate(step["config"])

@@ -102,8 +102,8 @@ def load_jobs(run: str | Path) -> pd.DataFrame:
     """Return the jobs of a run, one row an artifact and job, in the order of submission.
 
     Columns: artifact, job_id, job_name, state (submitted, running, stopped, made, failed, not begun: as the job itself
-    said), submitted, started, ended (UTC), seconds, restarts, node, peak_memory_bytes (of the process), exit, recipe
-    (sha256 of the artifact's recipe), error, outcome (accounting's word on a job that ended without one), log.
+    said), submitted, started, ended (UTC), seconds, restarts, node, peak_memory_bytes (of the first process), exit,
+    recipe (sha256 of the artifact's recipe), error, outcome (accounting's word on a job that ended without one), log.
     """
     path = Path(run) / "jobs" / "jobs.csv"
     if not path.is_file():

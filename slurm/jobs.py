@@ -1,7 +1,8 @@
 """What runs in a job: the pinned stages, one after another, by the same call as ``grappa run``.
 
 The state of unfinished work lies in the run folder (``pipeline.work``), never in the job: whatever ends a job, the next
-start of it, or the next ``grappa submit``, goes on from there.
+start of it, or the next ``grappa submit``, goes on from there. The tasks of a job (a profile's ``nodes`` times
+``tasks``) are the processes of ``pipeline.processes``: the first leads and alone speaks, stops and requeues.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import submitit
 
@@ -24,10 +26,11 @@ from pipeline.artifacts import RunFolder
 from pipeline.checkpoints import Stopped, refuse_if_stopped, request_stop, withdraw_stop
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.execution import Selection, run_stages
+from pipeline.execution import Selection, follow, lead
 from pipeline.explained import EXPECTED, explained
 from pipeline.freshness import compare_recipes
 from pipeline.locks import LockedError, read_holder
+from pipeline.processes import Team, joined
 from pipeline.progress import Progress
 from pipeline.provenance import git_commit, peak_memory
 from pipeline.recipes import MissingInputError, expected_recipe
@@ -39,6 +42,7 @@ from slurm.records import PINNED_CONFIG, Pin, append_event, read_events
 
 PATIENCE_SECONDS = 10.0  # from the signal to the checkpoint; later the job goes without, to the one before
 LOCKED_SECONDS = 600.0
+FIRST_PORT, NUM_PORTS = 20_000, 12_000
 CODE, PACKAGES = Path(__file__).resolve().parents[1], ("grappa", "pipeline", "slurm")
 
 
@@ -68,8 +72,11 @@ class StageJob(submitit.helpers.Checkpointable):
 
     def __call__(self) -> None:
         """Make the artifacts; put the job back into the queue at the signal, exit with 1 at an error."""
+        if self.task is None and take_place() > 0:
+            self._help()
+            return
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        node = os.environ.get("SLURM_JOB_NODELIST") or socket.gethostname()
         self._tell("start", restarts=restarts, node=node, pid=os.getpid())
         try:
             with _stopping(lambda: self._tell("stop")):
@@ -86,20 +93,30 @@ class StageJob(submitit.helpers.Checkpointable):
         """Return the same call: the state lies in the run folder."""
         return submitit.helpers.DelayedSubmission(self)
 
-    def _make_all(self, restarts: int) -> None:
-        if restarts > self.max_requeues:
-            raise JobRefusedError(
-                f"the job was put back into the queue {restarts} times, the profile allows {self.max_requeues} "
-                "(max_requeues); nothing is lost: grappa submit goes on from here"
-            )
-        refuse_other_code(self.code)
-        made = {each["artifact"] for each in read_events(self._events_file) if each["event"] == "made"}
-        for pin in self.pins:
-            if pin.name not in made:
-                refuse_if_stopped()
-                self._make(pin)
+    def _help(self) -> None:
+        """Compute beside the first task, as long as it goes on; signals are left to it."""
+        try:
+            with suppress(Stopped), joined() as team:
+                refuse_other_code(self.code)
+                follow(RunFolder.open(Path(self.run)), team)
+        except EXPECTED as error:
+            self._say_and_exit(error)
 
-    def _make(self, pin: Pin) -> None:
+    def _make_all(self, restarts: int) -> None:
+        with joined() as team:
+            if restarts > self.max_requeues:
+                raise JobRefusedError(
+                    f"the job was put back into the queue {restarts} times, the profile allows {self.max_requeues} "
+                    "(max_requeues); nothing is lost: grappa submit goes on from here"
+                )
+            refuse_other_code(self.code)
+            made = {each["artifact"] for each in read_events(self._events_file) if each["event"] == "made"}
+            for pin in self.pins:
+                if pin.name not in made:
+                    refuse_if_stopped()
+                    self._make(pin, team)
+
+    def _make(self, pin: Pin, team: Team) -> None:
         run, (stage, _, instance) = RunFolder.open(Path(self.run), writable=True), pin.name.partition("/")
         config = _with_threads(load_config(Path(self.submission) / PINNED_CONFIG), self.cpus)
         refuse_other_recipe(run, config, pin)
@@ -107,7 +124,7 @@ class StageJob(submitit.helpers.Checkpointable):
         selection, begin = Selection(stage, instance or None, force=pin.force), time.monotonic()
 
         def make() -> None:
-            run_stages(run, config, selection, progress=Progress(), say=lambda line: print(line, flush=True))
+            lead(run, config, selection, progress=Progress(), say=lambda line: print(line, flush=True), team=team)
 
         patiently(make, run.artifact(stage, instance or None).lock)
         manifest = run.artifact(stage, instance or None).manifest()
@@ -116,9 +133,12 @@ class StageJob(submitit.helpers.Checkpointable):
         self._tell("made", artifact=pin.name, recipe=recipe_digest(manifest.recipe), seconds=seconds)
 
     def _end(self, error: BaseException) -> None:
-        sentence, _ = explained(error)
-        words = sentence or f"{type(error).__name__}: {error}"
+        words = explained(error)[0] or f"{type(error).__name__}: {error}"
         self._tell("end", exit=1, error=words, peak_memory_bytes=peak_memory())
+        self._say_and_exit(error)
+
+    def _say_and_exit(self, error: BaseException) -> NoReturn:
+        sentence, _ = explained(error)
         if sentence is None:
             raise error
         print(f"grappa: {sentence}", file=sys.stderr, flush=True)
@@ -129,13 +149,31 @@ class StageJob(submitit.helpers.Checkpointable):
         return Path(self.submission) / "events" / f"{self.task or submitit.JobEnvironment().job_id}.jsonl"
 
     def _tell(self, event: str, **fields: object) -> None:
-        """Note an event, by one process of the job; the table follows."""
-        if self.task is None and submitit.JobEnvironment().global_rank:
-            return
+        """Note an event; the table follows."""
         with suppress(StorageError):  # a full disk: what matters is the artifact, and Slurm tells the end
             append_event(self._events_file, event, **fields)
             if event != "stop":  # perhaps in a signal handler: as little as possible
                 write_jobs_table(RunFolder(Path(self.run)))
+
+
+def take_place() -> int:
+    """Tell ``pipeline.processes`` which task of a job this process is, by torchrun's variables; return its rank.
+
+    The first task runs on the node that srun was called on, at whose address the others meet it. The port lies below
+    those that systems give to outgoing connections.
+    """
+    job = submitit.JobEnvironment()
+    on_slurm = job.cluster == "slurm"
+    places = {
+        "RANK": job.global_rank,
+        "WORLD_SIZE": job.num_tasks,
+        "LOCAL_RANK": job.local_rank,
+        "LOCAL_WORLD_SIZE": job.num_tasks // job.num_nodes,
+        "MASTER_ADDR": os.environ["SLURM_LAUNCH_NODE_IPADDR"] if on_slurm else "127.0.0.1",
+        "MASTER_PORT": FIRST_PORT + int(job.raw_job_id) % NUM_PORTS,
+    }
+    os.environ |= {name: str(value) for name, value in places.items()}
+    return job.global_rank
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from pipeline.config_file import ConfigError, expected_text, read_yaml, shipped_or_file, short
-from pipeline.stages import STAGES
+from pipeline.stages import STAGES, find_stage
 
 CLUSTERS = Path(__file__).parent / "clusters"
 # What grappa itself gives to sbatch: a profile has a key of its own for it, or it may not be changed.
@@ -29,6 +29,8 @@ OWN_OPTIONS = (
     "account array chdir constraint cpus-per-task dependency error gpus-per-node job-name kill-on-invalid-dep "
     "mail-type mail-user mem nodes ntasks-per-node open-mode output partition qos requeue signal time wrap"
 ).split()
+
+ALONE: dict[str, tuple[str, ...]] = {"slurm": (), "local": ("nodes",), "debug": ("nodes", "tasks")}  # what must be 1
 
 
 def minutes(text: Any) -> int:
@@ -97,7 +99,10 @@ class Profile(Resources):
     def _fits_the_graph(self) -> Profile:
         _refuse_unknown("stages", self.stages, (stage.name for stage in STAGES))
         for stage in self.stages:
-            self.resources((stage,))
+            self._check_processes(stage, self.resources((stage,)))
+        for name in ALONE[self.cluster]:
+            if any(getattr(self.resources((stage.name,)), name) > 1 for stage in STAGES):
+                raise ValueError(f"{name}: found more than 1, expected 1 with `cluster: {self.cluster}`")
         for group in self.shared:
             self._check_group(group)
         for option in self.sbatch:
@@ -106,6 +111,15 @@ class Profile(Resources):
                     f"sbatch: {option} is set by grappa; the profile's own keys change what may be changed"
                 )
         return self
+
+    def _check_processes(self, stage: str, found: Resources) -> None:
+        """Refuse what could only be ignored; without a word of its own such a stage gets one process."""
+        for name in ("nodes", "tasks"):
+            if self.stages[stage].get(name, 1) > getattr(found, name):
+                raise ValueError(
+                    f"stages.{stage}.{name}: found {self.stages[stage][name]}, expected 1: "
+                    f"{stage} is computed by one process"
+                )
 
     def _check_group(self, group: tuple[str, ...]) -> None:
         names = [stage.name for stage in STAGES]
@@ -122,7 +136,10 @@ class Profile(Resources):
         return next((group for group in self.shared if stage in group), (stage,))
 
     def resources(self, stages: tuple[str, ...]) -> Resources:
-        """Return what a job of these stages asks for: the largest number of any of them."""
+        """Return what a job of these stages asks for: the largest number of any of them.
+
+        One node and task where none of them can be computed by several processes (``parallel`` in `pipeline.stages`).
+        """
         general = {name: getattr(self, name) for name in Resources.model_fields}
         general["time"] = f"{self.time}m"
         found = []
@@ -138,6 +155,8 @@ class Profile(Resources):
         numbers = {
             name: max(getattr(each, name) for each in found) for name in ("nodes", "tasks", "gpus", "cpus", "time")
         }
+        if not any(find_stage(stage).parallel for stage in stages):
+            numbers |= {"nodes": 1, "tasks": 1}
         largest = max((each.memory for each in found if each.memory), key=_megabytes, default=None)
         return found[0].model_copy(update={**numbers, "memory": largest})
 

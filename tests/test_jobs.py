@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from fake_stages import FakeStages, fake_stages
-from tiny import draw_images, make_run, write_weights
+from tiny import digests, draw_images, make_run, run_all, write_weights
 from typer.testing import CliRunner, Result
 
 from pipeline import checkpoints, tables
@@ -175,6 +175,22 @@ def test_jobs_as_processes_of_this_machine(tmp_path: Path) -> None:
     result = grappa("submit", run.root, "--cluster", "local", "--stage", "images", "--force")
     assert result.exit_code == 1
     assert "not made: images (images changed: " in result.stderr
+
+
+def test_a_job_of_two_processes_on_this_machine(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [draw_images(tmp_path / "images")], write_weights(tmp_path / "w.safetensors"))
+    profile = tmp_path / "two.yaml"
+    profile.write_text("{cluster: local, tasks: 2, shared: [[backbone, images, features]]}")
+    result = grappa("submit", run.root, "--cluster", profile, "--until", "features")
+    assert result.exit_code == 0, result.stderr
+    manifests = {name: run.artifact(name).manifest() for name in ("backbone", "images", "features")}
+    processes = {name: found.provenance["processes"] for name, found in manifests.items() if found}
+    assert processes == {"backbone": 1, "images": 2, "features": 2}
+    assert list(tables.load_jobs(run.root)["state"]) == ["made"] * 3
+    together = digests(run)
+    run_all(run, until="images", force=True)
+    run_all(run, stage="features", force=True)
+    assert digests(run) == together
 
 
 def _status(fakes: FakeStages) -> str:

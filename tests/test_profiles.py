@@ -59,6 +59,9 @@ def test_a_name_that_is_none() -> None:
             "shared: heads, model share a job but differ in partition",
         ),
         ("sbatch: {dependency: afterok:1}", "sbatch: dependency is set by grappa"),
+        ("stages: {clusters: {tasks: 2}}", "stages.clusters.tasks: found 2, expected 1: clusters is computed by one"),
+        ("{cluster: local, nodes: 2}", "nodes: found more than 1, expected 1 with `cluster: local`"),
+        ("{cluster: debug, stages: {images: {tasks: 2}}}", "tasks: found more than 1, expected 1 with"),
         ("- partition", "found ['partition'], expected keys such as `partition:`"),
         ("cluster: sge", "cluster: found 'sge', expected 'slurm', 'local' or 'debug'"),
     ],
@@ -90,6 +93,17 @@ def test_stages_that_share_a_job_get_the_most_that_any_of_them_asks_for(tmp_path
     found = profile.resources(profile.group_of("model"))
     assert (found.cpus, found.memory, found.time) == (8, "2G", 120)
     assert profile.resources(profile.group_of("adaptors")).cpus == 2
+
+
+def test_several_processes_go_only_to_stages_that_can_use_them(tmp_path: Path) -> None:
+    profile = written(tmp_path, "{nodes: 2, tasks: 4, shared: [[backbone, images], [heads, model]]}")
+    asked = {stage: profile.resources(profile.group_of(stage)) for stage in ("images", "fusion", "clusters", "heads")}
+    assert {stage: (found.nodes, found.tasks) for stage, found in asked.items()} == {
+        "images": (2, 4),
+        "fusion": (2, 4),
+        "clusters": (1, 1),
+        "heads": (1, 1),
+    }
 
 
 def test_the_sbatch_request_holds_what_the_profile_asks_for(tmp_path: Path) -> None:
