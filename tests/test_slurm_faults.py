@@ -11,159 +11,44 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster.cluster import Cluster
-from tiny import digests, draw_images, make_run, run_all, write_weights
+from cluster.scene import ROOT, SECONDS, SETS, Desk, Scene, grappa, make_desk, staged, wait_until
+from tiny import digests
+from together import start
 
 from pipeline import tables
 from pipeline.artifacts import RunFolder
 from pipeline.stages import STAGES
+from pipeline.status import read_config, states
+from slurm import scheduler
+from slurm.status import job_notes
 
 pytestmark = pytest.mark.slurm
 
-ROOT = Path(__file__).parents[1]
-HOOKS = Path(__file__).parent / "cluster" / "hooks"
-SECONDS = 180
 NOBODY = 65534
-SETS = ("adaptors/k00004", "adaptors/k00008")
-
-
-@dataclass(frozen=True)
-class Desk:
-    """A cluster, a run whose clusters are made, and what an undisturbed run makes of it."""
-
-    cluster: Cluster
-    base: RunFolder
-    expected: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A copy of the run, a gate in the middle of its trainings, and a profile."""
-
-    desk: Desk
-    run: RunFolder
-    gate: Path
-    profile: Path
-
-    @property
-    def cluster(self) -> Cluster:
-        return self.desk.cluster
-
-    def open_gate(self) -> None:
-        (self.gate / "open").touch()
-
-    def submit(self, *arguments: str) -> str:
-        return grappa("submit", self.run.root, "--cluster", self.profile, *arguments)
-
-    def status(self) -> dict[str, str]:
-        """Return what status says of each artifact and its job."""
-        found = json.loads(grappa("status", self.run.root, "--json"))
-        names = ("/".join(filter(None, (each["stage"], each["instance"]))) for each in found)
-        return {name: f"{each['state']} {each['job']}".strip() for name, each in zip(names, found, strict=True)}
-
-    def wait_for_step(self, name: str, restart: int = 0) -> None:
-        """Wait until a training has come to the gate (after so many restarts)."""
-        file = self.gate / f"reached-{name.replace('/', '-')}-{restart}"
-        wait_until(file.exists, f"{name} reaches the gate", self)
-
-    def wait_until_idle(self) -> None:
-        """Wait until no job of this cluster waits or runs."""
-        wait_until(lambda: not self.cluster.call("squeue", "--noheader").strip(), "the queue is empty", self)
-
-    def wait_for_restart(self, job: str, count: int = 1) -> None:
-        def restarted() -> bool:
-            return any(each.get("restarts") == count for each in self.events(job))
-
-        wait_until(restarted, f"job {job} starts again", self)
-
-    def events(self, job: str) -> list[dict[str, Any]]:
-        files = list(self.run.root.glob(f"jobs/*/events/{job}.jsonl"))
-        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
-
-    def job_of(self, name: str) -> str:
-        """Return the id of the newest job of an artifact."""
-        jobs = tables.load_jobs(self.run.root)
-        return str(jobs[jobs["artifact"] == name]["job_id"].iloc[-1])
-
-    def pid_of(self, name: str) -> int:
-        starts = [each for each in self.events(self.job_of(name)) if each["event"] == "start"]
-        return int(starts[-1]["pid"])
-
-    def assert_undisturbed(self, *made: str) -> None:
-        """Check that everything (or what is below some names) was made, with the bytes of the undisturbed run."""
-        expected = {name: digest for name, digest in self.desk.expected.items() if not made or name.startswith(made)}
-        found = digests(self.run)
-        assert {name: found.get(name) for name in expected} == expected, self.explain()
-
-    def explain(self) -> str:
-        logs = "".join(path.read_text(errors="replace")[-3000:] for path in self.run.root.glob("jobs/*/*_log.out"))
-        return f"{json.dumps(self.status(), indent=1)}\n{self.cluster.call('squeue', '--long')}\n{logs}"
-
-
-def grappa(*arguments: str | Path, fails: bool = False, **options: Any) -> str:
-    """Return what the command prints (with ``fails``: on stderr, of a command that must fail)."""
-    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **{"cwd": ROOT, **options})
-    assert (done.returncode != 0) == fails, f"{done.stdout}\n{done.stderr}"
-    return done.stderr if fails else done.stdout
-
-
-def wait_until(condition: Callable[[], bool], what: str, scene: Scene) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, f"waited in vain until {what}\n{scene.explain()}"
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
 def desk(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Desk:
-    home = tmp_path_factory.mktemp("slurm")
-    images, weights = draw_images(home / "images"), write_weights(home / "weights.safetensors")
-    base = make_run(home / "base", [images], weights)
-    run_all(base, until="clusters")
-    whole = home / "whole"
-    shutil.copytree(base.root, whole)
-    run_all(RunFolder(whole), until="fusion")
-    return Desk(cluster, base, digests(RunFolder(whole)))
+    return make_desk(cluster, tmp_path_factory.mktemp("slurm"))
 
 
 @pytest.fixture
 def scene(desk: Desk, tmp_path: Path) -> Iterator[Scene]:
-    yield from _scene(desk, tmp_path / "run", tmp_path)
-
-
-def _scene(desk: Desk, run: Path, home: Path, **profile: str) -> Iterator[Scene]:
-    gate = home / "gate"
-    gate.mkdir()
-    shutil.copytree(desk.base.root, run)
-    file = home / "profile.yaml"
-    settings = {
-        "time": "20m",
-        "memory": "1G",
-        "setup": json.dumps([f"export PYTHONPATH={HOOKS}:{ROOT} GRAPPA_TEST_GATE={gate}"]),
-        **profile,
-    }
-    file.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
-    scene = Scene(desk, RunFolder(run), gate, file)
-    yield scene
-    subprocess.run(["scancel", "--user=root"], check=False, timeout=60)
-    scene.wait_until_idle()
+    yield from staged(desk, tmp_path / "run", tmp_path)
 
 
 def test_a_job_preempted_in_the_middle_goes_on_where_it_was(scene: Scene) -> None:
     scene.submit("--until", "adaptors")
     for name in SETS:
         scene.wait_for_step(name)
-    urgent = ("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
-    scene.cluster.call(*urgent, check=True)
+    scene.preempt()
     for name in SETS:
         scene.wait_for_restart(scene.job_of(name))
     assert "requeued" in scene.status()[SETS[0]] or "running" in scene.status()[SETS[0]]
@@ -173,18 +58,73 @@ def test_a_job_preempted_in_the_middle_goes_on_where_it_was(scene: Scene) -> Non
     jobs = tables.load_jobs(scene.run.root).set_index("artifact")
     assert list(jobs.loc[list(SETS), "restarts"]) == [1, 1]
     for name in SETS:
-        assert _resumed_from(scene, name) == 5
+        assert scene.resumed_from(name) == 5
 
 
-def _resumed_from(scene: Scene, name: str) -> int:
-    """Return the steps that a training did not do again: those that its last process did not train."""
-    records = [json.loads(line) for line in (scene.run.root / name / "log.jsonl").read_text().splitlines()]
-    task = next(record for record in records if record.get("task") == "training")
-    return int((task["total"] - task["new"]) / 4)
+def test_the_tasks_of_a_job_compute_together_and_are_preempted_together(desk: Desk, tmp_path: Path) -> None:
+    together = RunFolder(Path(shutil.copytree(desk.base.root, tmp_path / "together")))
+    ended = start(2, "-m", "pipeline", "run", str(together.root), "--until", "adaptors")
+    assert [each.code for each in ended] == [0, 0], ended
+    names = [stage.name for stage in STAGES]
+    before = json.dumps([names[names.index("images") : names.index("adaptors")]])
+    several = "{images: {tasks: 2}, adaptors: {nodes: 2}}"
+    for scene in staged(desk, tmp_path / "run", tmp_path, shared=before, stages=several):
+        for name in ("images", "features"):
+            shutil.rmtree(scene.run.root / name)
+        scene.submit("--until", "adaptors")
+        for name in SETS:
+            scene.wait_for_step(name)
+        scene.assert_undisturbed("images", "features", "neighbors", "clusters")
+        scene.preempt()
+        for name in SETS:
+            scene.wait_for_restart(scene.job_of(name))
+        scene.open_gate()
+        scene.wait_until_idle()
+        found, wanted = digests(scene.run), digests(together)
+        assert {name: found.get(name) for name in wanted} == wanted, scene.explain()
+        for name, number in (("images", 2), ("features", 2), ("clusters/k00004", 1), *((each, 2) for each in SETS)):
+            assert _processes(scene.run, name) == number
+        for name in SETS:
+            assert [each["event"] for each in scene.events(scene.job_of(name))].count("stop") == 1
+            assert scene.resumed_from(name) == 5
+
+
+def _processes(run: RunFolder, name: str) -> int:
+    manifest = run.artifact(*name.split("/")).manifest()
+    assert manifest is not None
+    return int(manifest.provenance["processes"])
+
+
+def test_a_killed_task_ends_the_others_and_the_next_submit_resumes(desk: Desk, tmp_path: Path) -> None:
+    for scene in staged(desk, tmp_path / "run", tmp_path, stages="{adaptors: {tasks: 2}}"):
+        scene.submit("--stage", "adaptors", "--instance", "k00004")
+        scene.wait_for_step(SETS[0])
+        os.kill(scene.pid_of_task(SETS[0], 1), signal.SIGKILL)
+        scene.open_gate()
+        scene.wait_for_failure(SETS[0])
+        assert "rank 1 of 2: no sign of life" in scene.status()[SETS[0]]
+        scene.wait_until_idle()
+        scene.submit("--stage", "adaptors", "--instance", "k00004")
+        scene.wait_until_idle()
+        assert scene.status()[SETS[0]] == "fresh"
+
+
+def test_a_job_is_put_back_a_bounded_number_of_times(desk: Desk, tmp_path: Path) -> None:
+    for scene in staged(desk, tmp_path / "run", tmp_path, max_requeues="0"):
+        scene.submit("--stage", "adaptors", "--instance", "k00004")
+        scene.wait_for_step(SETS[0])
+        scene.preempt()
+        scene.wait_for_restart(scene.job_of(SETS[0]))
+        scene.wait_until_idle()
+        assert "put back into the queue 1 times, the profile allows 0" in scene.status()[SETS[0]]
+        scene.open_gate()
+        scene.submit("--stage", "adaptors", "--instance", "k00004")
+        scene.wait_until_idle()
+        scene.assert_undisturbed(SETS[0])
 
 
 def test_two_time_limits_lose_nothing(desk: Desk, tmp_path: Path) -> None:
-    for scene in _scene(desk, tmp_path / "run", tmp_path, stages="{adaptors: {time: 1m}}", signal_seconds="10"):
+    for scene in staged(desk, tmp_path / "run", tmp_path, stages="{adaptors: {time: 1m}}", signal_seconds="10"):
         scene.submit("--until", "adaptors")
         job = scene.job_of(SETS[0])
         scene.wait_for_restart(job, 2)
@@ -215,7 +155,7 @@ def test_a_killed_worker_is_seen_and_the_next_submit_resumes(scene: Scene) -> No
     scene.submit("--stage", "adaptors", "--instance", "k00004")
     scene.wait_for_step(SETS[0])
     os.kill(scene.pid_of(SETS[0]), signal.SIGKILL)
-    wait_until(lambda: "failed" in scene.status()[SETS[0]], "the job is seen as failed", scene)
+    scene.wait_for_failure(SETS[0])
     scene.wait_until_idle()
     wait_until(lambda: "FAILED" in scene.status()[SETS[0]], "accounting knows the end", scene)
     outcome = tables.load_jobs(scene.run.root).set_index("artifact").loc[SETS[0], "outcome"]
@@ -259,13 +199,26 @@ def test_a_restarted_controller(scene: Scene) -> None:
     scene.assert_undisturbed(*SETS)
 
 
+def test_a_controller_that_does_not_answer(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "call", functools.partial(scheduler.call, seconds=2))
+    scene.submit("--stage", "adaptors", "--instance", "k00004")
+    scene.wait_for_step(SETS[0])
+    scene.cluster.pause("slurmctld")
+    try:
+        notes, warning = job_notes(scene.run, states(scene.run, read_config(scene.run)))
+    finally:
+        scene.cluster.pause("slurmctld", resume=True)
+    assert warning.startswith("squeue did not answer within 2 s")
+    assert notes == {SETS[0]: f"begun (job {scene.job_of(SETS[0])})"}
+
+
 def test_a_failing_instance_leaves_the_others_and_blocks_what_needs_it(scene: Scene) -> None:
     (scene.gate / "fail-adaptors-k00004").touch()
     scene.submit("--until", "fusion")
     for name in SETS:
         scene.wait_for_step(name)
     scene.open_gate()
-    wait_until(lambda: "failed" in scene.status()[SETS[0]], "the instance fails", scene)
+    scene.wait_for_failure(SETS[0])
     scene.wait_until_idle()
     status = scene.status()
     assert "failed: the test lets adaptors-k00004 fail" in status[SETS[0]] and "_log.out" in status[SETS[0]]
@@ -286,7 +239,7 @@ def test_a_full_disk(desk: Desk, tmp_path: Path) -> None:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("a small disk cannot be mounted here")
     try:
-        for scene in _scene(desk, disk / "run", tmp_path):
+        for scene in staged(desk, disk / "run", tmp_path):
             scene.submit("--until", "adaptors")
             for name in SETS:
                 scene.wait_for_step(name)
@@ -310,7 +263,7 @@ def test_a_configuration_edited_while_jobs_wait(scene: Scene) -> None:
     refused = grappa("submit", scene.run.root, "--cluster", scene.profile, "--until", "fusion", fails=True)
     assert "fusion.learning_rate: 0.001 -> 0.5" in refused and "grappa cancel" in refused
     scene.open_gate()
-    wait_until(lambda: "failed" in scene.status()["fusion/neighbors"], "the job refuses", scene)
+    scene.wait_for_failure("fusion/neighbors")
     scene.wait_until_idle()
     note = scene.status()["fusion/neighbors"]
     assert "no longer what was submitted: config fusion.learning_rate: 0.001 -> 0.5" in note
@@ -324,7 +277,7 @@ def test_a_configuration_edited_while_jobs_wait(scene: Scene) -> None:
 def test_two_submits_at_once(desk: Desk) -> None:
     home = Path(tempfile.mkdtemp())  # where another user gets to, unlike to pytest's folders
     try:
-        for scene in _scene(desk, home / "run", home):
+        for scene in staged(desk, home / "run", home):
             command = [sys.executable, "-m", "pipeline", "submit", scene.run.root, "--cluster", scene.profile]
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
             both = [subprocess.Popen([*command, "--until", "adaptors"], **pipes) for _ in range(2)]
@@ -369,7 +322,7 @@ def _as_another_user(scene: Scene, home: Path) -> str:
 
 
 def test_a_run_folder_with_an_odd_name(desk: Desk, tmp_path: Path) -> None:
-    for scene in _scene(desk, tmp_path / """it's a "run" $HOME & more""", tmp_path):
+    for scene in staged(desk, tmp_path / """it's a "run" $HOME & more""", tmp_path):
         scene.open_gate()
         scene.submit("--until", "adaptors")
         scene.wait_until_idle()
@@ -417,7 +370,7 @@ def _forge_live_id(scene: Scene) -> None:
 def test_the_whole_pipeline_as_jobs(desk: Desk, tmp_path: Path) -> None:
     names = [stage.name for stage in STAGES]
     before, after = names[: names.index("adaptors")], names[names.index("adaptors") + 1 :]
-    for scene in _scene(desk, tmp_path / "run", tmp_path, shared=json.dumps([before, after])):
+    for scene in staged(desk, tmp_path / "run", tmp_path, shared=json.dumps([before, after])):
         for name in names:
             shutil.rmtree(scene.run.root / name, ignore_errors=True)
         text = scene.submit("--dry-run")
@@ -432,6 +385,7 @@ def test_the_whole_pipeline_as_jobs(desk: Desk, tmp_path: Path) -> None:
         left = sum(state != "fresh" for state in scene.status().values())
         assert f"nothing to submit: {left} artifacts are on their way" in scene.submit()
         scene.open_gate()
+        assert "adaptors/k00004: 2 epochs" in grappa("logs", scene.run.root, "adaptors", "k00004", "--follow")
         scene.wait_until_idle()
         assert set(scene.status().values()) == {"fresh"}, scene.explain()
         scene.assert_undisturbed()
