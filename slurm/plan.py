@@ -52,13 +52,20 @@ def plan(
     coming = {*map(_name, steps), *live}
     for step in steps:
         _refuse_unready(run, judge, step, coming)
-    groups: dict[tuple[str, ...], list[Step]] = {}
+    groups: dict[tuple[tuple[str, ...], bool], list[Step]] = {}
     for step in steps:
-        groups.setdefault(profile.group_of(step[0].name), []).append(step)
+        group = profile.group_of(step[0].name)
+        late = len(group) == 1 and _reads_own_stage(config, step, coming)
+        groups.setdefault((group, late), []).append(step)
     return [
         _job(run, config, judge, members, coming, selection.force, profile.resources(group))
-        for group, members in groups.items()
+        for (group, _), members in groups.items()
     ]
+
+
+def _reads_own_stage(config: Config, step: Step, coming: set[str]) -> bool:
+    """Tell whether an instance waits for others of its own stage (concat): it gets a job after the array of these."""
+    return any(name in coming and name.startswith(f"{step[0].name}/") for name in _inputs(config, step))
 
 
 def _job(
@@ -75,8 +82,7 @@ def _job(
     pins = [_pin(run, config, step, coming, force) for step in steps]
     needs = (name for step in steps for name in _inputs(config, step) if name in coming - own)
     reasons = {_name(step): "forced" if force else str(judge.state(*step)) for step in steps}
-    # The instances of one stage run side by side, unless one reads another (concat); stages that share a job run one
-    # after another.
+    # The instances of one stage run side by side, stages that share a job one after another.
     apart = len(names) == 1 and not any(name in own for step in steps for name in _inputs(config, step))
     tasks = tuple((pin,) for pin in pins) if apart else (tuple(pins),)
     return PlannedJob(names, tasks, reasons, tuple(dict.fromkeys(needs)), resources)

@@ -70,12 +70,12 @@ def test_the_whole_graph_as_jobs(fakes: FakeStages) -> None:
     assert needs["fusion"] == ("images", "backbone", "neighbors", "adaptors/k00002", "adaptors/k00004")
 
 
-def test_what_reads_another_instance_of_its_stage_follows_it_in_one_task(fakes: FakeStages) -> None:
+def test_what_reads_another_instance_of_its_stage_follows_the_array_of_these(fakes: FakeStages) -> None:
     fakes.configure(evaluation={"extra_rows": ["concat"]})
-    (embeddings,) = [job for job in planned(fakes) if job.stages == ("embeddings",)]
-    assert len(embeddings.tasks) == 1
-    names = [pin.name for pin in embeddings.tasks[0]]
-    assert names.index("embeddings/concat") > names.index("embeddings/k00004")
+    array, late = [job for job in planned(fakes) if job.stages == ("embeddings",)]
+    assert len(array.tasks) == 7
+    assert late.artifacts == ("embeddings/concat",)
+    assert late.needs == ("embeddings/k00002", "embeddings/k00004")
 
 
 def test_only_what_is_not_fresh_is_planned_and_its_inputs_are_pinned(fakes: FakeStages) -> None:
