@@ -62,6 +62,10 @@ class Task:
         """Return the newest event of a kind."""
         return next((each for each in reversed(self.events) if each["event"] == event), None)
 
+    def made(self, artifact: str) -> bool:
+        """Tell whether the job has made an artifact."""
+        return any(each["event"] == "made" and each["artifact"] == artifact for each in self.events)
+
     @property
     def ended(self) -> dict[str, Any] | None:
         """The event with which the job ended by itself, None while it has not (or was put back into the queue)."""

@@ -64,19 +64,15 @@ def live_tasks(run: RunFolder) -> dict[str, Task]:
     def doomed(task: Task) -> bool:
         waited = [] if task.events else [by_id[other] for other in task.after if other in by_id]
         return any(
-            doomed(other) if (other.id, other.job_name) in queue else not all(_made(other, x) for x in other.artifacts)
+            doomed(other) if (other.id, other.job_name) in queue else not all(map(other.made, other.artifacts))
             for other in waited
         )
 
     return {
         name: task
         for name, task in newest.items()
-        if (task.id, task.job_name) in queue and not _made(task, name) and not doomed(task)
+        if (task.id, task.job_name) in queue and not task.made(name) and not doomed(task)
     }
-
-
-def _made(task: Task, name: str) -> bool:
-    return any(each["event"] == "made" and each["artifact"] == name for each in task.events)
 
 
 def _distinct(tasks: Iterable[Task]) -> list[Task]:

@@ -33,7 +33,7 @@ def job_notes(run: RunFolder, found: Sequence[InstanceState]) -> tuple[dict[str,
         if task is None:
             continue
         note = _note(each.name, task, jobs, notes, lost)
-        if each.state.kind != "fresh" or jobs.in_queue(task):
+        if each.state.kind != "fresh" or (jobs.in_queue(task) and not task.made(each.name)):
             notes[each.name] = note
             if note.startswith(("failed", "blocked", "cancelled")):
                 lost.add(each.name)

@@ -282,6 +282,19 @@ def test_status_of_200_jobs_asks_slurm_twice(
     assert "NODE_FAIL" in (submission.folder / "outcomes.json").read_text()
 
 
+def test_what_a_running_job_has_made_already_needs_no_note(
+    fakes: FakeStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fake_command(tmp_path / "bin" / "squeue", tmp_path / "calls", "7|grappa-backbone-mark|RUNNING|None|n1|1:00")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    events = submitted(fakes, planned(fakes, until="images")).folder / "events" / "7.jsonl"
+    fakes.execute(until="backbone")
+    for event, name in (("artifact", "backbone"), ("made", "backbone"), ("artifact", "images")):
+        append_event(events, event, artifact=name)
+    notes, _ = job_notes(fakes.run, states(fakes.run, fakes.config))
+    assert notes == {"images": "running on n1, limit in 1:00 (job 7)"}
+
+
 def _fake_command(path: Path, calls: Path, line: str) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/bin/sh\necho {path.name} >> {calls}\necho '{line}'\n")
