@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from grappa.backbone import Adaptation, Backbone, build_backbone, load_state
+from grappa.backbone import Adaptation, Backbone, build_backbone
+from grappa.weights import load_state
 
 Floats = NDArray[np.float64]
 MIN_GRID = 16  # patches a side; a box is as fine as they are
