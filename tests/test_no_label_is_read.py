@@ -20,7 +20,7 @@ from pipeline.stages import STAGES, artifact_name
 
 READERS = {"adaptors/supervised", "evaluation"}
 LABELS = "images/labels.parquet"
-EVERYTHING = "[concat, multi_head, supervised]"
+EVERYTHING = "[concat, multi_head, supervised, zero_shot_objects]"
 
 
 def _split(path: Path) -> str:
@@ -40,6 +40,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _make(folder: Path, material: Path, labels: str, **changes: object) -> RunFolder:
+    changes = {"objects__provider": "backbone", **changes}
     return make_run(folder, [material / f"{labels}.csv"], material / "weights.safetensors", **changes)
 
 
@@ -54,7 +55,8 @@ def _config() -> Config:
     settings = {
         "clusters": {"num_clusters": [4, 8]},
         "fusion": {"pairs": ["neighbors", "views"]},
-        "evaluation": {"extra_rows": ["concat", "multi_head", "supervised"]},
+        "objects": {"provider": "backbone"},
+        "evaluation": {"extra_rows": ["concat", "multi_head", "supervised", "zero_shot_objects"]},
     }
     return parse_settings(settings, "test")
 
@@ -94,7 +96,7 @@ def test_scrambled_labels_change_nothing_but_what_declares_them(run: RunFolder, 
 
 
 def test_absent_labels_change_nothing_at_all_of_the_rest(run: RunFolder, material: Path, tmp_path: Path) -> None:
-    other = _make(tmp_path / "other", material, "absent", evaluation__extra_rows="[concat, multi_head]")
+    other = _make(tmp_path / "other", material, "absent", evaluation__extra_rows="[concat, multi_head, zero_shot_objects]")
     lines = run_all(other)
     assert any("no test image has a label" in line for line in lines)
     told, whole = (tables.load_metrics(each.root).set_index(["model", "domain", "gallery"]) for each in (other, run))
@@ -119,7 +121,7 @@ def test_the_defaults_of_a_new_run_are_the_same(material: Path, tmp_path: Path, 
 
 
 def test_every_other_stage_runs_where_the_labels_cannot_be_read(run: RunFolder, material: Path, tmp_path: Path) -> None:
-    other = _make(tmp_path / "other", material, "true", evaluation__extra_rows="[concat, multi_head]")
+    other = _make(tmp_path / "other", material, "true", evaluation__extra_rows="[concat, multi_head, zero_shot_objects]")
     run_all(other, until="images")
     file = other.root / LABELS
     file.write_bytes(bytes(file.stat().st_size))

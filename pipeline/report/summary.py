@@ -18,6 +18,7 @@ MEANINGS = {
     "zero_shot": "the unadapted backbone",
     "zero_shot_whitened": "the same after PCA whitening: free, so gains count against the best of the zero-shot rows",
     "zero_shot_head": "the unadapted backbone with an embedding head: free too",
+    "zero_shot_objects": "the unadapted backbone on object views, as queries and as gallery: what objects could teach",
     "mean": "all adaptor sets with equal attention: nothing learned beyond the sets",
     "fused": "the learned attention over the sets",
     "fused_raw": "the same without its embedding head",
