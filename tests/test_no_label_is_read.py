@@ -20,6 +20,7 @@ from pipeline.stages import STAGES, artifact_name
 
 READERS = {"adaptors/supervised", "evaluation"}
 LABELS = "images/labels.parquet"
+UNSUPERVISED = "[concat, multi_head, zero_shot_objects]"
 EVERYTHING = "[concat, multi_head, supervised, zero_shot_objects]"
 
 
@@ -96,7 +97,7 @@ def test_scrambled_labels_change_nothing_but_what_declares_them(run: RunFolder, 
 
 
 def test_absent_labels_change_nothing_at_all_of_the_rest(run: RunFolder, material: Path, tmp_path: Path) -> None:
-    other = _make(tmp_path / "other", material, "absent", evaluation__extra_rows="[concat, multi_head, zero_shot_objects]")
+    other = _make(tmp_path / "other", material, "absent", evaluation__extra_rows=UNSUPERVISED)
     lines = run_all(other)
     assert any("no test image has a label" in line for line in lines)
     told, whole = (tables.load_metrics(each.root).set_index(["model", "domain", "gallery"]) for each in (other, run))
@@ -121,7 +122,7 @@ def test_the_defaults_of_a_new_run_are_the_same(material: Path, tmp_path: Path, 
 
 
 def test_every_other_stage_runs_where_the_labels_cannot_be_read(run: RunFolder, material: Path, tmp_path: Path) -> None:
-    other = _make(tmp_path / "other", material, "true", evaluation__extra_rows="[concat, multi_head, zero_shot_objects]")
+    other = _make(tmp_path / "other", material, "true", evaluation__extra_rows=UNSUPERVISED)
     run_all(other, until="images")
     file = other.root / LABELS
     file.write_bytes(bytes(file.stat().st_size))
