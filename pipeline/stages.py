@@ -234,7 +234,7 @@ STAGES: tuple[Stage, ...] = (
         parallel=True,
     ),
     Stage("embeddings", 1, _embedding_settings, _embedding_inputs, embedding_rows, parallel=True),
-    Stage("heads", 1, _settings("heads"), _head_inputs, head_rows),
+    Stage("heads", 2, _settings("heads"), _head_inputs, head_rows),
     Stage(
         "model",
         1,
