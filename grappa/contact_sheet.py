@@ -21,7 +21,8 @@ def contact_sheet(
 
     Args:
         table: row i is row i of the cache: domain, height and width (of the original whose pixels the boxes are in),
-            box_x0 .. box_y1 (NaN: none), confidence, reason ("": accepted). In each domain the first rows are drawn.
+            box_x0 .. box_y1 (NaN: none), confidence, reason ("": accepted).
+            The first rows of the first ``max_domains`` domains (by name) are drawn.
     """
     domains = sorted(table["domain"].unique())[:max_domains]
     width = (num_accepted + num_refused) * (_TILE + _GAP)

@@ -20,6 +20,7 @@ from grappa.backbone import Adaptation, Backbone, build_backbone
 from grappa.weights import load_state
 
 Floats = NDArray[np.float64]
+_BLOCK = 4096  # images whose boxes are found at once
 MIN_GRID = 16  # patches a side; a box is as fine as they are
 
 
@@ -80,6 +81,12 @@ def boxes_of(values: NDArray[np.float32], sizes: NDArray[np.int64]) -> tuple[Flo
         boxes (N, 4) float64 in pixels of those sizes, four NaN where all values are equal; confidences (N,) in 0-1:
         the share of the values' variance that lies between front and back; NaN where there is no box.
     """
+    parts = [_block(values[at : at + _BLOCK], sizes[at : at + _BLOCK]) for at in range(0, len(values), _BLOCK)]
+    boxes, confidences = zip(*parts, strict=True) if parts else ((np.empty((0, 4)),), (np.empty(0),))
+    return np.concatenate(boxes), np.concatenate(confidences)
+
+
+def _block(values: NDArray[np.float32], sizes: NDArray[np.int64]) -> tuple[Floats, Floats]:
     _, num_rows, num_columns = values.shape
     thresholds, confidences = _otsu(values.reshape(len(values), -1).astype(np.float64))
     part = _largest_part(values - thresholds[:, None, None])

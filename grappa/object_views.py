@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from grappa.decoding import ImageDecodeError, decode_image, shrink
+from grappa.decoding import ImageDecodeError, decode_image
 from grappa.image_files import ERRORS_OF_THE_FILE, ImagesChangedError
 from grappa.journals import Record, fingerprint, note_shard, noted_shard
 from grappa.objects import Box, object_view
@@ -122,8 +122,13 @@ def _view(
     if np.isnan(original.box[0]):
         return cache.image(row)
     image = read_original(original.path, roots[original.root], original.sha256, max_pixels=max_pixels)
-    view = object_view(image, original.box, enlargement=framing.enlargement, max_aspect=framing.max_aspect)
-    return shrink(view, framing.cache_size)
+    return object_view(
+        image,
+        original.box,
+        enlargement=framing.enlargement,
+        max_aspect=framing.max_aspect,
+        shorter_side=framing.cache_size,
+    )
 
 
 def read_original(path: str, root: str, sha256: str, *, max_pixels: int) -> Pixels:

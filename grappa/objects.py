@@ -10,11 +10,13 @@ A box is (x0, y0, x1, y1) in pixels, 0 <= x0 < x1 <= width and the same for y; f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from grappa.randomness import uniforms
 
@@ -93,14 +95,15 @@ def scaled_box(box: ArrayLike, size: ArrayLike, other_size: ArrayLike) -> Box:
 
 
 def view_window(box: Box, size: tuple[int, int], *, enlargement: float = 1.1, max_aspect: float = 4 / 3) -> Window:
-    """Return the part of the image that the object view shows, in whole pixels; it may reach beyond the image.
+    """Return the part of the image that the object view shows, in whole pixels.
 
-    The box's sides are multiplied by ``enlargement`` around its middle, then the shorter one grows until the longer is
-    at most ``max_aspect`` times it; the window is moved into the image, as far as it fits.
+    The box's sides are multiplied by ``enlargement`` around its middle, but to no more than the image's. Then the
+    shorter one grows until the longer is at most ``max_aspect`` times it, beyond the image if need be. The window is
+    moved into the image as far as it fits, and lies around its middle where it does not.
     """
-    sides = np.array([box[2] - box[0], box[3] - box[1]]) * enlargement
-    sides = np.maximum(np.maximum(sides, sides.max() / max_aspect).round(), 1)
     available = np.array([size[1], size[0]], dtype=np.float64)
+    sides = np.minimum(np.array([box[2] - box[0], box[3] - box[1]]) * enlargement, available)
+    sides = np.maximum(np.maximum(sides, sides.max() / max_aspect).round(), 1)
     start = np.array([box[0] + box[2], box[1] + box[3]]) / 2 - sides / 2
     moved = np.where(sides <= available, np.clip(start, 0, np.maximum(available - sides, 0)), (available - sides) / 2)
     x0, y0 = np.floor(moved + 0.5).astype(int).tolist()
@@ -108,21 +111,47 @@ def view_window(box: Box, size: tuple[int, int], *, enlargement: float = 1.1, ma
     return x0, y0, x0 + width, y0 + height
 
 
-def object_view(image: Pixels, box: ArrayLike, *, enlargement: float = 1.1, max_aspect: float = 4 / 3) -> Pixels:
+def object_view(
+    image: Pixels,
+    box: ArrayLike,
+    *,
+    enlargement: float = 1.1,
+    max_aspect: float = 4 / 3,
+    shorter_side: int | None = None,
+) -> Pixels:
     """Return the part of an image around a box as ``view_window`` says, beyond the image in the image's mean color.
+
+    ``shorter_side``: a larger view is shrunk to it, before the color is put around it: a panorama's view stays small.
 
     Raises:
         ValueError: the box is not inside the image.
     """
-    height, width = image.shape[:2]
-    x0, y0, x1, y1 = view_window(
-        check_box(box, (height, width)), (height, width), enlargement=enlargement, max_aspect=max_aspect
+    size = (image.shape[0], image.shape[1])
+    x0, y0, x1, y1 = view_window(check_box(box, size), size, enlargement=enlargement, max_aspect=max_aspect)
+    left, top, right, bottom = max(x0, 0), max(y0, 0), min(x1, size[1]), min(y1, size[0])
+    scale = min(1.0, (shorter_side or math.inf) / min(x1 - x0, y1 - y0))
+    part = _shrunk(image[top:bottom, left:right], scale)
+    height, width = _scaled(y1 - y0, scale), _scaled(x1 - x0, scale)
+    if part.shape[:2] == (height, width):
+        return part
+    view = np.full((height, width, 3), _mean_color(image))
+    y, x = (
+        min(round((top - y0) * scale), height - part.shape[0]),
+        min(round((left - x0) * scale), width - part.shape[1]),
     )
-    view = np.empty((y1 - y0, x1 - x0, 3), dtype=np.uint8)
-    view[:] = _mean_color(image)
-    left, top, right, bottom = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-    view[top - y0 : bottom - y0, left - x0 : right - x0] = image[top:bottom, left:right]
+    view[y : y + part.shape[0], x : x + part.shape[1]] = part
     return view
+
+
+def _shrunk(image: Pixels, scale: float) -> Pixels:
+    if scale == 1:
+        return image
+    size = (_scaled(image.shape[1], scale), _scaled(image.shape[0], scale))
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC))
+
+
+def _scaled(side: int, scale: float) -> int:
+    return max(1, round(side * scale))
 
 
 def background_view(image: Pixels, box: ArrayLike) -> Pixels:

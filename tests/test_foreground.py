@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tiny import HALF, OPTIONS, tiny_backbone
 
 from grappa.backbone import BackboneSpec, build_backbone
 from grappa.foreground import boxes_of, foreground, grid_of, seeing_finely
-from grappa.objects import Gate, refusals
+from grappa.objects import Gate, object_view, refusals
+from grappa.pixels import PixelCache, write_index, write_shard
+from grappa.transforms import normalize, whole_batch
 
 
 def grids(*places: tuple[slice, slice], rows: int = 8, columns: int = 8) -> np.ndarray:
@@ -97,3 +102,31 @@ def test_values_follow_the_formula() -> None:
 def test_a_backbone_of_many_patches_stays_as_it_is() -> None:
     backbone = build_backbone(BackboneSpec("vit_tiny_patch16_224", 136, 1.0, HALF, HALF, OPTIONS))
     assert seeing_finely(backbone) is backbone and grid_of(backbone) == (17, 17)
+
+
+def test_tiny_huge_panoramic_and_plain_images_have_a_box_or_none_and_always_a_view(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = [(1, 1), (1, 300), (300, 2), (900, 1400)]
+    images = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    images.append(np.full((40, 40, 3), 128, np.uint8))
+    write_index(tmp_path, write_shard(tmp_path, 0, images))
+    backbone, cache = tiny_backbone(), PixelCache.open(tmp_path)
+    batch = whole_batch(cache, range(5), image_size=32)
+    assert (batch.shape, batch.dtype) == ((5, 3, 32, 32), torch.uint8)
+    assert (batch[4] == 128).all()
+    np.testing.assert_array_equal(
+        batch[3].permute(1, 2, 0).numpy(),
+        np.asarray(Image.fromarray(images[3]).resize((32, 32), Image.Resampling.BICUBIC)),
+    )
+    sizes = np.array([image.shape[:2] for image in images])
+    boxes, confidences = boxes_of(foreground(backbone, normalize(batch, HALF, HALF)).reshape(5, 4, 4).numpy(), sizes)
+    assert not set(refusals(boxes, confidences, sizes, Gate())) - {"", "no box"}
+    for image, box in zip(images, boxes, strict=True):
+        if not np.isnan(box[0]):
+            view = object_view(image, box, shorter_side=40)
+            assert 1 <= min(view.shape[:2]) <= 40 and max(view.shape[:2]) <= 54
+
+
+def test_no_images_have_no_boxes() -> None:
+    boxes, confidences = boxes_of(np.empty((0, 4, 4), np.float32), np.empty((0, 2), np.int64))
+    assert (boxes.shape, confidences.shape) == ((0, 4), (0,))

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from grappa.objects import (
     Gate,
@@ -90,6 +91,31 @@ def test_a_strip_grows_to_the_aspect_limit_and_is_padded_with_the_mean() -> None
     assert (view[:25] == mean).all() and (view[125:] == mean).all()
 
 
+def test_a_box_of_nearly_the_whole_image_adds_no_border() -> None:
+    image = picture(*SIZE)
+    np.testing.assert_array_equal(object_view(image, [3, 2, 199, 99], enlargement=4, max_aspect=9), image)
+
+
+def test_a_panorama_is_shrunk_before_the_color_is_put_around_it() -> None:
+    image = picture(10, 4000)
+    view = object_view(image, [0, 0, 4000, 10], max_aspect=4 / 3, shorter_side=30)
+    assert view.shape == (30, 40, 3)
+    part = np.asarray(Image.fromarray(image).resize((40, 1), Image.Resampling.BICUBIC))
+    mean = image.reshape(-1, 3).mean(0).round().astype(np.uint8)
+    assert (view[14:15] == part).all() or (view[15:16] == part).all()
+    assert (view == mean).all(axis=(1, 2)).sum() == 29
+
+
+def test_the_view_at_its_shorter_side_is_the_view_shrunk() -> None:
+    image = picture(*SIZE)
+    whole = object_view(image, [20, 10, 100, 90])
+    assert whole.shape == (88, 88, 3)
+    wanted = np.asarray(Image.fromarray(whole).resize((32, 32), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(object_view(image, [20, 10, 100, 90], shorter_side=32), wanted)
+    np.testing.assert_array_equal(object_view(image, [20, 10, 100, 90], shorter_side=99), whole)
+
+
+@settings(deadline=None)
 @given(
     st.integers(1, 60),
     st.integers(1, 60),
