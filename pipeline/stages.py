@@ -191,7 +191,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "objects",
-        1,
+        2,
         _settings("objects", "images.cache_size", "images.shard_size", "features.precision"),
         _object_inputs,
         _object_instances,
