@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated
 
 import typer
 
-from pipeline.explained import EXPECTED, explained
-
-P = ParamSpec("P")
+from pipeline.guarded import guarded
 
 app = typer.Typer(
     name="grappa",
@@ -27,23 +23,6 @@ app = typer.Typer(
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="the run folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
-
-
-def guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn expected errors of a command into one sentence on stderr and an exit code; ``--debug`` shows them whole."""
-
-    @functools.wraps(command)
-    def call(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except EXPECTED as error:
-            sentence, code = explained(error)
-            if sentence is None or "--debug" in sys.argv:
-                raise
-            print(f"grappa: {sentence}", file=sys.stderr, flush=True)
-            raise typer.Exit(code) from None
-
-    return call
 
 
 @app.callback()

@@ -226,3 +226,19 @@ def test_the_module_is_the_same_command() -> None:
 def test_wrong_usage_exits_with_two() -> None:
     assert grappa("run").exit_code == 2
     assert grappa("fly").exit_code == 2
+
+
+def test_output_that_nobody_reads_any_more_ends_the_command_silently(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (tmp_path / "images" / "birds").mkdir(parents=True)
+    for number in range(4):
+        (tmp_path / "images" / "birds" / f"{number}.jpg").write_bytes(bytes([number]))
+    assert grappa("init", run, "--images", tmp_path / "images").exit_code == 0
+    command = [sys.executable, "-m", "pipeline", "status", str(run)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, text=True, check=False)
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")

@@ -72,12 +72,12 @@ def result_table(metrics: pd.DataFrame, gallery: str, metric: str = "map") -> Ta
         ]
         for model in models
     ]
-    best = values.drop(index=[ORACLE, SUPERVISED], errors="ignore").max()
+    best = values[[model != ORACLE and not model.startswith(SUPERVISED) for model in models]].max()
     strong = {
         (row, column + 1)
         for row, model in enumerate(models)
         for column, domain in enumerate(domains)
-        if model not in (ORACLE, SUPERVISED) and values.loc[model, domain] == best[domain]
+        if model != ORACLE and not model.startswith(SUPERVISED) and values.loc[model, domain] == best[domain]
     }
     return Table(METRICS[metric], ["", *map(domain_name, domains)], rows, frozenset(strong))
 
