@@ -37,7 +37,7 @@ class Adaptor(nn.Module):
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Return the residual (B, T, D), to be added to ``hidden_BTD``."""
-        residual: Tensor = self.up(F.gelu(self.down(hidden_BTD)))
+        residual: Tensor = self.up(self.activation(self.down(hidden_BTD)))
         return residual
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -101,7 +101,7 @@ class Backbone(nn.Module):
             BackboneError: queries and keys are adapted, and a block's attention is not timm's plain one.
         """
         vit: Any = self.vit
-        outputs, in_context = (adaptation.outputs, adaptation.in_context) if adaptation else ((), ())
+        outputs, in_context = ((), ()) if adaptation is None else (adaptation.outputs, adaptation.in_context)
         hidden_BTD = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         for number, block in enumerate(vit.blocks):
             last = number == len(vit.blocks) - 1

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import FileCheckpoint, SharedCheckpoint, write_tensors
 from pipeline.context import StageContext
-from pipeline.inputs import open_backbone, open_views, read_images, settle_device, settle_precision, train_rows
+from pipeline.inputs import open_backbone, open_views, options, read_images, settle_device, settle_precision, train_rows
 from pipeline.perception import open_backgrounds, open_objects
 from pipeline.storage import atomic_write_text
 
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from grappa.adaptors import AdaptorSet
     from grappa.backbone import Backbone
     from grappa.batches import Run
-    from grappa.fitting import FitResult, Optimization
+    from grappa.fitting import FitResult
     from grappa.targets import Targets
-    from grappa.training import Perception, SetLoss
+    from grappa.training import Perception
 
 
 def run(context: StageContext) -> str:
-    from grappa.training import train_adaptor_set
+    from grappa.fitting import Optimization
+    from grappa.training import SetLoss, train_adaptor_set
 
     settings, backbone = context.config.adaptors, open_backbone(context)
     rows, targets, what = _targets(context)
@@ -46,9 +47,9 @@ def run(context: StageContext) -> str:
             targets,
             name=str(context.instance),
             start=_start(context, backbone),
-            set_loss=_set_loss(settings),
+            set_loss=options(SetLoss, settings),
             proxy_learning_rate=settings.proxy_learning_rate,
-            optimization=optimization(settings),
+            optimization=options(Optimization, settings),
             seed=settings.seed,
             run=training,
             perception=_perception(context),
@@ -75,19 +76,6 @@ def set_sizes(settings: Any, width: int) -> tuple[int, int]:
 
     rank = adaptors.automatic_rank(width) if settings.in_context_rank == "auto" else settings.in_context_rank
     return adaptors.set_sizes(settings.kind, settings.bottleneck_dim, rank)
-
-
-def _set_loss(settings: Any) -> SetLoss:
-    from grappa.training import SetLoss
-
-    return SetLoss(
-        temperature=settings.temperature,
-        object_weight=settings.object_weight,
-        transfer_weight=settings.transfer_weight,
-        softening=settings.softening,
-        cosine_weight=settings.cosine_weight,
-        background_weight=settings.background_weight,
-    )
 
 
 def _perception(context: StageContext) -> Perception:
@@ -142,19 +130,6 @@ def _labelled(context: StageContext, images: pd.DataFrame) -> tuple[NDArray[np.i
     chosen = images.iloc[rows]
     ids = id_numbers(chosen["image_id"].tolist())
     return rows, label_targets(features[rows], chosen["domain"].to_numpy(), labels[rows], ids)
-
-
-def optimization(settings: Any) -> Optimization:
-    """Return the library's options from a training section of the configuration."""
-    from grappa.fitting import Optimization
-
-    return Optimization(
-        num_epochs=settings.num_epochs,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        warmup=settings.warmup,
-    )
 
 
 @contextmanager

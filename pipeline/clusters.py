@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import num_clusters_of
 from pipeline.context import StageContext
 from pipeline.inputs import read_images, settle_device, train_rows
+from pipeline.stages import clustered_stage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,8 +25,9 @@ def run(context: StageContext) -> str:
 
     settings = context.config.clusters
     images = read_images(context.input("images"))
-    seen = "object_features" if settings.view == "objects" else "features"
-    features = np.load(context.input(seen) / "features.npy", mmap_mode="r", allow_pickle=False)
+    features = np.load(
+        context.input(clustered_stage(context.config)) / "features.npy", mmap_mode="r", allow_pickle=False
+    )
     rows, num_clusters = train_rows(images), num_clusters_of(str(context.instance))
     context.need_memory(memory.clustering(len(features), features.shape[1], num_clusters))
     device = str(settle_device(context))

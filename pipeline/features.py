@@ -43,7 +43,7 @@ def extract(
     from grappa.backbone import embed
     from grappa.features import extract_features
 
-    cache, device = cache or open_pixels(context), settle_device(context)
+    cache, device = open_pixels(context) if cache is None else cache, settle_device(context)
     settled = settle_precision(context, precision, device)
     batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
     shape, path = (len(cache), *(row_shape or (backbone.width,))), context.path / file

@@ -6,10 +6,10 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from pipeline.adaptors import optimization, training_task, write_metrics
+from pipeline.adaptors import training_task, write_metrics
 from pipeline.checkpoints import write_tensors
 from pipeline.context import StageContext
-from pipeline.inputs import open_backbone, open_sets, open_views, read_images, train_rows
+from pipeline.inputs import open_backbone, open_sets, open_views, options, read_images, train_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def run(context: StageContext) -> str:
+    from grappa.fitting import Optimization
     from grappa.fusion_training import train_fusion
 
     settings = context.config.fusion
@@ -36,7 +37,7 @@ def run(context: StageContext) -> str:
             attention_temperature=settings.attention_temperature,
             propagation=_propagation(settings),
             initial_std=settings.initial_std,
-            optimization=optimization(settings),
+            optimization=options(Optimization, settings),
             seed=settings.seed,
             run=training,
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,8 +19,10 @@ if TYPE_CHECKING:
     from grappa.batches import Views
     from grappa.head import Head
     from grappa.pixels import PixelCache
-    from pipeline.config import Augmented
+    from pipeline.config import Augmented, Section
     from pipeline.context import StageContext
+
+T = TypeVar("T")
 
 
 def read_images(folder: Path) -> pd.DataFrame:
@@ -93,6 +97,11 @@ def open_head(context: StageContext, row: str) -> Head:
         return open_form(form, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
 
 
+def options(kind: Callable[..., T], settings: Section) -> T:
+    """Return the library's options of a kind, a dataclass, from the fields of the same names of a section."""
+    return kind(**{each.name: getattr(settings, each.name) for each in fields(kind)})  # type: ignore[arg-type]
+
+
 def open_views(context: StageContext, settings: Augmented, image_size: int) -> Views:
     """Return the augmented views of the cached images that a training stage draws."""
     from grappa.batches import Views
@@ -103,14 +112,7 @@ def open_views(context: StageContext, settings: Augmented, image_size: int) -> V
         cache=open_pixels(context),
         ids=id_numbers(read_images(context.input("images"))["image_id"].tolist()),
         image_size=image_size,
-        augmentation=Augmentation(
-            min_crop=settings.min_crop,
-            flip=settings.flip,
-            brightness=settings.brightness,
-            contrast=settings.contrast,
-            saturation=settings.saturation,
-            grayscale=settings.grayscale,
-        ),
+        augmentation=options(Augmentation, settings),
         num_workers=context.num_workers,
     )
 

@@ -15,6 +15,7 @@ from pipeline.checkpoints import RowCheckpoint
 from pipeline.context import StageContext
 from pipeline.features import extract, new_array
 from pipeline.inputs import open_backbone, open_pixels, read_images, settle_device
+from pipeline.perception import accepted_boxes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,13 +140,9 @@ def _judged(
 
 
 def _write_views(context: StageContext, images: pd.DataFrame, table: pd.DataFrame) -> None:
-    import numpy as np
-
-    from grappa.image_table import BOX_COLUMNS
     from grappa.object_views import Framing, write_object_views
 
-    config = context.config
-    boxes = table[list(BOX_COLUMNS)].where(table["accepted"], np.nan).to_numpy()
+    config, boxes = context.config, accepted_boxes(table)
     with context.task("cutting views", len(images)) as advance:
         write_object_views(
             images,

@@ -8,6 +8,10 @@ from pipeline.context import StageContext
 from pipeline.inputs import open_pixels, read_images
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
     from grappa.backgrounds import Backgrounds
     from grappa.pixels import PixelCache
 
@@ -19,15 +23,22 @@ def open_objects(context: StageContext) -> PixelCache:
     return PixelCache.open(context.input("objects") / "pixels")
 
 
+def accepted_boxes(table: pd.DataFrame) -> NDArray[np.float64]:
+    """Return the boxes of an objects table, (N, 4) pixels of the originals; NaN where none is accepted."""
+    import numpy as np
+
+    from grappa.image_table import BOX_COLUMNS
+
+    return table[list(BOX_COLUMNS)].where(table["accepted"], np.nan).to_numpy(dtype=np.float64)
+
+
 def open_backgrounds(context: StageContext) -> Backgrounds:
     """Return the background views: of the images whose box is accepted."""
     import numpy as np
     import pandas as pd
 
     from grappa.backgrounds import Backgrounds
-    from grappa.image_table import BOX_COLUMNS
 
-    table = pd.read_parquet(context.input("objects") / "objects.parquet")
-    boxes = table[list(BOX_COLUMNS)].where(table["accepted"], np.nan).to_numpy(dtype=np.float64)
+    boxes = accepted_boxes(pd.read_parquet(context.input("objects") / "objects.parquet"))
     sizes = read_images(context.input("images"))[["height", "width"]].to_numpy(dtype=np.int64)
     return Backgrounds(open_pixels(context), boxes, sizes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pipeline.config import Config
 
-FROZEN_ROWS = ("zero_shot", "zero_shot_whitened", "zero_shot_objects")
+WHOLE_ROWS = ("zero_shot", "zero_shot_whitened")
+FROZEN_ROWS = (*WHOLE_ROWS, "zero_shot_objects")
 ON_OBJECTS = "_objects"
 
 
@@ -24,7 +25,7 @@ def embedding_rows(config: Config) -> tuple[str, ...]:
     fusion nor student.
     """
     extra = config.evaluation.extra_rows
-    frozen = FROZEN_ROWS if "zero_shot_objects" in extra else FROZEN_ROWS[:2]
+    frozen = FROZEN_ROWS if "zero_shot_objects" in extra else WHOLE_ROWS
     on_objects = (f"{deployed_row(config)}{ON_OBJECTS}",) if "adapted_objects" in extra else ()
     if config.model.source == "single":
         return (*frozen, *adaptor_sets(config), *on_objects)

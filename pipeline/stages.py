@@ -85,9 +85,13 @@ def _feature_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     return (Input("images", ("images.parquet",)), Input("features", ("features.npy",)))
 
 
+def clustered_stage(config: Config) -> str:
+    """Return the stage whose features are clustered: those of the images, or of their object views."""
+    return "object_features" if config.clusters.view == "objects" else "features"
+
+
 def _cluster_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
-    seen = "object_features" if config.clusters.view == "objects" else "features"
-    return (Input("images", ("images.parquet",)), Input(seen, ("features.npy",)))
+    return (Input("images", ("images.parquet",)), Input(clustered_stage(config), ("features.npy",)))
 
 
 def _object_instances(config: Config) -> tuple[str | None, ...]:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pipeline.adaptors import optimization, set_sizes, training_task, write_metrics
+from pipeline.adaptors import set_sizes, training_task, write_metrics
 from pipeline.checkpoints import write_tensors
 from pipeline.context import StageContext
 from pipeline.fused import open_fusion
-from pipeline.inputs import open_backbone, open_sets, open_views, read_images, train_rows
+from pipeline.inputs import open_backbone, open_sets, open_views, options, read_images, train_rows
 from pipeline.perception import open_objects
 
 if TYPE_CHECKING:
     from grappa.adaptors import AdaptorSet
-    from grappa.student import Transfer
 
 FILE = "student.safetensors"
 
 
 def run(context: StageContext) -> str:
-    from grappa.student import new_student, train_student
+    from grappa.fitting import Optimization
+    from grappa.student import Transfer, new_student, train_student
 
     settings = context.config.student
     backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
@@ -34,8 +34,8 @@ def run(context: StageContext) -> str:
             views,
             rows,
             start=new_student(backbone, bottleneck_dim, in_context_rank=rank, seed=settings.seed),
-            transfer=_transfer(settings),
-            optimization=optimization(settings),
+            transfer=options(Transfer, settings),
+            optimization=options(Optimization, settings),
             seed=settings.seed,
             run=training,
             objects=open_objects(context) if settings.object_share else None,
@@ -55,15 +55,3 @@ def open_student(context: StageContext) -> AdaptorSet:
     from grappa.adaptors import AdaptorSet
 
     return AdaptorSet.from_state_dict(load_file(context.input("student") / FILE))
-
-
-def _transfer(settings: Any) -> Transfer:
-    from grappa.student import Transfer
-
-    return Transfer(
-        temperature=settings.temperature,
-        softening=settings.softening,
-        cosine_weight=settings.cosine_weight,
-        bank_size=settings.bank_size,
-        object_share=settings.object_share,
-    )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import digests, draw_images, make_run, run_all, write_table, write_weights
+from tiny import digests, draw_images, make_run, run_all, split_of, write_table, write_weights
 
 from pipeline import tables
 from pipeline.artifacts import RunFolder
@@ -20,16 +20,12 @@ from pipeline.status import read_config, states
 EXTRA = "[concat, multi_head, supervised]"
 
 
-def _split(path: Path) -> str:
-    return "train" if path.parent.name in ("class_0", "class_1") else "test"
-
-
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("material")
     draw_images(folder / "images")
     write_weights(folder / "weights.safetensors")
-    write_table(folder / "images", folder / "table.csv", label=lambda path: path.parent.name, split=_split)
+    write_table(folder / "images", folder / "table.csv", label=lambda path: path.parent.name, split=split_of)
     return folder
 
 
@@ -93,12 +89,12 @@ def test_the_result_table_says_how_much_of_the_gap_is_closed(run: RunFolder) -> 
 
 def test_supervised_learns_from_labelled_train_images_only(material: Path, tmp_path: Path) -> None:
     def label(path: Path) -> str:
-        return path.parent.name if path.stem in "012" or _split(path) == "test" else ""
+        return path.parent.name if path.stem in "012" or split_of(path) == "test" else ""
 
     some = _make(
         tmp_path / "some",
         material,
-        write_table(material / "images", tmp_path / "some.csv", label=label, split=_split),
+        write_table(material / "images", tmp_path / "some.csv", label=label, split=split_of),
         evaluation__extra_rows="[supervised]",
     )
     lines = run_all(some, until="adaptors")
@@ -112,8 +108,8 @@ def test_without_labels_supervised_is_refused_when_asked_for_and_when_run(materi
     table = write_table(
         material / "images",
         tmp_path / "test_only.csv",
-        label=lambda path: path.parent.name if _split(path) == "test" else "",
-        split=_split,
+        label=lambda path: path.parent.name if split_of(path) == "test" else "",
+        split=split_of,
     )
     with pytest.raises(ConfigError, match="asks for `supervised`, but no train image has a label; give labels"):
         _make(tmp_path / "refused", material, table, evaluation__extra_rows="[supervised]")

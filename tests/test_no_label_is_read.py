@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from tiny import digests, draw_images, make_run, run_all, write_table, write_weights
+from tiny import digests, draw_images, make_run, run_all, split_of, write_table, write_weights
 
 from pipeline import tables
 from pipeline.artifacts import RunFolder
@@ -24,19 +24,15 @@ UNSUPERVISED = "[concat, multi_head, zero_shot_objects]"
 EVERYTHING = "[concat, multi_head, supervised, zero_shot_objects]"
 
 
-def _split(path: Path) -> str:
-    return "train" if path.parent.name in ("class_0", "class_1") else "test"
-
-
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("material")
     images = draw_images(folder / "images")
     write_weights(folder / "weights.safetensors")
     rng = random.Random(0)
-    write_table(images, folder / "true.csv", label=lambda path: path.parent.name, split=_split)
-    write_table(images, folder / "scrambled.csv", label=lambda path: rng.choice("abc"), split=_split)
-    write_table(images, folder / "absent.csv", split=_split)
+    write_table(images, folder / "true.csv", label=lambda path: path.parent.name, split=split_of)
+    write_table(images, folder / "scrambled.csv", label=lambda path: rng.choice("abc"), split=split_of)
+    write_table(images, folder / "absent.csv", split=split_of)
     return folder
 
 

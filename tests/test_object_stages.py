@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from tiny import digests, draw_images, make_run, run_all, write_table, write_weights
+from tiny import digests, draw_images, make_run, run_all, split_of, write_table, write_weights
 from tiny_detector import needs_transformers, write_detector
 
 from grappa import grounding, object_views
@@ -26,15 +26,11 @@ from pipeline.status import read_config, states
 GATE = "[zero_shot_objects]"
 
 
-def _split(path: Path) -> str:
-    return "train" if path.parent.name in ("class_0", "class_1") else "test"
-
-
 def _table(folder: Path, name: str, has_box: str = "discs") -> Path:
     """Write a table in which the images of a domain have the box (9, 5, 43, 39)."""
 
     boxes = {column: _cell(value, has_box) for column, value in zip(BOX_COLUMNS, "9 5 43 39".split(), strict=True)}
-    return write_table(folder / "images", folder / name, label=lambda path: path.parent.name, split=_split, **boxes)
+    return write_table(folder / "images", folder / name, label=lambda path: path.parent.name, split=split_of, **boxes)
 
 
 def _cell(value: str, has_box: str) -> Callable[[Path], str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from tiny import digests, draw_images, make_run, run_all, tiny_cache, write_table, write_weights
+from tiny import digests, draw_images, make_run, run_all, split_of, tiny_cache, write_table, write_weights
 
 from grappa.backgrounds import Backgrounds
 from pipeline import tables
@@ -25,10 +25,6 @@ LEARNED = {
 }
 
 
-def _split(path: Path) -> str:
-    return "train" if path.parent.name in ("class_0", "class_1") else "test"
-
-
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn images; every second one has a box."""
@@ -36,7 +32,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw_images(folder / "images")
     write_weights(folder / "weights.safetensors")
     boxes = {name: lambda path, value=value: value if int(path.stem) % 2 == 0 else "" for name, value in BOX.items()}
-    label = {"label": lambda path: path.parent.name, "split": _split}
+    label = {"label": lambda path: path.parent.name, "split": split_of}
     write_table(folder / "images", folder / "table.csv", **label, **boxes)
     return folder
 

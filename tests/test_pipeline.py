@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from tiny import digests, draw_images, make_run, run_all, write_table, write_weights
+from tiny import digests, draw_images, make_run, run_all, split_of, write_table, write_weights
 
 import grappa
 import pipeline
@@ -35,17 +35,13 @@ FREE = ["zero_shot", "zero_shot_whitened", "zero_shot_head"]
 ROWS = [*FREE, "k00004", "k00008", "mean", "fused", "fused_raw", "student", "oracle"]
 
 
-def _split(path: Path) -> str:
-    return "train" if path.parent.name in ("class_0", "class_1") else "test"
-
-
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("material")
     draw_images(folder / "images")
     write_weights(folder / "weights.safetensors")
     images = folder / "images"
-    write_table(images, folder / "table.csv", label=lambda path: path.parent.name, split=_split)
+    write_table(images, folder / "table.csv", label=lambda path: path.parent.name, split=split_of)
     return folder
 
 
@@ -257,7 +253,7 @@ def test_shuffled_rows_and_renamed_files_change_nothing_but_names(
         renamed = tmp_path / "renamed" / f"{number:03d} ö.png"
         renamed.parent.mkdir(exist_ok=True)
         shutil.copy(path, renamed)
-        lines.append(f"{renamed},{path.parts[-3]},{path.parent.name},{_split(path)}")
+        lines.append(f"{renamed},{path.parts[-3]},{path.parent.name},{split_of(path)}")
     (tmp_path / "shuffled.csv").write_text("\n".join(lines))
     other = make_run(tmp_path / "other", [tmp_path / "shuffled.csv"], material / "weights.safetensors")
     run_all(other)
@@ -293,7 +289,7 @@ def test_another_granularity_leaves_the_others_fresh(copy: RunFolder, material: 
 
 def test_a_corrected_label_reruns_the_evaluation_only(copy: RunFolder, material: Path, tmp_path: Path) -> None:
     table = write_table(
-        material / "images", tmp_path / "t.csv", label=lambda path: f"{path.parent.name}x", split=_split
+        material / "images", tmp_path / "t.csv", label=lambda path: f"{path.parent.name}x", split=split_of
     )
     make_run(copy.root, [table], material / "weights.safetensors")
     lines = run_all(copy)

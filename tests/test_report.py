@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from tiny import draw_images, make_run, run_all, write_table, write_weights
+from tiny import draw_images, make_run, run_all, split_of, write_table, write_weights
 from typer.testing import CliRunner
 
 from pipeline import tables
@@ -20,10 +20,6 @@ from pipeline.report import costs, examples, figures, summary
 from pipeline.report.page import write_report
 from pipeline.rows import evaluated_rows
 from pipeline.status import read_config
-
-
-def _split(path: Path) -> str:
-    return "train" if path.parent.name in ("class_0", "class_1") else "test"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +33,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(material: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     table = material / "table.csv"
-    write_table(material / "images", table, label=lambda path: path.parent.name, split=_split)
+    write_table(material / "images", table, label=lambda path: path.parent.name, split=split_of)
     made = make_run(tmp_path_factory.mktemp("runs") / "run", [table], material / "weights.safetensors")
     run_all(made)
     return made

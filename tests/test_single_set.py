@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import digests, draw_images, make_run, run_all, settings, write_table, write_weights
+from tiny import digests, draw_images, make_run, run_all, settings, split_of, write_table, write_weights
 
 import grappa
 from pipeline.artifacts import RunFolder
@@ -26,16 +26,12 @@ from pipeline.status import read_config, states
 LABELS = {"adaptors__supervision": "labels", "model__source": "single"}
 
 
-def _split(path: Path) -> str:
-    return "train" if path.parent.name in ("class_0", "class_1") else "test"
-
-
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("material")
     draw_images(folder / "images")
     write_weights(folder / "weights.safetensors")
-    write_table(folder / "images", folder / "table.csv", label=lambda path: path.parent.name, split=_split)
+    write_table(folder / "images", folder / "table.csv", label=lambda path: path.parent.name, split=split_of)
     return folder
 
 
@@ -146,7 +142,7 @@ def test_contradictions_are_refused(changes: dict[str, object], sentence: str, m
 
 
 def test_supervision_without_labels_is_refused(material: Path, tmp_path: Path) -> None:
-    write_table(material / "images", material / "bare.csv", split=_split)
+    write_table(material / "images", material / "bare.csv", split=split_of)
     with pytest.raises(ConfigError, match="adaptors.supervision is labels, but no train image has a label"):
         _make(tmp_path / "run", material, "bare.csv", **LABELS)
 

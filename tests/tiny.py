@@ -88,6 +88,11 @@ def write_table(folder: Path, table: Path, **columns: Callable[[Path], str]) -> 
     return table
 
 
+def split_of(path: Path) -> str:
+    """The first two classes of ``draw_images`` are learned from, the others tested."""
+    return "train" if path.parent.name in ("class_0", "class_1") else "test"
+
+
 def write_weights(path: Path) -> Path:
     """Write the tiny backbone's weights as safetensors."""
     save_file(tiny_backbone().vit.state_dict(), path)

@@ -72,14 +72,18 @@ def result_table(metrics: pd.DataFrame, gallery: str, metric: str = "map") -> Ta
         ]
         for model in models
     ]
-    best = values[[model != ORACLE and not model.startswith(SUPERVISED) for model in models]].max()
+    best = values[[not _saw_labels(model) for model in models]].max()
     strong = {
         (row, column + 1)
         for row, model in enumerate(models)
         for column, domain in enumerate(domains)
-        if model != ORACLE and not model.startswith(SUPERVISED) and values.loc[model, domain] == best[domain]
+        if not _saw_labels(model) and values.loc[model, domain] == best[domain]
     }
     return Table(METRICS[metric], ["", *map(domain_name, domains)], rows, frozenset(strong))
+
+
+def _saw_labels(model: str) -> bool:
+    return model == ORACLE or model.startswith(SUPERVISED)
 
 
 def means_table(metrics: pd.DataFrame) -> Table:
