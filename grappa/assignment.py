@@ -18,7 +18,6 @@ Progress = Callable[[int], None]
 Search = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 MAX_BLOCK_ROWS = 65536
-OWN_BLOCK = 8192
 MIN_CENTROIDS = 256
 
 
@@ -72,18 +71,11 @@ def _split(
     """Return the points that keep their centroid unless a moved one is nearer, and those whose own one went away; the
     cosines of points with a moved centroid are brought up to date, those of the latter to -inf."""
     own = torch.nonzero(changed_C[found.labels])[:, 0]
-    cosines = _own_cosines(points_ND, centroids_CD, found.labels, own)
+    cosines = proposals.pair_products(points_ND, centroids_CD, (own, found.labels[own]))
     lost = own[cosines < found.cosines[own]]
     found.cosines[own] = cosines
     found.cosines[lost] = -torch.inf
     return torch.nonzero(found.cosines > -torch.inf)[:, 0], lost
-
-
-def _own_cosines(
-    points_ND: torch.Tensor, centroids_CD: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor
-) -> torch.Tensor:
-    parts = [(points_ND[block] * centroids_CD[labels[block]]).sum(1) for block in rows.split(OWN_BLOCK)]
-    return torch.cat(parts) if parts else points_ND.new_empty(0)
 
 
 def improve(

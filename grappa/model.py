@@ -2,7 +2,8 @@
 
 A model folder holds ``model.json`` (architecture and preprocessing) and ``weights.safetensors`` (backbone, adaptor
 sets, fusion if there is one, and head): no pickle, and neither network nor other files are needed to open it. Without a
-fusion there is one set: a student. Format 1 had no head, format 2 always a fusion; both are still opened.
+fusion there is one set: a student, or one trained alone. Format 1 had no head, format 2 always a fusion; both are still
+opened.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def save_model(
     """Write ``model.json`` and ``weights.safetensors`` into an existing folder.
 
     Args:
-        sets: the adaptor sets by pseudo-granularity, in the fusion's order; without a fusion, the one set (a student).
+        sets: the adaptor sets by pseudo-granularity, in the fusion's order; without a fusion, the one set there is.
         cache_size: pixels of the shorter side of the images the model was adapted on.
         head: the last step, fitted on the model's embeddings; None: none.
     """
@@ -135,8 +136,8 @@ def _open_adapted(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fusi
     names = record["sets"] if record["format"] == FORMAT else record["granularities"]
     sets = [AdaptorSet.from_state_dict(_below(tensors, f"sets.{name}.")) for name in names]
     if record["fusion"] is None:
-        (student,) = sets
-        return student
+        (only,) = sets
+        return only
     fusion = Fusion(sets, level=record["fusion"]["level"], temperature=record["fusion"]["temperature"])
     fusion.load_trained_state(_below(tensors, "fusion."))
     return fusion

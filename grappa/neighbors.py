@@ -25,7 +25,6 @@ CANDIDATE_BLOCK = 16384
 GROUP = 16
 TIE_BLOCK = 16
 RESCORE_BLOCK = 128
-PAIR_BLOCK = 4096
 
 
 def nearest_neighbors(
@@ -121,7 +120,7 @@ def _search_proposed(
     if pairs is None:
         return None
     rows_P, positions_P = pairs
-    parts = zip(rows_P.split(PAIR_BLOCK), positions_P.split(PAIR_BLOCK), strict=True)
+    parts = zip(rows_P.split(proposals.PAIR_BLOCK), positions_P.split(proposals.PAIR_BLOCK), strict=True)
     exact_P = torch.cat([torch.linalg.vecdot(queries_BD[r].double(), points_MD[p].double()) for r, p in parts]).float()
     order = np.lexsort((positions_P.numpy(), -exact_P.numpy(), rows_P.numpy()))
     firsts_B = np.searchsorted(rows_P.numpy(), np.arange(len(queries_BD)))

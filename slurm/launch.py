@@ -38,7 +38,7 @@ def submit_slurm(
     """Call sbatch once, for one job or an array; return the tasks' ids. SchedulerError holds sbatch's own words."""
     import submitit
 
-    _refuse_without("sbatch")
+    _refuse_without_slurm()
     executor = submitit.SlurmExecutor(folder, max_num_timeout=profile.max_requeues)
     executor.update_parameters(**_slurm_parameters(profile, job.resources, name, after))
     try:
@@ -104,6 +104,7 @@ def _own_words(text: str) -> str:
     return "; ".join(lines) or " ".join(text.split())
 
 
-def _refuse_without(program: str) -> None:
-    if shutil.which(program) is None or shutil.which("srun") is None:
-        raise SchedulerError(f"{program} is not on the PATH: submit where Slurm is, or give --cluster local")
+def _refuse_without_slurm() -> None:
+    for program in ("sbatch", "srun"):
+        if shutil.which(program) is None:
+            raise SchedulerError(f"{program} is not on the PATH: submit where Slurm is, or give --cluster local")
