@@ -178,7 +178,8 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return _unknown(name)
     if first["type"] == "value_error":
-        return f"{name}: {first['ctx']['error']}"
+        words = str(first["ctx"]["error"])
+        return f"{name}: {words}" if name else words  # what several sections contradict each other in has no name
     same = [problem for problem in problems if problem["loc"][:2] == first["loc"][:2]]
     expected = " or ".join(dict.fromkeys(expected_text(str(problem["msg"])) for problem in same))
     found = short(same[-1]["input"])

@@ -110,7 +110,9 @@ def test_each_weight_changes_what_reads_it_and_no_more(material: Path, tmp_path:
 def test_object_views_from_nobody_are_refused(
     change: dict[str, object], what: str, material: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=f"{what} needs object views, but objects.provider is none; set it to"):
+    with pytest.raises(
+        ConfigError, match=f"^--set: {what} needs object views, but objects.provider is none; set it to"
+    ):
         _make(tmp_path / "run", material, **change)
 
 
