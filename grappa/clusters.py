@@ -79,15 +79,15 @@ def cluster_many(
 
     ids (N,) uint64, unique, name the images: every draw is a function of (seed, k, id). At most ``num_iterations`` of
     Lloyd's iterations are made, fewer when no label changes; empty clusters are re-seeded on the worst-served images
-    after each. The labels returned are those of the nearest centroids. ``progress`` is called with images newly
-    assigned, :func:`num_assignments` in all. ValueError when k < 1, k > N/2, fewer distinct images than k, the same id
-    twice, or vectors that are not of length 1.
+    after each. The labels returned are those of the nearest centroids. Rows in the order of their ids are not copied.
+    ``progress`` is called with images newly assigned, :func:`num_assignments` in all. ValueError when k < 1, k > N/2,
+    fewer distinct images than k, the same id twice, or vectors that are not of length 1.
     """
     features = check_unit_vectors("features", features)
     _check(features, num_clusters, ids, num_iterations)
     order = np.argsort(ids, kind="stable")
     ordered = ids[order].astype(np.uint64)
-    points = as_tensor(features[order], device)
+    points = as_tensor(features if np.array_equal(ordered, ids) else features[order], device)
     with full_float32():
         found = [_cluster(points, ordered, k, num_iterations, seed, progress or _silent) for k in num_clusters]
     return [_in_rows(result, order) for result in found]

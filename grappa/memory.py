@@ -17,8 +17,8 @@ WORK = 64 * 2**20  # bounded blocks of products and what is made of them
 
 
 def clustering(num_images: int, width: int, num_clusters: int) -> int:
-    """The images in their file, as given and in the order of their ids; labels and centroids before and after."""
-    points = 3 * num_images * width * FLOAT
+    """The images in the order of their ids, or all in their file; labels and centroids before and after."""
+    points = num_images * width * FLOAT
     labels = num_images * (4 * INTEGER + 3 * FLOAT)
     centroids = 3 * num_clusters * width * FLOAT
     candidates = min(2048, num_clusters // 2) ** 2 * (FLOAT + 1)
@@ -41,9 +41,10 @@ def evaluation(num_images: int, width: int, num_models: int) -> int:
 
 
 def head(num_images: int, num_train: int, width: int, num_centroids: int) -> int:
-    """All embeddings before and after, the train images' clustering, and the sample that fits the temperature."""
+    """All embeddings before and after, the train images as given and clustered, the temperature's sample."""
     sample = 5 * min(TEMPERATURE_SAMPLE, num_train) * num_centroids * DOUBLE
-    return 2 * num_images * width * FLOAT + clustering(num_train, width, num_centroids) + sample + WORK
+    images = (2 * num_images + num_train) * width * FLOAT
+    return images + clustering(num_train, width, num_centroids) + sample + WORK
 
 
 def index(num_images: int, width: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,6 +35,20 @@ def check_vectors(name: str, vectors: NDArray[np.float32]) -> NDArray[np.float32
     if len(wrong):
         raise ValueError(f"{name}: {len(wrong)} rows hold NaN or infinity (first: row {wrong[0]}); extract them again")
     return checked
+
+
+def read_rows(file: Path, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the rows (n,) of an ``.npy`` file (N, D), in their order, as float32 (n, D).
+
+    The file is mapped a part at a time: no more of it than that is ever held beside the result.
+    """
+    number, width = np.load(file, mmap_mode="r", allow_pickle=False).shape
+    found = np.empty((len(rows), width), dtype=np.float32)
+    order = np.argsort(rows, kind="stable")
+    starts = range(0, number, BLOCK_ROWS)
+    for places in np.split(order, np.searchsorted(rows[order], starts[1:])):
+        found[places] = np.load(file, mmap_mode="r", allow_pickle=False)[rows[places]]
+    return found
 
 
 def side_by_side(parts: Sequence[NDArray[np.float32]], out: NDArray[np.float32]) -> None:

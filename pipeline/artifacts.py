@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
@@ -63,15 +64,24 @@ class Manifest:
     def read(cls, path: Path) -> Manifest:
         """The manifest in the file `path`; CorruptManifest says what is wrong with it."""
         try:
-            content = json.loads(path.read_bytes())
+            return _parsed(path.read_bytes())
         except FileNotFoundError:
             raise CorruptManifest(f"{path.name}: missing") from None
-        except (ValueError, RecursionError) as error:
-            raise CorruptManifest(f"{path.name}: not JSON ({error})") from None
-        problem = _manifest_problem(content)
-        if problem:
-            raise CorruptManifest(f"{path.name}: {problem}")
-        return cls(content["recipe"], content["outputs"], content["provenance"])
+        except CorruptManifest as error:
+            raise CorruptManifest(f"{path.name}: {error}") from None
+
+
+@lru_cache(maxsize=1024)
+def _parsed(raw: bytes) -> Manifest:
+    """What a manifest file holds, parsed once however many stages read that artifact."""
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CorruptManifest(f"not JSON ({error})") from None
+    problem = _manifest_problem(content)
+    if problem:
+        raise CorruptManifest(problem)
+    return Manifest(content["recipe"], content["outputs"], content["provenance"])
 
 
 def _is_count(value: object) -> bool:

@@ -11,6 +11,7 @@ from pipeline.stages import clustered_stage
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
     from numpy.typing import NDArray
 
     from grappa.clusters import Clustering
@@ -21,22 +22,21 @@ def run(context: StageContext) -> str:
 
     from grappa import memory
     from grappa.clusters import cluster, num_assignments
-    from grappa.randomness import id_numbers
+    from grappa.vectors import read_rows
 
-    settings = context.config.clusters
-    images = read_images(context.input("images"))
-    features = np.load(
-        context.input(clustered_stage(context.config)) / "features.npy", mmap_mode="r", allow_pickle=False
-    )
-    rows, num_clusters = train_rows(images), num_clusters_of(str(context.instance))
+    settings, images = context.config.clusters, read_images(context.input("images"))
+    file = context.input(clustered_stage(context.config)) / "features.npy"
+    features = np.load(file, mmap_mode="c", allow_pickle=False)  # c: never written to, and not copied by torch
+    rows, ids = _in_order(images)
+    num_clusters = num_clusters_of(str(context.instance))
     context.need_memory(memory.clustering(len(features), features.shape[1], num_clusters))
     device = str(settle_device(context))
     total = num_assignments(len(rows), [num_clusters], settings.num_iterations)
     with context.task("clustering", total, unit="assignments") as advance:
         found = cluster(
-            features[rows],
+            read_rows(file, rows),
             num_clusters=num_clusters,
-            ids=id_numbers(images["image_id"].iloc[rows].tolist()),
+            ids=ids,
             num_iterations=settings.num_iterations,
             seed=settings.seed,
             device=device,
@@ -45,6 +45,18 @@ def run(context: StageContext) -> str:
     _write(context, images["image_id"].tolist(), *_all_rows(features, rows, found, device))
     np.save(context.path / "centroids.npy", found.centroids, allow_pickle=False)
     return _summary(found, len(rows))
+
+
+def _in_order(images: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """Return the train rows in the order of their ids, and these: so clustered they need no second copy."""
+    import numpy as np
+
+    from grappa.randomness import id_numbers
+
+    rows = train_rows(images)
+    ids = id_numbers(images["image_id"].iloc[rows].tolist())
+    order = np.argsort(ids, kind="stable")
+    return rows[order], ids[order]
 
 
 def _all_rows(

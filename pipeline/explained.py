@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-from pipeline.locks import LockedError, LockLostError
-
 EXPECTED = (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError, KeyboardInterrupt)
 
 
@@ -20,9 +18,14 @@ def explained(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         detail = (str(error).strip().splitlines() or ["no more memory"])[0]
         return f"out of memory ({detail}); lower the stage's batch_size or compute.inference_batch_size", 1
-    lost_race = isinstance(error, LockedError | LockLostError)
-    if not isinstance(error, EXPECTED) or (isinstance(error, RuntimeError) and not lost_race):
+    if not isinstance(error, EXPECTED) or (isinstance(error, RuntimeError) and not _lost_race(error)):
         return None, 1
     if isinstance(error, OSError) and error.filename and error.strerror and str(error).startswith("[Errno"):
         return f"{os.fsdecode(error.filename)}: {error.strerror}", 1
     return " ".join(str(error).split()) or type(error).__name__, 1
+
+
+def _lost_race(error: RuntimeError) -> bool:
+    from pipeline.locks import LockedError, LockLostError
+
+    return isinstance(error, LockedError | LockLostError)

@@ -12,12 +12,13 @@ import pytest
 from tiny import draw_images, make_run, run_all, write_weights
 
 from grappa import memory
-from grappa.clusters import cluster
+from grappa.clusters import assign, cluster
 from grappa.evaluation import evaluate
 from grappa.head import apply_head
 from grappa.head_fitting import fit_neighborhood_head
 from grappa.index import SearchIndex
 from grappa.neighbors import nearest_neighbors
+from grappa.vectors import read_rows
 from pipeline import machine
 from pipeline.machine import NotEnoughMemoryError, available_memory, require_memory
 from tests.benchmarks.memory import peak_growth
@@ -26,7 +27,11 @@ NUM, WIDTH, NUM_CLUSTERS, NUM_NEIGHBORS = 9000, 256, 300, 10
 
 
 def clustering(features: np.ndarray, ids: np.ndarray) -> object:
-    return cluster(features[ids], num_clusters=NUM_CLUSTERS, ids=ids[::-1].astype(np.uint64), num_iterations=2)
+    file = getattr(features, "filename", None)
+    points = read_rows(Path(file), ids[::-1]) if file else features
+    found = cluster(points, num_clusters=NUM_CLUSTERS, ids=ids.astype(np.uint64), num_iterations=2)
+    del points
+    return assign(features, found.centroids)
 
 
 def neighbors(features: np.ndarray, ids: np.ndarray) -> object:
@@ -63,7 +68,7 @@ def work(name: str, file: Path) -> Callable[[], object]:
     step(small, np.arange(700))
 
     def run() -> object:
-        features: Any = np.load(file, mmap_mode="r", allow_pickle=False)
+        features: Any = np.load(file, mmap_mode="c", allow_pickle=False)
         return step(features, np.arange(len(features)))
 
     return run

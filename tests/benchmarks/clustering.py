@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from grappa.clusters import cluster, cluster_many
+from grappa.vectors import read_rows
 from tests.benchmarks import data
 from tests.benchmarks.core import Gate, Options, Pair, seconds
 from tests.benchmarks.memory import peak_growth
@@ -62,7 +63,8 @@ def all_at_once(options: Options) -> Iterator[Pair]:
 
 @contextmanager
 def memory(options: Options) -> Iterator[Pair]:
-    """Growth of a fresh process that loads the features and clusters them, against what must be held anyway."""
+    """Growth of a fresh process that reads the features as the stage does and clusters them, against what must be held
+    anyway."""
     features, _, sizes = _problem(options)
     allowed = float(features.nbytes + sizes[-1] * WIDTH * 4 + ALLOWANCE)
     with tempfile.TemporaryDirectory() as folder:
@@ -80,9 +82,10 @@ def _load_and_cluster(file: Path, num_clusters: int, threads: int) -> Callable[[
     cluster(small, num_clusters=300, ids=np.arange(600, dtype=np.uint64), num_iterations=1)
 
     def run() -> object:
-        features = np.load(file, allow_pickle=False)
-        ids = np.random.default_rng(1).permutation(len(features)).astype(np.uint64)
-        return cluster(features, num_clusters=num_clusters, ids=ids, num_iterations=2)
+        number = len(np.load(file, mmap_mode="r", allow_pickle=False))
+        rows = np.random.default_rng(1).permutation(number)
+        ids = np.arange(number, dtype=np.uint64)
+        return cluster(read_rows(file, rows), num_clusters=num_clusters, ids=ids, num_iterations=2)
 
     return run
 
