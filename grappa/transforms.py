@@ -1,8 +1,8 @@
 """Cached pixels to model input: the evaluation crop, the training augmentation, normalization, and reading ahead.
 
-Shapes: B batch, S image size. Crops are resized by PIL (bicubic, antialiased) in threads; color changes run over
-several images at once in torch. Nothing here draws a random number: training takes its uniforms as an argument, row by
-row.
+Shapes: B batch, S image size. Crops are resized by PIL (bicubic, antialiased) in threads, unless they have the size
+already; color changes run over several images at once in torch. Nothing here draws a random number: training takes its
+uniforms as an argument, row by row.
 """
 
 from __future__ import annotations
@@ -64,9 +64,15 @@ class Augmentation:
 
 
 def eval_crop(image: Pixels, *, image_size: int, crop_fraction: float) -> Pixels:
-    """Resize the center square of ``crop_fraction`` of the shorter side: (H, W, 3) uint8 -> (S, S, 3) uint8."""
+    """Resize the center square of ``crop_fraction`` of the shorter side: (H, W, 3) uint8 -> (S, S, 3) uint8.
+
+    Where that square has S pixels a side already, it is cut out at whole pixels: at the left of a middle between two.
+    """
     height, width = image.shape[:2]
     side = min(height, width) * crop_fraction
+    if side == image_size:
+        left, top = (width - image_size) // 2, (height - image_size) // 2
+        return image[top : top + image_size, left : left + image_size]
     return np.asarray(_resized(image, _square((width - side) / 2, (height - side) / 2, side), image_size))
 
 

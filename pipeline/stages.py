@@ -188,7 +188,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("images", 1, _settings("images"), lambda config, instance: (), externals=("sources",), parallel=True),
     Stage(
         "features",
-        1,
+        2,
         _settings("features"),
         lambda config, instance: (Input("images", PIXELS), Input("backbone", WEIGHTS)),
         parallel=True,
@@ -203,7 +203,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "object_features",
-        1,
+        2,
         _settings("features"),
         lambda config, instance: (Input("objects", ("pixels/",)), Input("backbone", WEIGHTS)),
         _object_instances,
@@ -227,7 +227,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("fusion", 1, _settings("fusion"), _fusion_inputs, fusions, parallel=True),
     Stage(
         "student",
-        1,
+        2,
         _settings("student"),
         lambda config, instance: (
             Input("images", PIXELS),
@@ -237,7 +237,7 @@ STAGES: tuple[Stage, ...] = (
         lambda config: () if config.model.source == "single" else (None,),
         parallel=True,
     ),
-    Stage("embeddings", 1, _embedding_settings, _embedding_inputs, embedding_rows, parallel=True),
+    Stage("embeddings", 2, _embedding_settings, _embedding_inputs, embedding_rows, parallel=True),
     Stage("heads", 2, _settings("heads"), _head_inputs, head_rows),
     Stage(
         "model",
@@ -257,7 +257,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "attention",
-        1,
+        2,
         _settings("embeddings.precision"),
         _attention_inputs,
         fusions,

@@ -70,6 +70,14 @@ def test_the_center_crop_resizes_like_a_crop_that_was_cut_out() -> None:
     assert np.abs(crop.astype(int) - np.asarray(expected)).mean() < 2
 
 
+def test_a_center_crop_of_the_size_asked_for_is_cut_out_at_whole_pixels() -> None:
+    image = np.asarray(blurred(np.random.default_rng(3), (160, 213)))
+    crop = eval_crop(image, image_size=140, crop_fraction=140 / 160)  # its box begins at 36.5
+    np.testing.assert_array_equal(crop, image[10:150, 36:176])
+    between = Image.fromarray(image).resize((140, 140), Image.Resampling.BICUBIC, box=(36.5, 10, 176.5, 150))
+    assert np.abs(crop.astype(int) - np.asarray(between)).mean() < 4
+
+
 @pytest.mark.parametrize("num_workers", [1, 3, 8])
 def test_eval_batch_is_the_crops_in_order(cache: PixelCache, num_workers: int) -> None:
     rows = [4, 0, 3, 3, 1]
