@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tests.benchmarks import clustering, command_line, extraction, inference, retrieval, training
+from tests.benchmarks import clustering, command_line, extraction, inference, retrieval, sets, training
 from tests.benchmarks.core import Gate
 
-MODULES = (extraction, clustering, retrieval, training, inference, command_line)
+MODULES = (extraction, clustering, retrieval, training, inference, sets, command_line)
 GATES: list[Gate] = sorted(
     (gate for module in MODULES for gate in module.GATES), key=lambda gate: int(gate.name.split()[0][1:])
 )
