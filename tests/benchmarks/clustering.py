@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 
 from grappa.clusters import cluster, cluster_many
 from grappa.vectors import read_rows
@@ -90,6 +93,30 @@ def _load_and_cluster(file: Path, num_clusters: int, threads: int) -> Callable[[
     return run
 
 
+@contextmanager
+def against_sklearn(options: Options) -> Iterator[Pair]:
+    """Fewer images and clusters than against faiss: scikit-learn takes long."""
+    features, ids, _ = _problem(replace(options, num_images=min(options.num_images, 20_000)))
+    number, found = 512 if not options.quick else 64, dict[str, NDArray[np.float32]]()
+
+    def ours() -> None:
+        found["ours"] = cluster(features, num_clusters=number, ids=ids, num_iterations=NUM_ITERATIONS).centroids
+
+    def peer() -> None:
+        kmeans = KMeans(number, init="random", n_init=1, max_iter=NUM_ITERATIONS, tol=0.0, random_state=1)
+        with threadpool_limits(options.threads):
+            centers = kmeans.fit(features).cluster_centers_
+        found["peer"] = (centers / np.linalg.norm(centers, axis=1, keepdims=True)).astype(np.float32)
+
+    def check() -> tuple[bool, str]:
+        more = _inertia(features, found["ours"]) / _inertia(features, found["peer"]) - 1.0
+        return more <= MAX_LOSS, f"inertia {more:+.2%} of scikit-learn's, its centroids normalised"
+
+    setup = f"scikit-learn KMeans, Lloyd, its random start, at most {NUM_ITERATIONS} iterations"
+    where = f"n={len(features)}, d={WIDTH}, k={number}, {options.threads} threads on both sides"
+    yield Pair(seconds(ours, options), seconds(peer, options), f"{setup}; {where}", check, repeats=3, warm_up=False)
+
+
 def _problem(options: Options) -> tuple[NDArray[np.float32], NDArray[np.uint64], list[int]]:
     features = data.features(options.size(options.num_images, 4_000), WIDTH, options.features)
     ids = np.random.default_rng(1).permutation(len(features)).astype(np.uint64)
@@ -120,6 +147,7 @@ def _inertia(features: NDArray[np.float32], centroids: NDArray[np.float32]) -> f
 
 GATES = [
     Gate("R5", "exact k-means / faiss-cpu: time", 1.0, against_faiss),
+    Gate("R5 sklearn", "the same at k = 512 / scikit-learn: time", 1.0, against_sklearn),
     Gate("R6", "eight k's in one go / the largest alone: time", 2.2, all_at_once),
     Gate("R7", "peak memory of clustering / (features + centroids + 256 MB)", 1.2, memory, unit="bytes"),
 ]
