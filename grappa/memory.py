@@ -1,19 +1,60 @@
 """How many bytes the steps take whose memory grows with the number of images, above what is held before they start.
 
-Counted are the arrays that a step holds at its peak; blocks of work are bounded and counted as they are. All other
-steps (decoding, extraction, training) read memory-mapped files in batches: theirs depends on model and batch alone.
+Counted are the arrays that a step holds at its peak; blocks of work are bounded and counted as they are. Extraction and
+training read memory-mapped files in batches: theirs depends on model and batch alone.
 """
 
 # N images, D width, K neighbors, k clusters
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 FLOAT, INTEGER, DOUBLE, HALF = 4, 8, 8, 2
 TEMPERATURE_SAMPLE = 2048
 SEARCH_ROWS, SEARCH_COLUMNS = 1024, 16384
 SCORE_BLOCK = 2**22
 COLUMNS = 12  # of a table of metrics
+PIXEL_COPIES = 4  # of a batch, in float32: the next ones, normalised, in patches
+BLOCK_COPIES, PASSING_COPIES = 15, 12  # of a token's vector: kept of a block for its gradient; at once without
 WORK = 64 * 2**20  # bounded blocks of products and what is made of them
+SMALL_WORK = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class VitShape:
+    """What of a vision transformer its need depends on; ``adapted``: the width of all adaptors of a block together."""
+
+    image_size: int
+    tokens: int
+    width: int
+    heads: int
+    blocks: int
+    adapted: int = 0
+
+
+def embedding(vit: VitShape, batch_size: int, precision: str) -> int:
+    """A batch's pixels, and what one block holds of it at once."""
+    kept = vit.tokens * (PASSING_COPIES * vit.width + 2 * vit.heads * vit.tokens + 4 * vit.adapted)
+    return batch_size * (_pixels(vit) + kept * _bytes(precision)) + SMALL_WORK
+
+
+def training(vit: VitShape, batch_size: int, precision: str, num_classes: int = 0) -> int:
+    """A batch's pixels, what every block keeps of it for gradients, and the proxies with their moments.
+
+    On explicit attention (see ``Backbone.on``), whose weights are kept too; ``num_classes``: of all targets.
+    """
+    kept = vit.tokens * (BLOCK_COPIES * vit.width + vit.heads * vit.tokens + 4 * vit.adapted)
+    trained = 4 * FLOAT * vit.width * (2 * vit.blocks * vit.adapted + num_classes)
+    return trained + batch_size * (_pixels(vit) + vit.blocks * kept * _bytes(precision)) + SMALL_WORK
+
+
+def _pixels(vit: VitShape) -> int:
+    return PIXEL_COPIES * 3 * vit.image_size**2 * FLOAT
+
+
+def _bytes(precision: str) -> int:
+    return HALF if precision == "bfloat16" else FLOAT
 
 
 def clustering(num_images: int, width: int, num_clusters: int) -> int:

@@ -63,6 +63,11 @@ class Perception:
             **{kind: replace(views, cache=each) for kind, each in further.items() if each is not None},
         }
 
+    @property
+    def num_kinds(self) -> int:
+        """How many views are drawn of an image."""
+        return 1 + sum(each is not None for each in (self.objects, self.backgrounds))
+
     def known(self, rows: Rows) -> Tensor:
         """Return which of the rows (n,) have a background view, (n,) bool."""
         every = np.zeros(len(rows), dtype=bool) if self.backgrounds is None else self.backgrounds.known[rows]

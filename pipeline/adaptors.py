@@ -9,13 +9,24 @@ out): what labels would have bought. No other stage but the evaluation reads a l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import FileCheckpoint, SharedCheckpoint, write_tensors
 from pipeline.context import StageContext
-from pipeline.inputs import open_backbone, open_views, options, read_images, settle_device, settle_precision, train_rows
+from pipeline.inputs import (
+    need_for_batches,
+    open_backbone,
+    open_views,
+    options,
+    read_images,
+    settle_device,
+    settle_precision,
+    train_rows,
+    vit_shape,
+)
 from pipeline.perception import open_backgrounds, open_objects
 from pipeline.storage import atomic_write_text
 
@@ -33,26 +44,30 @@ if TYPE_CHECKING:
 
 
 def run(context: StageContext) -> str:
+    from grappa import memory
     from grappa.fitting import Optimization
     from grappa.training import SetLoss, train_adaptor_set
 
     settings, backbone = context.config.adaptors, open_backbone(context)
     rows, targets, what = _targets(context)
     views = open_views(context, settings, backbone.spec.image_size)
-    with training_task(context, settings, len(rows)) as training:
+    start, perception = _start(context, backbone), _perception(context)
+    num_views, num_classes = settings.batch_size * perception.num_kinds, sum(len(each.proxies) for each in targets)
+    need = partial(memory.training, vit_shape(backbone, [start]), num_views, num_classes=num_classes)
+    with training_task(context, settings, len(rows), need) as training:
         adaptors, result = train_adaptor_set(
             backbone,
             views,
             rows,
             targets,
             name=str(context.instance),
-            start=_start(context, backbone),
+            start=start,
             set_loss=options(SetLoss, settings),
             proxy_learning_rate=settings.proxy_learning_rate,
             optimization=options(Optimization, settings),
             seed=settings.seed,
             run=training,
-            perception=_perception(context),
+            perception=perception,
         )
     if not context.leads:
         return ""
@@ -133,12 +148,18 @@ def _labelled(context: StageContext, images: pd.DataFrame) -> tuple[NDArray[np.i
 
 
 @contextmanager
-def training_task(context: StageContext, settings: Any, num_train: int, unit: str = "images") -> Iterator[Run]:
-    """Yield where a training runs, its checkpoint and its progress; an epoch is whole batches, the rest is left out."""
+def training_task(
+    context: StageContext, settings: Any, num_train: int, need: Callable[[str], int], unit: str = "images"
+) -> Iterator[Run]:
+    """Yield where a training runs, its checkpoint and its progress; an epoch is whole batches, the rest is left out.
+
+    ``need``: the bytes it takes at a precision, on a CPU.
+    """
     from grappa.batches import Run
 
     device = settle_device(context)
     precision = settle_precision(context, settings.precision, device)
+    need_for_batches(context, device, need(precision))
     kept = FileCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
     checkpoint = kept if context.team.size == 1 else SharedCheckpoint(kept, context.processes)
     batch = min(settings.batch_size, num_train)

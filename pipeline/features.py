@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import RowCheckpoint
 from pipeline.context import StageContext
-from pipeline.inputs import open_backbone, open_pixels, settle_device, settle_precision
+from pipeline.inputs import (
+    need_for_batches,
+    open_backbone,
+    open_pixels,
+    settle_device,
+    settle_precision,
+    vit_shape,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,12 +47,14 @@ def extract(
     ``cache``: other pixels than those of the images artifact. ``view`` and ``read`` (see ``grappa.features``) may see
     an image otherwise and keep something else of it, of shape ``row_shape``.
     """
+    from grappa import memory
     from grappa.backbone import embed
     from grappa.features import extract_features
 
     cache, device = open_pixels(context) if cache is None else cache, settle_device(context)
     settled = settle_precision(context, precision, device)
     batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
+    need_for_batches(context, device, memory.embedding(vit_shape(backbone, [adaptation]), batch_size, settled))
     shape, path = (len(cache), *(row_shape or (backbone.width,))), context.path / file
     checkpoint = RowCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
     start = context.team.agree("start", checkpoint.load() if context.leads and path.exists() else 0)

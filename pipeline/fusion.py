@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.adaptors import training_task, write_metrics
 from pipeline.checkpoints import write_tensors
 from pipeline.context import StageContext
-from pipeline.inputs import open_backbone, open_sets, open_views, options, read_images, train_rows
+from pipeline.inputs import open_backbone, open_sets, open_views, options, read_images, train_rows, vit_shape
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def run(context: StageContext) -> str:
+    from grappa import memory
     from grappa.fitting import Optimization
     from grappa.fusion_training import train_fusion
 
@@ -26,7 +28,8 @@ def run(context: StageContext) -> str:
     backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
     rows = train_rows(read_images(context.input("images")))
     views = open_views(context, settings, backbone.spec.image_size)
-    with training_task(context, settings, len(rows), unit="pairs") as training:
+    need = partial(memory.training, vit_shape(backbone, sets.values()), 2 * settings.batch_size)
+    with training_task(context, settings, len(rows), need, unit="pairs") as training:
         fusion, result = train_fusion(
             backbone,
             list(sets.values()),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from grappa.backbone import Backbone
     from grappa.batches import Views
     from grappa.head import Head
+    from grappa.memory import VitShape
     from grappa.pixels import PixelCache
     from pipeline.config import Augmented, Section
     from pipeline.context import StageContext
@@ -74,6 +75,31 @@ def open_backbone(context: StageContext) -> Backbone:
     backbone = build_backbone(BackboneSpec.from_json(json.loads((folder / "backbone.json").read_text())))
     load_state(backbone.vit, read_state_dict(folder / "weights.safetensors"), source=str(folder))
     return backbone
+
+
+def vit_shape(backbone: Backbone, adaptations: Iterable[object] = ()) -> VitShape:
+    """Return what the memory of the backbone depends on, adapted by all of these at once."""
+    from torch import nn
+
+    from grappa.memory import VitShape
+
+    vit: Any = backbone.vit
+    modules = [each for each in adaptations if isinstance(each, nn.Module)]
+    numbers = sum(each.numel() for module in modules for each in (*module.parameters(), *module.buffers()))
+    return VitShape(
+        image_size=backbone.spec.image_size,
+        tokens=vit.patch_embed.num_patches + vit.num_prefix_tokens,
+        width=backbone.width,
+        heads=getattr(vit.blocks[0], "attn", vit.blocks[0]).num_heads,
+        blocks=backbone.num_blocks,
+        adapted=numbers // (2 * backbone.num_blocks * backbone.width),
+    )
+
+
+def need_for_batches(context: StageContext, device: torch.device, needed: int) -> None:
+    """State what batches need where they lie in the machine's memory: on a CPU; a GPU's own says itself when full."""
+    if device.type == "cpu":
+        context.need_memory(needed)
 
 
 def open_sets(context: StageContext, names: tuple[str, ...]) -> dict[str, AdaptorSet]:

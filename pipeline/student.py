@@ -8,7 +8,7 @@ from pipeline.adaptors import set_sizes, training_task, write_metrics
 from pipeline.checkpoints import write_tensors
 from pipeline.context import StageContext
 from pipeline.fused import open_fusion
-from pipeline.inputs import open_backbone, open_sets, open_views, options, read_images, train_rows
+from pipeline.inputs import open_backbone, open_sets, open_views, options, read_images, train_rows, vit_shape
 from pipeline.perception import open_objects
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ FILE = "student.safetensors"
 
 
 def run(context: StageContext) -> str:
+    from grappa import memory
     from grappa.fitting import Optimization
     from grappa.student import Transfer, new_student, train_student
 
@@ -27,13 +28,20 @@ def run(context: StageContext) -> str:
     teacher = open_fusion(context, "neighbors", sets).folded()
     rows = train_rows(read_images(context.input("images")))
     views = open_views(context, settings, backbone.spec.image_size)
-    with training_task(context, settings, len(rows)) as training:
+    start = new_student(backbone, bottleneck_dim, in_context_rank=rank, seed=settings.seed)
+
+    def need(precision: str) -> int:
+        num_views = settings.batch_size * (2 if settings.object_share else 1)
+        taught = memory.embedding(vit_shape(backbone, [teacher]), num_views, precision)
+        return taught + memory.training(vit_shape(backbone, [start]), settings.batch_size, precision)
+
+    with training_task(context, settings, len(rows), need) as training:
         student, result = train_student(
             backbone,
             teacher,
             views,
             rows,
-            start=new_student(backbone, bottleneck_dim, in_context_rank=rank, seed=settings.seed),
+            start=start,
             transfer=options(Transfer, settings),
             optimization=options(Optimization, settings),
             seed=settings.seed,

@@ -9,20 +9,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny import draw_images, make_run, run_all, write_weights
 
 from grappa import memory
+from grappa.backbone import Backbone, BackboneSpec, build_backbone
 from grappa.clusters import assign, cluster
 from grappa.evaluation import evaluate
 from grappa.head import apply_head
 from grappa.head_fitting import fit_neighborhood_head
 from grappa.index import SearchIndex
+from grappa.losses import norm_softmax
 from grappa.neighbors import nearest_neighbors
+from grappa.training import new_set
+from grappa.transforms import normalize
 from grappa.vectors import read_rows
 from pipeline import machine
+from pipeline.inputs import vit_shape
 from pipeline.machine import NotEnoughMemoryError, available_memory, require_memory
 from tests.benchmarks.memory import peak_growth
 
+HALF = (0.5, 0.5, 0.5)
+VIT = memory.VitShape(image_size=160, tokens=101, width=192, heads=3, blocks=4, adapted=32)
 NUM, WIDTH, NUM_CLUSTERS, NUM_NEIGHBORS = 9000, 256, 300, 10
 
 
@@ -59,6 +67,49 @@ STEPS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], object], int]] = {
     "head": (head, memory.head(NUM, NUM, WIDTH, NUM_CLUSTERS)),
     "index": (index, memory.index(NUM, WIDTH)),
 }
+
+
+def embedding(batch_size: int) -> Callable[[], object]:
+    """What runs in the fresh process: a batch by the frozen backbone, of which one image was seen before."""
+    torch.set_num_threads(1)
+    backbone = small_vit()
+
+    def run(number: int) -> object:
+        images = torch.randint(0, 256, (number, 3, VIT.image_size, VIT.image_size)).byte()
+        with torch.inference_mode():
+            return backbone(normalize(images, HALF, HALF))
+
+    run(1)
+    return partial(run, batch_size)
+
+
+def training(batch_size: int) -> Callable[[], object]:
+    """The same with a set's step."""
+    torch.set_num_threads(1)
+    backbone = small_vit()
+    adaptors = new_set(backbone, VIT.adapted, name="k00016", seed=0)
+    proxies = torch.zeros(64, backbone.width, requires_grad=True)
+
+    def run(number: int) -> object:
+        images = torch.randint(0, 256, (number, 3, VIT.image_size, VIT.image_size)).byte()
+        embeddings = backbone(normalize(images, HALF, HALF), adaptors)
+        return norm_softmax(embeddings, proxies, torch.arange(number), temperature=0.1).backward()
+
+    run(1)
+    return partial(run, batch_size)
+
+
+def small_vit() -> Backbone:
+    spec = BackboneSpec("vit_tiny_patch16_224", VIT.image_size, 1.0, HALF, HALF, {"depth": VIT.blocks})
+    return build_backbone(spec).on(torch.device("cpu"))
+
+
+def test_batches_take_what_they_say() -> None:
+    assert vit_shape(small_vit(), [new_set(small_vit(), VIT.adapted, name="k00016", seed=0)]) == VIT
+    for step, said in ((embedding, memory.embedding), (training, memory.training)):
+        measured = peak_growth(step, 32)
+        assert measured <= 1.2 * said(VIT, 32, "float32")
+        assert said(VIT, 32, "float32") <= 3 * measured
 
 
 def work(name: str, file: Path) -> Callable[[], object]:
