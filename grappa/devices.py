@@ -38,6 +38,16 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def staged(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a batch ready to be ``moved``: for a GPU in page-locked memory, so that the copy runs beside the work."""
+    return batch.pin_memory() if device.type == "cuda" else batch
+
+
+def moved(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a batch on the device; a GPU gets it asynchronously if it was ``staged``."""
+    return batch.to(device, non_blocking=True)
+
+
 def set_num_threads(num_threads: int) -> None:
     """Bound torch's CPU threads (>= 1); faiss and BLAS follow the same OpenMP setting."""
     torch.set_num_threads(num_threads)

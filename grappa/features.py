@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from grappa.backbone import Adaptation, Backbone, embed
-from grappa.devices import autocast
+from grappa.devices import autocast, moved, staged
 from grappa.pixels import PixelCache
 from grappa.processes import ALONE, Processes
 from grappa.transforms import eval_batch, normalize, prefetch
@@ -65,11 +65,11 @@ def extract_features(
         turn = min(processes.rank, len(rounds[number]) - 1)  # one that has no batch left does the last one too
         begin = rounds[number][turn]
         rows = np.arange(begin, min(begin + batch_size, len(cache)))
-        return view(cache, rows)
+        return staged(view(cache, rows), device)
 
     for begins, images in zip(rounds, prefetch(make, len(rounds)), strict=True):
         with torch.inference_mode(), autocast(device, precision):
-            found = read(backbone, normalize(images.to(device), spec.mean, spec.std), adaptation)
+            found = read(backbone, normalize(moved(images, device), spec.mean, spec.std), adaptation)
         parts = processes.collect(found, batch_size)
         for begin, part in zip(begins, parts or (), strict=False):
             assert out is not None, "the first process writes"

@@ -18,7 +18,7 @@ from grappa import losses
 from grappa.adaptors import AdaptorSet
 from grappa.backbone import Backbone
 from grappa.batches import BatchOrder, Rows, Run, Views, torch_seed
-from grappa.devices import autocast
+from grappa.devices import autocast, moved, staged
 from grappa.fitting import FitResult, Group, Optimization, fit
 from grappa.fusion import AttentionLevel, Fusion, fused_forward
 from grappa.randomness import key, uniforms
@@ -76,11 +76,12 @@ def train_fusion(
             rows[chosen] if neighbors is None else _partners(neighbors[chosen], views.ids[rows[chosen]], seed, epoch)
         )
         first = views.draw(key(seed, "fusion", instance, epoch, "view"), rows[chosen])
-        return torch.cat([first, views.draw(key(seed, "fusion", instance, epoch, "partner view"), partners)])
+        second = views.draw(key(seed, "fusion", instance, epoch, "partner view"), partners)
+        return staged(torch.cat([first, second]), run.device)
 
     def loss(made: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast(run.device, run.precision):
-            images = normalize(made.to(run.device), backbone.spec.mean, backbone.spec.std)
+            images = normalize(moved(made, run.device), backbone.spec.mean, backbone.spec.std)
             embeddings, attention_BLG = fused_forward(backbone, fusion, images)
             projected = projector(embeddings) if propagation.barlow_weight else None
         attention_BLG = _whole_batch(attention_BLG, order)

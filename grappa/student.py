@@ -22,7 +22,7 @@ from grappa import losses
 from grappa.adaptors import AdaptorSet
 from grappa.backbone import Adaptation, Backbone, embed
 from grappa.batches import BatchOrder, Rows, Run, Views
-from grappa.devices import autocast
+from grappa.devices import autocast, moved, staged
 from grappa.fitting import FitResult, Group, Optimization, fit
 from grappa.pixels import ImageRows
 from grappa.randomness import key, shuffled
@@ -84,12 +84,11 @@ def train_student(
 
     def batch(step: int) -> Tensor:
         chosen, epoch = order.at(step)
-        return torch.stack(
-            [each.draw(key(seed, "student", epoch, kind), rows[chosen]) for kind, each in sources.items()]
-        )
+        drawn = [each.draw(key(seed, "student", epoch, kind), rows[chosen]) for kind, each in sources.items()]
+        return staged(torch.stack(drawn), run.device)
 
     def loss(made: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        images = normalize(made.to(run.device).flatten(0, 1), backbone.spec.mean, backbone.spec.std)
+        images = normalize(moved(made, run.device).flatten(0, 1), backbone.spec.mean, backbone.spec.std)
         with autocast(run.device, run.precision):
             with torch.no_grad():
                 taught = embed(backbone, images, teacher).chunk(len(sources))

@@ -18,7 +18,7 @@ from grappa.adaptors import AdaptorSet
 from grappa.backbone import Backbone
 from grappa.backgrounds import Backgrounds
 from grappa.batches import BatchOrder, Rows, Run, Views, torch_seed
-from grappa.devices import autocast
+from grappa.devices import autocast, moved, staged
 from grappa.fitting import FitResult, Group, Optimization, fit
 from grappa.pixels import ImageRows
 from grappa.randomness import key
@@ -114,10 +114,10 @@ def train_adaptor_set(
         chosen, epoch = order.at(step)
         drawn = [each.draw(key(seed, "adaptors", name, epoch, kind), rows[chosen]) for kind, each in sources.items()]
         at = torch.from_numpy(chosen)
-        return torch.cat(drawn), labels_nH[at], known_n[at]
+        return staged(torch.cat(drawn), run.device), labels_nH[at], known_n[at]
 
     def loss(made: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        images, labels_BH, known_B = (each.to(run.device) for each in made)
+        images, labels_BH, known_B = (moved(each, run.device) for each in made)
         with autocast(run.device, run.precision):
             embeddings = backbone(normalize(images, backbone.spec.mean, backbone.spec.std), adaptors)
         embedded = dict(zip(sources, embeddings.chunk(len(sources)), strict=True))
