@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from grappa.targets import Targets
 from grappa.transforms import normalize
 
 PLAIN, OBJECT, BACKGROUND = "view", "object view", "background view"
+TransferFrom = Literal["better", "all"]
 Classes = Sequence[tuple[Tensor, Tensor]]  # of each target: the proxies (C, D), the classes of the batch (B,)
 
 
@@ -34,10 +36,11 @@ class SetLoss:
     """What a set is trained by, beside the normalised softmax on the images themselves (all weights 0: nothing).
 
     On object views the same softmax, times ``object_weight``; from an image's object view to the image
-    ``grappa.losses.perception_transfer`` over the proxies, times ``transfer_weight``; on background views the softmax
-    with one more proxy, that of all backgrounds, times ``background_weight``. Which losses the paper of these views has
-    is known, their forms and weights are not. A background is never pulled to its image's class: on pseudo-labels that
-    would teach the background.
+    ``grappa.losses.perception_transfer`` over the proxies, times ``transfer_weight``, by default only from those object
+    views that are classified better than their image (``transfer_from``); on background views the softmax with one more
+    proxy, that of all backgrounds, times ``background_weight``. Which losses the paper of these views has is known,
+    their forms and weights are not. A background is never pulled to its image's class: on pseudo-labels that would
+    teach the background.
     """
 
     temperature: float = 0.05
@@ -45,6 +48,7 @@ class SetLoss:
     transfer_weight: float = 0.0
     softening: float = 2.0
     cosine_weight: float = 1.0
+    transfer_from: TransferFrom = "better"
     background_weight: float = 0.0
 
 
@@ -190,15 +194,36 @@ def _classify(embeddings_BD: Tensor, classes: Classes, temperature: float) -> tu
 
 
 def _transfer(plain_BD: Tensor, object_BD: Tensor, classes: Classes, options: SetLoss) -> Tensor:
-    """Return the perception transfer from the object views, which get no gradient by it, to the images."""
+    """Return the perception transfer from the object views, which get no gradient by it, to the images: the mean over
+    the batch, 0 for an image that its object view does not teach."""
     how = {
         "temperature": options.temperature,
         "softening": options.softening,
         "cosine_weight": options.cosine_weight,
     }
-    return torch.stack(
-        [losses.perception_transfer(plain_BD, object_BD, proxies_CD, **how) for proxies_CD, _ in classes]
-    ).mean()
+    values = []
+    for proxies_CD, labels_B in classes:
+        taught_B = _taught(plain_BD, object_BD, proxies_CD, labels_B, options)
+        learning_BD, teaching_BD = plain_BD[taught_B], object_BD[taught_B]
+        if not len(learning_BD):
+            values.append(plain_BD.sum() * 0.0)
+            continue
+        value = losses.perception_transfer(learning_BD, teaching_BD, proxies_CD, **how)
+        values.append(value * len(learning_BD) / len(plain_BD))
+    return torch.stack(values).mean()
+
+
+def _taught(plain_BD: Tensor, object_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, options: SetLoss) -> Tensor:
+    """Return which images their object views teach, (B,) bool: see ``SetLoss.transfer_from``."""
+    if options.transfer_from == "all":
+        return torch.ones_like(labels_B, dtype=torch.bool)
+    proxies_DC = F.normalize(proxies_CD.detach().float(), dim=-1).T
+
+    def misses(embeddings_BD: Tensor) -> Tensor:
+        cosines_BC = F.normalize(embeddings_BD.detach().float(), dim=-1) @ proxies_DC
+        return F.cross_entropy(cosines_BC / options.temperature, labels_B, reduction="none")
+
+    return misses(object_BD) < misses(plain_BD)
 
 
 def _on_backgrounds(

@@ -57,6 +57,9 @@ class Adaptors(Sets):
     )
     softening: PositiveFloat = Field(2.0, description="transfer: T by which tau is multiplied on both sides (Hinton)")
     cosine_weight: NonNegativeFloat = Field(1.0, description="transfer: weight of the distance between the embeddings")
+    transfer_from: Literal["better", "all"] = Field(
+        "better", description="transfer: better: only from object views that are classified better than their image"
+    )
     background_weight: NonNegativeFloat = Field(
         0.0, description="weight of the loss by which background views come to a proxy of their own"
     )

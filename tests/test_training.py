@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -278,12 +278,19 @@ def test_the_loss_is_its_parts_as_written(views: Views) -> None:
     assert all(part > plain for part in parts.values())
 
 
-def test_the_parts_equal_their_formulas_in_float64() -> None:
+@pytest.mark.parametrize("transfer_from", ["better", "all"])
+def test_the_parts_equal_their_formulas_in_float64(transfer_from: Literal["better", "all"]) -> None:
     rng = np.random.default_rng(0)
     plain, seen, back, proxies, extra = (rng.normal(size=(n, 8)) for n in (5, 5, 5, 3, 1))
     labels, tau, soft = np.array([0, 1, 2, 2, 0]), 0.2, 2.0
     options = SetLoss(
-        tau, object_weight=0.7, transfer_weight=0.3, softening=soft, cosine_weight=0.4, background_weight=0.2
+        tau,
+        object_weight=0.7,
+        transfer_weight=0.3,
+        softening=soft,
+        cosine_weight=0.4,
+        background_weight=0.2,
+        transfer_from=transfer_from,
     )
 
     def unit(x: Any) -> Any:
@@ -296,8 +303,12 @@ def test_the_parts_equal_their_formulas_in_float64() -> None:
         return -log_softmax(unit(x) @ unit(p).T / tau)[np.arange(len(y)), y].mean()
 
     student, teacher = (log_softmax(unit(x) @ unit(proxies).T / (tau * soft)) for x in (plain, seen))
-    divergence = (np.exp(teacher) * (teacher - student)).sum(1).mean()
-    transfer = soft**2 * divergence + 0.4 * (1 - (unit(plain) * unit(seen)).sum(1)).mean()
+    transfer = soft**2 * (np.exp(teacher) * (teacher - student)).sum(1) + 0.4 * (1 - (unit(plain) * unit(seen)).sum(1))
+    better = [
+        softmax_loss(seen[[i]], proxies, labels[[i]]) < softmax_loss(plain[[i]], proxies, labels[[i]]) for i in range(5)
+    ]
+    assert 0 < sum(better) < 5
+    transfer = np.mean(transfer * (np.array(better) if transfer_from == "better" else 1.0))
     expected = softmax_loss(plain, proxies, labels) + 0.7 * softmax_loss(seen, proxies, labels) + 0.3 * transfer
     known = np.array([True, False, True, True, False])
     expected += 0.2 * softmax_loss(back[known], np.concatenate([proxies, extra]), np.full(3, 3)) * 3 / 5
@@ -309,6 +320,15 @@ def test_the_parts_equal_their_formulas_in_float64() -> None:
     only_transfer = SetLoss(tau, transfer_weight=1.0)
     _loss(tensors, classes, torch.from_numpy(known), None, only_transfer)[0].backward()
     assert tensors[OBJECT].grad is None or not tensors[OBJECT].grad.any(), "the teacher gets no gradient"
+
+
+def test_where_no_object_view_is_better_nothing_is_transferred() -> None:
+    proxies, labels = torch.eye(3), torch.tensor([0, 1, 2])
+    embedded = {PLAIN: torch.eye(3).requires_grad_(), OBJECT: torch.eye(3)[[1, 2, 0]]}
+    options = SetLoss(0.1, transfer_weight=5.0)
+    value, scalars = _loss(embedded, [(proxies, labels)], torch.zeros(3, dtype=torch.bool), None, options)
+    alone, _ = _loss({PLAIN: embedded[PLAIN]}, [(proxies, labels)], torch.zeros(3, dtype=torch.bool), None, options)
+    assert float(scalars["transfer"]) == 0.0 and torch.equal(value, alone)
 
 
 @pytest.mark.parametrize("bottleneck_dim", [0, 4])
