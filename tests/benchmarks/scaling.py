@@ -4,7 +4,7 @@
 
 Each point is a fresh process with one thread, of which the CPU time is counted: a busy machine changes little. Written
 are scaling.csv (measured), scaling.svg and scaling.md: the fitted exponents, and what 10^6 to 10^8 images would take by
-them on one core of this CPU (computed, not measured).
+them: hours of one core of this CPU, and memory as ``grappa.memory`` states it (both computed, not measured).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot
 
+from grappa import memory
 from grappa.batches import Run, Views
 from grappa.clusters import cluster
 from grappa.devices import resolve_precision
@@ -42,17 +43,20 @@ from tests.benchmarks.retrieval import evaluate_gallery
 
 IMAGE_COUNTS = (10**6, 10**7, 10**8)
 WIDTH, BOTTLENECK, SIZE = 384, 48, 96
+VIT = memory.VitShape(image_size=SIZE, tokens=37, width=192, heads=3, blocks=12, adapted=BOTTLENECK)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One quantity that grows; ``prepare(size)`` returns the work to measure in a fresh process."""
+    """One quantity that grows; ``prepare(size)`` returns the work to measure in a fresh process; ``need`` the bytes
+    that so many images are said to take."""
 
     name: str
     what: str
     over: str
     sizes: tuple[int, ...]
     prepare: Callable[[int], Callable[[], object]]
+    need: Callable[[int], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,13 +123,48 @@ def training_over_sets(num_sets: int) -> Callable[[], object]:
 
 
 CURVES = (
-    Curve("extraction", "embedding, ViT-Tiny at 96 px", "images", (128, 256, 512, 1024), extraction),
-    Curve("kmeans", "k-means, k = 256, d = 384", "images", (8_000, 16_000, 32_000, 64_000), kmeans),
+    Curve(
+        "extraction",
+        "embedding, ViT-Tiny at 96 px",
+        "images",
+        (128, 256, 512, 1024),
+        extraction,
+        lambda number: memory.embedding(VIT, 64, "bfloat16"),
+    ),
+    Curve(
+        "kmeans",
+        "k-means, k = 256, d = 384",
+        "images",
+        (8_000, 16_000, 32_000, 64_000),
+        kmeans,
+        lambda number: memory.clustering(number, WIDTH, 256),
+    ),
     Curve("kmeans-k", "k-means of 20,000 images, d = 384", "clusters", (256, 512, 1024, 2048), kmeans_over_k),
-    Curve("neighbors", "20 nearest neighbours, d = 384", "images", (4_000, 8_000, 16_000, 32_000), neighbors),
-    Curve("training", "an epoch of one adaptor set", "images", (128, 256, 512, 1024), training),
+    Curve(
+        "neighbors",
+        "20 nearest neighbours, d = 384",
+        "images",
+        (4_000, 8_000, 16_000, 32_000),
+        neighbors,
+        lambda number: memory.neighbors(number, number, WIDTH, 20),
+    ),
+    Curve(
+        "training",
+        "an epoch of one adaptor set",
+        "images",
+        (128, 256, 512, 1024),
+        training,
+        lambda number: memory.training(VIT, 32, "float32", 16),
+    ),
     Curve("training-sets", "an epoch of 128 images", "adaptor sets", (1, 2, 4, 8), training_over_sets),
-    Curve("evaluation", "merged gallery, d = 384", "images", (2_000, 4_000, 8_000, 16_000), evaluation),
+    Curve(
+        "evaluation",
+        "evaluation, merged gallery, d = 384",
+        "images",
+        (2_000, 4_000, 8_000, 16_000),
+        evaluation,
+        lambda number: memory.evaluation(number, WIDTH, 1),
+    ),
 )
 
 
@@ -184,10 +223,20 @@ def _table(measured: dict[Curve, list[Point]]) -> list[str]:
     for curve, points in measured.items():
         first, last = points[0], points[-1]
         sizes = f"{first.size:,} in {first.seconds:.2f} s ... {last.size:,} in {last.seconds:.2f} s"
-        far = [_hours(extrapolated(points, n)) if curve.over == "images" else "" for n in IMAGE_COUNTS]
+        far = [_far(curve, points, number) for number in IMAGE_COUNTS]
         peak = f"{last.memory / 2**20:.0f} MB"
         lines.append(f"| {' | '.join([curve.what, curve.over, sizes, f'{exponent(points):.2f}', peak, *far])} |")
     return lines
+
+
+def _far(curve: Curve, points: list[Point], number: int) -> str:
+    if curve.need is None:
+        return ""
+    return f"{_hours(extrapolated(points, number))}, {_size(curve.need(number))}"
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:,.1f} GB" if number < 1e11 else f"{number / 1e9:,.0f} GB"
 
 
 def _hours(seconds: float) -> str:
