@@ -71,6 +71,7 @@ class Point:
 def kmeans(number: int, num_clusters: int = 256) -> Callable[[], object]:
     _one_thread()
     features, ids = data.features(number, WIDTH, None), np.arange(number, dtype=np.uint64)
+    cluster(features[:600], num_clusters=300, ids=ids[:600], num_iterations=1)  # what is started once is no growth
     return partial(cluster, features, num_clusters=num_clusters, ids=ids, num_iterations=20)
 
 
@@ -81,7 +82,13 @@ def kmeans_over_k(num_clusters: int) -> Callable[[], object]:
 def neighbors(number: int) -> Callable[[], object]:
     _one_thread()
     features, ids = data.features(number, WIDTH, None), np.arange(number)
-    return partial(nearest_neighbors, features, features, num_neighbors=20, query_ids=ids, candidate_ids=ids)
+
+    def search(part: slice) -> object:
+        rows, names = features[part], ids[part]
+        return nearest_neighbors(rows, rows, num_neighbors=20, query_ids=names, candidate_ids=names)
+
+    search(slice(600))
+    return partial(search, slice(None))
 
 
 def evaluation(number: int) -> Callable[[], object]:
@@ -91,9 +98,10 @@ def evaluation(number: int) -> Callable[[], object]:
 
 def extraction(number: int) -> Callable[[], object]:
     _one_thread()
-    backbone, cache = data.backbone(False, "vit_tiny_patch16_224", SIZE), _drawn_cache(number)
+    backbone, precision = data.backbone(False, "vit_tiny_patch16_224", SIZE), resolve_precision("auto", CPU)
     out = np.empty((number, backbone.width), dtype=np.float32)
-    return partial(extract_features, backbone, cache, out, precision=resolve_precision("auto", CPU))
+    extract_features(backbone, _drawn_cache(64), out, precision=precision)
+    return partial(extract_features, backbone, _drawn_cache(number), out, precision=precision)
 
 
 def training(number: int, num_sets: int = 1) -> Callable[[], object]:
@@ -144,7 +152,7 @@ CURVES = (
         "neighbors",
         "20 nearest neighbours, d = 384",
         "images",
-        (4_000, 8_000, 16_000, 32_000),
+        (8_000, 16_000, 32_000, 64_000),
         neighbors,
         lambda number: memory.neighbors(number, number, WIDTH, 20),
     ),
