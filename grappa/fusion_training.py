@@ -72,12 +72,11 @@ def train_fusion(
 
     def batch(step: int) -> Tensor:
         chosen, epoch = order.at(step)
-        partners = (
-            rows[chosen] if neighbors is None else _partners(neighbors[chosen], views.ids[rows[chosen]], seed, epoch)
-        )
-        first = views.draw(key(seed, "fusion", instance, epoch, "view"), rows[chosen])
-        second = views.draw(key(seed, "fusion", instance, epoch, "partner view"), partners)
-        return staged(torch.cat([first, second]), run.device)
+        own = rows[chosen]
+        partners = own if neighbors is None else _partners(neighbors[chosen], views.ids[own], seed, epoch)
+        pair = {"view": own, "partner view": partners}
+        drawn = [views.draw(key(seed, "fusion", instance, epoch, kind), each) for kind, each in pair.items()]
+        return staged(torch.cat(drawn), run.device)
 
     def loss(made: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast(run.device, run.precision):

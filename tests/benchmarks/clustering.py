@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits
 
 from grappa.clusters import cluster, cluster_many
 from grappa.vectors import read_rows
@@ -104,8 +103,7 @@ def against_sklearn(options: Options) -> Iterator[Pair]:
 
     def peer() -> None:
         kmeans = KMeans(number, init="random", n_init=1, max_iter=NUM_ITERATIONS, tol=0.0, random_state=1)
-        with threadpool_limits(options.threads):
-            centers = kmeans.fit(features).cluster_centers_
+        centers = kmeans.fit(features).cluster_centers_
         found["peer"] = (centers / np.linalg.norm(centers, axis=1, keepdims=True)).astype(np.float32)
 
     def check() -> tuple[bool, str]:
