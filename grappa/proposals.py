@@ -17,7 +17,7 @@ from grappa.devices import has_bfloat16_products
 Pairs = tuple[torch.Tensor, torch.Tensor]
 MIN_COLUMNS = 256
 MAX_SHARE = 64
-PAIR_BLOCK = 4096
+PAIR_BLOCK = 512
 MANTISSA_BITS = 8
 SLACK = 1e-4  # the sums of a product are kept in float32; far above their rounding
 
@@ -38,7 +38,8 @@ def worthwhile(device: torch.device, num_columns: int) -> bool:
 def rounded(vectors_CD: torch.Tensor) -> Rounded:
     """Round float32 vectors to bfloat16."""
     vectors = vectors_CD.bfloat16()
-    return Rounded(vectors, float((vectors_CD - vectors).norm(dim=1).max()))
+    parts = zip(vectors_CD.split(PAIR_BLOCK), vectors.split(PAIR_BLOCK), strict=True)
+    return Rounded(vectors, max(float((exact - near).norm(dim=1).max()) for exact, near in parts))
 
 
 class Proposer:
@@ -78,9 +79,16 @@ def error_of(left: Rounded, right: Rounded) -> float:
 
 
 def pair_products(left_BD: torch.Tensor, right_CD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """Return the float32 products (P,) of pairs, a few at a time."""
-    parts = zip(pairs[0].split(PAIR_BLOCK), pairs[1].split(PAIR_BLOCK), strict=True)
-    return torch.cat([(left_BD[rows] * right_CD[columns]).sum(1) for rows, columns in parts])
+    """Return the float32 products (P,) of pairs, a few at a time: in the same two blocks of memory, as new ones cost
+    several times more than the products."""
+    found = torch.empty(len(pairs[0]), device=left_BD.device)
+    blocks = torch.empty(2, min(PAIR_BLOCK, len(found)), left_BD.shape[1], device=left_BD.device)
+    for rows, columns, out in zip(*(each.split(PAIR_BLOCK) for each in (*pairs, found)), strict=True):
+        left, right = blocks[:, : len(rows)]
+        torch.index_select(left_BD, 0, rows, out=left)
+        torch.index_select(right_CD, 0, columns, out=right)
+        torch.sum(left.mul_(right), 1, out=out)
+    return found
 
 
 def half_step(values: torch.Tensor) -> torch.Tensor:
@@ -90,7 +98,7 @@ def half_step(values: torch.Tensor) -> torch.Tensor:
 
 def row_maxima(products_BC: torch.Tensor) -> torch.Tensor:
     """Return the largest bfloat16 product of each row as float32; a row without a positive one gets some negative."""
-    return torch.from_numpy(products_BC.view(torch.int16).numpy().max(1)).view(torch.bfloat16).float()
+    return products_BC.view(torch.int16).amax(1).view(torch.bfloat16).float()
 
 
 def reaching(products_BC: torch.Tensor, floors_B: torch.Tensor) -> Pairs | None:
