@@ -61,9 +61,9 @@ def clustering(num_images: int, width: int, num_clusters: int) -> int:
     """The images in the order of their ids, or all in their file; labels and centroids before and after."""
     points = num_images * width * FLOAT
     labels = num_images * (4 * INTEGER + 3 * FLOAT)
-    centroids = 3 * num_clusters * width * FLOAT
+    centroids = 5 * num_clusters * width * FLOAT
     candidates = min(2048, num_clusters // 2) ** 2 * (FLOAT + 1)
-    return points + labels + centroids + candidates + WORK
+    return points + labels + centroids + candidates + 2 * SMALL_WORK
 
 
 def neighbors(num_images: int, num_candidates: int, width: int, num_neighbors: int) -> int:
@@ -71,7 +71,7 @@ def neighbors(num_images: int, num_candidates: int, width: int, num_neighbors: i
     vectors = num_images * width * FLOAT + num_candidates * width * (FLOAT + HALF)
     found = num_images * num_neighbors * (INTEGER + FLOAT)
     rows, columns = min(SEARCH_ROWS, num_images), min(SEARCH_COLUMNS, num_candidates)
-    return vectors + found + columns * (rows * (FLOAT + 1) + 2 * width * FLOAT) + WORK
+    return vectors + found + columns * rows * (FLOAT + 1) + 2 * SMALL_WORK
 
 
 def evaluation(num_images: int, width: int, num_models: int) -> int:
