@@ -1,7 +1,8 @@
-"""How many bytes the steps take whose memory grows with the number of images, above what is held before they start.
+"""How many bytes steps take at their peak, above what is held before they start.
 
-Counted are the arrays that a step holds at its peak; blocks of work are bounded and counted as they are. Extraction and
-training read memory-mapped files in batches: theirs depends on model and batch alone.
+Counted are the arrays that a step holds; blocks of work are bounded and counted as they are. What embedding and
+training take depends on model and batch alone, as they read memory-mapped files; that of all other steps here grows
+with the images. Decoding is not stated: its blocks are the shards of the pixel cache.
 """
 
 # N images, D width, K neighbors, k clusters
@@ -18,7 +19,7 @@ COLUMNS = 12  # of a table of metrics
 PIXEL_COPIES = 4  # of a batch, in float32: the next ones, normalised, in patches
 BLOCK_COPIES, PASSING_COPIES = 15, 12  # of a token's vector: kept of a block for its gradient; at once without
 WORK = 64 * 2**20  # bounded blocks of products and what is made of them
-SMALL_WORK = 16 * 2**20
+BATCH_WORK, SEARCH_WORK = WORK // 4, WORK // 2  # what is bounded lower: beside a batch; in k-means and neighbours
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class VitShape:
 def embedding(vit: VitShape, batch_size: int, precision: str) -> int:
     """A batch's pixels, and what one block holds of it at once."""
     kept = vit.tokens * (PASSING_COPIES * vit.width + 2 * vit.heads * vit.tokens + 4 * vit.adapted)
-    return batch_size * (_pixels(vit) + kept * _bytes(precision)) + SMALL_WORK
+    return batch_size * (_pixels(vit) + kept * _bytes(precision)) + BATCH_WORK
 
 
 def training(vit: VitShape, batch_size: int, precision: str, num_classes: int = 0) -> int:
@@ -46,7 +47,7 @@ def training(vit: VitShape, batch_size: int, precision: str, num_classes: int = 
     """
     kept = vit.tokens * (BLOCK_COPIES * vit.width + vit.heads * vit.tokens + 4 * vit.adapted)
     trained = 4 * FLOAT * vit.width * (2 * vit.blocks * vit.adapted + num_classes)
-    return trained + batch_size * (_pixels(vit) + vit.blocks * kept * _bytes(precision)) + SMALL_WORK
+    return trained + batch_size * (_pixels(vit) + vit.blocks * kept * _bytes(precision)) + BATCH_WORK
 
 
 def _pixels(vit: VitShape) -> int:
@@ -63,7 +64,7 @@ def clustering(num_images: int, width: int, num_clusters: int) -> int:
     labels = num_images * (4 * INTEGER + 3 * FLOAT)
     centroids = 5 * num_clusters * width * FLOAT
     candidates = min(2048, num_clusters // 2) ** 2 * (FLOAT + 1)
-    return points + labels + centroids + candidates + 2 * SMALL_WORK
+    return points + labels + centroids + candidates + SEARCH_WORK
 
 
 def neighbors(num_images: int, num_candidates: int, width: int, num_neighbors: int) -> int:
@@ -71,7 +72,7 @@ def neighbors(num_images: int, num_candidates: int, width: int, num_neighbors: i
     vectors = num_images * width * FLOAT + num_candidates * width * (FLOAT + HALF)
     found = num_images * num_neighbors * (INTEGER + FLOAT)
     rows, columns = min(SEARCH_ROWS, num_images), min(SEARCH_COLUMNS, num_candidates)
-    return vectors + found + columns * rows * (FLOAT + 1) + 2 * SMALL_WORK
+    return vectors + found + columns * rows * (FLOAT + 1) + SEARCH_WORK
 
 
 def evaluation(num_images: int, width: int, num_models: int) -> int:
