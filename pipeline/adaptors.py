@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import FileCheckpoint, SharedCheckpoint, write_tensors
@@ -52,8 +51,11 @@ def run(context: StageContext) -> str:
     rows, targets, what = _targets(context)
     views = open_views(context, settings, backbone.spec.image_size)
     start, perception = _start(context, backbone), _perception(context)
-    num_views, num_classes = settings.batch_size * perception.num_kinds, sum(len(each.proxies) for each in targets)
-    need = partial(memory.training, vit_shape(backbone, [start]), num_views, num_classes=num_classes)
+    shape, num_classes = vit_shape(backbone, [start]), sum(len(each.proxies) for each in targets)
+
+    def need(batch_size: int, precision: str) -> int:
+        return memory.training(shape, batch_size * perception.num_kinds, precision, num_classes)
+
     with training_task(context, settings, len(rows), need) as training:
         adaptors, result = train_adaptor_set(
             backbone,
@@ -149,20 +151,20 @@ def _labelled(context: StageContext, images: pd.DataFrame) -> tuple[NDArray[np.i
 
 @contextmanager
 def training_task(
-    context: StageContext, settings: Any, num_train: int, need: Callable[[str], int], unit: str = "images"
+    context: StageContext, settings: Any, num_train: int, need: Callable[[int, str], int], unit: str = "images"
 ) -> Iterator[Run]:
     """Yield where a training runs, its checkpoint and its progress; an epoch is whole batches, the rest is left out.
 
-    ``need``: the bytes it takes at a precision, on a CPU.
+    ``need``: the bytes it takes on a CPU with a batch of so many images, at a precision.
     """
     from grappa.batches import Run
 
     device = settle_device(context)
     precision = settle_precision(context, settings.precision, device)
-    need_for_batches(context, device, need(precision))
     kept = FileCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
     checkpoint = kept if context.team.size == 1 else SharedCheckpoint(kept, context.processes)
     batch = min(settings.batch_size, num_train)
+    need_for_batches(context, device, need(batch, precision))
     total = settings.num_epochs * (num_train // batch) * batch
     with context.task("training", total, unit, done=kept.steps_done() * batch if context.leads else 0) as advance:
         yield Run(device, precision, checkpoint, lambda steps: advance(steps * batch), context.processes)

@@ -54,7 +54,8 @@ def extract(
     cache, device = open_pixels(context) if cache is None else cache, settle_device(context)
     settled = settle_precision(context, precision, device)
     batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
-    need_for_batches(context, device, memory.embedding(vit_shape(backbone, [adaptation]), batch_size, settled))
+    most = min(batch_size, len(cache))
+    need_for_batches(context, device, memory.embedding(vit_shape(backbone, [adaptation]), most, settled))
     shape, path = (len(cache), *(row_shape or (backbone.width,))), context.path / file
     checkpoint = RowCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
     start = context.team.agree("start", checkpoint.load() if context.leads and path.exists() else 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.adaptors import training_task, write_metrics
@@ -28,7 +27,11 @@ def run(context: StageContext) -> str:
     backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
     rows = train_rows(read_images(context.input("images")))
     views = open_views(context, settings, backbone.spec.image_size)
-    need = partial(memory.training, vit_shape(backbone, sets.values()), 2 * settings.batch_size)
+    shape = vit_shape(backbone, sets.values())
+
+    def need(batch_size: int, precision: str) -> int:
+        return memory.training(shape, 2 * batch_size, precision)
+
     with training_task(context, settings, len(rows), need, unit="pairs") as training:
         fusion, result = train_fusion(
             backbone,

@@ -30,10 +30,10 @@ def run(context: StageContext) -> str:
     views = open_views(context, settings, backbone.spec.image_size)
     start = new_student(backbone, bottleneck_dim, in_context_rank=rank, seed=settings.seed)
 
-    def need(precision: str) -> int:
-        num_views = settings.batch_size * (2 if settings.object_share else 1)
+    def need(batch_size: int, precision: str) -> int:
+        num_views = batch_size * (2 if settings.object_share else 1)
         taught = memory.embedding(vit_shape(backbone, [teacher]), num_views, precision)
-        return taught + memory.training(vit_shape(backbone, [start]), settings.batch_size, precision)
+        return taught + memory.training(vit_shape(backbone, [start]), batch_size, precision)
 
     with training_task(context, settings, len(rows), need) as training:
         student, result = train_student(

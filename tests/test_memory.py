@@ -180,3 +180,13 @@ def test_a_run_refuses_before_it_works_and_goes_on_where_there_is_enough(
     assert run_all(run, until="clusters")
     log = (run.artifact("clusters", "k00004").home / "log.jsonl").read_text()
     assert '"needed_memory_bytes"' in log
+
+
+def test_a_batch_larger_than_all_images_needs_no_more_than_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"adaptors__batch_size": 10**6, "compute__inference_batch_size": 10**6}
+    images, weights = draw_images(tmp_path / "images"), write_weights(tmp_path / "vit.safetensors")
+    run = make_run(tmp_path / "run", [images], weights, **changes)
+    monkeypatch.setattr(machine, "available_memory", lambda: 2**30)
+    assert run_all(run, until="adaptors")
