@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from grappa.adaptors import AdaptorSet, folded
-from grappa.backbone import Backbone, BackboneSpec, build_backbone, embed
-from grappa.decoding import image_to_rgb, shrink
-from grappa.fusion import FoldedFusion, Fusion
-from grappa.head import Head, IdentityHead, open_head
-from grappa.transforms import eval_crop, normalize
+from grappa.backbone.vit import Backbone, BackboneSpec, build_backbone, embed
+from grappa.images.decoding import image_to_rgb, shrink
+from grappa.images.transforms import eval_crop, normalize
+from grappa.method.adaptors import AdaptorSet, folded
+from grappa.method.fusion import FoldedFusion, Fusion
+from grappa.method.head import Head, IdentityHead, open_head
 
 FORMAT, FIRST_FORMAT = 3, 1
 

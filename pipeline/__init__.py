@@ -12,7 +12,7 @@ __all__ = ["load_model"]
 
 
 def load_model(run: str | Path) -> GrappaModel:
-    """Return the adapted model of a run; see :func:`pipeline.search.load_model`."""
-    from pipeline.search import load_model as open_run
+    """Return the adapted model of a run; see :func:`grappa.pipeline.commands.search.load_model`."""
+    from grappa.pipeline.commands.search import load_model as open_run
 
     return open_run(run)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.guarded import guarded
+from grappa.pipeline.errors import guarded
 
 app = typer.Typer(
     name="grappa",
@@ -50,7 +50,7 @@ def init(
     ] = None,
 ) -> None:
     """Make a run folder, or change one: keeps what is not given, adds new images, says what becomes stale."""
-    from pipeline.initialize import Request, initialize
+    from grappa.pipeline.commands.init import Request, initialize
 
     initialize(run, Request(images or (), config, assignments or (), other), say=say)
 
@@ -66,10 +66,10 @@ def run_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be run, and why; change nothing")] = False,
 ) -> None:
     """Run what is not fresh, in order; interrupted work goes on where it was."""
-    from pipeline.artifacts import RunFolder
-    from pipeline.execution import Selection
-    from pipeline.progress import Progress
-    from pipeline.results import run_and_report, say_plan
+    from grappa.pipeline.commands.run import run_and_report, say_plan
+    from grappa.pipeline.engine.execution import Selection
+    from grappa.pipeline.engine.progress import Progress
+    from grappa.pipeline.store.artifacts import RunFolder
 
     selection = Selection(stage, instance, until, force)
     folder = RunFolder.open(run, writable=not dry_run)
@@ -88,12 +88,12 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Say of every stage and instance whether it is missing, fresh, stale (why) or corrupt (what), and of its job."""
-    from pipeline.artifacts import RunFolder
-    from pipeline.status import read_config, states, status_lines
+    from grappa.pipeline.engine.status import read_config, states, status_lines
+    from grappa.pipeline.store.artifacts import RunFolder
 
     folder = RunFolder.open(run)
     if (folder.root / "jobs").is_dir():
-        from slurm.status import say_status
+        from grappa.slurm.commands import say_status
 
         say_status(folder, verify=verify, watch=watch, as_json=as_json, say=say)
         return
@@ -121,8 +121,8 @@ def submit(
     ] = False,
 ) -> None:
     """Run what is not fresh as jobs of a cluster; nothing that is queued or running is submitted twice."""
-    from pipeline.execution import Selection
-    from slurm.submit import submit as send
+    from grappa.pipeline.engine.execution import Selection
+    from grappa.slurm.submit import submit as send
 
     send(run, Selection(stage, instance, until, force), cluster, say=say, dry_run=dry_run)
 
@@ -136,7 +136,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the job ends")] = False,
 ) -> None:
     """Print what the newest job of a stage (instance) printed."""
-    from slurm.status import logs as print_logs
+    from grappa.slurm.commands import logs as print_logs
 
     print_logs(run, stage, instance, follow=follow, say=say)
 
@@ -149,7 +149,7 @@ def cancel(
     instance: Annotated[str | None, typer.Argument(metavar="[INSTANCE]")] = None,
 ) -> None:
     """Cancel the queued and running jobs of a run, or of a stage (instance); what they did so far is kept."""
-    from slurm.status import cancel as cancel_jobs
+    from grappa.slurm.commands import cancel as cancel_jobs
 
     cancel_jobs(run, stage, instance, say=say)
 
@@ -163,7 +163,7 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find the images nearest to one of your own, with similarity and domain."""
-    from pipeline.search import search as find
+    from grappa.pipeline.commands.search import search as find
 
     found = find(run, image, k)
     if as_json:
@@ -181,8 +181,8 @@ def embed(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="a new folder")],
 ) -> None:
     """Embed new images: embeddings.npy and ids.parquet."""
-    from pipeline.embed import embed as write_embeddings
-    from pipeline.progress import Progress, totals
+    from grappa.pipeline.commands.embed import embed as write_embeddings
+    from grappa.pipeline.engine.progress import Progress, totals
 
     with totals(Progress(), "embedding") as report:
         sentence = write_embeddings(run_or_model, images, out, report)
@@ -195,7 +195,7 @@ def export(
     run: Run, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the model")]
 ) -> None:
     """Write the self-contained model folder that `grappa.load_model` opens."""
-    from pipeline.export import export as write_model
+    from grappa.pipeline.commands.search import export as write_model
 
     say(write_model(run, folder))
 
@@ -206,7 +206,7 @@ def report(
     run: Run, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the report")]
 ) -> None:
     """Write what a finished run found out: index.html to look at, results.md for a README."""
-    from pipeline.report.page import write_report
+    from grappa.pipeline.report.page import write_report
 
     say(write_report(run, folder))
 
@@ -231,9 +231,9 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what each run would do; change nothing")] = False,
 ) -> None:
     """Run several configurations from one file, share what they have in common, and make one table."""
-    from pipeline.progress import Progress
-    from pipeline.sweep import run_sweep, say_sweep_plan
-    from pipeline.sweep_runs import SweepRequest
+    from grappa.pipeline.engine.progress import Progress
+    from grappa.pipeline.sweep.command import run_sweep, say_sweep_plan
+    from grappa.pipeline.sweep.runs import SweepRequest
 
     request = SweepRequest(file, out, config, images or (), assignments or (), other)
     if dry_run:
@@ -248,12 +248,12 @@ def demo(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where to work")] = Path("runs/demo"),
 ) -> None:
     """Run the whole pipeline on images that the package draws itself, offline."""
-    from pipeline.artifacts import RunFolder
-    from pipeline.demo.dataset import write_demo_images
-    from pipeline.execution import Selection
-    from pipeline.initialize import Request, initialize
-    from pipeline.progress import Progress
-    from pipeline.results import run_and_report
+    from grappa.pipeline.commands.init import Request, initialize
+    from grappa.pipeline.commands.run import run_and_report
+    from grappa.pipeline.demo.dataset import write_demo_images
+    from grappa.pipeline.engine.execution import Selection
+    from grappa.pipeline.engine.progress import Progress
+    from grappa.pipeline.store.artifacts import RunFolder
 
     table = write_demo_images(folder.with_name(f"{folder.name}_images"))
     weights = [f"backbone.weights={Path(__file__).parent / 'demo' / 'vit_demo.safetensors'}"]

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
-from pipeline.artifacts import MANIFEST_FILE, Manifest, RunFolder, quoted
-from pipeline.config import Config, num_clusters_of
-from pipeline.config_file import load_config
-from pipeline.inputs import chosen_rows
-from pipeline.published import check_same_origin, published
-from pipeline.stages import find_stage
+from grappa.pipeline.config.schema import Config, num_clusters_of
+from grappa.pipeline.config.yaml_file import load_config
+from grappa.pipeline.graph.stages import find_stage
+from grappa.pipeline.opening import chosen_rows
+from grappa.pipeline.store.artifacts import MANIFEST_FILE, Manifest, RunFolder, check_same_origin, published, quoted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,7 +120,7 @@ def load_rejected(run: str | Path) -> pd.DataFrame:
 
 def load_objects(run: str | Path) -> pd.DataFrame:
     """Return the boxes: index image_id; columns path, domain, split, box_x0 .. box_y1, confidence, provider, accepted,
-    reason (see ``pipeline.objects``)."""
+    reason (see ``grappa.pipeline.stages.objects``)."""
     folder, _ = _open(run)
     check_same_origin(folder, "images", "objects")
     images = pd.read_parquet(published(folder, "images") / "images.parquet").set_index("image_id")
@@ -134,7 +133,7 @@ def load_attention(run: str | Path, *, rows: Rows = "test", pairs: str = "neighb
 
     ``rows``: the images counted, by default those that are evaluated; ``pairs``: the fusion, neighbors or views.
     """
-    from grappa.attention import attention_by_domain
+    from grappa.metrics.attention import attention_by_domain
 
     return attention_by_domain(*_attention(run, rows, pairs))
 
@@ -143,9 +142,9 @@ def attention_summary(run: str | Path, *, rows: Rows = "test", pairs: str = "nei
     """Return whether the attention differs by image and by domain, one row a (domain, block), both with ``_mean``.
 
     Columns: num_images, entropy (nats), entropy_share (of log G), variance, domain_variance, eta_squared,
-    image_information, domain_information; ``grappa.attention.summarize_attention`` has their formulas.
+    image_information, domain_information; ``grappa.metrics.attention.summarize_attention`` has their formulas.
     """
-    from grappa.attention import summarize_attention
+    from grappa.metrics.attention import summarize_attention
 
     attention, domains, _ = _attention(run, rows, pairs)
     return summarize_attention(attention, domains)

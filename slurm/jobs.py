@@ -1,8 +1,8 @@
 """What runs in a job: the pinned stages, one after another, by the same call as ``grappa run``.
 
-The state of unfinished work lies in the run folder (``pipeline.work``), never in the job: whatever ends a job, the next
-start of it, or the next ``grappa submit``, goes on from there. The tasks of a job (a profile's ``nodes`` times
-``tasks``) are the processes of ``pipeline.processes``: the first leads and alone speaks, stops and requeues.
+The state of unfinished work lies in the run folder (``store.work``), never in the job: whatever ends a job, the
+next start of it, or the next ``grappa submit``, goes on from there. The tasks of a job (a profile's ``nodes`` times
+``tasks``) are the processes of ``grappa.pipeline.engine.team``: the first leads and alone speaks, stops and requeues.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ from typing import NoReturn
 
 import submitit
 
-from pipeline.artifacts import RunFolder
-from pipeline.checkpoints import Stopped, refuse_if_stopped, request_stop, withdraw_stop
-from pipeline.config import Config
-from pipeline.config_file import load_config
-from pipeline.execution import Selection, follow, lead
-from pipeline.explained import EXPECTED, explained
-from pipeline.freshness import compare_recipes
-from pipeline.locks import LockedError, read_holder
-from pipeline.outside import MissingInputError
-from pipeline.processes import Team, joined
-from pipeline.progress import Progress
-from pipeline.provenance import git_commit, peak_memory
-from pipeline.recipes import expected_recipe
-from pipeline.stages import find_stage
-from pipeline.status import read_config
-from pipeline.storage import StorageError
-from slurm.jobs_table import recipe_digest, write_jobs_table
-from slurm.records import PINNED_CONFIG, Pin, append_event, read_events
+import grappa
+from grappa.pipeline.config.schema import Config
+from grappa.pipeline.config.yaml_file import load_config
+from grappa.pipeline.engine.execution import Selection, follow, lead
+from grappa.pipeline.engine.externals import MissingInputError
+from grappa.pipeline.engine.fingerprints import expected_recipe
+from grappa.pipeline.engine.freshness import compare_recipes
+from grappa.pipeline.engine.progress import Progress
+from grappa.pipeline.engine.status import read_config
+from grappa.pipeline.engine.team import Team, joined
+from grappa.pipeline.errors import EXPECTED, explained
+from grappa.pipeline.graph.stages import find_stage
+from grappa.pipeline.store.artifacts import RunFolder
+from grappa.pipeline.store.checkpoints import Stopped, refuse_if_stopped, request_stop, withdraw_stop
+from grappa.pipeline.store.locks import LockedError, read_holder
+from grappa.pipeline.store.provenance import code_commit, peak_memory
+from grappa.pipeline.store.storage import StorageError
+from grappa.slurm.jobs_table import recipe_digest, write_jobs_table
+from grappa.slurm.records import PINNED_CONFIG, Pin, append_event, read_events
 
 PATIENCE_SECONDS = 10.0  # from the signal to the checkpoint; later the job goes without, to the one before
 LOCKED_SECONDS = 600.0
 FIRST_PORT, NUM_PORTS = 20_000, 12_000
-CODE, PACKAGES = Path(__file__).resolve().parents[1], ("grappa", "pipeline", "slurm")
+PACKAGE = Path(grappa.__file__).parent
 
 
 class JobRefusedError(ValueError):
@@ -158,7 +159,7 @@ class StageJob(submitit.helpers.Checkpointable):
 
 
 def take_place() -> int:
-    """Tell ``pipeline.processes`` which task of a job this process is, by torchrun's variables; return its rank.
+    """Tell ``pipeline.engine.team`` which task of a job this process is, by torchrun's variables; return its rank.
 
     The first task runs on the node that srun was called on, at whose address the others meet it. The port lies below
     those that systems give to outgoing connections.
@@ -240,10 +241,15 @@ def patiently(make: Callable[[], None], lock: Path) -> None:
 def code_here() -> Code:
     """Return which code this is: the commit of a checkout, for people, and the digest of all its modules."""
     digest = hashlib.sha256()
-    for package in PACKAGES:
-        for path in sorted((CODE / package).rglob("*.py")):
-            digest.update(f"{path.relative_to(CODE)}\0".encode() + path.read_bytes())
-    return Code(git_commit(CODE), digest.hexdigest())
+    for path in _modules():
+        digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
+    return Code(code_commit(), digest.hexdigest())
+
+
+def _modules() -> list[Path]:
+    """Return the files of all modules; in a checkout two of its folders are links."""
+    found = (Path(folder) / name for folder, _, names in os.walk(PACKAGE, followlinks=True) for name in names)
+    return sorted(path for path in found if path.suffix == ".py")
 
 
 def refuse_other_code(submitted: Code) -> None:

@@ -1,4 +1,4 @@
-"""``jobs/jobs.csv``: one row an artifact and job, from what the jobs said; `pipeline.tables.load_jobs` opens it."""
+"""``jobs/jobs.csv``: one row an artifact and job, from what the jobs said; `tables.load_jobs` opens it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.artifacts import RunFolder
-from pipeline.locks import LockedError, acquire
-from pipeline.storage import StorageError, atomic_write_text
-from slurm.records import Task, all_tasks, jobs_folder, read_outcomes
+from grappa.pipeline.store.artifacts import RunFolder
+from grappa.pipeline.store.locks import LockedError, acquire
+from grappa.pipeline.store.storage import StorageError, atomic_write_text
+from grappa.slurm.records import Task, all_tasks, jobs_folder, read_outcomes
 
 TABLE_FILE = "jobs.csv"
 COLUMNS = (

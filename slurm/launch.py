@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slurm.plan import PlannedJob
-from slurm.profiles import Profile, Resources
-from slurm.scheduler import SchedulerError
+from grappa.slurm.plan import PlannedJob
+from grappa.slurm.profiles import Profile, Resources
+from grappa.slurm.scheduler import SchedulerError
 
 if TYPE_CHECKING:
-    from slurm.jobs import StageJob
+    from grappa.slurm.jobs import StageJob
 
 
 def sbatch_text(profile: Profile, job: PlannedJob, folder: Path, name: str, after: Sequence[str]) -> str:

@@ -6,12 +6,12 @@ import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 
-from pipeline.execution import Say
-from slurm.jobs_table import write_jobs_table
-from slurm.launch import run_here, start_local
-from slurm.plan import PlannedJob
-from slurm.records import JobRecord, Pin, read_events
-from slurm.submission import Submission
+from grappa.pipeline.engine.execution import Say
+from grappa.slurm.jobs_table import write_jobs_table
+from grappa.slurm.launch import run_here, start_local
+from grappa.slurm.plan import PlannedJob
+from grappa.slurm.records import JobRecord, Pin, read_events
+from grappa.slurm.submission import Submission
 
 
 class JobsFailedError(ValueError):

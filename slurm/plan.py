@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.artifacts import RunFolder, quoted
-from pipeline.config import Config, identity_settings
-from pipeline.config_file import load_config
-from pipeline.execution import NotReadyError, Selection, Step, selected
-from pipeline.recipes import expected_recipe
-from pipeline.stages import artifact_name, find_stage
-from pipeline.status import Judge
-from slurm.profiles import Profile, Resources
-from slurm.records import PINNED_CONFIG, Pin, Task
+from grappa.pipeline.config.schema import Config, identity_settings
+from grappa.pipeline.config.yaml_file import load_config
+from grappa.pipeline.engine.execution import NotReadyError, Selection, Step, selected
+from grappa.pipeline.engine.fingerprints import expected_recipe
+from grappa.pipeline.engine.status import Judge
+from grappa.pipeline.graph.stages import artifact_name, find_stage
+from grappa.pipeline.store.artifacts import RunFolder, quoted
+from grappa.slurm.profiles import Profile, Resources
+from grappa.slurm.records import PINNED_CONFIG, Pin, Task
 
 
 @dataclass(frozen=True)

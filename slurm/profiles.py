@@ -20,8 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config_file import ConfigError, expected_text, read_yaml, shipped_or_file, short
-from pipeline.stages import STAGES, find_stage
+from grappa.pipeline.config.yaml_file import ConfigError, expected_text, read_yaml, shipped_or_file, short
+from grappa.pipeline.graph.stages import STAGES, find_stage
 
 CLUSTERS = Path(__file__).parent / "clusters"
 # What grappa itself gives to sbatch: a profile has a key of its own for it, or it may not be changed.
@@ -138,7 +138,7 @@ class Profile(Resources):
     def resources(self, stages: tuple[str, ...]) -> Resources:
         """Return what a job of these stages asks for: the largest number of any of them.
 
-        One node and task where none of them can be computed by several processes (``parallel`` in `pipeline.stages`).
+        One node and task where none of them can be computed by several processes (``parallel`` in ``graph.stages``).
         """
         general = {name: getattr(self, name) for name in Resources.model_fields}
         general["time"] = f"{self.time}m"

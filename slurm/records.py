@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import RunFolder
-from pipeline.storage import atomic_write_json, storage_errors
+from grappa.pipeline.store.artifacts import RunFolder
+from grappa.pipeline.store.storage import atomic_write_json, storage_errors
 
 FORMAT = 1
 JOBS_FOLDER, SUBMISSION_FILE, PINNED_CONFIG, OUTCOMES_FILE = "jobs", "submission.json", "config.yaml", "outcomes.json"

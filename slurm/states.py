@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from pipeline.artifacts import RunFolder
-from pipeline.storage import StorageError, atomic_write_json
-from slurm import scheduler
-from slurm.records import OUTCOMES_FILE, Task, all_tasks, newest_by_artifact, read_outcomes
-from slurm.scheduler import Queued, SchedulerError
+from grappa.pipeline.store.artifacts import RunFolder
+from grappa.pipeline.store.storage import StorageError, atomic_write_json
+from grappa.slurm import scheduler
+from grappa.slurm.records import OUTCOMES_FILE, Task, all_tasks, newest_by_artifact, read_outcomes
+from grappa.slurm.scheduler import Queued, SchedulerError
 
 
 @dataclass(frozen=True)

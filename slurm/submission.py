@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.artifacts import RunFolder
-from pipeline.config import Config
-from pipeline.config_file import dump_config
-from pipeline.storage import atomic_write_text, storage_errors
-from slurm.jobs import Code, StageJob
-from slurm.plan import PlannedJob
-from slurm.profiles import Profile
-from slurm.records import PINNED_CONFIG, JobRecord, now, write_submission
+from grappa.pipeline.config.schema import Config
+from grappa.pipeline.config.yaml_file import dump_config
+from grappa.pipeline.store.artifacts import RunFolder
+from grappa.pipeline.store.storage import atomic_write_text, storage_errors
+from grappa.slurm.jobs import Code, StageJob
+from grappa.slurm.plan import PlannedJob
+from grappa.slurm.profiles import Profile
+from grappa.slurm.records import PINNED_CONFIG, JobRecord, now, write_submission
 
 
 @dataclass(frozen=True)

@@ -11,22 +11,22 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.artifacts import RunFolder, quoted
-from pipeline.config import Config
-from pipeline.execution import Say, Selection
-from pipeline.locks import LockedError, acquire
-from pipeline.status import read_config
-from pipeline.storage import storage_errors
-from slurm import scheduler
-from slurm.jobs import code_here
-from slurm.jobs_table import write_jobs_table
-from slurm.launch import sbatch_text, submit_slurm
-from slurm.local import run_locally
-from slurm.plan import PlannedJob, plan
-from slurm.profiles import Profile, load_profile
-from slurm.records import JobRecord, Task, jobs_folder
-from slurm.states import live_tasks
-from slurm.submission import Submission
+from grappa.pipeline.config.schema import Config
+from grappa.pipeline.engine.execution import Say, Selection
+from grappa.pipeline.engine.status import read_config
+from grappa.pipeline.store.artifacts import RunFolder, quoted
+from grappa.pipeline.store.locks import LockedError, acquire
+from grappa.pipeline.store.storage import storage_errors
+from grappa.slurm import scheduler
+from grappa.slurm.jobs import code_here
+from grappa.slurm.jobs_table import write_jobs_table
+from grappa.slurm.launch import sbatch_text, submit_slurm
+from grappa.slurm.local import run_locally
+from grappa.slurm.plan import PlannedJob, plan
+from grappa.slurm.profiles import Profile, load_profile
+from grappa.slurm.records import JobRecord, Task, jobs_folder
+from grappa.slurm.states import live_tasks
+from grappa.slurm.submission import Submission
 
 LOCK_SECONDS = 120.0
 

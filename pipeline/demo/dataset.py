@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from grappa.randomness import key
-from pipeline.demo import digits, glyphs, objects, textures
+from grappa.core.randomness import key
+from grappa.pipeline.demo import digits, glyphs, objects, textures
 
 NUM_IMAGES_PER_CLASS = 26
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline.demo import drawing
+from grappa.pipeline.demo import drawing
 
 NUMBERS = tuple(f"{number:02d}" for number in range(100))
 DEMO_CLASSES = NUMBERS[1:96:4]

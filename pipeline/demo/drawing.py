@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from grappa.randomness import key
+from grappa.core.randomness import key
 
 IMAGE_SIZE = 64
 CANVAS_SIZE = 2 * IMAGE_SIZE

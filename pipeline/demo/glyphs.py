@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.demo import drawing
+from grappa.pipeline.demo import drawing
 
 DEMO_CLASSES = tuple("ABCDEFGHJKLMNPQRSTUVWXYZ")
 PRETRAINING_CLASSES = tuple("ΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπρστφψωБДЖЗИЛЦЧШЩЪЫЬЭЮЯabdefghilmnqrt&@#%?!§€£¶+=<>")  # noqa: RUF001

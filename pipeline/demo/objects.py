@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from grappa.randomness import key
-from pipeline.demo import drawing
+from grappa.core.randomness import key
+from grappa.pipeline.demo import drawing
 
 Corners = NDArray[np.float64]  # (M, 2), in body radii
 

@@ -1,4 +1,4 @@
-"""Train the demo's small ViT without labels: ``python -m pipeline.demo.pretrain --out FILE``.
+"""Train the demo's small ViT without labels: ``python -m grappa.pipeline.demo.pretrain --out FILE``.
 
 Instance discrimination (NT-Xent of SimCLR, Chen et al. 2020) on drawn things that the demo never shows: two renderings
 of one thing (this letter in this typeface, this number in this handwriting) must find each other among those of all
@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grappa.backbone import Backbone, BackboneSpec, build_backbone
-from grappa.randomness import key
-from grappa.transforms import normalize
-from pipeline.demo.dataset import DOMAINS, Domain, draw_image
+from grappa.backbone.vit import Backbone, BackboneSpec, build_backbone
+from grappa.core.randomness import key
+from grappa.images.transforms import normalize
+from grappa.pipeline.demo.dataset import DOMAINS, Domain, draw_image
 
 MODEL_NAME = "vit_tiny_patch16_224"
 IMAGE_SIZE = 64
@@ -143,7 +143,7 @@ def save(backbone: Backbone, out: Path, *, settings: Pretraining, seconds: float
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, train, save."""
     default = Pretraining()
-    parser = argparse.ArgumentParser(prog="python -m pipeline.demo.pretrain", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m grappa.pipeline.demo.pretrain", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     parser.add_argument("--steps", type=int, default=default.num_steps, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=default.seed, help="seed of all draws (default: %(default)s)")

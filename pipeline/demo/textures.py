@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.demo import drawing
+from grappa.pipeline.demo import drawing
 
 Field = NDArray[np.float64]  # (128, 128), values in 0..1: where the second color lies
 

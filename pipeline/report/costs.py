@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from pipeline.artifacts import LOG_FILE, RunFolder
-from pipeline.config import Config
-from pipeline.execution import spent
-from pipeline.report.summary import Table
-from pipeline.results import ORACLE
-from pipeline.rows import evaluated_rows
-from pipeline.stages import STAGES, artifact_name, find_stage
+from grappa.pipeline.commands.run import ORACLE
+from grappa.pipeline.config.schema import Config
+from grappa.pipeline.engine.execution import spent
+from grappa.pipeline.graph.models import evaluated_rows
+from grappa.pipeline.graph.stages import STAGES, artifact_name, find_stage
+from grappa.pipeline.report.summary import Table
+from grappa.pipeline.store.artifacts import LOG_FILE, RunFolder
 
 Step = tuple[str, str | None]
 

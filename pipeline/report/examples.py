@@ -12,11 +12,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from grappa.pixels import PixelCache
-from grappa.randomness import id_numbers, key, shuffled
-from pipeline.artifacts import RunFolder
-from pipeline.inputs import read_images, test_rows
-from pipeline.published import published
+from grappa.core.randomness import id_numbers, key, shuffled
+from grappa.images.pixels import PixelCache
+from grappa.pipeline.opening import read_images, test_rows
+from grappa.pipeline.store.artifacts import RunFolder, published
 
 MODELS = ("zero_shot", "fused", "student")
 NUM_NEAREST = 8

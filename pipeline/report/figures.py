@@ -40,7 +40,7 @@ def save(figure: Figure, path: Path) -> None:
 def learning_curves(curves: pd.DataFrame) -> Figure:
     """Return each metric of each training stage along the epochs, one line an instance, smoothed over the raw values.
 
-    ``curves`` as of ``pipeline.tables.learning_curves``.
+    ``curves`` as of ``grappa.pipeline.tables.learning_curves``.
     """
     panels = [
         (stage, metric)
@@ -81,7 +81,7 @@ def cluster_sizes(sizes: pd.DataFrame) -> Figure:
 def shared_clusters(mix: pd.DataFrame) -> Figure:
     """Return, for an image of each domain, which domains its cluster is made of: an (M, M) map a granularity.
 
-    ``mix`` as of ``pipeline.tables.domain_mix``. Rows sum to 1; 1 on the diagonal: clusters never mix domains.
+    ``mix`` as of ``grappa.pipeline.tables.domain_mix``. Rows sum to 1; 1 on the diagonal: clusters never mix domains.
     """
     names = sorted(mix["domain"].unique())
     granularities = list(mix["granularity"].unique())
@@ -102,7 +102,7 @@ def domain_shares(mix: pd.DataFrame, names: list[str]) -> NDArray[np.float64]:
 
 
 def attention(table: pd.DataFrame) -> Figure:
-    """Return each domain's mean granularity attention: an (M, G) map a block (``pipeline.tables.load_attention``)."""
+    """Return each domain's mean granularity attention: an (M, G) map a block (``tables.load_attention``)."""
     blocks = list(table["block"].unique())
     names, granularities = list(table["domain"].unique()), list(table["granularity"].unique())
     figure, axes = _grid(len(blocks), 4, max(2.2, 0.42 * len(granularities) + 1.2), max(1.6, 0.26 * len(names) + 0.9))

@@ -8,16 +8,15 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from grappa.attention import MEAN
-from pipeline import tables
-from pipeline.artifacts import RunFolder, quoted
-from pipeline.config import Config
-from pipeline.published import check_same_origin
-from pipeline.report import costs, examples, figures, summary
-from pipeline.report.summary import Table, number
-from pipeline.rows import deployed_row, evaluated_rows, fusions
-from pipeline.status import instances, read_config, states
-from pipeline.storage import new_folder, refuse_existing
+from grappa.metrics.attention import MEAN
+from grappa.pipeline import tables
+from grappa.pipeline.config.schema import Config
+from grappa.pipeline.engine.status import instances, read_config, states
+from grappa.pipeline.graph.models import deployed_row, evaluated_rows, fusions
+from grappa.pipeline.report import costs, examples, figures, summary
+from grappa.pipeline.report.summary import Table, number
+from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, quoted
+from grappa.pipeline.store.storage import new_folder, refuse_existing
 
 FIGURES, THUMBNAILS, PAGE, MARKDOWN = "figures", "images", "index.html", "results.md"
 

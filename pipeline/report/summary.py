@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.results import BASELINES, MEAN, ORACLE, SUPERVISED
+from grappa.pipeline.commands.run import BASELINES, MEAN, ORACLE, SUPERVISED
 
 GALLERIES = {"domain": "each domain's own gallery", "merged": "the merged gallery"}
 METRICS = {"map": "mAP", "map_at_r": "MAP@R", "r_precision": "R-precision", "recall_at_1": "R@1"}
@@ -131,7 +131,7 @@ def _compare(
     domain: str,
     seed: int,
 ) -> dict[str, Any]:
-    from grappa.evaluation import paired_bootstrap
+    from grappa.metrics.retrieval import paired_bootstrap
 
     reference = max((each for each in references if each in precision), key=lambda each: own[each, domain])
     queries = np.ones(len(domains), dtype=bool) if domain == MEAN else (domains == domain).to_numpy()

@@ -1,7 +1,7 @@
 """What submission costs, on a throw-away cluster; root, Debian's Slurm (tests/cluster/install.sh).
 
-    python tests/benchmarks/bench_slurm.py            submit a pipeline of 8 granularities; status of about 200 jobs
-    python tests/benchmarks/bench_slurm.py RUN        of a finished run: wall time / stage times on its critical path
+    python -m tests.benchmarks.bench_slurm            submit a pipeline of 8 granularities; status of about 200 jobs
+    python -m tests.benchmarks.bench_slurm RUN        of a finished run: wall time / stage times on its critical path
 
 Nothing is computed by the first: the jobs are held, and cancelled afterwards.
 """
@@ -15,16 +15,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from grappa.pipeline import tables
+from grappa.pipeline.engine.status import instances, read_config
+from grappa.pipeline.store.artifacts import RunFolder
+from tests.cluster.cluster import Cluster
+from tests.helpers.tiny import draw_images, make_run, write_weights
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from cluster.cluster import Cluster  # noqa: E402
-from tiny import draw_images, make_run, write_weights  # noqa: E402
-
-from pipeline import tables  # noqa: E402
-from pipeline.artifacts import RunFolder  # noqa: E402
-from pipeline.status import instances, read_config  # noqa: E402
-
 COMMANDS = ("sbatch", "squeue", "sacct", "scontrol")
 PROFILE = """
 cpus: 1
@@ -73,7 +70,7 @@ def timed(cluster: Cluster, home: Path, *arguments: str) -> str:
         (bin_folder / name).chmod(0o755)
     environment = cluster.environment | {"PATH": f"{bin_folder}{os.pathsep}{cluster.environment['PATH']}"}
     start = time.perf_counter()
-    command = [sys.executable, "-m", "pipeline", *arguments]
+    command = [sys.executable, "-m", "grappa", *arguments]
     subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     seconds, names = time.perf_counter() - start, calls.read_text().split()
     return f"{seconds:.2f} s, {', '.join(f'{names.count(name)} {name}' for name in COMMANDS if name in names)}"

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
-from grappa.clusters import cluster, cluster_many
-from grappa.vectors import read_rows
+from grappa.core.vectors import read_rows
+from grappa.search.kmeans import cluster, cluster_many
 from tests.benchmarks import data
 from tests.benchmarks.core import Gate, Options, Pair, seconds
 from tests.benchmarks.memory import peak_growth

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests import tiny
 from tests.benchmarks.core import Gate, Options, Pair, Side, seconds
+from tests.helpers import tiny
 
 IMPORTS = [sys.executable, "-c", "import pydantic, typer, rich"]
-GRAPPA = [sys.executable, "-m", "pipeline"]
+GRAPPA = [sys.executable, "-m", "grappa"]
 
 
 def _side(command: list[str]) -> Side:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from grappa.backbone import Backbone, BackboneSpec, build_backbone
+from grappa.backbone.vit import Backbone, BackboneSpec, build_backbone
 
 HALF = (0.5, 0.5, 0.5)
 NOISE = 0.4

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-import grappa.backbone
-from grappa.backbone import Backbone, embed
-from grappa.decoding import decode_image, shrink
-from grappa.devices import autocast, resolve_precision
-from grappa.features import extract_features
-from grappa.pixels import PixelCache, write_index, write_shard
-from grappa.transforms import eval_batch, normalize
+import grappa.backbone.vit
+from grappa.backbone.features import extract_features
+from grappa.backbone.vit import Backbone, embed
+from grappa.core.devices import autocast, resolve_precision
+from grappa.images.decoding import decode_image, shrink
+from grappa.images.pixels import PixelCache, write_index, write_shard
+from grappa.images.transforms import eval_batch, normalize
 from tests.benchmarks import data
 from tests.benchmarks.core import Gate, Options, Pair, seconds
 
@@ -76,7 +76,7 @@ def class_token_only(options: Options) -> Iterator[Pair]:
             found[name] = embed(backbone, images)
 
     def whole() -> None:
-        with mock.patch.object(grappa.backbone, "is_plain", return_value=False):
+        with mock.patch.object(grappa.backbone.vit, "is_plain", return_value=False):
             run("peer")
 
     def check() -> tuple[bool, str]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grappa.adaptors import AdaptorSet
-from grappa.backbone import Adaptation, Backbone, embed
-from grappa.fusion import Fusion
-from grappa.transforms import normalize
+from grappa.backbone.vit import Adaptation, Backbone, embed
+from grappa.images.transforms import normalize
+from grappa.method.adaptors import AdaptorSet
+from grappa.method.fusion import Fusion
 from tests.benchmarks import data
 from tests.benchmarks.core import Gate, Options, Pair, Side, seconds
 from tests.benchmarks.extraction import BATCH, CPU, pixels

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from grappa.devices import has_bfloat16_products
+from grappa.core.devices import has_bfloat16_products
 from tests.benchmarks.core import Options, Result
 
 PACKAGES = ("numpy", "torch", "faiss-cpu", "timm", "scikit-learn")

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
-from grappa.evaluation import evaluate
-from grappa.neighbors import nearest_neighbors
+from grappa.metrics.retrieval import evaluate
+from grappa.search.neighbors import nearest_neighbors
 from tests.benchmarks import data
 from tests.benchmarks.core import Gate, Options, Pair, seconds
 from tests.benchmarks.memory import peak_growth

@@ -4,7 +4,7 @@
 
 Each point is a fresh process with one thread, of which the CPU time is counted: a busy machine changes little. Written
 are scaling.csv (measured), scaling.svg and scaling.md: the fitted exponents, and what 10^6 to 10^8 images would take by
-them: hours of one core of this CPU, and memory as ``grappa.memory`` states it (both computed, not measured).
+them: hours of one core of this CPU, and memory as ``grappa.core.memory`` states it (both computed, not measured).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ import numpy as np
 import torch
 from matplotlib import pyplot
 
-from grappa import memory
-from grappa.batches import Run, Views
-from grappa.clusters import cluster
-from grappa.devices import resolve_precision
-from grappa.features import extract_features
-from grappa.fitting import Optimization
-from grappa.neighbors import nearest_neighbors
-from grappa.pixels import PixelCache, write_index, write_shard
-from grappa.targets import Targets
-from grappa.training import SetLoss, new_set, train_adaptor_set
-from grappa.transforms import Augmentation
+from grappa.backbone.features import extract_features
+from grappa.core import memory
+from grappa.core.devices import resolve_precision
+from grappa.images.pixels import PixelCache, write_index, write_shard
+from grappa.images.transforms import Augmentation
+from grappa.method.adaptor_training import SetLoss, new_set, train_adaptor_set
+from grappa.search.kmeans import cluster
+from grappa.search.neighbors import nearest_neighbors
+from grappa.training.batches import Run, Views
+from grappa.training.loop import Optimization
+from grappa.training.targets import Targets
 from tests.benchmarks import data
 from tests.benchmarks.extraction import CPU
 from tests.benchmarks.memory import cost

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tests.benchmarks import data
 from tests.benchmarks.core import Gate, Options, Pair
 
-GRAPPA = [sys.executable, "-m", "pipeline"]
+GRAPPA = [sys.executable, "-m", "grappa"]
 NUM_CLUSTERS = [8, 12, 18, 28, 43, 66, 100, 150]
 
 

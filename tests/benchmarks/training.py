@@ -13,12 +13,12 @@ from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grappa.adaptors import AdaptorSet
-from grappa.backbone import Backbone
-from grappa.losses import norm_softmax
-from grappa.transforms import normalize
-from pipeline.checkpoints import FileCheckpoint
-from pipeline.config import Compute
+from grappa.backbone.vit import Backbone
+from grappa.images.transforms import normalize
+from grappa.method.adaptors import AdaptorSet
+from grappa.method.losses import norm_softmax
+from grappa.pipeline.config.schema import Compute
+from grappa.pipeline.store.checkpoints import FileCheckpoint
 from tests.benchmarks import data
 from tests.benchmarks.core import Gate, Options, Pair, Side, seconds
 from tests.benchmarks.extraction import CPU, pixels

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.cluster import Cluster
-from tiny import digests, draw_images, make_run, run_all, write_weights
-
-from pipeline import tables
-from pipeline.artifacts import RunFolder
+from grappa.pipeline import tables
+from grappa.pipeline.store.artifacts import RunFolder
+from tests.cluster.cluster import Cluster
+from tests.helpers.tiny import digests, draw_images, make_run, run_all, write_weights
 
 ROOT = Path(__file__).parents[2]
 HOOKS = Path(__file__).parent / "hooks"
@@ -134,7 +133,7 @@ def _environment(process: Path) -> list[str]:
 
 def grappa(*arguments: str | Path, fails: bool = False, **options: Any) -> str:
     """Return what the command prints (with ``fails``: on stderr, of a command that must fail)."""
-    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
+    command = [sys.executable, "-m", "grappa", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, **{"cwd": ROOT, **options})
     assert (done.returncode != 0) == fails, f"{done.stdout}\n{done.stderr}"
     return done.stderr if fails else done.stdout

@@ -10,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-from pipeline import checkpoints
+from grappa.pipeline.store import checkpoints
 
 GATE_STEP = 5
 _steps = 0

@@ -1,0 +1,78 @@
+"""Embedding many images with a frozen model, in blocks that can be resumed.
+
+Shapes: N images, B batch, D width, S image side, L blocks, G pseudo-granularities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from grappa.backbone.vit import Adaptation, Backbone, embed
+from grappa.core.devices import autocast, moved, staged
+from grappa.core.distributed import ALONE, Processes
+from grappa.images.pixels import PixelCache
+from grappa.images.transforms import eval_batch, normalize, prefetch
+
+Read = Callable[[Backbone, Tensor, Adaptation | None], Tensor]
+Batch = Callable[[PixelCache, NDArray[np.int64]], Tensor]
+
+
+def extract_features(
+    backbone: Backbone,
+    cache: PixelCache,
+    out: NDArray[np.float32] | None,
+    *,
+    adaptation: Adaptation | None = None,
+    read: Read = embed,
+    view: Batch | None = None,
+    start: int = 0,
+    batch_size: int = 64,
+    device: torch.device | None = None,
+    precision: str = "float32",
+    num_workers: int = 1,
+    progress: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
+) -> None:
+    """Write the L2-normalised embeddings of the cache's images ``start``..N-1 into ``out`` (N, D) float32.
+
+    Args:
+        out: an array or a memory map; its rows are the cache's rows. Only the first of several processes has one.
+        adaptation: an adaptor set, a fusion; None: the plain backbone.
+        read: what is kept of a batch: ``embed``, or another function of (backbone, images, adaptation) to (B, ...) such
+            as ``grappa.method.fusion.class_token_attention``; ``out`` is then (N, ...).
+        view: how rows (B,) of the cache become a uint8 batch; None: the center crop that the backbone asks for.
+        start: rows before it are there already; a multiple of ``batch_size``, so that batches are the same.
+        progress: told the rows newly written, after they are written.
+        processes: take turns at the batches, which stay those of a single process.
+    """
+    device = device or torch.device("cpu")
+    spec = backbone.spec
+    view = view or partial(
+        eval_batch, image_size=spec.image_size, crop_fraction=spec.crop_fraction, num_workers=num_workers
+    )
+    backbone = backbone.on(device)
+    adaptation = adaptation.to(device) if isinstance(adaptation, nn.Module) else adaptation
+    bounds = range(start, len(cache), batch_size)
+    rounds = [bounds[first : first + processes.size] for first in range(0, len(bounds), processes.size)]
+
+    def make(number: int) -> Tensor:
+        turn = min(processes.rank, len(rounds[number]) - 1)  # one that has no batch left does the last one too
+        begin = rounds[number][turn]
+        rows = np.arange(begin, min(begin + batch_size, len(cache)))
+        return staged(view(cache, rows), device)
+
+    for begins, images in zip(rounds, prefetch(make, len(rounds)), strict=True):
+        with torch.inference_mode(), autocast(device, precision):
+            found = read(backbone, normalize(moved(images, device), spec.mean, spec.std), adaptation)
+        parts = processes.collect(found, batch_size)
+        for begin, part in zip(begins, parts or (), strict=False):
+            assert out is not None, "the first process writes"
+            out[begin : begin + len(part)] = part.cpu().numpy()
+        if progress:
+            progress(min(begins[-1] + batch_size, len(cache)) - begins[0])

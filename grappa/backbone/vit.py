@@ -1,0 +1,278 @@
+"""The frozen pretrained model: any timm VisionTransformer with a class token.
+
+Shapes: B batch, T tokens, D width, S image side.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grappa.backbone.weights import BackboneError, import_timm, load_state, read_state_dict
+
+Residual = Callable[[Tensor], Tensor]
+Residuals = Sequence[Residual] | nn.ModuleList
+
+
+class Adaptation(Protocol):
+    """What adapts the backbone: one residual a block, or none at all, in each of two places.
+
+    ``outputs``: (B, T, D) -> (B, T, D), from a block's output to what is added to it. The last one sees the class token
+    only (T = 1), as nothing else of the last block is read. ``in_context``: (B, T, D) -> (B, T, 2 D), from a block's
+    normed input to what is added to its queries and keys.
+    """
+
+    @property
+    def outputs(self) -> Residuals: ...
+
+    @property
+    def in_context(self) -> Residuals: ...
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """All it takes to build the architecture and to prepare its input, without any file or network."""
+
+    name: str
+    image_size: int
+    crop_fraction: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> BackboneSpec:
+        return cls(**{**record, "mean": tuple(record["mean"]), "std": tuple(record["std"])})
+
+
+class Backbone(nn.Module):
+    """A frozen VisionTransformer whose blocks can be adapted."""
+
+    def __init__(self, vit: nn.Module, spec: BackboneSpec) -> None:
+        super().__init__()
+        self.vit = vit.eval()
+        self.spec = spec
+        self.requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        return int(self.vit.embed_dim)  # type: ignore[arg-type]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.vit.blocks)  # type: ignore[arg-type]
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in evaluation mode: the backbone is frozen."""
+        return super().train(False)
+
+    def on(self, device: torch.device) -> Backbone:
+        """Move to ``device`` and choose its attention: explicit products on a CPU, the fused kernel elsewhere.
+
+        On a CPU the fused kernel's backward pass takes most of a training step (tests/benchmarks: R10).
+        """
+        for module in self.vit.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = device.type != "cpu"  # type: ignore[assignment]
+        return self.to(device)
+
+    def forward(self, images: Tensor, adaptation: Adaptation | None = None) -> Tensor:
+        """Embed images.
+
+        Args:
+            images: (B, 3, S, S) float, normalised with ``spec.mean`` and ``spec.std``.
+            adaptation: an adaptor set, a fusion; None: the plain backbone.
+
+        Returns:
+            (B, D) the class token after the final norm, not normalised.
+
+        Raises:
+            BackboneError: queries and keys are adapted, and a block's attention is not timm's plain one.
+        """
+        vit: Any = self.vit
+        outputs, in_context = ((), ()) if adaptation is None else (adaptation.outputs, adaptation.in_context)
+        hidden_BTD = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        for number, block in enumerate(vit.blocks):
+            last = number == len(vit.blocks) - 1
+            hidden_BTD = _run(block, hidden_BTD, in_context[number] if len(in_context) else None, last=last)
+            if len(outputs):
+                hidden_BTD = hidden_BTD + outputs[number](hidden_BTD)
+        embedding: Tensor = vit.norm(hidden_BTD[:, 0])
+        return embedding
+
+
+def _run(block: nn.Module, hidden_BTD: Tensor, in_context: Residual | None, *, last: bool) -> Tensor:
+    if in_context is None and not (last and is_plain(block)):
+        out: Tensor = block(hidden_BTD)
+        return out
+    if not is_plain(block):
+        raise BackboneError(
+            "in-context adaptors need timm's plain attention, this backbone has blocks of type "
+            f"{type(block).__name__}; set adaptors.kind=bottleneck, or choose another backbone"
+        )
+    return run_block(block, hidden_BTD, in_context, class_token=last)
+
+
+def embed(backbone: Backbone, images: Tensor, adaptation: Adaptation | None = None) -> Tensor:
+    """Return (B, D) float32 L2-normalised embeddings of (B, 3, S, S) normalised images."""
+    return F.normalize(backbone(images, adaptation).float(), dim=-1)
+
+
+def build_backbone(spec: BackboneSpec) -> Backbone:
+    """Build the architecture with random weights; no file and no network is touched."""
+    vit = _create(spec.name, spec.image_size, spec.options, pretrained=False)
+    return Backbone(vit, spec)
+
+
+def load_backbone(
+    name: str,
+    *,
+    weights: Path | None = None,
+    image_size: int | None = None,
+    crop_fraction: float | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Backbone:
+    """Load a pretrained backbone from a file, or from timm's hub when ``weights`` is None.
+
+    Args:
+        name: a timm model name; it must be a VisionTransformer with a class token.
+        weights: a .safetensors file or a state dict (read with ``weights_only=True``), in timm's or DINO's key layout.
+        image_size: side of the square input in pixels; positions are resampled. None: the model's own.
+        crop_fraction, mean, std: how an image is prepared; None: the model's own.
+        options: further arguments for ``timm.create_model``.
+
+    Raises:
+        BackboneError: unknown or unsuitable model, hub out of reach, weights that do not fit.
+    """
+    spec = _resolve_spec(name, image_size, crop_fraction, mean, std, options or {})
+    if weights is None:
+        return Backbone(_from_hub(spec), spec)
+    backbone = build_backbone(spec)
+    load_state(backbone.vit, read_state_dict(weights), source=str(weights))
+    return backbone
+
+
+def _resolve_spec(
+    name: str,
+    image_size: int | None,
+    crop_fraction: float | None,
+    mean: tuple[float, float, float] | None,
+    std: tuple[float, float, float] | None,
+    options: Mapping[str, Any],
+) -> BackboneSpec:
+    default = _default_cfg(name)
+    own_size = int(options.get("img_size", default["input_size"][-1]))
+    return BackboneSpec(
+        name=name,
+        image_size=image_size or own_size,
+        crop_fraction=crop_fraction or float(default["crop_pct"]),
+        mean=mean or tuple(default["mean"]),
+        std=std or tuple(default["std"]),
+        options={key: value for key, value in options.items() if key != "img_size"},
+    )
+
+
+def _default_cfg(name: str) -> dict[str, Any]:
+    timm = import_timm()
+    if not timm.is_model(name.split(".")[0]):
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*"), n=1)
+        hint = f"did you mean {close[0]}?" if close else "see timm.list_models()"
+        raise BackboneError(f"timm has no model called {name!r}; {hint}")
+    try:
+        cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        raise BackboneError(f"timm has no weights called {name!r} ({error}); leave out what follows the dot") from error
+    record: dict[str, Any] = cfg.to_dict()
+    return record
+
+
+def _create(name: str, image_size: int, options: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
+    timm = import_timm()
+    kind = timm.models.vision_transformer.VisionTransformer
+    arguments = {"num_classes": 0, "global_pool": "token", "img_size": image_size, **options}
+    try:
+        vit = timm.create_model(name, pretrained=pretrained, **arguments)
+    except (TypeError, AssertionError) as error:
+        raise BackboneError(
+            f"{name!r} cannot be built as a VisionTransformer with a class token ({error}); choose such a model"
+        ) from error
+    if not isinstance(vit, kind) or getattr(vit, "cls_token", None) is None:
+        raise BackboneError(f"{name!r} is a {type(vit).__name__}, not a VisionTransformer with a class token")
+    return vit
+
+
+def _from_hub(spec: BackboneSpec) -> nn.Module:
+    _create(spec.name, spec.image_size, spec.options, pretrained=False)
+    try:
+        return _create(spec.name, spec.image_size, spec.options, pretrained=True)
+    except Exception as error:  # hub clients raise many kinds; all mean the same to a user
+        raise BackboneError(
+            f"the pretrained weights of {spec.name!r} could not be had from the hub ({type(error).__name__}); "
+            "give a local file with --set backbone.weights=FILE"
+        ) from error
+
+
+def is_plain(block: nn.Module) -> bool:
+    """Tell whether ``block`` is timm's plain pre-norm block with its plain attention, which this module knows."""
+    attention = getattr(block, "attn", None)
+    plain = (type(block).__name__, type(attention).__name__) == ("Block", "Attention")
+    return plain and getattr(attention, "gate", None) is None
+
+
+def run_block(
+    block: Any, hidden_BTD: Tensor, in_context: Callable[[Tensor], Tensor] | None = None, *, class_token: bool = False
+) -> Tensor:
+    """Return what ``block(hidden_BTD)`` is, (B, T, D), with its queries and keys adapted.
+
+    Args:
+        block: one for which ``is_plain`` holds.
+        in_context: from the block's normed input (B, T, D) to what is added to its queries and keys, (B, T, 2 D).
+        class_token: the value for the first token only, (B, 1, D): keys and values of all tokens, all the rest for one.
+    """
+    kept = hidden_BTD[:, :1] if class_token else hidden_BTD
+    normed_BTD = block.norm1(hidden_BTD)
+    added = None if in_context is None else in_context(normed_BTD)
+    kept = kept + block.drop_path1(block.ls1(_attend(block.attn, normed_BTD, added, class_token=class_token)))
+    out: Tensor = kept + block.drop_path2(block.ls2(block.mlp(block.norm2(kept))))
+    return out
+
+
+def _attend(attention: Any, normed_BTD: Tensor, added: Tensor | None, *, class_token: bool) -> Tensor:
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    width = weight.shape[0] // 3
+    asking = normed_BTD[:, :1] if class_token else normed_BTD
+    query = F.linear(asking, weight[:width], None if bias is None else bias[:width])
+    both = F.linear(normed_BTD, weight[width:], None if bias is None else bias[width:])
+    keys, values = both.chunk(2, dim=-1)
+    if added is not None:
+        to_query, to_keys = added.chunk(2, dim=-1)
+        query, keys = query + to_query[:, : query.shape[1]], keys + to_keys
+    query_BHTE, keys_BHTE = attention.q_norm(_heads(attention, query)), attention.k_norm(_heads(attention, keys))
+    mixed = _mix(attention, query_BHTE, keys_BHTE, _heads(attention, values)).transpose(1, 2).flatten(2)
+    mixed = attention.norm(mixed) if hasattr(attention, "norm") else mixed
+    out: Tensor = attention.proj_drop(attention.proj(mixed))
+    return out
+
+
+def _mix(attention: Any, query_BHTE: Tensor, keys_BHTE: Tensor, values_BHTE: Tensor) -> Tensor:
+    """One query has nothing to gain from the fused kernel; for all tokens the backbone says which (``on``)."""
+    if attention.fused_attn and query_BHTE.shape[2] > 1:
+        return F.scaled_dot_product_attention(query_BHTE, keys_BHTE, values_BHTE)
+    shares = (query_BHTE * attention.scale @ keys_BHTE.transpose(-2, -1)).softmax(dim=-1)
+    return shares @ values_BHTE
+
+
+def _heads(attention: Any, projected: Tensor) -> Tensor:
+    return projected.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)

@@ -1,0 +1,117 @@
+"""One listed file: read it, check that it is what was listed, decode it, or say why it cannot be used."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+import stat
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grappa.images.decoding import ImageDecodeError, decode_image, shrink
+from grappa.images.table import MISSING, image_file
+
+# More bytes than this cannot be one image within max_pixels: 16-bit RGBA, uncompressed, and generous metadata.
+_BYTES_A_PIXEL, _METADATA_BYTES = 8, 64 * 2**20
+# What an error of the file system says of this one file; anything else (no memory, too many open files) is our trouble.
+_UNREADABLE_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP)
+_MISSING_ERRORS = (errno.ENOENT, errno.ENOTDIR)
+ERRORS_OF_THE_FILE = (*_UNREADABLE_ERRORS, *_MISSING_ERRORS)
+
+Box = tuple[float, float, float, float]
+
+
+class ImagesChangedError(ValueError):
+    """A listed file is no longer what it was when it was listed; the message names it and says what to run."""
+
+
+class RejectedFileError(ValueError):
+    """The file cannot be used; the message is the plain reason."""
+
+
+class ListedFile(NamedTuple):
+    """What decoding needs of a listing's row; ``box`` is four NaN where there is none."""
+
+    path: str
+    root: int
+    domain: str
+    box: Box
+    size: int
+
+
+@dataclass(frozen=True)
+class DecodedFile:
+    """A usable file: pixels (h, w, 3) uint8 at cache size; height, width and clipped box of the oriented original."""
+
+    pixels: NDArray[np.uint8]
+    sha256: str
+    height: int
+    width: int
+    box: Box
+
+
+def decode_file(listed: ListedFile, root: str, *, cache_size: int, max_pixels: int) -> DecodedFile:
+    """Read, check, decode and shrink one listed file.
+
+    Raises:
+        RejectedFileError: missing when it was listed, unreadable, not decodable, or a box outside the image.
+        ImagesChangedError: the file's size is not the listed one, it has gone, or it has come since.
+    """
+    data = _read(listed, image_file(root, listed.path), max_pixels)
+    try:
+        image = decode_image(data, max_pixels=max_pixels)
+    except ImageDecodeError as error:
+        raise RejectedFileError(str(error)) from error
+    height, width = image.shape[:2]
+    box = _clip(listed.box, height, width)
+    return DecodedFile(shrink(image, cache_size), hashlib.sha256(data).hexdigest(), height, width, box)
+
+
+def _read(listed: ListedFile, file: str, max_pixels: int) -> bytes:
+    try:
+        _check_status(listed, os.stat(file), max_pixels)
+        with open(file, "rb") as opened:
+            data = opened.read(listed.size + 1)
+    except OSError as error:
+        raise _named(error, listed) from error
+    if len(data) != listed.size:
+        raise _changed(listed, f"{len(data)} bytes or more could be read")
+    return data
+
+
+def _check_status(listed: ListedFile, status: os.stat_result, max_pixels: int) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise RejectedFileError("not a regular file")
+    if status.st_size != listed.size:
+        raise _changed(listed, f"it has {status.st_size} bytes")
+    if status.st_size > max_pixels * _BYTES_A_PIXEL + _METADATA_BYTES:
+        raise RejectedFileError(f"{status.st_size} bytes are more than an image of {max_pixels} pixels can need")
+
+
+def _named(error: OSError, listed: ListedFile) -> Exception:
+    if error.errno in _MISSING_ERRORS:
+        return RejectedFileError("missing") if listed.size == MISSING else _changed(listed, "it has gone")
+    if error.errno in _UNREADABLE_ERRORS:
+        return RejectedFileError(f"unreadable: {error.strerror}")
+    return error
+
+
+def _changed(listed: ListedFile, found: str) -> ImagesChangedError:
+    was = "was missing" if listed.size == MISSING else f"had {listed.size} bytes"
+    return ImagesChangedError(
+        f"images changed: {listed.path} {was} when it was listed, now {found}; run `grappa init` again to list it"
+    )
+
+
+def _clip(box: Box, height: int, width: int) -> Box:
+    if math.isnan(box[0]):
+        return box
+    x0, y0, x1, y1 = max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(width)), min(box[3], float(height))
+    if not (x0 < x1 and y0 < y1):
+        raise RejectedFileError(f"the box {box} lies outside the image of {width} x {height} pixels")
+    return x0, y0, x1, y1

@@ -1,0 +1,267 @@
+"""From listed files to the image table and the pixel cache, in one pass over the files.
+
+Files are decoded in shards; beside each shard's pixels a journal of its rows is written last, so that an interrupted
+pass goes on at the first shard that is not whole and ends with the same bytes. Rows are ordered by content (image_id)
+at the end: neither the order of a listing nor the names of its files reach what is computed from the pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from grappa.images.files import DecodedFile, ImagesChangedError, ListedFile, RejectedFileError, decode_file
+from grappa.images.pixels import shard_file, write_index, write_shard, write_whole
+from grappa.images.table import BOX_COLUMNS
+
+__all__ = ["ImagesChangedError", "decode_all", "decode_shards"]
+
+_ID_DIGITS = 16
+# A record: {"reason"} of a rejected file, or {"sha256", "height", "width", "box", "place"}.
+
+
+def decode_all(
+    listing: pd.DataFrame,
+    roots: Sequence[str],
+    folder: Path,
+    *,
+    cache_size: int,
+    max_pixels: int,
+    shard_size: int,
+    journals: Path | None = None,
+    num_workers: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Decode every listed file once into the pixel cache in ``folder`` and return the tables of what was found.
+
+    Args:
+        listing, roots: what ``list_images`` gave (the frame and its ``attrs["roots"]``).
+        cache_size: shorter side of the cached pixels; smaller images stay as they are.
+        max_pixels: an image with more is rejected as a decompression bomb before it is decoded.
+        shard_size: files a shard; ``shard_size`` cached images and ``num_workers`` originals are held in memory.
+        journals: where each shard's rows are noted so that a later call can go on; None: in ``folder``.
+        num_workers: decoding threads; changes no byte of the result.
+        progress: called with the number of files newly done, those of shards found whole included.
+
+    Returns:
+        ``images`` (image_id, path, root, domain, split, height, width, box_*, sha256, duplicate_of), sorted by
+        image_id, the row order of the cache; image_id is the first 16 digits of the file's SHA-256, and copies of the
+        same bytes get "-2", "-3", ... in (domain, path) order; split "" and duplicate_of "" mean none; height and width
+        are the oriented original's. ``labels`` (image_id, label: str or None), same rows. ``rejected`` (path, root,
+        domain, reason) in listing order.
+
+    Raises:
+        ImagesChangedError: a file is not what was listed.
+        OSError: the disk is full or the folder is read-only; what is whole stays for the next call.
+    """
+    records = decode_shards(
+        listing,
+        roots,
+        folder,
+        slice(None),
+        cache_size=cache_size,
+        max_pixels=max_pixels,
+        shard_size=shard_size,
+        journals=journals,
+        num_workers=num_workers,
+        progress=progress,
+    )
+    return _tables(listing, _listed_files(listing), records, folder)
+
+
+def decode_shards(
+    listing: pd.DataFrame,
+    roots: Sequence[str],
+    folder: Path,
+    shards: slice,
+    *,
+    cache_size: int,
+    max_pixels: int,
+    shard_size: int,
+    journals: Path | None = None,
+    num_workers: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> list[Record]:
+    """Decode some of the shards, whole ones excepted, and return the records of their files, in listing order.
+
+    Several processes may each decode theirs, such as ``slice(1, None, 2)``, every second one, before one of them calls
+    :func:`decode_all`, which finds them whole. The other arguments and the errors are those of :func:`decode_all`.
+    """
+    journals = journals or folder
+    for place in (folder, journals):
+        place.mkdir(parents=True, exist_ok=True)
+    files = _listed_files(listing)
+    load = partial(_load, roots=list(roots), cache_size=cache_size, max_pixels=max_pixels)
+    settings = {"cache_size": cache_size, "max_pixels": max_pixels}
+    records: list[Record] = []
+    with ThreadPoolExecutor(num_workers, "decode") as pool:
+        for start in range(0, len(files), shard_size)[shards]:
+            part, shard = files[start : start + shard_size], start // shard_size
+            mark = fingerprint(settings, part)
+            journal = journals / f"{shard:05d}.json"
+            records += _whole_shard(folder, shard, journal, mark, progress) or _decode_shard(
+                folder, shard, journal, mark, _run(pool, load, part, progress)
+            )
+    return records
+
+
+# ---------------------------------------------------------------- shards and their journals
+
+
+def _decode_shard(
+    folder: Path, shard: int, journal: Path, mark: str, results: Iterator[DecodedFile | RejectedFileError]
+) -> list[Record]:
+    outcomes = list(results)
+    decoded = [outcome for outcome in outcomes if isinstance(outcome, DecodedFile)]
+    places = iter(write_shard(folder, shard, [one.pixels for one in decoded]).tolist())
+    records = [_record(outcome, places) for outcome in outcomes]
+    note_shard(folder, shard, journal, mark, records)
+    return records
+
+
+def _whole_shard(
+    folder: Path, shard: int, journal: Path, mark: str, progress: Callable[[int], None] | None
+) -> list[Record] | None:
+    records = noted_shard(folder, shard, journal, mark)
+    if records and progress:
+        progress(len(records))
+    return records
+
+
+def _record(outcome: DecodedFile | RejectedFileError, places: Iterator[list[int]]) -> Record:
+    if isinstance(outcome, RejectedFileError):
+        return {"reason": str(outcome)}
+    box = None if np.isnan(outcome.box[0]) else outcome.box
+    size = {"height": outcome.height, "width": outcome.width}
+    return {"sha256": outcome.sha256, **size, "box": box, "place": next(places)}
+
+
+# ---------------------------------------------------------------- files
+
+
+def _listed_files(listing: pd.DataFrame) -> list[ListedFile]:
+    boxes = zip(*(listing[name].tolist() for name in BOX_COLUMNS), strict=True)
+    columns = (listing[name].tolist() for name in ("path", "root", "domain", "size"))
+    return [
+        ListedFile(path, root, domain, box, size)
+        for (path, root, domain, size), box in zip(zip(*columns, strict=True), boxes, strict=True)
+    ]
+
+
+def _load(listed: ListedFile, *, roots: list[str], cache_size: int, max_pixels: int) -> DecodedFile | RejectedFileError:
+    try:
+        return decode_file(listed, roots[listed.root], cache_size=cache_size, max_pixels=max_pixels)
+    except RejectedFileError as error:
+        return RejectedFileError(str(error))  # without the traceback, which would keep the decoded image alive
+
+
+def _run(
+    pool: Executor,
+    load: Callable[[ListedFile], DecodedFile | RejectedFileError],
+    part: list[ListedFile],
+    progress: Callable[[int], None] | None,
+) -> Iterator[DecodedFile | RejectedFileError]:
+    for outcome in pool.map(load, part):
+        if progress:
+            progress(1)
+        yield outcome
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _tables(
+    listing: pd.DataFrame, files: list[ListedFile], records: list[Record], folder: Path
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    rejected = [row for row, record in enumerate(records) if "reason" in record]
+    accepted = [row for row, record in enumerate(records) if "reason" not in record]
+    ids, originals = _image_ids([records[row]["sha256"] for row in accepted])
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    rows = [accepted[position] for position in order]
+    write_index(folder, np.array([records[row]["place"] for row in rows], dtype=np.int64).reshape(-1, 4))
+    image_id = pd.Series([ids[position] for position in order], dtype="str")
+    images = _images(image_id, listing.iloc[rows], [records[row] for row in rows])
+    images["duplicate_of"] = pd.Series([originals[position] for position in order], dtype="str")
+    label = [None if pd.isna(label) else label for label in listing["label"].iloc[rows]]
+    labels = pd.DataFrame({"image_id": image_id, "label": pd.Series(label, dtype="object")})
+    return images, labels, _rejected([files[row] for row in rejected], [records[row]["reason"] for row in rejected])
+
+
+def _image_ids(digests: list[str]) -> tuple[list[str], list[str]]:
+    """Return each file's image_id and that of the first file with the same bytes ("" for the first itself)."""
+    copies: dict[str, int] = {}
+    ids, originals = [], []
+    for digest in digests:
+        first = digest[:_ID_DIGITS]
+        copies[digest] = copies.get(digest, 0) + 1
+        ids.append(first if copies[digest] == 1 else f"{first}-{copies[digest]}")
+        originals.append("" if copies[digest] == 1 else first)
+    if len(set(ids)) != len(ids):
+        raise ValueError("two different files share the first 16 digits of their SHA-256: remove one of them")
+    return ids, originals
+
+
+def _images(image_id: pd.Series, listed: pd.DataFrame, records: list[Record]) -> pd.DataFrame:
+    listed = listed.reset_index(drop=True)
+    boxes = [record["box"] or (np.nan,) * 4 for record in records]
+    split = ["" if pd.isna(split) else split for split in listed["split"]]
+    return pd.DataFrame(
+        {
+            "image_id": image_id,
+            "path": listed["path"].astype("str"),
+            "root": listed["root"].astype("int64"),
+            "domain": listed["domain"].astype("str"),
+            "split": pd.Series(split, dtype="str"),
+            "height": pd.Series([record["height"] for record in records], dtype="int64"),
+            "width": pd.Series([record["width"] for record in records], dtype="int64"),
+            **{name: pd.Series([box[i] for box in boxes], dtype="float64") for i, name in enumerate(BOX_COLUMNS)},
+            "sha256": pd.Series([record["sha256"] for record in records], dtype="str"),
+        }
+    )
+
+
+def _rejected(files: list[ListedFile], reasons: list[str]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "path": pd.Series([file.path for file in files], dtype="str"),
+            "root": pd.Series([file.root for file in files], dtype="int64"),
+            "domain": pd.Series([file.domain for file in files], dtype="str"),
+            "reason": pd.Series(reasons, dtype="str"),
+        }
+    )
+
+
+Record = dict[str, Any]
+
+
+def fingerprint(settings: Any, part: Any) -> str:
+    """Return the mark of what a shard is made of and how; both must be something that JSON can say."""
+    return hashlib.sha256(json.dumps([settings, part]).encode()).hexdigest()
+
+
+def note_shard(folder: Path, shard: int, journal: Path, mark: str, records: list[Record]) -> None:
+    """Write a shard's journal; the shard itself has been written before."""
+    num_bytes = shard_file(folder, shard).stat().st_size
+    text = json.dumps({"mark": mark, "num_bytes": num_bytes, "records": records}, separators=(",", ":"))
+    write_whole(journal, lambda file: file.write(text.encode()))
+
+
+def noted_shard(folder: Path, shard: int, journal: Path, mark: str) -> list[Record] | None:
+    """Return the records of a shard that an earlier pass wrote whole, under the same mark; else None."""
+    try:
+        noted = json.loads(journal.read_bytes())
+        num_bytes = shard_file(folder, shard).stat().st_size
+    except (FileNotFoundError, ValueError):
+        return None
+    if (noted["mark"], noted["num_bytes"]) != (mark, num_bytes):
+        return None
+    records: list[Record] = noted["records"]
+    return records

@@ -1,0 +1,244 @@
+"""Training an adaptor set on a frozen backbone, from one or several targets, with or without object perception.
+
+Shapes: B batch, D width, V kinds of view, H targets, C classes of a target, n train rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grappa.backbone.vit import Backbone
+from grappa.core.devices import autocast, moved, staged
+from grappa.core.randomness import key
+from grappa.images.pixels import ImageRows
+from grappa.images.transforms import normalize
+from grappa.method import losses
+from grappa.method.adaptors import AdaptorSet
+from grappa.objects.backgrounds import Backgrounds
+from grappa.training.batches import BatchOrder, Rows, Run, Views, torch_seed
+from grappa.training.loop import FitResult, Group, Optimization, fit
+from grappa.training.targets import Targets
+
+PLAIN, OBJECT, BACKGROUND = "view", "object view", "background view"
+TransferFrom = Literal["better", "all"]
+Classes = Sequence[tuple[Tensor, Tensor]]  # of each target: the proxies (C, D), the classes of the batch (B,)
+
+
+@dataclass(frozen=True)
+class SetLoss:
+    """What a set is trained by, beside the normalised softmax on the images themselves (all weights 0: nothing).
+
+    On object views the same softmax, times ``object_weight``; from an image's object view to the image
+    ``losses.perception_transfer`` over the proxies, times ``transfer_weight``, by default only from those object
+    views that are classified better than their image (``transfer_from``); on background views the softmax with one more
+    proxy, that of all backgrounds, times ``background_weight``. Which losses the paper of these views has is known,
+    their forms and weights are not. A background is never pulled to its image's class: on pseudo-labels that would
+    teach the background.
+    """
+
+    temperature: float = 0.05
+    object_weight: float = 0.0
+    transfer_weight: float = 0.0
+    softening: float = 2.0
+    cosine_weight: float = 1.0
+    transfer_from: TransferFrom = "better"
+    background_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Perception:
+    """Further views of the cache's rows: object views, and background views of those that have one."""
+
+    objects: ImageRows | None = None
+    backgrounds: Backgrounds | None = None
+
+    def sources(self, views: Views) -> dict[str, Views]:
+        """Return the kinds of view that are drawn of each image of a batch, the image itself first."""
+        further = {OBJECT: self.objects, BACKGROUND: self.backgrounds}
+        return {
+            PLAIN: views,
+            **{kind: replace(views, cache=each) for kind, each in further.items() if each is not None},
+        }
+
+    @property
+    def num_kinds(self) -> int:
+        """How many views are drawn of an image."""
+        return 1 + sum(each is not None for each in (self.objects, self.backgrounds))
+
+    def known(self, rows: Rows) -> Tensor:
+        """Return which of the rows (n,) have a background view, (n,) bool."""
+        every = np.zeros(len(rows), dtype=bool) if self.backgrounds is None else self.backgrounds.known[rows]
+        return torch.from_numpy(every)
+
+
+def train_adaptor_set(
+    backbone: Backbone,
+    views: Views,
+    rows: Rows,
+    targets: Sequence[Targets],
+    *,
+    name: str,
+    start: AdaptorSet,
+    set_loss: SetLoss,
+    proxy_learning_rate: float,
+    optimization: Optimization,
+    seed: int,
+    run: Run,
+    perception: Perception | None = None,
+) -> tuple[AdaptorSet, FitResult]:
+    """Train one adaptor set by the normalised softmax over its targets; with several, by the mean of their losses.
+
+    Args:
+        rows: (n,) train rows of the cache; each of ``targets`` classifies these n rows: the pseudo-labels of one
+            pseudo-granularity with its centroids, those of all of them, or the labels of the images.
+        name: the instance (``k00256``), part of every random draw's key.
+        start: the set that training begins with (:func:`new_set`); it is changed in place and returned.
+        perception: the further views that ``set_loss`` uses.
+
+    Returns:
+        The set, and the metrics ``loss`` and ``accuracy`` (of the class, on augmented views; means over the targets)
+        along the steps; with object views ``object_accuracy`` and ``transfer`` too.
+    """
+    backbone, adaptors = backbone.on(run.device), start.requires_grad_(True)
+    perception = perception or Perception()
+    classifier = _classifier(targets, perception, torch_seed(seed, "adaptors", name, "background"))
+    trained = nn.ModuleDict({"set": adaptors, "classifier": classifier}).to(run.device)
+    labels_nH, sizes = _all_labels(targets), [len(each.proxies) for each in targets]
+    order = BatchOrder(views.ids[rows], optimization.batch_size, (seed, "adaptors", name), run.processes)
+    sources, known_n = perception.sources(views), perception.known(rows)
+
+    def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        chosen, epoch = order.at(step)
+        drawn = [each.draw(key(seed, "adaptors", name, epoch, kind), rows[chosen]) for kind, each in sources.items()]
+        at = torch.from_numpy(chosen)
+        return staged(torch.cat(drawn), run.device), labels_nH[at], known_n[at]
+
+    def loss(made: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        images, labels_BH, known_B = (moved(each, run.device) for each in made)
+        with autocast(run.device, run.precision):
+            embeddings = backbone(normalize(images, backbone.spec.mean, backbone.spec.std), adaptors)
+        embedded = dict(zip(sources, embeddings.chunk(len(sources)), strict=True))
+        classes = list(zip(classifier["proxies"].split(sizes), labels_BH.unbind(1), strict=True))
+        value, scalars = _loss(embedded, classes, known_B, classifier.get("background"), set_loss)
+        share = len(labels_BH) / order.batch_size
+        return share * value, {what: share * each for what, each in scalars.items()}
+
+    groups = [
+        Group(list(adaptors.parameters()), optimization.learning_rate, optimization.weight_decay),
+        Group(list(classifier.parameters()), proxy_learning_rate, 0.0),
+    ]
+    result = fit(
+        trained, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress, run.processes
+    )
+    return adaptors.cpu(), result
+
+
+def new_set(backbone: Backbone, bottleneck_dim: int, *, in_context_rank: int = 0, name: str, seed: int) -> AdaptorSet:
+    """Return the set that the training of an instance starts from: the backbone unchanged."""
+    set_seed = torch_seed(seed, "adaptors", name)
+    return AdaptorSet(
+        backbone.num_blocks, backbone.width, bottleneck_dim, in_context_rank=in_context_rank, seed=set_seed
+    )
+
+
+def _all_labels(targets: Sequence[Targets]) -> Tensor:
+    """Return the labels of all targets, (n, H) int64."""
+    return torch.from_numpy(np.stack([each.labels for each in targets], axis=1).astype(np.int64))
+
+
+def _classifier(targets: Sequence[Targets], perception: Perception, seed: int) -> nn.ParameterDict:
+    """Return the proxies of all targets as one table, (sum of C, D), and where asked for the backgrounds', (1, D)."""
+    proxies = np.concatenate([np.array(each.proxies, dtype=np.float32) for each in targets])
+    classifier = nn.ParameterDict({"proxies": nn.Parameter(torch.from_numpy(proxies))})
+    if perception.backgrounds is not None:
+        drawn = torch.randn(1, proxies.shape[1], generator=torch.Generator().manual_seed(seed))
+        classifier["background"] = nn.Parameter(F.normalize(drawn, dim=-1))
+    return classifier
+
+
+def _loss(
+    embedded: Mapping[str, Tensor], classes: Classes, known_B: Tensor, background: Tensor | None, options: SetLoss
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of a batch, whose views are embedded (B, D) by kind, and what is told of it.
+
+    ``known_B``: which images have a background view. ``background``: the backgrounds' proxy (1, D).
+    """
+    value, accuracy = _classify(embedded[PLAIN], classes, options.temperature)
+    scalars = {"accuracy": accuracy}
+    if OBJECT in embedded:
+        on_objects, scalars["object_accuracy"] = _classify(embedded[OBJECT], classes, options.temperature)
+        scalars["transfer"] = _transfer(embedded[PLAIN], embedded[OBJECT], classes, options)
+        value = value + options.object_weight * on_objects + options.transfer_weight * scalars["transfer"]
+    if background is not None:
+        on_backgrounds = _on_backgrounds(embedded[BACKGROUND], known_B, classes, background, options)
+        value = value + options.background_weight * on_backgrounds
+    return value, {what: each.detach() for what, each in scalars.items()}
+
+
+def _classify(embeddings_BD: Tensor, classes: Classes, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the loss and the share of the batch whose nearest proxy is its class's: means over the targets."""
+    values, accuracies = [], []
+    units_BD = F.normalize(embeddings_BD.detach().float(), dim=-1)
+    for proxies_CD, labels_B in classes:
+        values.append(losses.norm_softmax(embeddings_BD, proxies_CD, labels_B, temperature=temperature))
+        nearest_B = (units_BD @ F.normalize(proxies_CD.detach().float(), dim=-1).T).argmax(-1)
+        accuracies.append((nearest_B == labels_B).float().mean())
+    return torch.stack(values).mean(), torch.stack(accuracies).mean()
+
+
+def _transfer(plain_BD: Tensor, object_BD: Tensor, classes: Classes, options: SetLoss) -> Tensor:
+    """Return the perception transfer from the object views, which get no gradient by it, to the images: the mean over
+    the batch, 0 for an image that its object view does not teach."""
+    how = {
+        "temperature": options.temperature,
+        "softening": options.softening,
+        "cosine_weight": options.cosine_weight,
+    }
+    values = []
+    for proxies_CD, labels_B in classes:
+        taught_B = _taught(plain_BD, object_BD, proxies_CD, labels_B, options)
+        learning_BD, teaching_BD = plain_BD[taught_B], object_BD[taught_B]
+        if not len(learning_BD):
+            values.append(plain_BD.sum() * 0.0)
+            continue
+        value = losses.perception_transfer(learning_BD, teaching_BD, proxies_CD, **how)
+        values.append(value * len(learning_BD) / len(plain_BD))
+    return torch.stack(values).mean()
+
+
+def _taught(plain_BD: Tensor, object_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, options: SetLoss) -> Tensor:
+    """Return which images their object views teach, (B,) bool: see ``SetLoss.transfer_from``."""
+    if options.transfer_from == "all":
+        return torch.ones_like(labels_B, dtype=torch.bool)
+    proxies_DC = F.normalize(proxies_CD.detach().float(), dim=-1).T
+
+    def misses(embeddings_BD: Tensor) -> Tensor:
+        cosines_BC = F.normalize(embeddings_BD.detach().float(), dim=-1) @ proxies_DC
+        return F.cross_entropy(cosines_BC / options.temperature, labels_B, reduction="none")
+
+    return misses(object_BD) < misses(plain_BD)
+
+
+def _on_backgrounds(
+    embeddings_BD: Tensor, known_B: Tensor, classes: Classes, background: Tensor, options: SetLoss
+) -> Tensor:
+    """Return the loss by which backgrounds come to lie at their own proxy, and away from the classes'.
+
+    It is summed over the images that have a background view and divided by B: with few of them it weighs little.
+    """
+    kept_BD = embeddings_BD[known_B]
+    if not len(kept_BD):
+        return embeddings_BD.sum() * 0.0
+    values = []
+    for proxies_CD, labels_B in classes:
+        own = torch.full_like(labels_B[: len(kept_BD)], len(proxies_CD))
+        every = torch.cat([proxies_CD, background])
+        values.append(losses.norm_softmax(kept_BD, every, own, temperature=options.temperature))
+    return torch.stack(values).mean() * len(kept_BD) / len(embeddings_BD)

@@ -1,0 +1,148 @@
+"""Adaptors: what is trained in the blocks of a frozen backbone, beside a block's output or its queries and keys.
+
+Shapes: B batch, T tokens, D width, R bottleneck (of in-context adaptors: rank), G pseudo-granularities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grappa.backbone.vit import Backbone
+
+AdaptorKind = Literal["bottleneck", "in_context", "both"]
+Activation = Callable[[Tensor], Tensor]
+
+
+class Adaptor(nn.Module):
+    """A(h) = U gelu(D h + b) (Houlsby et al. 2019), D (R, D), U (D, R); U = 0 at birth, so a new adaptor adds nothing.
+
+    Differs from Houlsby in having no bias in U and one adaptor a block (Pfeiffer et al. 2021), on the block's output.
+    """
+
+    activation: Activation = staticmethod(F.gelu)
+
+    def __init__(self, width: int, bottleneck_dim: int, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, bottleneck_dim)
+        self.up = nn.Linear(bottleneck_dim, width, bias=False)
+        nn.init.normal_(self.down.weight, std=width**-0.5, generator=generator)
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the residual (B, T, D), to be added to ``hidden_BTD``."""
+        residual: Tensor = self.up(self.activation(self.down(hidden_BTD)))
+        return residual
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``down`` (R, D), its bias (R,) and ``up`` (R, D): the residual is activation(down h + bias)^T up."""
+        return self.down.weight.detach(), self.down.bias.detach(), self.up.weight.detach().T
+
+
+class InContextAdaptor(nn.Module):
+    """What is added to a block's queries, ``Uq Dq h``, and keys, ``Uk Dk h``, from its normed input h (DVA's in-context
+    adaptation); all D (R, D), all U (D, R) and 0 at birth.
+
+    Activation, scale and rank are not known of the paper. Ours has the identity and 1, so that it folds into the frozen
+    projections (:func:`folded`), like a low-rank update (Hu et al. 2022); the values stay as they are.
+    """
+
+    activation: Activation = staticmethod(lambda stacked: stacked)
+
+    def __init__(self, width: int, rank: int, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.query_down, self.key_down = (nn.Linear(width, rank, bias=False) for _ in range(2))
+        self.query_up, self.key_up = (nn.Linear(rank, width, bias=False) for _ in range(2))
+        for down, up in ((self.query_down, self.query_up), (self.key_down, self.key_up)):
+            nn.init.normal_(down.weight, std=width**-0.5, generator=generator)
+            nn.init.zeros_(up.weight)
+
+    def forward(self, normed_BTD: Tensor) -> Tensor:
+        """Return what is added to queries and keys, (B, T, 2 D)."""
+        both = self.query_up(self.query_down(normed_BTD)), self.key_up(self.key_down(normed_BTD))
+        return torch.cat(both, dim=-1)
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``down`` (2 R, D), its bias (2 R,), zeros, and ``up`` (2 R, 2 D), as an adaptor's."""
+        down = torch.cat([self.query_down.weight, self.key_down.weight]).detach()
+        up = torch.block_diag(self.query_up.weight.T, self.key_up.weight.T).detach()
+        return down, torch.zeros(len(down)).to(down), up
+
+    def update(self) -> Tensor:
+        """Return what it adds to the weight of the queries and keys, (2 D, D)."""
+        query = self.query_up.weight @ self.query_down.weight
+        return torch.cat([query, self.key_up.weight @ self.key_down.weight]).detach()
+
+
+class AdaptorSet(nn.Module):
+    """One adaptor a block, trained together for one pseudo-granularity: bottlenecks beside the blocks' outputs,
+    in-context adaptors beside their queries and keys, or both."""
+
+    def __init__(
+        self, num_blocks: int, width: int, bottleneck_dim: int, *, in_context_rank: int = 0, seed: int = 0
+    ) -> None:
+        """``bottleneck_dim`` or ``in_context_rank`` may be 0: none of that kind."""
+        super().__init__()
+        generator, blocks = torch.Generator().manual_seed(seed), range(num_blocks)
+        self.adaptors = nn.ModuleList(
+            Adaptor(width, bottleneck_dim, generator=generator) for _ in blocks if bottleneck_dim
+        )
+        self.in_context = nn.ModuleList(
+            InContextAdaptor(width, in_context_rank, generator=generator) for _ in blocks if in_context_rank
+        )
+
+    @property
+    def outputs(self) -> nn.ModuleList:
+        """The residuals of the blocks' outputs."""
+        return self.adaptors
+
+    def __len__(self) -> int:
+        return max(len(self.adaptors), len(self.in_context))
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> AdaptorSet:
+        """Rebuild a set from its tensors; ValueError when the names are not those of a set."""
+        downs = {name: value for name, value in state.items() if name.endswith("down.weight")}
+        first, beside = downs.get("adaptors.0.down.weight"), downs.get("in_context.0.query_down.weight")
+        if first is None and beside is None:
+            raise ValueError(f"found tensors {sorted(state)[:3]}, expected those of an adaptor set")
+        num_blocks = 1 + max(int(name.split(".")[1]) for name in downs)
+        bottleneck_dim, rank = (0 if each is None else len(each) for each in (first, beside))
+        adaptors = cls(num_blocks, next(iter(downs.values())).shape[1], bottleneck_dim, in_context_rank=rank)
+        adaptors.load_state_dict(state)
+        return adaptors
+
+
+def set_sizes(kind: AdaptorKind, bottleneck_dim: int, in_context_rank: int) -> tuple[int, int]:
+    """Return the bottleneck and the rank of a set of a kind: ``both`` has half of each, at least 1."""
+    half = max(1, bottleneck_dim // 2), max(1, in_context_rank // 2)
+    return {"bottleneck": (bottleneck_dim, 0), "in_context": (0, in_context_rank), "both": half}[kind]
+
+
+def automatic_rank(width: int) -> int:
+    """Return the rank that gives in-context adaptors 0.68 % of a ViT's parameters: 16 at a width of 768 (ViT-B)."""
+    return max(1, round(width / 48))
+
+
+def folded(backbone: Backbone, adaptors: AdaptorSet) -> tuple[Backbone, AdaptorSet]:
+    """Return the inference form: a backbone whose query and key weights hold the in-context adaptors, and the rest.
+
+    Modules and number of parameters are those of the plain backbone, the value rows of its weights the same bits; the
+    embeddings are equal up to rounding. Without in-context adaptors the arguments are returned.
+    """
+    if not len(adaptors.in_context):
+        return backbone, adaptors
+    backbone, rest = deepcopy(backbone), deepcopy(adaptors)
+    rest.in_context = nn.ModuleList()
+    blocks: Sequence[nn.Module] = list(backbone.vit.blocks)  # type: ignore[arg-type]
+    for block, adaptor in zip(blocks, adaptors.in_context, strict=True):
+        weight: Tensor = block.attn.qkv.weight  # type: ignore[union-attr, assignment]
+        update = adaptor.update()  # type: ignore[operator]
+        weight.data[: len(update)] += update.to(weight.device)
+    return backbone, rest

@@ -1,0 +1,336 @@
+"""Embedding heads: a label-free last step, fitted in closed form on a model's own train embeddings (not the paper's).
+
+``neighborhood`` splits an embedding into where it lies and how it differs from what lies there, and weighs the two
+anew. z is the L2-normalised embedding, c_m the M unit centroids of spherical k-means on the train embeddings:
+
+    q = softmax_m(<z, c_m> / t)                          L = sum_m q_m c_m           its neighbourhood's mean
+    a = normalize((z - L - mean_d) S_d^(-p/2))           mean_d, S_d: mean and covariance of z - L over train rows
+    b = normalize(L - mean_z)                            mean_z: mean of the train embeddings
+    head(z) = normalize(a + g b)
+
+What varies alike within all neighbourhoods (pose, light, background) is thus damped, as whitening does; but it is
+measured within neighbourhoods, so that what tells like images apart does not drown in what tells domains apart. The
+power is symmetric, so that a and b live in one space; S_d's eigenvalues are raised to 1e-4 of the largest. t is the
+temperature at which a train embedding has ``perplexity`` neighbouring centroids (geometric mean of exp(entropy of q)).
+No label and no domain is read.
+
+``whitening`` is PCA whitening (``grappa.metrics.whitening``), ``none`` passes embeddings on unchanged.
+
+Fitting is in float64 and in the order of the ids, so that the order of the rows changes nothing.
+"""
+
+from __future__ import annotations
+
+# B rows of a block, D width, N rows, M centroids
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grappa.core.vectors import as_tensor, check_unit_vectors, full_float32
+from grappa.metrics.whitening import MIN_VARIANCE, fit_whitening
+
+# B rows of a block, D width, n train rows, M centroids
+from grappa.search.assignment import BLOCK_ELEMENTS, Progress
+from grappa.search.kmeans import cluster, count_distinct
+
+
+class IdentityHead(nn.Module):
+    """Passes embeddings (B, D) on unchanged."""
+
+    def form(self) -> dict[str, Any]:
+        """Return what ``open_head`` needs beside the tensors, for JSON."""
+        return {"kind": "none"}
+
+    def forward(self, embeddings_BD: Tensor) -> Tensor:
+        return embeddings_BD
+
+
+class WhiteningHead(nn.Module):
+    """PCA whitening: z -> normalize((z - mean) matrix); mean (D,), matrix (D, D)."""
+
+    def __init__(self, mean: Tensor, matrix: Tensor) -> None:
+        super().__init__()
+        _check_shapes(len(mean), mean=mean, matrix=matrix)
+        self.register_buffer("mean", mean)
+        self.register_buffer("matrix", matrix)
+
+    mean: Tensor
+    matrix: Tensor
+
+    def form(self) -> dict[str, Any]:
+        """Return what ``open_head`` needs beside the tensors, for JSON."""
+        return {"kind": "whitening"}
+
+    def forward(self, embeddings_BD: Tensor) -> Tensor:
+        """Return embeddings (B, D), L2-normalised, as (B, D), L2-normalised."""
+        return F.normalize((embeddings_BD - self.mean) @ self.matrix, dim=-1)
+
+
+class NeighborhoodHead(nn.Module):
+    """The equations above, in coordinates relative to mean (D,) = mean_z: exact enough in float32 for embeddings that
+    lie close together.
+
+    centroids (M, D) are c_m - mean_z, biases (M,) <mean_z, c_m - mean_z>: <z - mean_z, c_m - mean_z> plus these is
+    <z, c_m> but for a constant of z, which a softmax takes away. deviation_mean (D,) is mean_d, deviation_matrix (D, D)
+    S_d^(-p/2) times a constant, which the normalisation takes away. ``perplexity`` is the one reached on the train
+    embeddings: a record, nothing computes with it.
+    """
+
+    def __init__(
+        self,
+        mean: Tensor,
+        centroids: Tensor,
+        biases: Tensor,
+        deviation_mean: Tensor,
+        deviation_matrix: Tensor,
+        *,
+        temperature: float,
+        neighborhood_weight: float,
+        perplexity: float,
+    ) -> None:
+        super().__init__()
+        _check_shapes(len(mean), mean=mean, deviation_mean=deviation_mean, deviation_matrix=deviation_matrix)
+        if centroids.shape != (len(biases), len(mean)):
+            found = f"centroids have shape {tuple(centroids.shape)}, biases {tuple(biases.shape)}"
+            raise ValueError(f"{found}, the head's width is {len(mean)}; fit the head again")
+        self.register_buffer("mean", mean)
+        self.register_buffer("centroids", centroids)
+        self.register_buffer("biases", biases)
+        self.register_buffer("deviation_mean", deviation_mean)
+        self.register_buffer("deviation_matrix", deviation_matrix)
+        self.temperature, self.neighborhood_weight = temperature, neighborhood_weight
+        self.perplexity = perplexity
+
+    mean: Tensor
+    centroids: Tensor
+    biases: Tensor
+    deviation_mean: Tensor
+    deviation_matrix: Tensor
+
+    def form(self) -> dict[str, Any]:
+        """Return what ``open_head`` needs beside the tensors, for JSON."""
+        return {
+            "kind": "neighborhood",
+            "num_centroids": len(self.centroids),
+            "temperature": self.temperature,
+            "neighborhood_weight": self.neighborhood_weight,
+            "perplexity": self.perplexity,
+        }
+
+    def forward(self, embeddings_BD: Tensor) -> Tensor:
+        """Return embeddings (B, D), L2-normalised, as (B, D), L2-normalised."""
+        centered_BD = embeddings_BD - self.mean
+        local_BD = neighborhood_mean(centered_BD, self.centroids, self.biases, self.temperature)
+        deviation_BD = (centered_BD - local_BD - self.deviation_mean) @ self.deviation_matrix
+        a_BD, b_BD = F.normalize(deviation_BD, dim=-1), F.normalize(local_BD, dim=-1)
+        return F.normalize(a_BD + self.neighborhood_weight * b_BD, dim=-1)
+
+
+Head = IdentityHead | WhiteningHead | NeighborhoodHead
+
+
+def open_head(form: Mapping[str, Any], state: Mapping[str, Tensor]) -> Head:
+    """Return the head of a ``form()`` and its state dict; ValueError (TypeError) where they are not one head's."""
+    settings: dict[str, Any] = {name: value for name, value in form.items() if name not in ("kind", "num_centroids")}
+    tensors: dict[str, Any] = dict(state)
+    if form["kind"] == "none":
+        return IdentityHead()
+    if form["kind"] == "whitening":
+        return WhiteningHead(**tensors)
+    if form["kind"] == "neighborhood":
+        return NeighborhoodHead(**tensors, **settings)
+    raise ValueError(f"head kind is {form['kind']!r}; expected none, whitening or neighborhood: update grappa")
+
+
+def apply_head(head: Head, embeddings: NDArray[np.float32], *, device: str = "cpu") -> NDArray[np.float32]:
+    """Return embeddings (N, D), L2-normalised, through a head: (N, D) float32, L2-normalised.
+
+    ValueError for a row of which nothing is left: it equals the means, and has no direction to keep.
+    """
+    embeddings = check_unit_vectors("embeddings", embeddings)
+    head, out = head.to(device), np.empty_like(embeddings)
+    num_rows = block_rows(len(head.centroids) if isinstance(head, NeighborhoodHead) else embeddings.shape[1], device)
+    with torch.inference_mode(), full_float32():
+        for start in range(0, len(out), num_rows):
+            rows = slice(start, start + num_rows)
+            out[rows] = head(as_tensor(embeddings[rows], device)).cpu().numpy()
+    lost = np.flatnonzero(~out.any(axis=1))
+    if len(lost):
+        raise ValueError(f"embeddings row {lost[0]} equals the mean of the train rows; it has no direction to keep")
+    return out
+
+
+def neighborhood_mean(centered_BD: Tensor, centroids_MD: Tensor, biases_M: Tensor, temperature: float) -> Tensor:
+    """Return L - mean_z (B, D) of z - mean_z (B, D): the mean of the centroids, weighted by q."""
+    return (closeness(centered_BD, centroids_MD, biases_M) / temperature).softmax(-1) @ centroids_MD
+
+
+def closeness(centered_BD: Tensor, centroids_MD: Tensor, biases_M: Tensor) -> Tensor:
+    """Return <z, c_m> - <z, mean_z> (B, M) of z - mean_z (B, D)."""
+    return centered_BD @ centroids_MD.T + biases_M
+
+
+def mean_perplexity(closeness_BM: Tensor, temperature: float) -> float:
+    """Return the geometric mean over rows of exp(entropy of softmax(closeness / temperature)), in [1, M]."""
+    log_BM = (closeness_BM / temperature).log_softmax(-1)
+    return math.exp(float(-(log_BM.exp() * log_BM).sum(-1).mean()))
+
+
+def block_rows(num_columns: int, device: str) -> int:
+    return max(1, BLOCK_ELEMENTS[torch.device(device).type] // num_columns)
+
+
+def _check_shapes(width: int, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if set(tensor.shape) != {width} or tensor.ndim > 2:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the head's width is {width}; fit the head again")
+
+
+IMAGES_PER_CENTROID, MAX_CENTROIDS = 3, 4096
+MIN_EIGENVALUE_SHARE = 1e-4
+MAX_SAMPLE, NUM_HALVINGS = 2048, 40
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-8, 1e2
+MEAN_ROWS = 65536
+
+
+def fit_whitening_head(
+    embeddings: NDArray[np.float32], ids: NDArray[np.uint64], *, power: float = 0.5
+) -> WhiteningHead:
+    """Fit PCA whitening (``metrics.whitening``) on train embeddings (n, D), L2-normalised, with unique ids (n,)."""
+    fitted = fit_whitening(_in_order(embeddings, ids), power=power)
+    return WhiteningHead(torch.from_numpy(fitted.mean).float(), torch.from_numpy(fitted.matrix).float())
+
+
+def automatic_num_centroids(embeddings: NDArray[np.float32]) -> int:
+    """Return a third of the n embeddings (n, D), at most 4,096, never above n/2 or the number of different ones."""
+    number = len(embeddings)
+    most = min(MAX_CENTROIDS, number // 2, count_distinct(embeddings, MAX_CENTROIDS))
+    return max(2, min(round(number / IMAGES_PER_CENTROID), most))
+
+
+def fit_neighborhood_head(
+    embeddings: NDArray[np.float32],
+    ids: NDArray[np.uint64],
+    *,
+    num_centroids: int | None = None,
+    perplexity: float = 10.0,
+    deviation_power: float = 0.5,
+    neighborhood_weight: float = 1.0,
+    num_iterations: int = 20,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> NeighborhoodHead:
+    """Fit the head on train embeddings (n, D) float32, L2-normalised, with unique ids (n,) uint64; float64 inside.
+
+    ``num_centroids`` None: :func:`automatic_num_centroids`. A ``perplexity`` above (M + 1) / 2, the middle of what M
+    centroids allow, is lowered to that; where even a temperature of 1e-8 leaves more (embeddings that hardly differ)
+    it stays above. The one reached is kept in the head. ``progress`` is told of the clustering, as
+    :func:`grappa.search.kmeans.cluster` does.
+    ValueError for fewer than 4 embeddings, for ones that do not differ, and for values out of their ranges.
+    """
+    _check_settings(num_centroids, perplexity, deviation_power, neighborhood_weight)
+    ordered, ids = _in_order(embeddings, ids), np.sort(ids)
+    _check_different(ordered)
+    number = automatic_num_centroids(ordered) if num_centroids is None else num_centroids
+    found = cluster(
+        ordered,
+        num_clusters=number,
+        ids=ids,
+        num_iterations=num_iterations,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+    points, centroids = as_tensor(ordered, device), as_tensor(found.centroids, device)
+    return _fit_around(
+        points, centroids.double(), min(perplexity, (number + 1) / 2), deviation_power, neighborhood_weight
+    )
+
+
+def _fit_around(
+    points_nD: Tensor, centroids_MD: Tensor, perplexity: float, power: float, weight: float
+) -> NeighborhoodHead:
+    """Return the head with the given centroids (float64); ``perplexity`` is one that so many centroids allow."""
+    mean = _mean(points_nD)
+    centered_MD = centroids_MD - mean
+    near = (centered_MD, centered_MD @ mean)
+    temperature, reached = _fit_temperature(points_nD[:MAX_SAMPLE].double() - mean, *near, perplexity)
+    deviation_mean, covariance = _deviations(points_nD, mean, *near, temperature)
+    matrix = _inverse_power(covariance.cpu(), power)
+    tensors = (each.float().cpu() for each in (mean, *near, deviation_mean, matrix))
+    return NeighborhoodHead(*tensors, temperature=temperature, neighborhood_weight=weight, perplexity=reached)
+
+
+def _check_different(embeddings_nD: NDArray[np.float32]) -> None:
+    if len(embeddings_nD) < 4 or count_distinct(embeddings_nD, 2) < 2:
+        raise ValueError(
+            f"the {len(embeddings_nD)} train embeddings are too few or do not differ; a neighborhood head needs at "
+            "least 4, and two different ones: give more images or set heads.kind to none"
+        )
+
+
+def _mean(points_nD: Tensor) -> Tensor:
+    """Return the mean (D,) in float64, rounded to float32 as the head stores it."""
+    total = sum((block.double().sum(0) for block in points_nD.split(MEAN_ROWS)), points_nD.new_zeros(()).double())
+    return (total / len(points_nD)).float().double()
+
+
+def _fit_temperature(centered_BD: Tensor, centroids_MD: Tensor, biases_M: Tensor, wanted: float) -> tuple[float, float]:
+    """Bisect the temperature's logarithm (entropy grows with it) on at most 2,048 images, those of the smallest ids;
+    return it and the perplexity reached."""
+    near_BM = closeness(centered_BD, centroids_MD, biases_M)
+    low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
+    for _ in range(NUM_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_perplexity(near_BM, math.exp(middle)) < wanted else (low, middle)
+    temperature = math.exp((low + high) / 2)
+    return temperature, mean_perplexity(near_BM, temperature)
+
+
+def _deviations(
+    points_nD: Tensor, mean: Tensor, centroids_MD: Tensor, biases_M: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return mean_d (D,) and S_d (D, D) in float64, over blocks of rows."""
+    total, products = torch.zeros_like(mean), torch.zeros_like(torch.outer(mean, mean))
+    for block in points_nD.split(block_rows(len(centroids_MD), points_nD.device.type)):
+        centered_BD = block.double() - mean
+        deviation_BD = centered_BD - neighborhood_mean(centered_BD, centroids_MD, biases_M, temperature)
+        total += deviation_BD.sum(0)
+        products += deviation_BD.T @ deviation_BD
+    mean_d = total / len(points_nD)
+    return mean_d, products / len(points_nD) - torch.outer(mean_d, mean_d)
+
+
+def _inverse_power(covariance_DD: Tensor, power: float) -> Tensor:
+    """Return (S / largest eigenvalue) ** (-power / 2), symmetric, its eigenvalues between 1 and 1e4 ** (power / 2)."""
+    eigenvalues, axes_DD = torch.linalg.eigh(covariance_DD)
+    largest = float(eigenvalues[-1])
+    if largest <= MIN_VARIANCE:
+        raise ValueError("the train embeddings do not differ from their neighbourhoods; set heads.kind to none")
+    scales = (eigenvalues / largest).clamp_min(MIN_EIGENVALUE_SHARE) ** (-power / 2)
+    return (axes_DD * scales) @ axes_DD.T
+
+
+def _in_order(embeddings: NDArray[np.float32], ids: NDArray[np.uint64]) -> NDArray[np.float32]:
+    embeddings = check_unit_vectors("embeddings", embeddings)
+    if len(np.unique(ids)) != len(embeddings) or len(ids) != len(embeddings):
+        raise ValueError(f"ids holds {len(np.unique(ids))} different ids for {len(embeddings)} rows; give each its own")
+    return embeddings[np.argsort(ids, kind="stable")]
+
+
+def _check_settings(num_centroids: int | None, perplexity: float, power: float, weight: float) -> None:
+    if num_centroids is not None and num_centroids < 2:
+        raise ValueError(f"num_centroids is {num_centroids}; expected at least 2")
+    if not perplexity > 1.0:
+        raise ValueError(f"perplexity is {perplexity}; expected more than 1 (neighbouring centroids an image)")
+    if not 0.0 <= power <= 1.0:
+        raise ValueError(f"deviation_power is {power}; expected a number between 0 (none) and 1 (full whitening)")
+    if weight < 0.0:
+        raise ValueError(f"neighborhood_weight is {weight}; expected 0 or more")

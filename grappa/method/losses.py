@@ -1,0 +1,170 @@
+"""The losses: pure functions of tensors.
+
+Shapes: B batch (pairs), D width, C classes, M rows of a bank, L blocks, G pseudo-granularities.
+"""
+
+from __future__ import annotations
+
+# B batch, D width, C classes, K classes of a chunk
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+LARGE = 2**22
+
+
+def norm_softmax(embeddings_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, *, temperature: float) -> Tensor:
+    """Return the normalised softmax loss, mean over B (Zhai & Wu 2019; no bias).
+
+    ``-log softmax_c(<x, p_c> / temperature)[y]`` with x and every p_c L2-normalised. ``labels_B`` int64 in 0..C-1. From
+    ``LARGE`` products on it is computed in chunks of classes: the same in float32, but for its rounding.
+    """
+    if len(embeddings_BD) * len(proxies_CD) >= LARGE and embeddings_BD.dtype != torch.float64:
+        units_BD = F.normalize(_full(embeddings_BD), dim=-1)
+        return large_norm_softmax(units_BD, _full(proxies_CD), labels_B, temperature)
+    logits = F.normalize(_full(embeddings_BD), dim=-1) @ F.normalize(_full(proxies_CD), dim=-1).T
+    return F.cross_entropy(logits / temperature, labels_B)
+
+
+def barlow_twins(first_BD: Tensor, second_BD: Tensor, *, off_diagonal: float) -> Tensor:
+    """Return Barlow Twins' loss (Zbontar et al. 2021) divided by D, on batch-standardised columns.
+
+    ``sum_d (C_dd - 1)^2 + off_diagonal * sum_{d != e} C_de^2`` with ``C = x^T y / B``, B >= 2. Columns are centred and
+    divided by ``sqrt(variance + 1e-6)``.
+    """
+    correlation = _standardised(first_BD).T @ _standardised(second_BD) / len(first_BD)
+    diagonal = correlation.diagonal()
+    on = (diagonal - 1).square().sum()
+    off = correlation.square().sum() - diagonal.square().sum()
+    return (on + off_diagonal * off) / correlation.shape[0]
+
+
+def attention_propagation(first_BLG: Tensor, second_BLG: Tensor, *, marginal_weight: float = 1.0) -> Tensor:
+    """Return the loss by which neighbours come to share granularity attention, mean over L; at least -w log G.
+
+    ``-log <a_i, a_j> + mean entropy of each attention - marginal_weight * entropy of the batch-mean attention``. The
+    first term is agreement (SCAN, Van Gansbeke et al. 2020); the last two keep it from the trivial optimum, the same
+    attention for every image (mutual information). Ours: the paper's own loss is not known.
+
+    Args:
+        first_BLG, second_BLG: granularity attentions of the pairs, sum 1 over G.
+    """
+    agreement = -(first_BLG * second_BLG).sum(-1).clamp_min(1e-12).log().mean()
+    both = torch.cat([first_BLG, second_BLG])
+    return agreement + entropy(both).mean() - marginal_weight * entropy(both.mean(0)).mean()
+
+
+def swapped_attention(first_BLG: Tensor, second_BLG: Tensor, *, sharpness: float, num_iterations: int = 3) -> Tensor:
+    """Return the swapped prediction loss (SwAV, Caron et al. 2020) on granularity attentions, mean over B and L.
+
+    Each image predicts its partner's attention, sharpened (power ``sharpness``) and balanced over the batch
+    (Sinkhorn-Knopp, so that all sets stay in use), without gradient.
+    """
+    targets = [_balanced(a.detach(), sharpness, num_iterations) for a in (first_BLG, second_BLG)]
+    logs = [a.clamp_min(1e-12).log() for a in (first_BLG, second_BLG)]
+    return -((targets[1] * logs[0]).sum(-1).mean() + (targets[0] * logs[1]).sum(-1).mean()) / 2
+
+
+def perception_transfer(
+    student_BD: Tensor,
+    teacher_BD: Tensor,
+    bank_MD: Tensor,
+    *,
+    temperature: float,
+    softening: float = 2.0,
+    cosine_weight: float = 1.0,
+) -> Tensor:
+    """Return the loss by which a student takes over what its teacher sees, mean over B; 0 where the two agree.
+
+    ``T^2 KL(p(teacher) || p(student)) + cosine_weight (1 - <teacher, student>)`` with ``p(x) = softmax_m(<x, c_m> /
+    (temperature T))``, T = ``softening``, over the rows c_m of a fixed bank (Hinton et al. 2015; DVA's own form is not
+    known). All embeddings are L2-normalised here; neither teacher nor bank gets a gradient.
+    """
+    student, teacher, bank = (F.normalize(_full(each), dim=-1) for each in (student_BD, teacher_BD, bank_MD))
+    teacher, scale = teacher.detach(), temperature * softening
+    logs, wanted = ((each @ bank.detach().T / scale).log_softmax(-1) for each in (student, teacher))
+    divergence = F.kl_div(logs, wanted, log_target=True, reduction="batchmean")
+    return softening**2 * divergence + cosine_weight * (1 - (teacher * student).sum(-1)).mean()
+
+
+def entropy(attention: Tensor) -> Tensor:
+    """Return the entropy over the last dimension in nats: 0 .. log G."""
+    return -(attention * attention.clamp_min(1e-12).log()).sum(-1)
+
+
+def _balanced(attention_BLG: Tensor, sharpness: float, num_iterations: int) -> Tensor:
+    target = attention_BLG.clamp_min(1e-12).pow(sharpness)
+    for _ in range(num_iterations):
+        target = target / target.sum(0, keepdim=True)
+        target = target / target.sum(-1, keepdim=True)
+    return target
+
+
+def _full(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _standardised(columns_BD: Tensor) -> Tensor:
+    columns = _full(columns_BD) - _full(columns_BD).mean(0)
+    return columns / columns.square().mean(0).add(1e-6).sqrt()
+
+
+CHUNK = 4096
+MIN_LENGTH = 1e-12  # as in torch's normalize
+
+
+def large_norm_softmax(units_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, temperature: float) -> Tensor:
+    """Return what ``grappa.method.losses.norm_softmax`` does of L2-normalised embeddings; once differentiable."""
+    loss: Tensor = _LargeNormSoftmax.apply(units_BD, proxies_CD, labels_B, temperature)
+    return loss
+
+
+class _LargeNormSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, units_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, temperature: float) -> Tensor:
+        scales_C = proxies_CD.norm(dim=1).clamp_min_(MIN_LENGTH).reciprocal_()
+        largest_B = units_BD.new_full((len(units_BD),), -torch.inf)
+        sums_B, own_B = torch.zeros_like(largest_B), torch.zeros_like(largest_B)
+        chunks = []
+        for chunk in _chunks(len(proxies_CD)):
+            logits_BK = (units_BD @ proxies_CD[chunk].T).mul_(scales_C[chunk] / temperature)
+            before_B, largest_B = largest_B, torch.maximum(largest_B, logits_BK.amax(1))
+            sums_B *= (before_B - largest_B).exp()
+            sums_B += (logits_BK - largest_B[:, None]).exp_().sum(1)
+            rows, columns = _inside(labels_B, chunk)
+            own_B[rows] = logits_BK[rows, columns]
+            chunks.append(logits_BK)
+        normalizers_B = largest_B + sums_B.log()
+        ctx.temperature = temperature
+        ctx.save_for_backward(units_BD, proxies_CD, labels_B, scales_C, normalizers_B, *chunks)
+        return (normalizers_B - own_B).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        units_BD, proxies_CD, labels_B, scales_C, normalizers_B, *chunks = ctx.saved_tensors
+        factors_C = scales_C * (gradient / (len(units_BD) * ctx.temperature))
+        of_units_BD, of_proxies_CD = torch.zeros_like(units_BD), torch.empty_like(proxies_CD)
+        for chunk, logits_BK in zip(_chunks(len(proxies_CD)), chunks, strict=True):
+            weights_BK = (logits_BK - normalizers_B[:, None]).exp_()
+            weights_BK[_inside(labels_B, chunk)] -= 1.0
+            weights_BK *= factors_C[chunk]
+            of_units_BD.addmm_(weights_BK, proxies_CD[chunk])
+            part_KD = torch.mm(weights_BK.T, units_BD, out=of_proxies_CD[chunk])
+            along_K = (part_KD * proxies_CD[chunk]).sum(1) * scales_C[chunk].square()
+            part_KD.addcmul_(proxies_CD[chunk], along_K[:, None], value=-1.0)
+        return of_units_BD, of_proxies_CD, None, None
+
+
+def _chunks(num_classes: int) -> Iterator[slice]:
+    return (slice(start, start + CHUNK) for start in range(0, num_classes, CHUNK))
+
+
+def _inside(labels_B: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+    """Return the rows whose class lies in the chunk, and where there."""
+    rows = torch.nonzero((labels_B >= chunk.start) & (labels_B < chunk.stop))[:, 0]
+    return rows, labels_B[rows] - chunk.start

@@ -1,0 +1,136 @@
+"""The student: the backbone with one adaptor set, taught to embed as the fused model does, at the cost of one set.
+
+Teacher and student see the same augmented view, or, for a share of the loss, the teacher sees the image's object view
+(DVA's perception transfer, with the fused model as teacher); what passes over is ``losses.perception_transfer``.
+No label and no pseudo-label is read. The bank of reference points are the teacher's embeddings of some train images,
+where the paper of the loss has the proxies of a classifier, which a fused model lacks.
+
+Shapes: B batch, D width, S image side, M bank, n train rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from grappa.backbone.vit import Adaptation, Backbone, embed
+from grappa.core.devices import autocast, moved, staged
+from grappa.core.randomness import key, shuffled
+from grappa.images.pixels import ImageRows
+from grappa.images.transforms import eval_batch, normalize
+from grappa.method import losses
+from grappa.method.adaptors import AdaptorSet
+from grappa.training.batches import BatchOrder, Rows, Run, Views
+from grappa.training.loop import FitResult, Group, Optimization, fit
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How perception is transferred (``losses.perception_transfer`` has the equation), over a bank of at most
+    ``bank_size`` train images; ``object_share``: of the loss whose teacher sees the object view, 0 to 1."""
+
+    temperature: float = 0.1
+    softening: float = 2.0
+    cosine_weight: float = 1.0
+    bank_size: int = 1024
+    object_share: float = 0.0
+
+
+def new_student(backbone: Backbone, bottleneck_dim: int, *, in_context_rank: int = 0, seed: int) -> AdaptorSet:
+    """Return the set that a student starts from: the backbone unchanged."""
+    return AdaptorSet(
+        backbone.num_blocks,
+        backbone.width,
+        bottleneck_dim,
+        in_context_rank=in_context_rank,
+        seed=key(seed, "student") >> 1,
+    )
+
+
+def train_student(
+    backbone: Backbone,
+    teacher: Adaptation,
+    views: Views,
+    rows: Rows,
+    *,
+    start: AdaptorSet,
+    transfer: Transfer,
+    optimization: Optimization,
+    seed: int,
+    run: Run,
+    objects: ImageRows | None = None,
+) -> tuple[AdaptorSet, FitResult]:
+    """Train one adaptor set to embed the views of the train ``rows`` (n,) as the teacher does.
+
+    Args:
+        teacher: what adapts the teacher (a folded fusion) on the same backbone; frozen.
+        start: the set that training begins with (:func:`new_student`); it is changed in place and returned.
+        objects: the object views of the cache's rows, if ``transfer.object_share`` is above 0.
+
+    Returns:
+        The set, and the metrics ``loss`` and ``similarity`` (mean cosine to the teacher) along the steps.
+    """
+    backbone = backbone.on(run.device)
+    bank_MD = _bank(backbone, teacher, views, rows, transfer.bank_size, seed, run)
+    student = start.requires_grad_(True).to(run.device)
+    order = BatchOrder(views.ids[rows], optimization.batch_size, (seed, "student"), run.processes)
+
+    sources = {"view": views} if objects is None else {"view": views, "object view": replace(views, cache=objects)}
+
+    def batch(step: int) -> Tensor:
+        chosen, epoch = order.at(step)
+        drawn = [each.draw(key(seed, "student", epoch, kind), rows[chosen]) for kind, each in sources.items()]
+        return staged(torch.stack(drawn), run.device)
+
+    def loss(made: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        images = normalize(moved(made, run.device).flatten(0, 1), backbone.spec.mean, backbone.spec.std)
+        with autocast(run.device, run.precision):
+            with torch.no_grad():
+                taught = embed(backbone, images, teacher).chunk(len(sources))
+            learned_BD = backbone(images[: made.shape[1]], student)
+        value = _transferred(learned_BD, taught, bank_MD, transfer)
+        similarity = F.cosine_similarity(learned_BD.detach().float(), taught[0]).mean()
+        share = made.shape[1] / order.batch_size
+        return share * value, {"similarity": share * similarity}
+
+    groups = [Group(list(student.parameters()), optimization.learning_rate, optimization.weight_decay)]
+    result = fit(
+        student, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress, run.processes
+    )
+    return student.cpu(), result
+
+
+def _transferred(learned_BD: Tensor, taught: Sequence[Tensor], bank_MD: Tensor, transfer: Transfer) -> Tensor:
+    """Return the loss; ``taught``: the teacher's embeddings (B, D) of the images, and of object views if asked."""
+    how = {
+        "temperature": transfer.temperature,
+        "softening": transfer.softening,
+        "cosine_weight": transfer.cosine_weight,
+    }
+    values = [losses.perception_transfer(learned_BD, each, bank_MD, **how) for each in taught]
+    return values[0] if len(values) == 1 else torch.lerp(values[0], values[1], transfer.object_share)
+
+
+def _bank(
+    backbone: Backbone, teacher: Adaptation, views: Views, rows: Rows, bank_size: int, seed: int, run: Run
+) -> Tensor:
+    """Return the teacher's embeddings (M, D) of train images drawn by their ids, as retrieval sees them."""
+    spec = backbone.spec
+    chosen = rows[shuffled(key(seed, "student", "bank"), views.ids[rows])[:bank_size]]
+    parts = []
+    for block in np.array_split(chosen, -(-len(chosen) // 64)):
+        images = eval_batch(
+            views.cache,
+            block,
+            image_size=spec.image_size,
+            crop_fraction=spec.crop_fraction,
+            num_workers=views.num_workers,
+        )
+        with torch.no_grad(), autocast(run.device, run.precision):
+            parts.append(embed(backbone, normalize(images.to(run.device), spec.mean, spec.std), teacher))
+    return torch.cat(parts)

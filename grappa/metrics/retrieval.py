@@ -1,0 +1,232 @@
+"""Retrieval metrics: every labelled image queries all others, per domain or over the merged gallery.
+
+Images are first put in a seeded order of their ids, and ties go to the earlier image of that order: rows sorted by
+class leak nothing, and the order of the rows changes nothing. Products are made in blocks of queries, never N x N.
+"""
+
+# B queries of a block, M images of a gallery, D width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from grappa.core.randomness import key, shuffled
+from grappa.core.vectors import check_unit_vectors
+
+RECALL_AT = (1, 2, 4, 8)
+METRICS = ["average_precision", "r_precision", "map_at_r", *(f"recall_at_{depth}" for depth in RECALL_AT)]
+GALLERIES = ("domain", "merged")
+BLOCK_ELEMENTS = 2**22
+MEAN_DOMAIN = "_mean"
+ORACLE = "oracle"
+SUMMARY_COLUMNS = ["model", "domain", "gallery", "num_queries", "map", "map_se", "r_precision", "map_at_r"]
+SUMMARY_COLUMNS += ["recall_at_1", "recall_at_1_se", "recall_at_2", "recall_at_4", "recall_at_8"]
+
+
+def evaluate(
+    embeddings: NDArray[np.float32],
+    *,
+    labels: NDArray[np.object_],
+    domains: NDArray[np.object_],
+    ids: NDArray[np.uint64],
+    gallery: str,
+    seed: int = 0,
+    block_size: int = 256,
+    progress: Callable[[int], None] | None = None,
+) -> pd.DataFrame:
+    """Score every labelled row of embeddings (N, D), L2-normalised, as a query against all other labelled rows.
+
+    labels (N,), domains (N,) and ids (N,) uint64, unique, belong to the rows; a class is a (domain, label) pair. Rows
+    with a null label take no part and are counted in ``.attrs["num_unlabeled"]``. ``gallery`` is "domain" (images of
+    the query's own domain) or "merged" (all). Returns one row a query, by row: row, domain, num_positives,
+    average_precision over the full ranking, r_precision, map_at_r, recall_at_1/2/4/8, each in [0, 1], NaN for a query
+    without positives. Similarities are compared as float32; equal ones in an order hashed from (seed, id). ``progress``
+    is called with queries newly done.
+    """
+    embeddings = check_unit_vectors("embeddings", embeddings)
+    _check(embeddings, labels, domains, ids, gallery, block_size)
+    labelled = np.flatnonzero(~pd.isna(labels))
+    order = labelled[shuffled(key(seed, "evaluation"), ids[labelled])]
+    classes = pd.factorize(pd.MultiIndex.from_arrays([domains[order], labels[order]]))[0].astype(np.int32)
+    groups = pd.factorize(domains[order])[0] if gallery == "domain" else np.zeros(len(order), dtype=np.int64)
+    parts = []
+    for group in range(groups.max(initial=-1) + 1):
+        members = np.flatnonzero(groups == group)
+        found = _score(embeddings[order[members]], classes[members], block_size, progress)
+        parts.append(found.assign(row=order[members], domain=domains[order[members]]))
+    frame = pd.concat(parts) if parts else pd.DataFrame(columns=["row", "domain", "num_positives", *METRICS])
+    frame = frame[["row", "domain", "num_positives", *METRICS]].sort_values("row", ignore_index=True)
+    frame.attrs["num_unlabeled"] = len(embeddings) - len(labelled)
+    return frame
+
+
+def _check(
+    embeddings: NDArray[np.float32],
+    labels: NDArray[np.object_],
+    domains: NDArray[np.object_],
+    ids: NDArray[np.uint64],
+    gallery: str,
+    block_size: int,
+) -> None:
+    lengths = {"embeddings": len(embeddings), "labels": len(labels), "domains": len(domains), "ids": len(ids)}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"expected one label, domain and id a row of embeddings, found {lengths}")
+    if len(np.unique(ids)) != len(ids):
+        raise ValueError("ids holds the same id twice; give each image its own")
+    if gallery not in GALLERIES:
+        raise ValueError(f"gallery is {gallery!r}; expected one of {', '.join(GALLERIES)}")
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; expected at least 1")
+
+
+def _score(
+    embeddings_MD: NDArray[np.float32],
+    classes: NDArray[np.int32],
+    block_size: int,
+    progress: Callable[[int], None] | None,
+) -> pd.DataFrame:
+    num_positives = np.bincount(classes)[classes] - 1
+    num_rows = max(1, min(block_size, BLOCK_ELEMENTS // len(classes)))
+    blocks = []
+    for start in range(0, len(classes), num_rows):
+        queries = np.arange(start, min(start + num_rows, len(classes)))
+        hits = classes[_ranking(embeddings_MD[queries] @ embeddings_MD.T, queries)] == classes[queries, None]
+        blocks.append(ranking_metrics(hits, num_positives[queries]))
+        if progress is not None:
+            progress(len(queries))
+    return pd.concat(blocks, ignore_index=True)
+
+
+def _ranking(products_BM: NDArray[np.float32], queries: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return (B, M - 1) positions, most similar first, ties by the lower position, the query itself left out.
+
+    Similarity and position are packed into one 64-bit number, which sorts faster than an indirect stable sort.
+    """
+    bits = (products_BM + np.float32(0.0)).view(np.uint32)
+    negative = bits >> np.uint32(31) == 1
+    falling = np.where(negative, bits, ~bits & np.uint32(0x7FFFFFFF))
+    packed = falling.astype(np.uint64) << np.uint64(32) | np.arange(products_BM.shape[1], dtype=np.uint64)
+    packed[np.arange(len(queries)), queries] = np.iinfo(np.uint64).max
+    packed.sort(axis=1)
+    return (packed[:, :-1] & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+def ranking_metrics(hits: NDArray[np.bool_], num_positives: NDArray[np.int64]) -> pd.DataFrame:
+    """Return num_positives and METRICS of B rankings.
+
+    hits (B, M) bool: is the image at this rank of the query's class; num_positives (B,): how many are in the gallery
+    (R). Average precision is the mean over the R positives of (positives up to its rank) / rank, MAP@R the same with
+    positives below rank R counted 0 (Musgrave et al. 2020), R-precision the share of positives among the first R,
+    recall at k whether one is among the first k. NaN where R = 0.
+    """
+    query, rank = np.nonzero(hits)
+    first = np.concatenate([[0], np.cumsum(np.bincount(query, minlength=len(hits)))])[query]
+    precision = (np.arange(len(query)) - first + 1) / (rank + 1)
+    inside = rank < num_positives[query]
+
+    def per_query(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        sums = np.bincount(query, weights=values, minlength=len(hits))
+        return np.where(num_positives > 0, sums / np.maximum(num_positives, 1), np.nan)
+
+    columns = {
+        "num_positives": num_positives,
+        "average_precision": per_query(precision),
+        "r_precision": per_query(inside.astype(np.float64)),
+        "map_at_r": per_query(precision * inside),
+    }
+    for depth in RECALL_AT:
+        columns[f"recall_at_{depth}"] = np.where(num_positives > 0, hits[:, :depth].any(axis=1), np.nan)
+    return pd.DataFrame(columns)
+
+
+def summarize(per_query: pd.DataFrame) -> pd.DataFrame:
+    """Average per-query rows (with columns model and gallery) to one row a (model, domain, gallery), tidy.
+
+    Queries without positives are not averaged nor counted in num_queries; a domain without any other has 0 and NaN. The
+    domain "_mean" is the mean over the domains that have queries, its num_queries their sum, its standard errors
+    sqrt(sum se^2) / number of domains. Models and galleries keep the order of first appearance, domains are sorted.
+    """
+    rows = []
+    for (model, gallery), part in per_query.groupby(["model", "gallery"], sort=False):
+        domains = pd.DataFrame([_summary(str(name), group) for name, group in part.groupby("domain", sort=True)])
+        both = pd.concat([domains, pd.DataFrame([_mean_summary(domains)])], ignore_index=True)
+        rows.append(both.assign(model=str(model), gallery=str(gallery)))
+    if not rows:
+        return pd.DataFrame(columns=SUMMARY_COLUMNS)
+    return pd.concat(rows, ignore_index=True)[SUMMARY_COLUMNS]
+
+
+def _summary(domain: str, queries: pd.DataFrame) -> dict[str, Any]:
+    scored = queries[queries["num_positives"] > 0]
+    number = len(scored)
+    errors = scored[["average_precision", "recall_at_1"]].std(ddof=1) / np.sqrt(max(number, 1))
+    means = scored[METRICS].mean()
+    named = {name: means[name] for name in METRICS[1:]}
+    standard_errors = {"map_se": errors["average_precision"], "recall_at_1_se": errors["recall_at_1"]}
+    return {"domain": domain, "num_queries": number, "map": means["average_precision"], **named, **standard_errors}
+
+
+def _mean_summary(domains: pd.DataFrame) -> dict[str, Any]:
+    scored = domains[domains["num_queries"] > 0]
+    numbers = scored.drop(columns=["domain", "num_queries"])
+    means = numbers.mean(skipna=False) if len(scored) else numbers.mean()
+    for name in ("map_se", "recall_at_1_se"):
+        means[name] = np.sqrt((scored[name] ** 2).sum(skipna=False)) / len(scored) if len(scored) else np.nan
+    return {"domain": MEAN_DOMAIN, "num_queries": int(scored["num_queries"].sum()), **dict(means)}
+
+
+def oracle(per_query: pd.DataFrame, granularities: Sequence[str]) -> pd.DataFrame:
+    """Return per-query rows of the model "oracle": for each domain those of its best granularity, in every gallery.
+
+    Best is the highest mAP in the gallery "domain" (labels are used: for evaluation only); ties go to the one named
+    first. ``.attrs["granularities"]`` maps each domain to its choice. ValueError when a granularity has no rows.
+    """
+    missing = [name for name in granularities if name not in set(per_query["model"])]
+    if missing or not granularities:
+        raise ValueError(
+            f"no per-query rows for {', '.join(missing) or 'any granularity'}; evaluate each granularity first"
+        )
+    own = per_query[(per_query["gallery"] == "domain") & per_query["model"].isin(granularities)]
+    table = own.groupby(["domain", "model"])["average_precision"].mean().unstack("model")[list(granularities)]
+    chosen = table.fillna(-1.0).idxmax(axis=1)
+    rows = per_query[per_query["domain"].map(chosen) == per_query["model"]].assign(model=ORACLE)
+    rows.attrs["granularities"] = chosen.to_dict()
+    return rows.reset_index(drop=True)
+
+
+def paired_bootstrap(
+    difference: NDArray[np.float64],
+    *,
+    domains: NDArray[np.object_] | None = None,
+    seed: int = 0,
+    num_samples: int = 2000,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Return the percentile interval of the mean of ``difference`` (Q,): one value a query, A minus B, queries
+    resampled.
+
+    With ``domains`` (Q,) it is the interval of the mean over domains (``_mean``): queries are resampled within their
+    domain. Average over training seeds first. NaN (queries without positives) are left out; ValueError when nothing is
+    left.
+    """
+    values = np.asarray(difference, dtype=np.float64)
+    scored = ~np.isnan(values)
+    if not scored.any():
+        raise ValueError("difference holds no query with positives; there is nothing to resample")
+    groups = np.zeros(len(values)) if domains is None else np.asarray(domains)
+    if len(groups) != len(values):
+        raise ValueError(f"found {len(groups)} domains for {len(values)} queries; give each its own")
+    parts = [values[scored & (groups == group)] for group in np.unique(groups[scored])]
+    generator = np.random.default_rng(key(seed, "bootstrap"))
+    means = [_resampled_mean(parts, generator) for _ in range(num_samples)]
+    low, high = np.quantile(means, [(1.0 - confidence) / 2.0, (1.0 + confidence) / 2.0])
+    return float(low), float(high)
+
+
+def _resampled_mean(parts: Sequence[NDArray[np.float64]], generator: np.random.Generator) -> float:
+    return float(np.mean([part[generator.integers(0, len(part), len(part))].mean() for part in parts]))

@@ -1,0 +1,154 @@
+"""The object views of all images, cut from the original files, each decoded once, into a pixel cache of their own.
+
+Rows are those of the image table. An interrupted pass goes on at the first shard that is not whole and ends with the
+same bytes (``grappa.images.ingest``). Shapes: N images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from grappa.images.decoding import ImageDecodeError, decode_image
+from grappa.images.files import ERRORS_OF_THE_FILE, ImagesChangedError
+from grappa.images.ingest import Record, fingerprint, note_shard, noted_shard
+from grappa.images.pixels import PixelCache, write_index, write_shard
+from grappa.images.table import escape_path, image_file
+from grappa.objects.boxes import Box, object_view
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How an object view is cut (``boxes.view_window``) and kept; cache_size: its shorter side at most."""
+
+    enlargement: float
+    max_aspect: float
+    cache_size: int
+
+
+class Original(NamedTuple):
+    """Where an image's file lies, which bytes it had when it was decoded, and the box to cut out (four NaN: none)."""
+
+    path: str
+    root: int
+    sha256: str
+    box: Box
+
+
+def write_object_views(
+    images: pd.DataFrame,
+    boxes: NDArray[np.float64],
+    roots: Sequence[str],
+    cache: PixelCache,
+    folder: Path,
+    *,
+    framing: Framing,
+    max_pixels: int,
+    shard_size: int,
+    journals: Path,
+    num_workers: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write the object view of every image as a pixel cache in ``folder``.
+
+    Args:
+        images: the image table (path, root, sha256); roots: the folders that its column ``root`` numbers.
+        boxes: (N, 4) accepted boxes in pixels of the oriented original; four NaN: the image keeps its own pixels.
+        cache: those pixels; row i is row i of the table.
+        max_pixels, shard_size, journals, num_workers, progress: as ``grappa.images.ingest.decode_all`` has them.
+
+    Raises:
+        ImagesChangedError: an original is gone, cannot be read, or has other bytes than were decoded; what is whole
+            stays for the next call.
+    """
+    for place in (folder, journals):
+        place.mkdir(parents=True, exist_ok=True)
+    columns = (images[name].tolist() for name in ("path", "root", "sha256"))
+    originals = [Original(*each) for each in zip(*columns, map(tuple, boxes.tolist()), strict=True)]
+    view = partial(_view, originals=originals, roots=roots, cache=cache, framing=framing, max_pixels=max_pixels)
+    lines: list[list[int]] = []
+    with ThreadPoolExecutor(num_workers, "views") as pool:
+        for start in range(0, len(originals), shard_size):
+            rows = range(start, min(start + shard_size, len(originals)))
+            shard, mark = start // shard_size, _mark(originals[rows.start : rows.stop], framing)
+            journal = journals / f"{shard:05d}.json"
+            noted = noted_shard(folder, shard, journal, mark)
+            if noted is None:
+                noted = _write(folder, shard, journal, mark, _counted(pool.map(view, rows), progress))
+            elif progress:
+                progress(len(noted))
+            lines += [record["place"] for record in noted]
+    write_index(folder, np.array(lines, dtype=np.int64).reshape(-1, 4))
+
+
+def _write(folder: Path, shard: int, journal: Path, mark: str, views: Iterator[Pixels]) -> list[Record]:
+    records: list[Record] = [{"place": place} for place in write_shard(folder, shard, list(views)).tolist()]
+    note_shard(folder, shard, journal, mark, records)
+    return records
+
+
+def _mark(originals: list[Original], framing: Framing) -> str:
+    return fingerprint(asdict(framing), [[original.sha256, *original.box] for original in originals])
+
+
+def _counted(views: Iterator[Pixels], progress: Callable[[int], None] | None) -> Iterator[Pixels]:
+    for view in views:
+        if progress:
+            progress(1)
+        yield view
+
+
+def _view(
+    row: int,
+    *,
+    originals: list[Original],
+    roots: Sequence[str],
+    cache: PixelCache,
+    framing: Framing,
+    max_pixels: int,
+) -> Pixels:
+    original = originals[row]
+    if np.isnan(original.box[0]):
+        return cache.image(row)
+    image = read_original(original.path, roots[original.root], original.sha256, max_pixels=max_pixels)
+    return object_view(
+        image,
+        original.box,
+        enlargement=framing.enlargement,
+        max_aspect=framing.max_aspect,
+        shorter_side=framing.cache_size,
+    )
+
+
+def read_original(path: str, root: str, sha256: str, *, max_pixels: int) -> Pixels:
+    """Decode an image of the image table once more, (H, W, 3) uint8, oriented, at its full size.
+
+    Raises:
+        ImagesChangedError: it is gone, cannot be read, or has other bytes than when the table was made.
+    """
+    file = image_file(root, path)
+    advice = "bring it back; if the images moved, say where: `grappa init RUN --images FOLDER_OR_TABLE`"
+    try:
+        data = Path(file).read_bytes()
+    except OSError as error:
+        if error.errno not in ERRORS_OF_THE_FILE:
+            raise
+        shown = escape_path(file)
+        raise ImagesChangedError(f"the original {shown} cannot be read now ({error.strerror}): {advice}") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ImagesChangedError(f"the original {escape_path(file)} has other bytes than were decoded: {advice}")
+    try:
+        return decode_image(data, max_pixels=max_pixels)
+    except ImageDecodeError as error:
+        raise ImagesChangedError(f"the original {escape_path(file)} cannot be decoded again: {error}") from error

@@ -1,0 +1,359 @@
+"""Spherical k-means on the pooled features of all domains, at one k or several (start and re-seeding are ours).
+
+Lloyd's iterations on unit vectors: an image belongs to the centroid of largest cosine, a centroid is the normalised
+mean of its images. Every image is used (no sub-sampling), rows are handled in blocks (never an N x k array), and images
+are put in the order of their ids first: the order of the rows changes nothing. A result depends on its own k only.
+"""
+
+from __future__ import annotations
+
+# B images of a block, D width, N images, C clusters (the argument num_clusters, "k")
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from grappa.core.randomness import key, uniforms
+from grappa.core.vectors import as_tensor, check_unit_vectors, full_float32
+
+# B points of a block, D width, N points, C centroids, L candidates of a round of the start
+from grappa.search import screening as proposals
+from grappa.search.assignment import BLOCK_ELEMENTS, Assignment, Progress, improve, nearest, reassign
+
+MAX_STARTS, STARTS_BUDGET = 4, 256
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """One partition: pseudo_labels (N,) int64 in [0, k), centroids (k, D) float32 unit, distances (N,) float32 = 1 -
+    cosine to the own centroid in [0, 2], sizes (k,) int64, objective = mean cosine, num_reseeded = re-seeded
+    clusters."""
+
+    pseudo_labels: NDArray[np.int64]
+    centroids: NDArray[np.float32]
+    distances: NDArray[np.float32]
+    sizes: NDArray[np.int64]
+    objective: float
+    num_reseeded: int
+
+
+@dataclass(frozen=True)
+class ClusterHealth:
+    """What is wrong with a partition's sizes: empty, singleton and dominating clusters (share in [0, 1])."""
+
+    num_clusters: int
+    num_empty: int
+    num_singletons: int
+    largest_share: float
+    median_size: float
+
+
+def cluster(
+    features: NDArray[np.float32],
+    *,
+    num_clusters: int,
+    ids: NDArray[np.uint64],
+    num_iterations: int = 20,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Clustering:
+    """Cluster features (N, D), L2-normalised, into ``num_clusters`` clusters; see :func:`cluster_many`."""
+    return cluster_many(
+        features, [num_clusters], ids=ids, num_iterations=num_iterations, seed=seed, device=device, progress=progress
+    )[0]
+
+
+def cluster_many(
+    features: NDArray[np.float32],
+    num_clusters: Sequence[int],
+    *,
+    ids: NDArray[np.uint64],
+    num_iterations: int = 20,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> list[Clustering]:
+    """Cluster features (N, D) float32, L2-normalised, once for each k of ``num_clusters``; each equals its own call.
+
+    ids (N,) uint64, unique, name the images: every draw is a function of (seed, k, id). At most ``num_iterations`` of
+    Lloyd's iterations are made, fewer when no label changes; empty clusters are re-seeded on the worst-served images
+    after each. The labels returned are those of the nearest centroids. Rows in the order of their ids are not copied.
+    ``progress`` is called with images newly assigned, :func:`num_assignments` in all. ValueError when k < 1, k > N/2,
+    fewer distinct images than k, the same id twice, or vectors that are not of length 1.
+    """
+    features = check_unit_vectors("features", features)
+    _check(features, num_clusters, ids, num_iterations)
+    order = np.argsort(ids, kind="stable")
+    ordered = ids[order].astype(np.uint64)
+    points = as_tensor(features if np.array_equal(ordered, ids) else features[order], device)
+    with full_float32():
+        found = [_cluster(points, ordered, k, num_iterations, seed, progress or _silent) for k in num_clusters]
+    return [_in_rows(result, order) for result in found]
+
+
+def assign(
+    features: NDArray[np.float32],
+    centroids: NDArray[np.float32],
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the nearest of centroids (k, D) for features (N, D), both L2-normalised: labels (N,) int64, distances (N,)
+    float32 = 1 - cosine in [0, 2]. ``progress`` is called with images newly assigned. ValueError when widths differ."""
+    features, centroids = check_unit_vectors("features", features), check_unit_vectors("centroids", centroids)
+    if features.shape[1] != centroids.shape[1]:
+        raise ValueError(f"features are {features.shape[1]} wide and centroids {centroids.shape[1]}; cluster again")
+    with full_float32():
+        labels, cosines = nearest(as_tensor(features, device), as_tensor(centroids, device), progress or _silent)
+    return labels.cpu().numpy(), _distances(cosines)
+
+
+def cluster_health(sizes: NDArray[np.int64]) -> ClusterHealth:
+    """Count what is wrong with the sizes (k,) of a partition."""
+    return ClusterHealth(
+        num_clusters=len(sizes),
+        num_empty=int((sizes == 0).sum()),
+        num_singletons=int((sizes == 1).sum()),
+        largest_share=float(sizes.max() / sizes.sum()),
+        median_size=float(np.median(sizes)),
+    )
+
+
+def _silent(_: int) -> None:
+    return None
+
+
+def _check(
+    features: NDArray[np.float32], num_clusters: Sequence[int], ids: NDArray[np.uint64], num_iterations: int
+) -> None:
+    if not num_clusters:
+        raise ValueError("num_clusters is empty; give at least one number of clusters")
+    low, high, number = min(num_clusters), max(num_clusters), len(features)
+    if low < 1:
+        raise ValueError(f"num_clusters is {low}; expected at least 1")
+    if 2 * high > number:
+        raise ValueError(f"num_clusters is {high}, but {number} images allow at most {number // 2}; ask for fewer")
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations is {num_iterations}; expected at least 1")
+    if len(ids) != number or len(np.unique(ids)) != number:
+        raise ValueError(f"ids holds {len(np.unique(ids))} different ids for {number} images; give each image its own")
+    distinct = count_distinct(features, high)
+    if distinct < high:
+        raise ValueError(f"num_clusters is {high}, but only {distinct} of {number} images differ; ask for fewer")
+
+
+def count_distinct(features: NDArray[np.float32], enough: int) -> int:
+    """Count different rows, stopping as soon as there are ``enough``."""
+    seen: set[int] = set()
+    for row in features:
+        seen.add(hash(row.tobytes()))
+        if len(seen) >= enough:
+            break
+    return len(seen)
+
+
+def _in_rows(result: Clustering, order: NDArray[np.int64]) -> Clustering:
+    """Bring what was computed in the order of ids back to the caller's rows."""
+    labels, distances = np.empty_like(result.pseudo_labels), np.empty_like(result.distances)
+    labels[order], distances[order] = result.pseudo_labels, result.distances
+    return Clustering(labels, result.centroids, distances, result.sizes, result.objective, result.num_reseeded)
+
+
+def num_assignments(num_images: int, num_clusters: Sequence[int], num_iterations: int) -> int:
+    """Return what the progress of :func:`cluster_many` sums to: images assigned, over all k, starts and iterations."""
+    return sum(_num_starts(k) for k in num_clusters) * num_images * (num_iterations + 1)
+
+
+def _num_starts(num_clusters: int) -> int:
+    """A small k costs little and ends in poor local optima often: up to four starts, the best is kept."""
+    return min(max(STARTS_BUDGET // num_clusters, 1), MAX_STARTS)
+
+
+def _cluster(
+    points_ND: torch.Tensor,
+    ids: NDArray[np.uint64],
+    num_clusters: int,
+    num_iterations: int,
+    seed: int,
+    progress: Progress,
+) -> Clustering:
+    keys = [key(seed, "clusters", num_clusters, number) for number in range(_num_starts(num_clusters))]
+    found = (_cluster_once(points_ND, ids, num_clusters, num_iterations, one, progress) for one in keys)
+    return max(found, key=lambda result: result.objective)
+
+
+def _cluster_once(
+    points_ND: torch.Tensor,
+    ids: NDArray[np.uint64],
+    num_clusters: int,
+    num_iterations: int,
+    start_key: int,
+    progress: Progress,
+) -> Clustering:
+    centroids, found = start(points_ND, ids, num_clusters, start_key)
+    progress(len(ids))
+    num_reseeded = 0
+    for iteration in range(num_iterations):
+        before, stood = found.labels.clone(), centroids
+        centroids = means(points_ND, found.labels, centroids)
+        reassign(found, points_ND, centroids, (centroids != stood).any(1), progress)
+        centroids, num_new = fill_empty(points_ND, found, centroids)
+        num_reseeded += num_new
+        if torch.equal(found.labels, before):
+            progress(len(ids) * (num_iterations - 1 - iteration))
+            break
+    sizes = torch.bincount(found.labels, minlength=num_clusters)
+    objective = float(found.cosines.double().mean())
+    arrays = found.labels.cpu().numpy(), centroids.cpu().numpy(), _distances(found.cosines), sizes.cpu().numpy()
+    return Clustering(*arrays, objective=objective, num_reseeded=num_reseeded)
+
+
+def _distances(cosines: torch.Tensor) -> NDArray[np.float32]:
+    distances: NDArray[np.float32] = (1.0 - cosines).clamp(0.0, 2.0).cpu().numpy()
+    return distances
+
+
+SAME_POINT = 1e-6
+GROWTH, MAX_ROUND = 8, 512
+NUM_TRIALS, MIN_SAMPLE, SAMPLE_PER_CENTROID = 4, 4096, 16
+
+
+def start(
+    points_ND: torch.Tensor, ids: NDArray[np.uint64], num_clusters: int, start_key: int
+) -> tuple[torch.Tensor, Assignment]:
+    """Draw points as first centroids: greedy k-means++ in growing rounds of an eighth of the present number.
+
+    Each round draws candidates in proportion to their distance to the nearest centroid so far, and keeps the quarter
+    that serves a sample of the points best, no two in one place. A draw is a function of ``start_key`` and an id.
+    Returns centroids (k, D) and the assignment to them that comes out of it for free.
+    """
+    found = Assignment.none(points_ND)
+    near_N = torch.zeros_like(found.cosines)
+    chosen: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+    while len(chosen) < num_clusters:
+        number = min(max(1, len(chosen) // GROWTH), MAX_ROUND, num_clusters - len(chosen))
+        draws = uniforms(key(start_key, len(chosen)), ids, 1)[:, 0]
+        drawn = _draw(draws, 1.0 - near_N.cpu().numpy(), chosen, min(NUM_TRIALS * number, len(ids) - len(chosen)))
+        sample = max(MIN_SAMPLE, SAMPLE_PER_CENTROID * len(chosen))
+        new = drawn[_best(points_ND, points_ND[:sample], near_N, drawn, number)]
+        names = torch.arange(len(chosen), len(chosen) + number, device=points_ND.device)
+        improve(found, points_ND, _rows(points_ND, new), names=names)
+        near_N = found.cosines
+        chosen = np.concatenate([chosen, new])
+    return _rows(points_ND, chosen), found
+
+
+def _rows(values: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
+    return values[torch.from_numpy(rows).to(values.device)]
+
+
+def _draw(
+    draws: NDArray[np.float64], weights: NDArray[np.floating], chosen: NDArray[np.int64], number: int
+) -> NDArray[np.int64]:
+    """Draw rows without replacement, in proportion to weights (Efraimidis & Spirakis 2006), none of ``chosen``."""
+    waiting = -np.log1p(-draws) / np.maximum(weights, 1e-9).astype(np.float64)
+    waiting[chosen] = np.inf
+    first = np.argpartition(waiting, number - 1)[:number]
+    return first[np.argsort(waiting[first], kind="stable")]
+
+
+def _best(
+    points_ND: torch.Tensor, sample_ND: torch.Tensor, cosines: torch.Tensor, drawn: NDArray[np.int64], number: int
+) -> NDArray[np.int64]:
+    """Return which ``number`` of the drawn points to keep: those that raise the cosines of the sample most, passing
+    over one that a kept one of this round would serve better than any earlier centroid does, unless too few are
+    left."""
+    candidates_LD = _rows(points_ND, drawn)
+    gains_L = _gains(sample_ND, cosines[: len(sample_ND)], candidates_LD)
+    ranking = gains_L.argsort(descending=True, stable=True).cpu().numpy()
+    taken_LL = ((candidates_LD @ candidates_LD.T) > _rows(cosines, drawn)).cpu().numpy()
+    return _apart(ranking, taken_LL, number)
+
+
+def _gains(points_ND: torch.Tensor, cosines: torch.Tensor, candidates_LD: torch.Tensor) -> torch.Tensor:
+    """Return by how much each candidate as a further centroid would raise the sum of the points' cosines, (L,)."""
+    gains_L = torch.zeros(len(candidates_LD), device=candidates_LD.device)
+    num_rows = max(1, BLOCK_ELEMENTS[candidates_LD.device.type] // len(candidates_LD))
+    proposer = None
+    if proposals.worthwhile(candidates_LD.device, len(candidates_LD)):
+        proposer = proposals.Proposer(candidates_LD, num_rows)
+    for rows, near in zip(points_ND.split(num_rows), cosines.split(num_rows), strict=True):
+        pairs = proposer.larger(rows, near) if proposer else None
+        if pairs is None:
+            gains_L += (rows @ candidates_LD.T).sub_(near[:, None]).clamp_min_(0.0).sum(0)
+        else:
+            products_P = proposals.pair_products(rows, candidates_LD, pairs)
+            gains_L.index_add_(0, pairs[1], products_P.sub_(near[pairs[0]]).clamp_min_(0.0))
+    return gains_L
+
+
+def _apart(ranking: NDArray[np.int64], taken_LL: NDArray[np.bool_], number: int) -> NDArray[np.int64]:
+    free = np.ones(len(ranking), dtype=bool)
+    kept: list[int] = []
+    for candidate in ranking:
+        if free[candidate] and len(kept) < number:
+            kept.append(candidate)
+            free &= ~taken_LL[candidate]
+    passed = ranking[~np.isin(ranking, kept)]
+    return np.concatenate([np.array(kept, dtype=np.int64), passed[: number - len(kept)]])
+
+
+def means(points_ND: torch.Tensor, labels: torch.Tensor, centroids_CD: torch.Tensor) -> torch.Tensor:
+    """Return the normalised mean of each cluster's points; a cluster without points, or of mean zero, keeps its own."""
+    add = _sums if points_ND.device.type == "cpu" else _sums_by_segment
+    sums_CD = add(points_ND, labels, len(centroids_CD))
+    norms = sums_CD.norm(dim=1, keepdim=True)
+    return torch.where(norms > SAME_POINT, sums_CD / norms.clamp_min(SAME_POINT), centroids_CD)
+
+
+def _sums(points_ND: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    return torch.zeros(num_clusters, points_ND.shape[1]).index_add_(0, labels, points_ND)
+
+
+def _sums_by_segment(points_ND: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """The same sums, in an order that does not vary from run to run on a GPU (atomic additions would)."""
+    order = torch.argsort(labels, stable=True)
+    lengths = torch.bincount(labels, minlength=num_clusters)
+    return torch.segment_reduce(points_ND[order], "sum", lengths=lengths)
+
+
+def fill_empty(points_ND: torch.Tensor, found: Assignment, centroids_CD: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Re-seed empty clusters on the worst-served points until none is empty (or every point is its own centroid).
+
+    ``found`` is brought up to date in place. No point gets further from its centroid and at least one gets nearer in
+    each round, so it ends. Returns the centroids and how many were re-seeded.
+    """
+    num_reseeded = 0
+    while True:
+        sizes = torch.bincount(found.labels, minlength=len(centroids_CD))
+        empty = torch.nonzero(sizes == 0)[:, 0]
+        seeds = _worst_served(points_ND, found.labels, found.cosines, sizes, len(empty))
+        if not len(seeds):
+            return centroids_CD, num_reseeded
+        empty = empty[: len(seeds)]
+        centroids_CD = centroids_CD.index_copy(0, empty, points_ND[seeds])
+        improve(found, points_ND, points_ND[seeds], names=empty)
+        num_reseeded += len(seeds)
+
+
+def _worst_served(
+    points_ND: torch.Tensor, labels: torch.Tensor, cosines: torch.Tensor, sizes: torch.Tensor, number: int
+) -> torch.Tensor:
+    """Return at most ``number`` different points, furthest from their centroid first, none alone in its cluster."""
+    left = sizes.cpu().numpy().copy()
+    seeds: list[int] = []
+    seen: set[bytes] = set()
+    order = torch.argsort(cosines, stable=True).cpu().numpy() if number else np.empty(0, dtype=np.int64)
+    own, near = labels.cpu().numpy(), cosines.cpu().numpy()
+    for row in order:
+        if len(seeds) == number or near[row] > 1.0 - SAME_POINT:
+            break
+        point = points_ND[row].cpu().numpy().tobytes()
+        if left[own[row]] > 1 and point not in seen:
+            seeds.append(int(row))
+            seen.add(point)
+            left[own[row]] -= 1
+    return torch.tensor(np.array(seeds, dtype=np.int64), device=points_ND.device)

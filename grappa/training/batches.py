@@ -1,0 +1,95 @@
+"""What every training on cached images shares: views, the order of the batches, where and how it runs.
+
+Order and views are functions of (seed, stage, instance, epoch, image_id); a checkpoint therefore holds tensors and a
+step number only, and a resumed training equals an undisturbed one bit for bit on a CPU.
+
+Shapes: B batch, S image side, N images, n train rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from grappa.core.distributed import ALONE, Processes
+from grappa.core.randomness import key, shuffled, uniforms
+from grappa.images.pixels import ImageRows
+from grappa.images.transforms import NUM_DRAWS, Augmentation, train_batch
+from grappa.training.loop import Checkpointer
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Views:
+    """Augmented views of the cached images: ``ids`` (N,) uint64 belong to the cache's rows."""
+
+    cache: ImageRows
+    ids: NDArray[np.uint64]
+    image_size: int
+    augmentation: Augmentation
+    num_workers: int = 1
+
+    def draw(self, view_key: int, rows: Rows) -> Tensor:
+        """Return (B, 3, S, S) uint8; row b depends on ``view_key`` and the id of image ``rows[b]`` only."""
+        draws = uniforms(view_key, self.ids[rows], NUM_DRAWS)
+        return train_batch(
+            self.cache,
+            rows,
+            draws,
+            image_size=self.image_size,
+            augmentation=self.augmentation,
+            num_workers=self.num_workers,
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how a training runs, who is told, and which processes share each batch."""
+
+    device: torch.device
+    precision: str
+    checkpoint: Checkpointer | None = None
+    progress: Callable[[int], None] | None = None
+    processes: Processes = ALONE
+
+
+class BatchOrder:
+    """Which train rows a step sees: each epoch a new order, drawn from the ids; an epoch's remainder is left out.
+
+    Several ``processes`` share each batch; its size and the order do not depend on how many they are.
+    """
+
+    def __init__(
+        self,
+        ids: NDArray[np.uint64],
+        batch_size: int,
+        parts: tuple[int | str, ...],
+        processes: Processes = ALONE,
+    ) -> None:
+        self.ids, self.parts, self.processes = ids, parts, processes
+        self.batch_size = min(batch_size, len(ids))
+        self.steps_per_epoch = len(ids) // self.batch_size
+        if self.batch_size < processes.size:
+            raise ValueError(
+                f"a batch of {self.batch_size} images cannot be shared by {processes.size} processes; start fewer"
+            )
+        self._own = processes.part(self.batch_size)
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def at(self, step: int) -> tuple[Rows, int]:
+        """Return this process's part of the batch, positions among the train rows, (B,) if it is alone; the epoch."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, shuffled(key(*self.parts, epoch, "order"), self.ids)
+        return self._order[number * self.batch_size : (number + 1) * self.batch_size][self._own], epoch
+
+
+def torch_seed(*parts: int | str) -> int:
+    """Return a seed for a generator of torch, drawn from ``parts``."""
+    return key(*parts) >> 1

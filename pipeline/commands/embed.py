@@ -1,0 +1,98 @@
+"""Embedding new images with the model of a run or with an exported one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grappa.pipeline.commands.search import MAX_PIXELS, load_model
+from grappa.pipeline.store.artifacts import RUN_FILE
+from grappa.pipeline.store.storage import new_folder, refuse_existing
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from grappa.model import GrappaModel
+
+BATCH = 64
+NO_BOX = (float("nan"),) * 4
+
+
+def embed(run_or_model: Path, images: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> str:
+    """Write ``embeddings.npy`` (n, D) float32 and ``ids.parquet`` (its rows: path, domain) into the new folder ``out``.
+
+    ``images`` is a folder (its own files have the domain "") or a table. Files that cannot be used are listed with the
+    reason in ``rejected.parquet``. ``progress`` is told the files done and their total. Returns the result in one
+    sentence; ``out`` appears whole or not at all.
+    """
+    from grappa.images.table import list_images
+
+    refuse_existing(out)
+    model, listing = _open_model(run_or_model), list_images([images], loose_domain="")
+    with new_folder(out) as draft:
+        sentence = _write(model, listing, draft, progress)
+    return f"{sentence} in {out}"
+
+
+def _open_model(path: Path) -> GrappaModel:
+    from grappa.model import load_model as open_folder
+
+    model: GrappaModel = load_model(path) if (path / RUN_FILE).exists() else open_folder(path)
+    return model
+
+
+def _write(model: GrappaModel, listing: pd.DataFrame, folder: Path, progress: Callable[[int, int], None] | None) -> str:
+    import numpy as np
+
+    kept: list[int] = []
+    rejected: dict[int, str] = {}
+    parts = [np.empty((0, model.embedding_dim), np.float32)]
+    for start in range(0, len(listing), BATCH):
+        rows = range(start, min(start + BATCH, len(listing)))
+        crops = dict(_crops(model, listing, rows, rejected))
+        if crops:
+            parts.append(_forward(model, list(crops.values())))
+        kept.extend(crops)
+        if progress:
+            progress(rows.stop, len(listing))
+    if not kept:
+        first = listing["path"].iloc[0]
+        raise ValueError(f"none of the {len(listing)} files can be used; first: {first}: {rejected[0]}")
+    np.save(folder / "embeddings.npy", np.concatenate(parts), allow_pickle=False)
+    columns = ["path", "domain"]
+    listing.iloc[kept][columns].to_parquet(folder / "ids.parquet", index=False)
+    bad = listing.iloc[list(rejected)][columns].assign(reason=list(rejected.values()))
+    bad.to_parquet(folder / "rejected.parquet", index=False)
+    return f"{len(kept)} embeddings of {model.embedding_dim} dimensions, {len(rejected)} files rejected,"
+
+
+def _crops(
+    model: GrappaModel, listing: pd.DataFrame, rows: range, rejected: dict[int, str]
+) -> Iterator[tuple[int, Tensor]]:
+    from grappa.images.files import ListedFile, RejectedFileError, decode_file
+
+    for row in rows:
+        path, number, size = (listing[name].iloc[row] for name in ("path", "root", "size"))
+        listed = ListedFile(path, int(number), listing["domain"].iloc[row], NO_BOX, int(size))
+        root = listing.attrs["roots"][number]
+        try:
+            decoded = decode_file(listed, root, cache_size=model.cache_size, max_pixels=MAX_PIXELS)
+        except RejectedFileError as error:
+            rejected[row] = str(error)
+        else:
+            yield row, model.crop(decoded.pixels)
+
+
+def _forward(model: GrappaModel, crops: list[Tensor]) -> NDArray[np.float32]:
+    import torch
+
+    from grappa.images.transforms import normalize
+
+    spec = model.backbone.spec
+    with torch.inference_mode():
+        embeddings: NDArray[Any] = model(normalize(torch.stack(crops), spec.mean, spec.std)).numpy()
+    return embeddings

@@ -1,0 +1,231 @@
+"""`grappa init`: make a run folder or change one: list the images, resolve and write the configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grappa.pipeline.config.schema import Config, Images, automatic_num_clusters
+from grappa.pipeline.config.yaml_file import (
+    ConfigError,
+    Settings,
+    dump_config,
+    merged,
+    parse_assignments,
+    parse_settings,
+    read_settings,
+    recipe_path,
+)
+from grappa.pipeline.engine.externals import detector_digests, is_hub_name
+from grappa.pipeline.engine.fingerprints import read_manifest
+from grappa.pipeline.engine.reuse import take_over
+from grappa.pipeline.engine.sources import list_sources, publish_listing, published_listing
+from grappa.pipeline.engine.status import read_config, states
+from grappa.pipeline.graph.models import adaptor_sets
+from grappa.pipeline.stages.objects import NO_BOXES
+from grappa.pipeline.store.artifacts import RUN_FILE, RunFolder, quoted
+from grappa.pipeline.store.storage import atomic_write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `grappa init` was asked for; nothing given keeps what the run has."""
+
+    images: Sequence[str] = ()
+    config: str | None = None
+    assignments: Sequence[str] = ()
+    other: Path | None = None
+
+
+def initialize(root: Path, request: Request, *, say: Say) -> Config:
+    """Make or change the run folder ``root``; ``say`` gets what was found, what changed and what becomes stale.
+
+    A new run begins with the defaults, or with the configuration of ``request.other`` if no recipe is named, an
+    existing one with its ``config.yaml`` as it is now. Everything is checked before anything is written.
+    """
+    known = RunFolder.open(root, writable=True) if (root / RUN_FILE).exists() else None
+    other = RunFolder.open(request.other) if request.other else None
+    config = _requested(known, request)
+    check_weights(config, known)
+    listing = list_sources(given_images(config))
+    config = fitted(config, listing)
+    run, former = write_run(root, config, listing)
+    say_images(listing, former, say)
+    if "supervised" in adaptor_sets(config):
+        _say_lone_classes(listing, say)
+    if other:
+        take_over(other, run, config, say=say)
+    _say_states(run, config, say)
+    return config
+
+
+def write_run(root: Path, config: Config, listing: pd.DataFrame) -> tuple[RunFolder, pd.DataFrame | None]:
+    """Make or open a run folder, publish the listing and write the configuration; return the former listing too."""
+    run = RunFolder.create(root)
+    former = published_listing(run)
+    publish_listing(run, listing, config.images.sources, former)
+    atomic_write_text(run.config_path, dump_config(config))
+    return run, former
+
+
+def fitted(config: Config, listing: pd.DataFrame) -> Config:
+    """Return the configuration with its granularities in numbers; ConfigError for what these images cannot give."""
+    config = resolve_num_clusters(config, _count_train(listing))
+    _check_labels(config, listing)
+    _check_boxes(config, listing)
+    return config
+
+
+def resolve_num_clusters(config: Config, num_train: int) -> Config:
+    """Replace ``clusters.num_clusters: auto`` by numbers; ConfigError when a number is above half the train images."""
+    values = config.clusters.num_clusters
+    if num_train < 4:
+        raise ConfigError(f"found {num_train} train images, expected at least 4; give more by --images")
+    if isinstance(values, str):
+        values = automatic_num_clusters(num_train, values)
+    if max(values) > num_train // 2:
+        raise ConfigError(
+            f"clusters.num_clusters: {max(values)} clusters are more than half of the {num_train} train images; "
+            f"give at most {num_train // 2}, or auto"
+        )
+    clusters = config.clusters.model_copy(update={"num_clusters": values})
+    return config.model_copy(update={"clusters": clusters})
+
+
+def _requested(known: RunFolder | None, request: Request) -> Config:
+    """Return the configuration to begin with, under the recipe, under the assignments, under the images given."""
+    layers = [(str(known.config_path) if known else "the defaults", _base(known, request))]
+    if request.config:
+        layers.append((f"--config {request.config}", read_settings(recipe_path(request.config))))
+    if request.assignments:
+        layers.append(("--set", parse_assignments(request.assignments)))
+    if request.images:
+        layers.append(("--images", {"images": {"sources": list(request.images)}}))
+    return layered({}, layers)[1]
+
+
+def layered(settings: Settings, layers: Iterable[tuple[str, Settings]]) -> tuple[Settings, Config]:
+    """Put layers (where it stands, what it says) over settings, paths made absolute; return the result and its check.
+
+    Each layer is checked as it is put on, so that an error names where the wrong value stands.
+    """
+    config = parse_settings(settings, "the defaults")
+    for where, layer in layers:
+        settings = merged(settings, _absolute(layer))
+        config = parse_settings(settings, where)
+    return settings, config
+
+
+def _base(known: RunFolder | None, request: Request) -> Settings:
+    if known and known.config_path.exists():
+        return read_settings(known.config_path)
+    if request.other is None:
+        return {}
+    other = read_config(RunFolder.open(request.other)).model_dump(mode="json")
+    return {"images": {"sources": other["images"]["sources"]}} if request.config else other
+
+
+def _absolute(settings: Settings) -> Settings:
+    """Make the paths absolute that a user may give relative to the working folder."""
+    changed: Settings = {}
+    weights: Any = settings.get("backbone", {}).get("weights")
+    if isinstance(weights, str):
+        changed["backbone"] = {"weights": os.path.abspath(weights)}
+    model: Any = settings.get("objects", {}).get("model")
+    if isinstance(model, str) and not is_hub_name(model):
+        changed["objects"] = {"model": os.path.abspath(model)}
+    sources: Any = settings.get("images", {}).get("sources")
+    if isinstance(sources, list) and all(isinstance(source, str) for source in sources):
+        changed["images"] = {"sources": [os.path.abspath(source) for source in sources]}
+    return merged(settings, changed)
+
+
+def check_weights(config: Config, known: RunFolder | None) -> None:
+    """Refuse weights and a detector that are not there, unless the run has read them already."""
+    detector_digests(config, None if known is None else _known_detector(known))
+    path = config.backbone.weights
+    if path is None or os.path.isfile(path):
+        return
+    before = read_settings(known.config_path) if known and known.config_path.exists() else {}
+    if before.get("backbone", {}).get("weights") != path:
+        raise ConfigError(f"backbone.weights: no such file {path}; give a .safetensors file or a state dict")
+
+
+def _known_detector(run: RunFolder) -> dict[str, Any]:
+    manifest = read_manifest(run, "objects")
+    return manifest.provenance.get("detector", {}) if manifest else {}
+
+
+_ASKED = "evaluation.extra_rows asks for `supervised`"
+
+
+def _check_labels(config: Config, listing: pd.DataFrame) -> None:
+    """Refuse a supervised row where no train image has a label: better now than after the training of all others."""
+    labeled = listing["label"].notna() & (listing["split"] != "test")
+    if "supervised" in adaptor_sets(config) and not labeled.any():
+        asking = "adaptors.supervision is labels" if config.adaptors.supervision == "labels" else _ASKED
+        raise ConfigError(
+            f"{asking}, but no train image has a label; give labels "
+            "(DOMAIN/CLASS/file, or a table with the column `label`), or leave it out"
+        )
+
+
+def _check_boxes(config: Config, listing: pd.DataFrame) -> None:
+    if config.objects.provider == "columns" and listing["box_x0"].isna().all():
+        raise ConfigError(NO_BOXES)
+
+
+def given_images(config: Config) -> Images:
+    """Return which images are meant; ConfigError when there are none."""
+    if not config.images.sources:
+        raise ConfigError("no images given; name a folder (DOMAIN/...) or a table (.csv, .parquet) by --images")
+    return config.images
+
+
+def _count_train(listing: pd.DataFrame) -> int:
+    """Count the images that are learned from: all but the test images; all where nothing is split."""
+    return int((listing["split"] != "test").sum())
+
+
+def say_images(listing: pd.DataFrame, former: pd.DataFrame | None, say: Say) -> None:
+    """Say how many images of which domains there are, what came and went, and which domain is too small."""
+    sizes = listing["domain"].value_counts().sort_index()
+    splits = listing["split"].value_counts()
+    split = f", {splits.get('train', 0)} train and {splits.get('test', 0)} test" if len(splits) else ", no split"
+    say(f"{len(listing)} images of {len(sizes)} domains{split}: {', '.join(f'{d} {n}' for d, n in sizes.items())}")
+    if former is not None:
+        old, new = (set(zip(table["domain"], table["path"], strict=True)) for table in (former, listing))
+        say(f"{len(new - old)} images added, {len(old - new)} removed")
+    for domain in sizes.index[sizes == 1]:
+        say(f"warning: domain {domain} has one image only: a query there has nothing to find")
+
+
+def _say_lone_classes(listing: pd.DataFrame, say: Say) -> None:
+    """Warn of classes with one train image, of which a set trained on labels learns little."""
+    learned = listing[listing["label"].notna() & (listing["split"] != "test")]
+    sizes = learned.groupby(["domain", "label"]).size()
+    lone = sizes.index[sizes == 1]
+    if len(lone):
+        first = "/".join(lone[0])
+        say(
+            f"warning: {len(lone)} of {len(sizes)} classes have one train image, such as {first}: little to learn there"
+        )
+
+
+def _say_states(run: RunFolder, config: Config, say: Say) -> None:
+    found = states(run, config)
+    for each in found:
+        if each.state.kind in ("stale", "corrupt"):
+            say(f"{each.name} is {each.state}")
+    kinds = [each.state.kind for each in found]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    next_step = f"{len(found)} artifacts: {counts}; next: grappa run {quoted(run.root)}"
+    say(next_step if set(kinds) != {"fresh"} else "all is fresh")

@@ -1,0 +1,148 @@
+"""What a run says: the plan of a dry one; at the end the results table and the stage times."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+from grappa.pipeline.engine.execution import Say, Selection, planned, run_stages, selected, spent
+from grappa.pipeline.engine.progress import Progress
+from grappa.pipeline.engine.status import read_config
+from grappa.pipeline.store.artifacts import RunFolder
+
+MEAN, ORACLE, SUPERVISED = "_mean", "oracle", "supervised"
+BASELINES = ("zero_shot", "zero_shot_whitened", "zero_shot_head")  # not adapted: a gain counts against the best one
+
+
+def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, say: Say) -> None:
+    """Run what was selected, then print the results table (if the evaluation was) and the times."""
+    config = read_config(run)
+    report = run_stages(run, config, selection, progress=progress, say=say)
+    if not report.leads:
+        return
+    if not report.seconds:
+        say(f"{report.num_fresh} fresh; --force runs {'it' if report.num_fresh == 1 else 'them'} again")
+    metrics = run.artifact("evaluation").path / "metrics.csv"
+    if metrics.exists() and any(stage.name == "evaluation" for stage, _ in selected(config, selection)):
+        print_table(metrics)
+    if report.seconds:
+        say(times_line(report.seconds))
+
+
+def say_plan(run: RunFolder, selection: Selection, *, say: Say) -> None:
+    """Say what ``run_and_report`` would run, and why."""
+    steps = planned(run, read_config(run), selection)
+    for name, state in steps:
+        say(f"would run {name}: {state}")
+    if not steps:
+        say("nothing to run, all is fresh")
+
+
+def read_table(metrics: Path) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the results table: models by domains, from a ``metrics.csv``.
+
+    The cells are mAP with three digits in the domain's own gallery, then the mean over domains, its relative gain over
+    the best zero-shot row, then the mean in the merged gallery; a cell that cannot be computed is ``-``. Where there
+    is a supervised row, a last row says how much of the gap that labels would close is closed without them:
+    (fused - zero_shot) / (supervised - zero_shot). The last column is the label-free reciprocity of neighbours in the
+    merged gallery; where no image has a label it is the only one.
+    """
+    with metrics.open(newline="", encoding="utf-8") as file:
+        records = list(csv.DictReader(file))
+    header, rows = _quality_table(records)
+    if not records or "reciprocity" not in records[0]:
+        return header, rows
+    found = {row["model"]: row["reciprocity"] for row in records if (row["gallery"], row["domain"]) == ("merged", MEAN)}
+    rows = [[*row, _cell(found.get(row[0], ""))] for row in rows]
+    if not any(_number(row["map"]) is not None for row in records):
+        return ["", "reciprocity"], [[row[0], row[-1]] for row in rows]
+    return [*header, "reciprocity"], rows
+
+
+def _quality_table(records: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
+    values = {(row["model"], row["gallery"], row["domain"]): row["map"] for row in records}
+    domains = [name for name in dict.fromkeys(row["domain"] for row in records) if name != MEAN]
+    columns = [*(("domain", name) for name in domains), ("domain", MEAN)]
+    means = {
+        model: _number(values.get((model, "domain", MEAN), "")) for model in dict.fromkeys(key[0] for key in values)
+    }
+    reference = max((means[model] or 0.0 for model in BASELINES if model in means), default=0.0)
+    rows = [
+        [
+            model,
+            *(_cell(values.get((model, *column), "")) for column in columns),
+            _gain(mean, reference),
+            _cell(values.get((model, "merged", MEAN), "")),
+        ]
+        for model, mean in means.items()
+    ]
+    if SUPERVISED in means and "fused" in means:
+        shares = [_gap_closed(values, gallery, domain) for gallery, domain in (*columns, ("merged", MEAN))]
+        rows.append(["gap closed", *shares[:-1], "", shares[-1]])
+    return ["mAP", *domains, "mean", "gain", "merged mean"], rows
+
+
+def print_table(metrics: Path, stream: TextIO | None = None) -> None:
+    """Print the results table: ruled on a terminal, plain columns elsewhere."""
+    header, rows = read_table(metrics)
+    if rows:
+        print_rows(header, rows, stream)
+
+
+def print_rows(header: list[str], rows: list[list[str]], stream: TextIO | None = None) -> None:
+    """Print any table of texts: ruled on a terminal, plain columns elsewhere; the first column is left-aligned."""
+    stream = sys.stdout if stream is None else stream
+    if stream.isatty():
+        _print_ruled(header, rows, stream)
+        return
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    for row in (header, *rows):
+        first, *rest = (
+            f"{text:<{width}}" if column == 0 else f"{text:>{width}}"
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join((first, *rest)), file=stream)
+
+
+def times_line(seconds: Mapping[str, float]) -> str:
+    """Return ``times: images 1.2 s, features 2:05; together 2:06``."""
+    parts = ", ".join(f"{stage} {spent(value)}" for stage, value in seconds.items())
+    return f"times: {parts}; together {spent(sum(seconds.values()))}"
+
+
+def _print_ruled(header: list[str], rows: list[list[str]], stream: TextIO) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for column, name in enumerate(header):
+        table.add_column(Text(name), justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(text) for text in row))
+    Console(file=stream).print(table)
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text and text != "nan" else None
+
+
+def _cell(text: str) -> str:
+    value = _number(text)
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _gap_closed(values: Mapping[tuple[str, str, str], str], gallery: str, domain: str) -> str:
+    """Return the share as ``35%``; ``-`` where a value is missing or labels bring nothing, so that there is no gap."""
+    models = ("zero_shot", "fused", SUPERVISED)
+    zero_shot, fused, supervised = (_number(values.get((model, gallery, domain), "")) for model in models)
+    if zero_shot is None or fused is None or supervised is None or supervised <= zero_shot:
+        return "-"
+    return f"{(fused - zero_shot) / (supervised - zero_shot):.0%}"
+
+
+def _gain(mean: float | None, reference: float) -> str:
+    return "-" if mean is None or not reference or mean == reference else f"{mean / reference - 1:+.1%}"

@@ -1,0 +1,92 @@
+"""Searching a run's index with an image of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, published, quoted
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from grappa.model import GrappaModel
+
+
+import shutil
+
+from grappa.pipeline.store.storage import new_folder, refuse_existing
+
+MAX_PIXELS = 100_000_000  # a larger image is refused as a decompression bomb
+
+
+def load_model(run: str | Path) -> GrappaModel:
+    """Return the adapted model of a run as a torch module (``grappa.model.GrappaModel``), in evaluation mode."""
+    from grappa.model import load_model as open_folder
+
+    return open_folder(published(RunFolder.open(Path(run)), "model"))
+
+
+def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
+    """Return the ``k`` most similar images of the index, nearest first.
+
+    Each is a dict of image_id, path (relative to its image root), domain and similarity (cosine, -1 to 1).
+    """
+    import pandas as pd
+    import torch
+
+    from grappa.search.index import SearchIndex
+
+    folder = RunFolder.open(run)
+    model = load_model(run)
+    source = _source(folder)
+    check_same_origin(folder, "index", "images", f"heads/{source}", f"embeddings/{source}", "model")
+    index = SearchIndex.load(published(folder, "index"))
+    images = pd.read_parquet(published(folder, "images") / "images.parquet").set_index("image_id")
+    with torch.inference_mode():
+        query = model(model.preprocess(open_image(image)).unsqueeze(0))
+    ids, similarities = index.search(query.numpy(), k)
+    found = images.loc[list(ids[0]), ["path", "domain"]]
+    rows = zip(ids[0], found["path"], found["domain"], similarities[0], strict=True)
+    return [{"image_id": i, "path": p, "domain": d, "similarity": float(s)} for i, p, d, s in rows]
+
+
+def _source(folder: RunFolder) -> str:
+    """Return whose embeddings the index holds, such as ``fused``; ValueError where the model is the other."""
+    heads: dict[str, str] = {}
+    for name in ("model", "index"):
+        published(folder, name)
+        manifest = folder.artifact(name).manifest()
+        assert manifest is not None, "it is published"
+        heads[name] = next(each for each in manifest.recipe["inputs"] if each.startswith("heads/"))
+    model, index = (heads[name].removeprefix("heads/") for name in ("model", "index"))
+    if model != index:
+        raise ValueError(
+            f"the model in {folder.root} is {model}, the index is of {index}; run `grappa run {quoted(folder.root)}`"
+        )
+    return index
+
+
+def open_image(path: Path) -> Image.Image:
+    """Return an image file as a PIL image, RGB and upright; a sentence when it is none."""
+    from PIL import Image
+
+    from grappa.images.decoding import ImageDecodeError, decode_image
+
+    try:
+        return Image.fromarray(decode_image(path.read_bytes(), max_pixels=MAX_PIXELS))
+    except ImageDecodeError as error:
+        raise ValueError(f"{path} cannot be searched with: {error}") from error
+
+
+FILES = ("model.json", "weights.safetensors")
+
+
+def export(run: Path, folder: Path) -> str:
+    """Copy the model of a run into the new folder ``folder``, whole or not at all; the result in one sentence."""
+    refuse_existing(folder)
+    source = published(RunFolder.open(run), "model")
+    with new_folder(folder) as draft:
+        for name in FILES:
+            shutil.copyfile(source / name, draft / name)
+    return f"wrote {' and '.join(FILES)} to {folder}; open them with grappa.load_model({str(folder)!r})"

@@ -1,0 +1,404 @@
+"""The configuration: one frozen section a stage, checked before anything runs.
+
+A field whose ``identity`` is False (paths, worker counts) never enters a recipe; every other field does, for the stages
+that list it in ``grappa.pipeline.graph.stages``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+CropFraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Triple = tuple[float, float, float]
+PositiveTriple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+
+
+class Section(BaseModel):
+    """A frozen group of fields; unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def provenance(default: Any, description: str) -> Any:
+    """Return a field that is written down but is no part of any recipe."""
+    return Field(default=default, description=description, json_schema_extra={"identity": False})
+
+
+class Images(Section):
+    sources: tuple[str, ...] = provenance((), "folders (DOMAIN/...) or tables (.csv, .parquet) of images")
+    protocol: Literal["as_given", "closed_set"] = provenance(
+        "as_given",
+        "who is tested: the given split; closed_set: half of each train class's images, the given test left out",
+    )
+    protocol_seed: NonNegativeInt = provenance(0, "closed_set: seed of the halves")
+    cache_size: PositiveInt = Field(256, description="pixels of the shorter side kept in the pixel cache")
+    max_rejected: Fraction = provenance(0.05, "share of unreadable files above which the stage stops")
+    max_pixels: PositiveInt = Field(100_000_000, description="a larger image is refused as a decompression bomb")
+    shard_size: PositiveInt = Field(1024, description="images a file of the pixel cache; the unit of resuming")
+
+
+class Backbone(Section):
+    name: str = Field("vit_small_patch16_224.dino", description="a timm VisionTransformer with a class token")
+    weights: str | None = provenance(None, "a .safetensors file or a state dict; null: the hub's weights")
+    image_size: PositiveInt | None = Field(None, description="pixels of the square input; null: the model's own")
+    crop_fraction: CropFraction | None = Field(
+        None, description="share of the shorter side seen; null: the model's own"
+    )
+    mean: Triple | None = Field(None, description="channel means of the input, 0-1; null: the model's own")
+    std: PositiveTriple | None = Field(None, description="channel deviations of the input, 0-1; null: the model's own")
+    options: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="further arguments for timm.create_model, such as {depth: 6}"
+    )
+
+
+class Features(Section):
+    precision: Precision = Field("auto", description="auto: bfloat16 where the device has it in hardware")
+
+
+class Neighbors(Section):
+    num_neighbors: PositiveInt = Field(10, description="nearest train images kept for each image")
+
+
+class Clusters(Section):
+    num_clusters: str | tuple[PositiveInt, ...] = Field(
+        "auto", description="the pseudo-granularities; auto: 4 (auto:7: 7) geometric values, N/64 to N/3 of N images"
+    )
+    view: Literal["images", "objects"] = provenance(
+        "images", "whose features are clustered: the images', or those of their object views (see objects)"
+    )
+    num_iterations: PositiveInt = Field(20, description="iterations of spherical k-means")
+    seed: NonNegativeInt = Field(0, description="seed of the initial centroids")
+
+    @field_validator("num_clusters")
+    @classmethod
+    def _ascending(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        if isinstance(value, str):
+            if not re.fullmatch(r"auto(:([1-9]|1[0-6]))?", value):
+                raise ValueError(f"found {value!r}; give auto, auto:7 (any number up to 16) or numbers as [64, 512]")
+            return value
+        if not value or min(value) < 2 or len(set(value)) != len(value):
+            raise ValueError(f"found {list(value)}; give one or more different numbers, each at least 2")
+        return tuple(sorted(value))
+
+
+class Objects(Section):
+    provider: Literal["none", "backbone", "columns", "grounding_dino", "random"] = Field(
+        "none",
+        description="who finds the objects: the backbone, the table's boxes, a detector; random: the control",
+    )
+    min_confidence: Fraction = Field(0.3, description="a box of less confidence is refused: the image stays whole")
+    min_area: Fraction = Field(0.02, description="a smaller box is refused; share of the image's area")
+    max_area: Fraction = Field(0.9, description="a larger box is refused; share of the image's area")
+    enlargement: Annotated[float, Field(ge=1.0, le=4.0)] = Field(
+        1.1, description="the object view's sides, as a multiple of the box's"
+    )
+    max_aspect: Annotated[float, Field(ge=1.0)] = Field(
+        4 / 3, description="a view's longer side over its shorter one, at most; the shorter one grows"
+    )
+    model: str | None = provenance(
+        None, "grounding_dino: a name on the hub, or a folder with config.json and model.safetensors"
+    )
+    prompt: str = Field("an object.", description="grounding_dino: what to look for, phrases that end in a full stop")
+    seed: NonNegativeInt = Field(0, description="random: seed of the boxes")
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> Objects:
+        if self.min_area >= self.max_area:
+            raise ValueError(f"min_area is {self.min_area:g} and max_area {self.max_area:g}; give a larger max_area")
+        return self
+
+
+class Augmented(Section):
+    """Views shared by the two training stages; every draw belongs to (seed, stage, instance, epoch, image_id)."""
+
+    min_crop: CropFraction = Field(0.6, description="smallest side of a training crop, as a share of the shorter side")
+    flip: Fraction = Field(0.5, description="chance of a mirrored view")
+    brightness: Fraction = Field(0.3, description="strength of the brightness change")
+    contrast: Fraction = Field(0.3, description="strength of the contrast change")
+    saturation: Fraction = Field(0.3, description="strength of the saturation change")
+    grayscale: Fraction = Field(0.05, description="chance of a grey view")
+
+
+class Trained(Augmented):
+    """What every training has, AdamW under a warmed-up cosine schedule."""
+
+    num_epochs: PositiveInt = Field(4, description="passes over the train images")
+    batch_size: PositiveInt = Field(64, description="images (fusion: pairs) a step")
+    learning_rate: PositiveFloat = Field(1e-3, description="peak of the cosine schedule")
+    weight_decay: NonNegativeFloat = Field(1e-2, description="AdamW's weight decay on what is trained but the proxies")
+    warmup: Fraction = Field(0.1, description="share of the steps in which the rate rises linearly")
+    seed: NonNegativeInt = Field(0, description="seed of initial weights, order, partners and views")
+    precision: Precision = Field("auto", description="auto: bfloat16 autocast where the device has it in hardware")
+
+
+class Sets(Trained):
+    """What an adaptor set is made of."""
+
+    kind: Literal["bottleneck", "in_context", "both"] = Field(
+        "bottleneck",
+        description="adaptors beside the blocks' outputs; in_context: beside queries and keys; both: half of each",
+    )
+    bottleneck_dim: PositiveInt = Field(48, description="width of an adaptor's bottleneck")
+    in_context_rank: Literal["auto"] | PositiveInt = Field(
+        "auto", description="rank of in-context adaptors; auto: a 48th of the backbone's width"
+    )
+
+
+class Adaptors(Sets):
+    supervision: Literal["pseudo_labels", "labels"] = Field(
+        "pseudo_labels", description="what a set is trained on: clusters, or (one set) the train images' labels"
+    )
+    proxy_learning_rate: PositiveFloat = Field(1e-3, description="peak of the class proxies' cosine schedule")
+    temperature: PositiveFloat = Field(0.05, description="tau of the normalised softmax")
+    object_weight: NonNegativeFloat = Field(0.0, description="weight of the same loss on object views (see objects)")
+    transfer_weight: NonNegativeFloat = Field(
+        0.0, description="weight of the perception transfer from object views to images"
+    )
+    softening: PositiveFloat = Field(2.0, description="transfer: T by which tau is multiplied on both sides (Hinton)")
+    cosine_weight: NonNegativeFloat = Field(1.0, description="transfer: weight of the distance between the embeddings")
+    transfer_from: Literal["better", "all"] = Field(
+        "better", description="transfer: better: only from object views that are classified better than their image"
+    )
+    background_weight: NonNegativeFloat = Field(
+        0.0, description="weight of the loss by which background views come to a proxy of their own"
+    )
+
+
+class Fusion(Trained):
+    pairs: tuple[Literal["neighbors", "views"], ...] = provenance(
+        ("neighbors",), "the fusions to train: neighbors, and for the ablation views (two views of one image)"
+    )
+    attention_loss: Literal["mutual_information", "swapped", "none"] = Field(
+        "mutual_information",
+        description="how a pair's granularity attentions are led to agree (see grappa.method.losses)",
+    )
+    marginal_weight: NonNegativeFloat = Field(
+        1.0, description="mutual_information: weight of the mean attention's entropy (keeps all sets in use)"
+    )
+    sharpness: PositiveFloat = Field(2.0, description="swapped: power by which the partner's attention is sharpened")
+    barlow_weight: NonNegativeFloat = Field(0.0, description="weight of Barlow Twins on the pair's fused embeddings")
+    barlow_off_diagonal: NonNegativeFloat = Field(3.9e-3, description="Barlow Twins' weight of the off-diagonal terms")
+    attention_level: Literal["token", "cls"] = Field(
+        "token", description="one attention a token, or the CLS token's for all"
+    )
+    attention_temperature: PositiveFloat = Field(1.0, description="the attention's logits are divided by it")
+    initial_std: PositiveFloat = Field(
+        0.02, description="spread of the keys' start; breaks the symmetry of equal attention"
+    )
+    num_epochs: PositiveInt = Field(2, description="passes over the train images")
+    weight_decay: NonNegativeFloat = Field(1e-4, description="AdamW's weight decay")
+    num_neighbors: PositiveInt = Field(5, description="a pair's second image is one of so many nearest neighbours")
+
+    @field_validator("pairs")
+    @classmethod
+    def _with_neighbors(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "neighbors" not in value or len(set(value)) != len(value):
+            raise ValueError(f"found {list(value)}; give [neighbors] or [neighbors, views]")
+        return value
+
+
+class Student(Sets):
+    temperature: PositiveFloat = Field(0.1, description="tau of the similarities to the bank of reference images")
+    softening: PositiveFloat = Field(2.0, description="T by which tau is multiplied on both sides (Hinton)")
+    cosine_weight: NonNegativeFloat = Field(1.0, description="weight of the distance to the teacher's embedding")
+    bank_size: PositiveInt = Field(1024, description="train images that serve as the bank, at most")
+    object_share: Fraction = Field(0.0, description="share of the loss whose teacher sees object views (see objects)")
+
+
+ExtraRow = Literal["concat", "multi_head", "supervised", "zero_shot_objects", "adapted_objects"]
+
+
+class Embeddings(Section):
+    precision: Precision = Field("auto", description="auto: bfloat16 where the device has it in hardware")
+    whitening_power: Fraction = Field(0.5, description="strength of zero_shot_whitened: 0 none, 1 full PCA whitening")
+
+
+class Heads(Section):
+    kind: Literal["none", "whitening", "neighborhood"] = Field(
+        "neighborhood",
+        description="the last step of every adapted model, fitted without labels (see grappa.method.head)",
+    )
+    num_centroids: Literal["auto"] | Annotated[int, Field(ge=2)] = Field(
+        "auto", description="neighborhood: centroids of the train embeddings; auto: a third of the images, at most 4096"
+    )
+    perplexity: Annotated[float, Field(gt=1.0)] = Field(
+        10.0, description="neighborhood: centroids an image is near to; few centroids lower it to their middle"
+    )
+    deviation_power: Fraction = Field(0.5, description="strength of the whitening: 0 none, 1 full")
+    neighborhood_weight: NonNegativeFloat = Field(
+        1.0, description="neighborhood: weight of where an image lies beside how it differs from what lies there"
+    )
+    num_iterations: PositiveInt = Field(20, description="neighborhood: iterations of spherical k-means")
+    seed: NonNegativeInt = Field(0, description="neighborhood: seed of the initial centroids")
+
+
+class Model(Section):
+    source: Literal["fused", "student", "single"] = provenance(
+        "fused",
+        "what is deployed and searched: the fused sets; the student; single: the only set, neither of them is trained",
+    )
+
+
+class Evaluation(Section):
+    seed: NonNegativeInt = Field(0, description="seed of the hash that breaks ties")
+    extra_rows: tuple[ExtraRow, ...] = provenance(
+        (),
+        "further rows: concat, multi_head, supervised (train labels), zero_shot_objects, adapted_objects (crops)",
+    )
+
+    @field_validator("extra_rows")
+    @classmethod
+    def _once(cls, value: tuple[ExtraRow, ...]) -> tuple[ExtraRow, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"found {list(value)}; give each row once")
+        return value
+
+
+class Index(Section):
+    rows: Literal["all", "train", "test"] = Field("all", description="the images that can be found")
+    ivf_above: PositiveInt = Field(1_000_000, description="more rows than this get an inverted-file index")
+
+
+class Compute(Section):
+    """Where and how fast, never what: no field here is part of a recipe."""
+
+    device: Literal["auto", "cpu", "cuda"] = provenance("auto", "auto: a GPU if there is one")
+    num_threads: NonNegativeInt = provenance(0, "CPU threads of torch; 0: all cores (shared by the processes of a run)")
+    num_workers: NonNegativeInt = provenance(0, "threads that decode and crop images; 0: all cores (likewise)")
+    inference_batch_size: PositiveInt = provenance(64, "images a forward pass without gradients")
+    checkpoint_seconds: PositiveFloat = provenance(60.0, "time between two checkpoints")
+
+
+PERCEIVED = ("object_weight", "transfer_weight", "background_weight")
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    images: Images = Images()
+    backbone: Backbone = Backbone()
+    features: Features = Features()
+    neighbors: Neighbors = Neighbors()
+    objects: Objects = Objects()
+    clusters: Clusters = Clusters()
+    adaptors: Adaptors = Adaptors()
+    fusion: Fusion = Fusion()
+    student: Student = Student()
+    embeddings: Embeddings = Embeddings()
+    heads: Heads = Heads()
+    model: Model = Model()
+    evaluation: Evaluation = Evaluation()
+    index: Index = Index()
+    compute: Compute = Compute()
+
+    @model_validator(mode="after")
+    def _can_train_the_fusion(self) -> Config:
+        if self.fusion.num_neighbors > self.neighbors.num_neighbors:
+            raise ValueError(
+                f"fusion.num_neighbors is {self.fusion.num_neighbors} but neighbors.num_neighbors keeps "
+                f"{self.neighbors.num_neighbors}; raise the latter"
+            )
+        if self.fusion.attention_loss == "none" and self.fusion.barlow_weight == 0:
+            raise ValueError("fusion.attention_loss is none and fusion.barlow_weight 0: nothing to train; set one")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_set(self) -> Config:
+        if self.adaptors.supervision == "labels" and self.model.source != "single":
+            raise ValueError(
+                f"adaptors.supervision is labels, which makes one adaptor set, and model.source {self.model.source}; "
+                "set model.source=single"
+            )
+        if self.model.source != "single":
+            return self
+        needless = [name for name in ("concat", "multi_head") if name in self.evaluation.extra_rows]
+        if needless or "views" in self.fusion.pairs:
+            what = f"evaluation.extra_rows asks for {needless[0]}" if needless else "fusion.pairs asks for views"
+            raise ValueError(f"model.source is single, but {what}, which several sets have; leave it out")
+        values = self.clusters.num_clusters
+        if self.adaptors.supervision == "labels" or values == "auto:1" or (values != "auto" and len(values) == 1):
+            return self
+        raise ValueError(f"model.source is single, but clusters.num_clusters is {values}; give one number, or auto:1")
+
+    @model_validator(mode="after")
+    def _has_objects(self) -> Config:
+        if self.objects.provider == "grounding_dino" and not self.objects.model:
+            raise ValueError("objects.provider is grounding_dino, but objects.model is null; give a hub name or folder")
+        weights = [f"adaptors.{name}" for name in PERCEIVED if getattr(self.adaptors, name)]
+        shares = ["student.object_share"] if self.student.object_share else []
+        rows = [
+            f"the row {name}" for name in ("zero_shot_objects", "adapted_objects") if name in self.evaluation.extra_rows
+        ]
+        views = ["clusters.view=objects"] if self.clusters.view == "objects" else []
+        asking = [*weights, *shares, *rows, *views]
+        if asking and self.objects.provider == "none":
+            raise ValueError(
+                f"{asking[0]} needs object views, but objects.provider is none; set it to backbone (or columns, "
+                f"grounding_dino, random), or leave {asking[0]} out"
+            )
+        return self
+
+    @property
+    def granularities(self) -> tuple[str, ...]:
+        """The names of the pseudo-granularities, ordered by number; none where labels take their place."""
+        if self.adaptors.supervision == "labels":
+            return ()
+        if isinstance(self.clusters.num_clusters, str):
+            found = self.clusters.num_clusters
+            raise ValueError(f"clusters.num_clusters is still `{found}`; `grappa init RUN` resolves it")
+        return tuple(granularity_name(k) for k in self.clusters.num_clusters)
+
+
+def granularity_name(num_clusters: int) -> str:
+    """Return ``k00256`` for 256: "k" and at least five digits."""
+    return f"k{num_clusters:05d}"
+
+
+def num_clusters_of(granularity: str) -> int:
+    """Return 256 for ``k00256``."""
+    return int(granularity.removeprefix("k"))
+
+
+def automatic_num_clusters(num_train: int, how: str = "auto") -> tuple[int, ...]:
+    """Return 4 (``auto:7``: 7) geometric values from N/64 to N/3, each in 2..N/2, without repeats; N train images >= 4.
+
+    A single value is the geometric middle. 4 values hold those of 2, and 7 those of 4: such runs share their sets.
+    """
+    count = int(how.partition(":")[2] or 4)
+    low, high = max(2.0, num_train / 64), max(2.0, num_train / 3)
+    shares = [step / (count - 1) for step in range(count)] if count > 1 else [0.5]
+    values = (round(low * (high / low) ** share) for share in shares)
+    return tuple(sorted({min(max(2, value), num_train // 2) for value in values}))
+
+
+def identity_settings(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return ``{"clusters.seed": 0, ...}`` for sections (``clusters``) and single fields (``clusters.seed``)."""
+    settings: dict[str, Any] = {}
+    for name in names:
+        section_name, _, field_name = name.partition(".")
+        section: Section = getattr(config, section_name)
+        dumped = section.model_dump(mode="json")
+        fields = [field_name] if field_name else [field for field in dumped if is_identity(section, field)]
+        settings.update({f"{section_name}.{field}": dumped[field] for field in fields})
+    return settings
+
+
+def is_identity(section: Section, field: str) -> bool:
+    """Tell whether a field may enter a recipe."""
+    extra = type(section).model_fields[field].json_schema_extra
+    return not (isinstance(extra, dict) and extra.get("identity") is False)

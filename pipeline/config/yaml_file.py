@@ -1,0 +1,238 @@
+"""The configuration as YAML: read with one-sentence errors, changed by recipes and ``--set``, written with comments."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from grappa.pipeline.config.schema import Config, Section
+
+HEADER = """\
+# The resolved configuration of this run, every value with its meaning. Edit it, or change values by
+# `grappa init RUN --set section.key=value`; `grappa status RUN` then says what became stale and why.
+"""
+RECIPES = Path(__file__).parent / "presets"
+LINE_LENGTH = 120
+
+Settings = dict[str, dict[str, Any]]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one sentence for the user."""
+
+
+def load_config(path: Path) -> Config:
+    """Return the configuration in a YAML file; a field that it lacks has its default."""
+    return parse_settings(read_settings(path), str(path))
+
+
+def parse_settings(settings: Mapping[str, Any], where: str) -> Config:
+    """Check nested settings; ``where`` they come from is named in the error.
+
+    Raises ConfigError that names the first wrong field, what was found and what is expected.
+    """
+    try:
+        config = Config.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_sentence(error)}") from None
+    _refuse_truth_values(settings, config, where)
+    return config
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, refusing a key that is written twice (the last would win in silence)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"`{name}` is written twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_settings(path: Path) -> Settings:
+    """Return the sections written in a YAML file (an empty section is the same as none)."""
+    return _sections(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds; ConfigError when it is none or says a key twice."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return _Loader(text).get_single_data()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: found bytes that are not UTF-8, expected a YAML text file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({_one_line(error)}); correct it or restore the file") from None
+
+
+def recipe_path(name_or_file: str) -> Path:
+    """Return the file behind ``--config``: a recipe that comes with the package, or a file."""
+    return shipped_or_file(name_or_file, RECIPES, f"--config {name_or_file}", "recipe")
+
+
+def shipped_or_file(name_or_file: str, folder: Path, where: str, kind: str) -> Path:
+    """Return the YAML file of that name in ``folder``, which comes with the package, or a file of the user's."""
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name_or_file in names:
+        return folder / f"{name_or_file}.yaml"
+    if Path(name_or_file).is_file():
+        return Path(name_or_file)
+    raise ConfigError(f"{where}: no such file, and no {kind} of that name ({', '.join(names)})")
+
+
+def merged(base: Mapping[str, Mapping[str, Any]], changes: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """Return ``base`` with the fields of ``changes`` put over it, field by field."""
+    sections = [*base, *(name for name in changes if name not in base)]
+    return {name: {**base.get(name, {}), **changes.get(name, {})} for name in sections}
+
+
+def parse_assignments(assignments: Iterable[str]) -> Settings:
+    """Return the settings of ``section.key=value`` texts; a value is YAML, but for fields that hold text."""
+    settings: Settings = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        section, dot, field = name.strip().partition(".")
+        if not (equals and dot and section and field):
+            raise ConfigError(f"--set {assignment}: expected section.key=value, such as clusters.num_iterations=50")
+        settings.setdefault(section, {})[field] = _assigned_value(section, field, text)
+    return settings
+
+
+def dump_config(config: Config) -> str:
+    """Return the YAML of every field with its description as a comment; ``load_config`` gives the same config back."""
+    return HEADER + "".join(_section_text(name, getattr(config, name)) for name in Config.model_fields)
+
+
+def field_names() -> list[str]:
+    """Return every ``section.key``, in the order of the file."""
+    return [f"{name}.{field}" for name, section in Config().__dict__.items() for field in type(section).model_fields]
+
+
+def _sections(found: Any, where: str) -> Settings:
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}: found {found!r}, expected sections such as `clusters:` with fields below")
+    for name, fields in found.items():
+        if not isinstance(fields, dict | None):
+            raise ConfigError(f"{where}: found {fields!r} for `{name}`, expected a section with fields below")
+    return {name: fields or {} for name, fields in found.items()}
+
+
+def _assigned_value(section: str, field: str, text: str) -> Any:
+    if _holds_text(section, field):
+        return None if text in ("null", "~", "") else text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {section}.{field}={text}: the value is not valid YAML ({_one_line(error)})") from None
+
+
+def _holds_text(section: str, field: str) -> bool:
+    """Tell whether a field takes any text (a path may hold what YAML would read as something else)."""
+    model = getattr(Config(), section, None)
+    if not isinstance(model, Section) or field not in type(model).model_fields:
+        return False
+    return type(model).model_fields[field].annotation in (str, str | None)
+
+
+def _section_text(name: str, section: Section) -> str:
+    doc = type(section).__dict__.get("__doc__")
+    heading = f"# {doc.splitlines()[0]}\n" if doc and type(section).__name__ == name.capitalize() else ""
+    fields = type(section).model_fields
+    dumped = section.model_dump(mode="json")
+    return f"\n{heading}{name}:\n" + "".join(
+        _field_text(field, dumped[field], fields[field].description or "") for field in dumped
+    )
+
+
+def _field_text(name: str, value: Any, description: str) -> str:
+    if isinstance(value, list) and value and all(isinstance(item, str) and "/" in item for item in value):
+        items = "".join(f"    - {flow(item)}\n" for item in value)
+        return f"  {name}:  # {description}\n{items}"
+    line = f"  {name}: {flow(value)}"
+    trailing = f"{line}  # {description}\n"
+    return trailing if len(trailing) <= LINE_LENGTH else f"  # {description}\n{line}\n"
+
+
+def flow(value: Any) -> str:
+    """Return a value as YAML on one line."""
+    style = '"' if isinstance(value, str) and "\n" in value else None
+    text = yaml.safe_dump(
+        value, default_flow_style=True, default_style=style, allow_unicode=True, width=float("inf"), sort_keys=False
+    )
+    return text.removesuffix("...\n").strip()
+
+
+def _sentence(error: ValidationError) -> str:
+    """Return the first wrong field of a validation error, what was found and what is expected."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    name = ".".join(str(part) for part in first["loc"][:2])
+    if first["type"] == "extra_forbidden":
+        return _unknown(name)
+    if first["type"] == "value_error":
+        words = str(first["ctx"]["error"])
+        return f"{name}: {words}" if name else words  # what several sections contradict each other in has no name
+    same = [problem for problem in problems if problem["loc"][:2] == first["loc"][:2]]
+    expected = " or ".join(dict.fromkeys(expected_text(str(problem["msg"])) for problem in same))
+    found = short(same[-1]["input"])
+    return f"{name}: found {found}, expected {expected} (such as the default, {_default(name)})"
+
+
+def _unknown(name: str) -> str:
+    section, _, field = name.partition(".")
+    siblings = [known.partition(".")[2] for known in field_names() if known.startswith(f"{section}.")]
+    near = _near(section, field, siblings)
+    if near:
+        return f"unknown key {name}: did you mean {near[0]}?"
+    return f"unknown key {name}: expected one of {', '.join(siblings if field else list(Config.model_fields))}"
+
+
+def _near(section: str, field: str, siblings: list[str]) -> list[str]:
+    """Return known names like an unknown one: the same field elsewhere, one of the section's, or any."""
+    if not field:
+        return difflib.get_close_matches(section, list(Config.model_fields))
+    elsewhere = [known for known in field_names() if known.partition(".")[2] == field]
+    within = [f"{section}.{near}" for near in difflib.get_close_matches(field, siblings)]
+    return elsewhere or within or difflib.get_close_matches(f"{section}.{field}", field_names(), cutoff=0.75)
+
+
+def expected_text(message: str) -> str:
+    """Turn "Input should be a valid integer, unable to ..." into "a valid integer"."""
+    text = message.removeprefix("Input should be ").split(", unable")[0].split(", got")[0]
+    return text[:1].lower() + text[1:] if text[:2] != text[:2].upper() else text
+
+
+def _default(name: str) -> str:
+    section, _, field = name.partition(".")
+    model = getattr(Config(), section)
+    return flow(model.model_dump(mode="json")[field]) if field else f"{section}: {{...}}"
+
+
+def _refuse_truth_values(settings: Mapping[str, Any], config: Config, where: str) -> None:
+    """Refuse ``true`` where a number is expected: YAML's ``yes`` and ``on`` would silently become 1."""
+    for section, fields in settings.items():
+        for field, value in (fields or {}).items():
+            taken = getattr(getattr(config, section), field)
+            if isinstance(value, bool) and not isinstance(taken, bool):
+                name = f"{section}.{field}"
+                raise ConfigError(
+                    f"{where}: {name}: found {value}, expected a number (the default is {_default(name)})"
+                )
+
+
+def short(value: Any) -> str:
+    """Return a value for an error, at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,168 @@
+"""What a stage's ``run(context)`` gets: where its inputs lie, where its outputs go, how it shows that it lives."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from grappa.pipeline.config.schema import Config
+from grappa.pipeline.engine.memory_limit import require_memory
+from grappa.pipeline.engine.progress import Advance, Progress
+from grappa.pipeline.engine.team import ALONE, Team
+from grappa.pipeline.graph.stages import Input, Stage, artifact_name
+from grappa.pipeline.store.artifacts import LOG_FILE, RunFolder
+from grappa.pipeline.store.work import Work
+
+if TYPE_CHECKING:
+    from grappa.core.distributed import Processes
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LeadersWork:
+    """The work in progress as a follower sees it: the leader holds the lock, logs and publishes."""
+
+    path: Path
+    resumed: bool
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """One instance of a stage at work. A stage reads what it declares, and writes below ``path``.
+
+    Where several processes are at it (``team``), only the one that ``leads`` writes, and the others return when their
+    part is done.
+    """
+
+    run: RunFolder
+    config: Config
+    stage: Stage
+    instance: str | None
+    work: Work | LeadersWork
+    progress: Progress
+    resolved: dict[str, Any] = field(default_factory=dict)
+    team: Team = ALONE
+
+    @property
+    def name(self) -> str:
+        """The artifact's name, such as ``clusters/k00256``."""
+        return artifact_name(self.stage.name, self.instance)
+
+    @property
+    def path(self) -> Path:
+        """The folder for the outputs; each file below it is published."""
+        return self.work.path
+
+    @property
+    def resumed(self) -> bool:
+        """Whether ``path`` holds the unfinished work of the same recipe."""
+        return self.work.resumed
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what comes out: the only one, or the first of several."""
+        return self.team.leads
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that compute this together."""
+        return self.team.processes
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads to compute with (``compute.num_threads``)."""
+        return self.config.compute.num_threads or num_cores()
+
+    @property
+    def num_workers(self) -> int:
+        """Threads to decode and crop with (``compute.num_workers``)."""
+        return self.config.compute.num_workers or num_cores()
+
+    def input(self, stage: str, instance: str | None = None) -> Path:
+        """Return the published folder of a declared upstream artifact."""
+        declared: tuple[Input, ...] = self.stage.inputs(self.config, self.instance)
+        names = [each.name for each in declared]
+        wanted = artifact_name(stage, instance)
+        assert wanted in names, f"{self.name} reads {wanted}, but grappa.pipeline.graph.stages declares {names}"
+        return self.run.artifact(stage, instance).home
+
+    def sources(self) -> tuple[Path, list[str]]:
+        """Return the table of the listed images and the root folders that its column ``root`` numbers."""
+        assert "sources" in self.stage.externals, (
+            f"{self.name} does not declare `sources` in grappa.pipeline.graph.stages"
+        )
+        return self.run.artifact("sources").home / "sources.parquet", self._roots()
+
+    def originals(self) -> list[str]:
+        """Return the root folders that the image table's column ``root`` numbers."""
+        assert "originals" in self.stage.externals, (
+            f"{self.name} does not declare `originals` in grappa.pipeline.graph.stages"
+        )
+        return self._roots()
+
+    def _roots(self) -> list[str]:
+        manifest = self.run.artifact("sources").manifest()
+        assert manifest is not None, "the recipe could not have been made without the sources"
+        return list(manifest.provenance["roots"])
+
+    @contextmanager
+    def task(self, description: str, total: int, unit: str = "images", *, done: int = 0) -> Iterator[Advance]:
+        """Show progress: call the yielded ``advance(n)`` with items newly done; the speed goes to ``log.jsonl``.
+
+        ``advance`` also raises what ended another process of the team.
+        """
+        with self.progress.task(f"{self.name}: {description}", total, unit=unit, done=done) as (show, meter):
+
+            def advance(number: int) -> None:
+                show(number)
+                self.team.check()
+
+            yield advance
+        speed = {"seconds": round(meter.seconds, 3), "per_second": round(meter.speed, 3)}
+        self.log({"task": description, "unit": unit, "total": total, "new": meter.new, **speed})
+
+    def need_memory(self, needed: int) -> None:
+        """Note the bytes that the work will take at its peak, and refuse to start where fewer are free."""
+        require_memory(self.name, needed)
+        self.log({"needed_memory_bytes": needed})
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append times and speeds to ``log.jsonl``: kept with the artifact, no part of its identity."""
+        if isinstance(self.work, Work):
+            self.work.log(record)
+
+    def resolve(self, name: str, value: T) -> T:
+        """Note what an ``auto`` became, for the provenance; resumed work gets back the value that it began with.
+
+        All processes of a team get the leader's, but for the device.
+        """
+        kept = value
+        if name != "device":
+            kept = self.team.agree(name, self._kept().get(name, value) if self.resumed and self.leads else value)
+        if self.resolved.get(name) != kept:
+            self.resolved[name] = kept
+            self.log({"resolved": {name: kept}})
+        return kept
+
+    def _kept(self) -> dict[str, Any]:
+        """Return what the log says was resolved when this work began."""
+        log = self.path / LOG_FILE
+        records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        kept: dict[str, Any] = {}
+        for record in records:
+            kept = {**record.get("resolved", {}), **kept}
+        return kept
+
+
+def num_cores() -> int:
+    """Return the CPU cores that this process may use: its part where several on one host are bound to none."""
+    everything = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everything
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if cores == everything else 1
+    return max(1, cores // beside)

@@ -1,0 +1,65 @@
+"""What a run reads from outside: the backbone's weights and the detector of objects, by the digests of their files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grappa.pipeline.config.schema import Config
+from grappa.pipeline.store.storage import file_digest
+
+SUFFIXES = (".json", ".safetensors", ".txt")  # all that is ever read of a detector's folder
+
+
+class MissingInputError(ValueError):
+    """An input has no usable manifest or file, so that a recipe cannot be known; the message is a reason line."""
+
+
+def weights_digest(path: Path, known: Any = None) -> dict[str, Any]:
+    """Return path, bytes, mtime_ns and sha256 of a file, hashed only if it is not the one ``known``.
+
+    A file that is gone counts as unchanged when it was the known one: what was read lies in the run.
+    """
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    known = known if isinstance(known, dict) and known.get("path") == text else None
+    if not os.path.isfile(path):  # also where another user's folder may not be looked into
+        if known:
+            return known
+        raise MissingInputError(
+            f"backbone.weights: no such file {path}; set it by `--set backbone.weights=FILE` of `grappa init`"
+        )
+    found = {"path": text, "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+    if known and found.items() <= known.items():
+        return known
+    return found | {"sha256": file_digest(path)[1]}
+
+
+def is_hub_name(model: str) -> bool:
+    """Tell whether ``objects.model`` names no folder but a model on the hub, such as ``owner/name``."""
+    return not os.path.isdir(model) and not os.path.isabs(model) and model.count("/") <= 1 and model[:1] not in ".~"
+
+
+def detector_digests(config: Config, known: Mapping[str, Any] | None) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the recipe's input and the provenance of the detector; nothing where none is used.
+
+    ``known``: the provenance of an earlier look; a folder that is gone counts as unchanged when it was that one.
+    """
+    model = config.objects.model
+    if config.objects.provider != "grounding_dino" or model is None:
+        return {}, {}
+    if is_hub_name(model):
+        return {"hub": model}, {}
+    known = known or {}
+    names = _files(model) or sorted(name for name, file in known.items() if os.path.dirname(file["path"]) == model)
+    if not names:
+        raise MissingInputError(
+            f"objects.model: {model} is no folder with a model; give one that holds config.json and model.safetensors"
+        )
+    found = {name: weights_digest(Path(model) / name, known.get(name)) for name in names}
+    return {name: each["sha256"] for name, each in found.items()}, found
+
+
+def _files(model: str) -> list[str]:
+    return sorted(path.name for path in Path(model).glob("*") if path.suffix in SUFFIXES and path.is_file())

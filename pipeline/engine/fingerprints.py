@@ -1,0 +1,91 @@
+"""The recipe an instance has now: from the configuration, upstream manifests and what lies outside the run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grappa.pipeline.config.schema import Config, identity_settings
+from grappa.pipeline.engine.externals import MissingInputError, detector_digests, weights_digest
+from grappa.pipeline.graph.stages import Input, Stage
+from grappa.pipeline.store.artifacts import CorruptManifest, Manifest, RunFolder, quoted
+
+SOURCES_FILE = "sources.parquet"
+SOURCES_RECIPE: dict[str, Any] = {"stage": "sources", "instance": None, "version": 1, "config": {}, "inputs": {}}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A recipe, and notes for the provenance (where the weights lay)."""
+
+    recipe: dict[str, Any]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def expected_recipe(run: RunFolder, config: Config, stage: Stage, instance: str | None) -> Expected:
+    """Return the recipe of an instance; only manifests are read, and weights that changed since they were.
+
+    Raises MissingInputError when an input is missing: a line such as ``upstream features is missing``.
+    """
+    inputs: dict[str, dict[str, str]] = {}
+    notes: dict[str, Any] = {}
+    for each in stage.inputs(config, instance):
+        inputs.setdefault(each.name, {}).update(_input_digests(run, each))
+    if "sources" in stage.externals:
+        inputs["sources"] = {SOURCES_FILE: sources_manifest(run).outputs[SOURCES_FILE]["sha256"]}
+    if "weights" in stage.externals:
+        inputs["weights"], notes = _weights(run, config, stage)
+    if "detector" in stage.externals and config.objects.provider == "grounding_dino":
+        manifest = read_manifest(run, stage.name, instance)
+        inputs["detector"], found = detector_digests(config, manifest.provenance.get("detector") if manifest else None)
+        notes = {"detector": found}
+    recipe = {"stage": stage.name, "instance": instance, "version": stage.version}
+    return Expected(recipe | {"config": identity_settings(config, stage.settings(instance)), "inputs": inputs}, notes)
+
+
+def read_manifest(run: RunFolder, stage: str, instance: str | None = None) -> Manifest | None:
+    """Return a manifest, None when it is missing or corrupt."""
+    try:
+        return run.artifact(stage, instance).manifest()
+    except CorruptManifest:
+        return None
+
+
+def sources_manifest(run: RunFolder) -> Manifest:
+    """Return the manifest of the listed images; MissingInputError when there is none."""
+    manifest = read_manifest(run, "sources")
+    if manifest is None or SOURCES_FILE not in manifest.outputs:
+        raise MissingInputError(f"upstream sources is missing: run `grappa init {quoted(run.root)}`")
+    return manifest
+
+
+def digest_of(outputs: Mapping[str, Any], name: str) -> str | None:
+    """Return the digest of an output, or of a folder (``pixels/``): that of its sorted ``name sha256`` lines."""
+    if not name.endswith("/"):
+        return str(outputs[name]["sha256"]) if name in outputs else None
+    lines = [f"{file} {outputs[file]['sha256']}\n" for file in sorted(outputs) if file.startswith(name)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
+
+
+def _input_digests(run: RunFolder, source: Input) -> dict[str, str]:
+    manifest = read_manifest(run, source.stage, source.instance)
+    if manifest is None:
+        raise MissingInputError(f"upstream {source.name} is missing")
+    digests = {name: digest_of(manifest.outputs, name) for name in source.files}
+    lacking = [name for name, digest in digests.items() if digest is None]
+    if lacking:
+        raise MissingInputError(f"upstream {source.name} has no {lacking[0]}")
+    return {name: digest for name, digest in digests.items() if digest is not None}
+
+
+def _weights(run: RunFolder, config: Config, stage: Stage) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the recipe's input and the provenance of the backbone's weights."""
+    if config.backbone.weights is None:
+        return {"hub": config.backbone.name}, {}
+    manifest = read_manifest(run, stage.name)
+    known = manifest.provenance.get("weights") if manifest else None
+    found = weights_digest(Path(config.backbone.weights), known)
+    return {"sha256": found["sha256"]}, {"weights": found}

@@ -1,0 +1,76 @@
+"""Whether an artifact is still the one its configuration and inputs ask for, and why not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from grappa.pipeline.store.artifacts import Artifact, CorruptManifest, Recipe
+
+Kind = Literal["missing", "fresh", "stale", "corrupt"]
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class State:
+    """An artifact's state; `reasons` are lines for people, empty unless stale or corrupt."""
+
+    kind: Kind
+    reasons: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {'; '.join(self.reasons)}" if self.reasons else self.kind
+
+
+def compare_recipes(old: Recipe, new: Recipe) -> list[str]:
+    """What differs, a line each: stage version, then config, then inputs, by name; empty when they are the same."""
+    lines = [
+        f"{label}: {_text(old[field])} -> {_text(new[field])}"
+        for field, label in (("stage", "stage"), ("instance", "instance"), ("version", "stage version"))
+        if old[field] != new[field]
+    ]
+    return lines + _config_lines(old["config"], new["config"]) + _input_lines(old["inputs"], new["inputs"])
+
+
+def _config_lines(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    values = {key: (old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in sorted({*old, *new})}
+    return [f"config {key}: {_text(a)} -> {_text(b)}" for key, (a, b) in values.items() if a != b]
+
+
+def _input_lines(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [
+        f"input {name}: {'removed' if name not in new else 'added' if name not in old else 'content changed'}"
+        for name in sorted({*old, *new})
+        if old.get(name, _ABSENT) != new.get(name, _ABSENT)
+    ]
+
+
+def _text(value: object) -> str:
+    if value is _ABSENT:
+        return "(not there)"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def artifact_state(
+    artifact: Artifact, expected_recipe: Recipe | None, upstream_problems: Sequence[str] = (), verify: bool = False
+) -> State:
+    """The state of one artifact; nothing on disk is changed.
+
+    `expected_recipe` is None when an input is missing, so that the recipe cannot be known: then `upstream_problems`
+    (such as `upstream clusters/k01024 is stale`) must say why. With `verify` every byte is hashed again.
+    """
+    assert expected_recipe is not None or upstream_problems, "without a recipe an upstream problem must be named"
+    try:
+        manifest = artifact.manifest()
+    except CorruptManifest as error:
+        return State("corrupt", [str(error)])
+    if manifest is None:
+        return State("missing", [])
+    problems = artifact.check(verify)
+    if problems:
+        return State("corrupt", problems)
+    reasons = compare_recipes(manifest.recipe, expected_recipe) if expected_recipe is not None else []
+    reasons += [line for line in upstream_problems if line not in reasons]
+    return State("stale" if reasons else "fresh", reasons)

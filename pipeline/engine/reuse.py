@@ -1,0 +1,73 @@
+"""Taking artifacts over from other runs: those that are whole there and have the recipe that is expected here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from grappa.pipeline.config.schema import Config
+from grappa.pipeline.engine.externals import MissingInputError
+from grappa.pipeline.engine.fingerprints import expected_recipe, read_manifest
+from grappa.pipeline.engine.freshness import artifact_state
+from grappa.pipeline.engine.status import instances
+from grappa.pipeline.graph.stages import Stage
+from grappa.pipeline.store.artifacts import LOG_FILE, Artifact, Manifest, Recipe, RunFolder
+from grappa.pipeline.store.work import open_work, recover
+
+
+def take_over(other: RunFolder, run: RunFolder, config: Config, *, say: Callable[[str], None]) -> None:
+    """Link or copy each artifact of ``other`` that is not fresh here and has the recipe wanted here."""
+    taken = []
+    for stage, instance in instances(config):
+        recover(run.artifact(stage.name, instance))
+        if take_over_one([other], run, config, stage, instance):
+            taken.append(run.artifact(stage.name, instance).name)
+    say(f"taken over from {other.root}: {', '.join(taken) or 'nothing, no other artifact has a recipe of this run'}")
+
+
+def take_over_one(
+    others: Iterable[RunFolder], run: RunFolder, config: Config, stage: Stage, instance: str | None
+) -> RunFolder | None:
+    """Link or copy one artifact that is not fresh here from the first run that has it; return that run, or None.
+
+    Whether it is stale there does not matter: the recipe says what it was made of.
+    """
+    wanted, target = _wanted(run, config, stage, instance), run.artifact(stage.name, instance)
+    if wanted is None or artifact_state(target, wanted).kind == "fresh":
+        return None
+    for other in others:
+        source, manifest = other.artifact(stage.name, instance), read_manifest(other, stage.name, instance)
+        if manifest and manifest.recipe == wanted and not source.check():
+            _copy(source, manifest, target)
+            return other
+    return None
+
+
+def _wanted(run: RunFolder, config: Config, stage: Stage, instance: str | None) -> Recipe | None:
+    try:
+        return expected_recipe(run, config, stage, instance).recipe
+    except MissingInputError:
+        return None
+
+
+def _copy(source: Artifact, manifest: Manifest, target: Artifact) -> None:
+    with open_work(target, manifest.recipe) as work:
+        work.start_over()  # linked files are the other run's: a stage must never write into them
+        for name in (*manifest.outputs, LOG_FILE):
+            if (source.home / name).exists():
+                _link(source.home / name, work.path / name)
+        if source.manifest() != manifest:
+            raise ValueError(f"{source.path} was replaced while it was taken over; give the same command again")
+        work.publish({**manifest.provenance, "taken_from": str(source.path)})
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name (published files never change), or copy it to another file system."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,119 @@
+"""The artifact ``sources``: the listed images, published by `grappa init`; their folders are provenance."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from grappa.pipeline.config.schema import Images
+from grappa.pipeline.engine.fingerprints import SOURCES_FILE, SOURCES_RECIPE, read_manifest
+from grappa.pipeline.store.artifacts import RunFolder
+from grappa.pipeline.store.provenance import provenance
+from grappa.pipeline.store.storage import atomic_write_bytes, file_digest
+from grappa.pipeline.store.work import open_work, recover
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def list_sources(images: Images) -> pd.DataFrame:
+    """Return the listing of ``grappa.images.table.list_images``, split as ``images.protocol`` says."""
+    from grappa.images.closed_set import closed_set
+    from grappa.images.table import list_images
+
+    listing = list_images([Path(source) for source in images.sources])
+    return listing if images.protocol == "as_given" else closed_set(listing, images.protocol_seed)
+
+
+def published_listing(run: RunFolder) -> pd.DataFrame | None:
+    """Return the listing that the run has, None when it has none (or a broken one)."""
+    recover(run.artifact("sources"))
+    return _read_listing(run)
+
+
+def same_listing(run: RunFolder, listing: pd.DataFrame) -> bool:
+    """Tell whether the run has a listing of this content; nothing on disk is changed."""
+    former = _read_listing(run)
+    return former is not None and _plain(former).equals(_plain(listing))
+
+
+def _read_listing(run: RunFolder) -> pd.DataFrame | None:
+    import pandas as pd
+
+    artifact = run.artifact("sources")
+    if artifact.check():
+        return None
+    return pd.read_parquet(artifact.home / SOURCES_FILE)
+
+
+def publish_listing(run: RunFolder, listing: pd.DataFrame, sources: Sequence[str], former: pd.DataFrame | None) -> None:
+    """Publish a listing; one with the content of the ``former`` keeps its very bytes, so that nothing becomes stale."""
+    manifest, roots = read_manifest(run, "sources"), list(listing.attrs["roots"])
+    same = former is not None and _plain(former).equals(_plain(listing))
+    origin = {"roots": roots, "sources": list(sources)}
+    if same and manifest and origin.items() <= dict(manifest.provenance).items():
+        return
+    started = datetime.now(UTC)
+    data = (run.artifact("sources").home / SOURCES_FILE).read_bytes() if same else None
+    with open_work(run.artifact("sources"), SOURCES_RECIPE) as work:
+        if data is None:
+            _plain(listing).to_parquet(work.path / SOURCES_FILE, index=False)
+        else:
+            atomic_write_bytes(work.path / SOURCES_FILE, data)
+        work.publish({**provenance(started=started, device="cpu"), **origin})
+
+
+def _plain(listing: pd.DataFrame) -> pd.DataFrame:
+    """Return the listing without its attributes, null as None: what a written and read one looks like too."""
+    plain = listing.reset_index(drop=True)
+    for name in ("label", "split"):
+        plain[name] = [value if isinstance(value, str) else None for value in plain[name]]
+        plain[name] = plain[name].astype(object).where(plain[name].notna(), None)
+    plain.attrs = {}
+    return plain
+
+
+def changed_files(run: RunFolder) -> list[str]:
+    """Return the listed files that are others now: in size or, once decoded, in content; a gone root is passed over."""
+    import pyarrow.parquet as pq
+
+    from grappa.images.table import image_file, unescape_path
+
+    artifact = run.artifact("sources")
+    manifest = artifact.manifest()
+    assert manifest is not None, "judged whole before"
+    roots = list(manifest.provenance["roots"])
+    present = {number for number, root in enumerate(roots) if os.path.isdir(unescape_path(root))}
+    table = pq.read_table(artifact.home / SOURCES_FILE, columns=["path", "root", "size"]).to_pydict()
+    decoded, changed = _decoded_digests(run), []
+    for path, root, size in zip(table["path"], table["root"], table["size"], strict=True):
+        if root not in present:
+            continue
+        file = image_file(roots[root], path)
+        now, known = _size(file), decoded.get((root, path))
+        if now != size:
+            changed.append(f"{path}: {now} bytes, listed with {size}")
+        elif known and file_digest(Path(file))[1] != known:
+            changed.append(f"{path}: other content than was decoded")
+    return changed
+
+
+def _decoded_digests(run: RunFolder) -> dict[tuple[int, str], str]:
+    """Return the sha256 of each file as it was decoded, by (root, path); empty before the images stage has run."""
+    import pyarrow.parquet as pq
+
+    images = run.artifact("images")
+    if images.check():
+        return {}
+    table = pq.read_table(images.home / "images.parquet", columns=["path", "root", "sha256"]).to_pydict()
+    return dict(zip(zip(table["root"], table["path"], strict=True), table["sha256"], strict=True))
+
+
+def _size(file: str) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return -1

@@ -1,0 +1,70 @@
+"""What the command line makes of errors: one sentence, an exit code, no traceback."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+import typer
+
+P = ParamSpec("P")
+PIPE_CLOSED = 128 + 13  # what a shell tells of a command that SIGPIPE ended
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn expected errors of a command into one sentence on stderr and an exit code; ``--debug`` shows them whole.
+
+    Where whoever read the output has gone (``grappa status RUN | head``), the command ends as others do: silently.
+    """
+
+    @functools.wraps(command)
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _silence()
+            raise typer.Exit(PIPE_CLOSED) from None
+        except EXPECTED as error:
+            sentence, code = explained(error)
+            if sentence is None or "--debug" in sys.argv:
+                raise
+            print(f"grappa: {sentence}", file=sys.stderr, flush=True)
+            raise typer.Exit(code) from None
+
+    return call
+
+
+def _silence() -> None:
+    """Leave nothing that the interpreter would flush into a pipe that nobody reads."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+EXPECTED = (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError, KeyboardInterrupt)
+
+
+def explained(error: BaseException) -> tuple[str | None, int]:
+    """Return an error's sentence and exit code.
+
+    The sentence is None for what deserves a traceback: what is not expected, and a RuntimeError that is neither a lost
+    race for a lock nor lack of memory.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; the same command resumes", 130
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        detail = (str(error).strip().splitlines() or ["no more memory"])[0]
+        return f"out of memory ({detail}); lower the stage's batch_size or compute.inference_batch_size", 1
+    if not isinstance(error, EXPECTED) or (isinstance(error, RuntimeError) and not _lost_race(error)):
+        return None, 1
+    if isinstance(error, OSError) and error.filename and error.strerror and str(error).startswith("[Errno"):
+        return f"{os.fsdecode(error.filename)}: {error.strerror}", 1
+    return " ".join(str(error).split()) or type(error).__name__, 1
+
+
+def _lost_race(error: RuntimeError) -> bool:
+    from grappa.pipeline.store.locks import LockedError, LockLostError
+
+    return isinstance(error, LockedError | LockLostError)

@@ -1,0 +1,274 @@
+"""The graph as data: what each stage reads, which instances it has, and where its code lives.
+
+A stage's *recipe* is its version, the configuration it lists here and the digests of the files it lists here: nothing
+else can change its result. Bump ``version`` when the same recipe would give another result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from grappa.pipeline.config.schema import Config
+from grappa.pipeline.graph.models import (
+    FROZEN_ROWS,
+    ON_OBJECTS,
+    adaptor_sets,
+    deployed_row,
+    embedding_rows,
+    evaluated_rows,
+    fusion_instance,
+    fusions,
+    head_rows,
+)
+
+PIXELS = ("images.parquet", "pixels/")
+WEIGHTS = ("weights.safetensors", "backbone.json")
+
+
+@dataclass(frozen=True)
+class Input:
+    """Files of one upstream artifact: names, or folders ending in ``/``."""
+
+    stage: str
+    files: tuple[str, ...]
+    instance: str | None = None
+
+    @property
+    def name(self) -> str:
+        return artifact_name(self.stage, self.instance)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline.
+
+    ``settings`` gives the sections or single fields of the configuration that an instance reads; ``externals`` the
+    things outside the run folder that it reads (``sources``: the list of images, ``weights``: the backbone's file,
+    ``originals``: the images' files, whose digests the image table holds, ``detector``: the one of ``objects.model``).
+    ``parallel``: several processes can compute it, if there are; any other stage is left to the first of them.
+    """
+
+    name: str
+    version: int
+    settings: Callable[[str | None], tuple[str, ...]]
+    inputs: Callable[[Config, str | None], tuple[Input, ...]]
+    instances: Callable[[Config], tuple[str | None, ...]] = lambda config: (None,)
+    externals: tuple[str, ...] = ()
+    parallel: bool = False
+
+    @property
+    def module(self) -> str:
+        return f"grappa.pipeline.stages.{self.name}"
+
+
+def artifact_name(stage: str, instance: str | None) -> str:
+    """Return ``features`` or ``clusters/k00256``."""
+    return stage if instance is None else f"{stage}/{instance}"
+
+
+def _settings(*names: str) -> Callable[[str | None], tuple[str, ...]]:
+    return lambda instance: names
+
+
+def _embedding_settings(instance: str | None) -> tuple[str, ...]:
+    if instance in ("zero_shot", "zero_shot_objects", "concat"):
+        return ()
+    return ("embeddings.whitening_power",) if instance == "zero_shot_whitened" else ("embeddings.precision",)
+
+
+def _granularities(config: Config) -> tuple[str | None, ...]:
+    return config.granularities
+
+
+def _feature_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    return (Input("images", ("images.parquet",)), Input("features", ("features.npy",)))
+
+
+def clustered_stage(config: Config) -> str:
+    """Return the stage whose features are clustered: those of the images, or of their object views."""
+    return "object_features" if config.clusters.view == "objects" else "features"
+
+
+def _cluster_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    return (Input("images", ("images.parquet",)), Input(clustered_stage(config), ("features.npy",)))
+
+
+def _object_instances(config: Config) -> tuple[str | None, ...]:
+    return () if config.objects.provider == "none" else (None,)
+
+
+def _object_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    reads_backbone = config.objects.provider in ("backbone", "random")
+    return (Input("images", PIXELS), *((Input("backbone", WEIGHTS),) if reads_backbone else ()))
+
+
+def _perceived(weight: float) -> tuple[Input, ...]:
+    """Return the object views, where something gives them a weight."""
+    return (Input("objects", ("objects.parquet", "pixels/")),) if weight else ()
+
+
+def _set_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    weights = config.adaptors.object_weight + config.adaptors.transfer_weight + config.adaptors.background_weight
+    return (*_target_inputs(config, instance), *_perceived(weights))
+
+
+def _target_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    if instance == "supervised":
+        images = Input("images", (*PIXELS, "labels.parquet"))
+        return (images, Input("backbone", WEIGHTS), Input("features", ("features.npy",)))
+    names = config.granularities if instance == "multi_head" else (instance,)
+    clusters = (Input("clusters", ("assignments.parquet", "centroids.npy"), name) for name in names)
+    return (Input("images", PIXELS), Input("backbone", WEIGHTS), *clusters)
+
+
+def _adaptor_inputs(config: Config) -> tuple[Input, ...]:
+    return tuple(Input("adaptors", ("adaptors.safetensors",), name) for name in config.granularities)
+
+
+def _fusion_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    neighbors = (Input("neighbors", ("neighbors.npy",)),) if instance == "neighbors" else ()
+    return (Input("images", PIXELS), Input("backbone", WEIGHTS), *neighbors, *_adaptor_inputs(config))
+
+
+def _fused_inputs(config: Config, instance: str | None = "neighbors") -> tuple[Input, ...]:
+    fusion = Input("fusion", ("fusion.safetensors",), instance or "neighbors")
+    return (Input("backbone", WEIGHTS), *_adaptor_inputs(config), fusion)
+
+
+def _student_inputs(config: Config) -> tuple[Input, ...]:
+    return (Input("backbone", WEIGHTS), Input("student", ("student.safetensors",)))
+
+
+def _model_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    row = deployed_row(config)
+    only = (Input("backbone", WEIGHTS), Input("adaptors", ("adaptors.safetensors",), row))
+    parts = {"fused": _fused_inputs(config), "student": _student_inputs(config)}.get(row, only)
+    return (*parts, Input("heads", ("head.safetensors",), row))
+
+
+def _embedding_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    row = str(instance)
+    if row.endswith(ON_OBJECTS) and row not in FROZEN_ROWS:
+        return (*_perceived(True), *_embedding_inputs(config, row.removesuffix(ON_OBJECTS)))
+    if row == "zero_shot":
+        return (Input("features", ("features.npy",)),)
+    if row == "zero_shot_objects":
+        return (Input("object_features", ("features.npy",)),)
+    if row == "zero_shot_whitened":
+        return _feature_inputs(config, instance)
+    if row == "student":
+        return (Input("images", PIXELS), *_student_inputs(config))
+    if row == "concat":
+        return tuple(Input("embeddings", ("embeddings.npy",), name) for name in config.granularities)
+    base = (Input("images", PIXELS), Input("backbone", WEIGHTS))
+    if row == "mean":
+        return (*base, *_adaptor_inputs(config))
+    if row in adaptor_sets(config):
+        return (*base, Input("adaptors", ("adaptors.safetensors",), row))
+    return (Input("images", PIXELS), *_fused_inputs(config, fusion_instance(row)))
+
+
+def _head_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    return (Input("images", ("images.parquet",)), Input("embeddings", ("embeddings.npy",), instance))
+
+
+def _attention_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    return (Input("images", PIXELS), *_fused_inputs(config, instance))
+
+
+def _evaluation_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    rows = evaluated_rows(config).values()
+    embeddings = tuple(Input(stage, ("embeddings.npy",), row) for stage, row in rows)
+    return (Input("images", ("images.parquet", "labels.parquet")), *embeddings)
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("backbone", 1, _settings("backbone"), lambda config, instance: (), externals=("weights",)),
+    Stage("images", 1, _settings("images"), lambda config, instance: (), externals=("sources",), parallel=True),
+    Stage(
+        "features",
+        2,
+        _settings("features"),
+        lambda config, instance: (Input("images", PIXELS), Input("backbone", WEIGHTS)),
+        parallel=True,
+    ),
+    Stage(
+        "objects",
+        2,
+        _settings("objects", "images.cache_size", "images.shard_size", "features.precision"),
+        _object_inputs,
+        _object_instances,
+        externals=("originals", "detector"),
+    ),
+    Stage(
+        "object_features",
+        2,
+        _settings("features"),
+        lambda config, instance: (Input("objects", ("pixels/",)), Input("backbone", WEIGHTS)),
+        _object_instances,
+        parallel=True,
+    ),
+    Stage(
+        "neighbors",
+        1,
+        _settings("neighbors"),
+        _feature_inputs,
+        parallel=True,
+    ),
+    Stage(
+        "clusters",
+        2,
+        _settings("clusters.num_iterations", "clusters.seed"),
+        _cluster_inputs,
+        _granularities,
+    ),
+    Stage("adaptors", 1, _settings("adaptors"), _set_inputs, adaptor_sets, parallel=True),
+    Stage("fusion", 1, _settings("fusion"), _fusion_inputs, fusions, parallel=True),
+    Stage(
+        "student",
+        2,
+        _settings("student"),
+        lambda config, instance: (
+            Input("images", PIXELS),
+            *_fused_inputs(config),
+            *_perceived(config.student.object_share),
+        ),
+        lambda config: () if config.model.source == "single" else (None,),
+        parallel=True,
+    ),
+    Stage("embeddings", 2, _embedding_settings, _embedding_inputs, embedding_rows, parallel=True),
+    Stage("heads", 2, _settings("heads"), _head_inputs, head_rows),
+    Stage(
+        "model",
+        1,
+        _settings("images.cache_size"),
+        _model_inputs,
+    ),
+    Stage("evaluation", 2, _settings("evaluation"), _evaluation_inputs),
+    Stage(
+        "index",
+        1,
+        _settings("index"),
+        lambda config, instance: (
+            Input("images", ("images.parquet",)),
+            Input("heads", ("embeddings.npy",), deployed_row(config)),
+        ),
+    ),
+    Stage(
+        "attention",
+        2,
+        _settings("embeddings.precision"),
+        _attention_inputs,
+        fusions,
+        parallel=True,
+    ),
+)
+
+
+def find_stage(name: str) -> Stage:
+    """Return a stage by name, or a ValueError that lists the names."""
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    raise ValueError(f"no stage is called {name!r}; the stages are {', '.join(stage.name for stage in STAGES)}")

@@ -1,0 +1,30 @@
+"""Stage ``backbone``: the pretrained weights, brought into the run once, so that no later stage needs hub or file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.store.checkpoints import write_tensors
+from grappa.pipeline.store.storage import atomic_write_json
+
+
+def run(context: StageContext) -> str:
+    from grappa.backbone.vit import load_backbone
+
+    settings = context.config.backbone
+    backbone = load_backbone(
+        settings.name,
+        weights=Path(settings.weights) if settings.weights else None,
+        image_size=settings.image_size,
+        crop_fraction=settings.crop_fraction,
+        mean=settings.mean,
+        std=settings.std,
+        options=settings.options,
+    )
+    state = backbone.vit.state_dict()
+    write_tensors(context.path / "weights.safetensors", state)
+    atomic_write_json(context.path / "backbone.json", backbone.spec.to_json())
+    millions = sum(value.numel() for value in state.values()) / 1e6
+    spec = backbone.spec
+    return f"{spec.name}: {millions:.1f} M parameters, {backbone.num_blocks} blocks, {spec.image_size} px input"

@@ -1,0 +1,89 @@
+"""Stage ``clusters``: one partition of the train images a granularity; test images take their nearest centroid."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from grappa.pipeline.config.schema import num_clusters_of
+from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.graph.stages import clustered_stage
+from grappa.pipeline.opening import read_images, settle_device, train_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from grappa.search.kmeans import Clustering
+
+
+def run(context: StageContext) -> str:
+    import numpy as np
+
+    from grappa.core import memory
+    from grappa.core.vectors import read_rows
+    from grappa.search.kmeans import cluster, num_assignments
+
+    settings, images = context.config.clusters, read_images(context.input("images"))
+    file = context.input(clustered_stage(context.config)) / "features.npy"
+    features = np.load(file, mmap_mode="c", allow_pickle=False)  # c: never written to, and not copied by torch
+    rows, ids = _in_order(images)
+    num_clusters = num_clusters_of(str(context.instance))
+    context.need_memory(memory.clustering(len(features), features.shape[1], num_clusters))
+    device = str(settle_device(context))
+    total = num_assignments(len(rows), [num_clusters], settings.num_iterations)
+    with context.task("clustering", total, unit="assignments") as advance:
+        found = cluster(
+            read_rows(file, rows),
+            num_clusters=num_clusters,
+            ids=ids,
+            num_iterations=settings.num_iterations,
+            seed=settings.seed,
+            device=device,
+            progress=advance,
+        )
+    _write(context, images["image_id"].tolist(), *_all_rows(features, rows, found, device))
+    np.save(context.path / "centroids.npy", found.centroids, allow_pickle=False)
+    return _summary(found, len(rows))
+
+
+def _in_order(images: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """Return the train rows in the order of their ids, and these: so clustered they need no second copy."""
+    import numpy as np
+
+    from grappa.core.randomness import id_numbers
+
+    rows = train_rows(images)
+    ids = id_numbers(images["image_id"].iloc[rows].tolist())
+    order = np.argsort(ids, kind="stable")
+    return rows[order], ids[order]
+
+
+def _all_rows(
+    features: NDArray[np.float32], rows: NDArray[np.int64], found: Clustering, device: str
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    from grappa.search.kmeans import assign
+
+    labels, distances = assign(features, found.centroids, device=device)
+    labels[rows], distances[rows] = found.pseudo_labels, found.distances
+    return labels, distances
+
+
+def _write(
+    context: StageContext, image_ids: list[str], labels: NDArray[np.int64], distances: NDArray[np.float32]
+) -> None:
+    import pandas as pd
+
+    table = pd.DataFrame({"image_id": image_ids, "pseudo_label": labels, "distance": distances})
+    table.to_parquet(context.path / "assignments.parquet", index=False)
+
+
+def _summary(found: Clustering, num_train: int) -> str:
+    from grappa.search.kmeans import cluster_health
+
+    health = cluster_health(found.sizes)
+    return (
+        f"{len(found.sizes)} clusters of {num_train} images, mean cosine {found.objective:.3f}, median size "
+        f"{health.median_size:g}, {health.num_empty} empty, {health.num_singletons} singletons, largest share "
+        f"{health.largest_share:.1%}"
+    )

@@ -1,0 +1,127 @@
+"""Stage ``evaluation``: retrieval metrics of every model on the test rows, per domain and over the merged gallery.
+
+``reciprocity`` (``grappa.metrics.indicators``) reads no label: it is there, alone, where no test image has one.
+
+Adapted models are evaluated with their embedding head; ``zero_shot_head`` is the frozen backbone with one (a free
+competitor, as ``zero_shot_whitened`` is), ``fused_raw`` the fused model without.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.graph.models import deployed_row, evaluated_rows
+from grappa.pipeline.opening import read_images, test_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+GALLERIES = ("domain", "merged")
+
+
+def run(context: StageContext) -> str:
+    import pandas as pd
+
+    images = read_images(context.input("images"))
+    labels = pd.read_parquet(context.input("images") / "labels.parquet")["label"]
+    rows, transductive = test_rows(images)
+    num_labeled = int(labels.iloc[rows].notna().sum())
+    per_query = _evaluate_all(context, images.iloc[rows], labels.iloc[rows], rows) if num_labeled else _nothing()
+    metrics = _write(context, per_query, _reciprocity(context, images["domain"].to_numpy()[rows], rows))
+    if not num_labeled:
+        return "no test image has a label: only the reciprocity of neighbours is told (model and index are complete)"
+    where = "transductive: no image is split, all rows are both" if transductive else "test rows"
+    return f"{_headline(metrics, deployed_row(context.config))} ({where}, {num_labeled} of {len(rows)} labeled)"
+
+
+def _evaluate_all(
+    context: StageContext, images: pd.DataFrame, labels: pd.Series, rows: NDArray[np.int64]
+) -> pd.DataFrame:
+    import numpy as np
+    import pandas as pd
+
+    from grappa.core import memory
+    from grappa.core.randomness import id_numbers
+    from grappa.metrics.retrieval import evaluate, oracle
+
+    ids, sources = images["image_id"].to_numpy(), evaluated_rows(context.config)
+    width = max(_embeddings(context, source).shape[1] for source in sources.values())
+    context.need_memory(memory.evaluation(len(rows), width, len(sources)))
+    parts = []
+    with context.task("evaluating", len(sources) * len(GALLERIES), unit="tables") as advance:
+        for name, source in sources.items():
+            embeddings = _embeddings(context, source)
+            chosen = np.asarray(embeddings[rows])
+            for gallery in GALLERIES:
+                table = evaluate(
+                    chosen,
+                    labels=labels.to_numpy(),
+                    domains=images["domain"].to_numpy(),
+                    ids=id_numbers(ids.tolist()),
+                    gallery=gallery,
+                    seed=context.config.evaluation.seed,
+                )
+                table.insert(0, "image_id", ids[table.pop("row").to_numpy()])
+                parts.append(table.assign(model=name, gallery=gallery))
+                advance(1)
+    per_query = pd.concat(parts, ignore_index=True)
+    if context.config.model.source == "single":
+        return per_query
+    return pd.concat([per_query, oracle(per_query, list(context.config.granularities))], ignore_index=True)
+
+
+def _embeddings(context: StageContext, source: tuple[str, str]) -> NDArray[np.float32]:
+    import numpy as np
+
+    mapped: NDArray[np.float32] = np.load(context.input(*source) / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+    return mapped
+
+
+def _nothing() -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(
+        {"image_id": pd.Series(dtype=str), "model": pd.Series(dtype=str), "gallery": pd.Series(dtype=str)}
+    )
+
+
+def _reciprocity(context: StageContext, domains: NDArray[np.object_], rows: NDArray[np.int64]) -> pd.DataFrame:
+    """Return model, domain, gallery and reciprocity of every model but the oracle; no label is read."""
+    import numpy as np
+    import pandas as pd
+
+    from grappa.metrics.indicators import reciprocity_table
+
+    sources = evaluated_rows(context.config)
+    parts = []
+    with context.task("reciprocity", len(sources) * len(GALLERIES), unit="tables") as advance:
+        for name, source in sources.items():
+            chosen = np.asarray(_embeddings(context, source)[rows])
+            for gallery in GALLERIES:
+                found = reciprocity_table(chosen, domains, gallery=gallery)
+                parts.append(found.assign(model=name, gallery=gallery))
+                advance(1)
+    return pd.concat(parts, ignore_index=True)[["model", "domain", "gallery", "reciprocity"]]
+
+
+def _write(context: StageContext, per_query: pd.DataFrame, reciprocity: pd.DataFrame) -> pd.DataFrame:
+    from grappa.metrics.retrieval import SUMMARY_COLUMNS, summarize
+
+    keys = ["model", "domain", "gallery"]
+    metrics = summarize(per_query)
+    known = metrics if len(metrics) else reciprocity[keys].reindex(columns=SUMMARY_COLUMNS).assign(num_queries=0)
+    metrics = known.merge(reciprocity, how="left", on=keys, validate="one_to_one")
+    per_query.to_parquet(context.path / "per_query.parquet", index=False)
+    metrics.to_csv(context.path / "metrics.csv", index=False)
+    return metrics
+
+
+def _headline(metrics: pd.DataFrame, deployed: str) -> str:
+    means = metrics[(metrics["domain"] == "_mean") & (metrics["gallery"] == "domain")].set_index("model")["map"]
+    free = max(means[name] for name in ("zero_shot", "zero_shot_whitened", "zero_shot_head") if name in means)
+    ours = (row for row in ("mean", "fused", deployed) if row in means)
+    found = ", ".join(f"{means[row]:.3f} {row}" for row in dict.fromkeys(ours))
+    return f"mean mAP {means['zero_shot']:.3f} zero_shot, {free:.3f} the best free competitor, {found}"

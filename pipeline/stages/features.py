@@ -1,0 +1,106 @@
+"""Stage ``features``: the frozen backbone's L2-normalised class tokens, (N, D) float32."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.opening import (
+    need_for_batches,
+    open_backbone,
+    open_pixels,
+    settle_device,
+    settle_precision,
+    vit_shape,
+)
+from grappa.pipeline.store.checkpoints import RowCheckpoint
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from grappa.backbone.features import Batch, Read
+    from grappa.backbone.vit import Adaptation, Backbone
+    from grappa.images.pixels import PixelCache
+
+
+def run(context: StageContext) -> str:
+    num_rows, width = extract(context, open_backbone(context), None, "features.npy", context.config.features.precision)
+    return f"{num_rows} features of {width} dimensions"
+
+
+def extract(
+    context: StageContext,
+    backbone: Backbone,
+    adaptation: Adaptation | None,
+    file: str,
+    precision: str,
+    *,
+    cache: PixelCache | None = None,
+    view: Batch | None = None,
+    read: Read | None = None,
+    row_shape: tuple[int, ...] | None = None,
+) -> tuple[int, ...]:
+    """Write the embeddings of all cached images into ``file``, going on where an interrupted try stopped; (N, D).
+
+    ``cache``: other pixels than those of the images artifact. ``view`` and ``read`` (``backbone.features``) may see an
+    image otherwise and keep something else of it, of shape ``row_shape``.
+    """
+    from grappa.backbone.features import extract_features
+    from grappa.backbone.vit import embed
+    from grappa.core import memory
+
+    cache, device = open_pixels(context) if cache is None else cache, settle_device(context)
+    settled = settle_precision(context, precision, device)
+    batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
+    most = min(batch_size, len(cache))
+    need_for_batches(context, device, memory.embedding(vit_shape(backbone, [adaptation]), most, settled))
+    shape, path = (len(cache), *(row_shape or (backbone.width,))), context.path / file
+    checkpoint = RowCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
+    start = context.team.agree("start", checkpoint.load() if context.leads and path.exists() else 0)
+    out = _open_rows(path, shape, start) if context.leads else None
+    with context.task("embedding", len(cache), done=start) as advance:
+        done = start
+
+        def written(number: int) -> None:
+            nonlocal done
+            done += number
+            advance(number)
+            if out is not None:
+                checkpoint.offer(done, out.flush)
+
+        extract_features(
+            backbone,
+            cache,
+            out,
+            adaptation=adaptation,
+            read=read or embed,
+            view=view,
+            start=start,
+            batch_size=batch_size,
+            device=device,
+            precision=settled,
+            num_workers=context.num_workers,
+            progress=written,
+            processes=context.processes,
+        )
+    if out is not None:
+        out.flush()
+    return shape
+
+
+def _open_rows(path: Path, shape: tuple[int, ...], start: int) -> np.memmap[Any, Any]:
+    import numpy as np
+
+    return np.lib.format.open_memmap(path, mode="r+") if start else new_array(path, shape)
+
+
+def new_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    """Create a memory-mapped float32 file whose space is taken at once: a full disk must be an error, not a SIGBUS."""
+    import numpy as np
+
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return out

@@ -1,0 +1,80 @@
+"""Stage ``fusion``: attention over the adaptor sets, led by propagating granularity attention across neighbours."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.opening import open_backbone, open_sets, open_views, options, read_images, train_rows, vit_shape
+from grappa.pipeline.stages.adaptors import training_task, write_metrics
+from grappa.pipeline.store.checkpoints import write_tensors
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from grappa.method.fusion_training import PropagationLoss
+
+
+def run(context: StageContext) -> str:
+    from grappa.core import memory
+    from grappa.method.fusion_training import train_fusion
+    from grappa.training.loop import Optimization
+
+    settings = context.config.fusion
+    backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
+    rows = train_rows(read_images(context.input("images")))
+    views = open_views(context, settings, backbone.spec.image_size)
+    shape = vit_shape(backbone, sets.values())
+
+    def need(batch_size: int, precision: str) -> int:
+        return memory.training(shape, 2 * batch_size, precision)
+
+    with training_task(context, settings, len(rows), need, unit="pairs") as training:
+        fusion, result = train_fusion(
+            backbone,
+            list(sets.values()),
+            views,
+            rows,
+            _partners(context, rows),
+            level=settings.attention_level,
+            attention_temperature=settings.attention_temperature,
+            propagation=_propagation(settings),
+            initial_std=settings.initial_std,
+            optimization=options(Optimization, settings),
+            seed=settings.seed,
+            run=training,
+        )
+    if not context.leads:
+        return ""
+    form = {"level": settings.attention_level, "temperature": settings.attention_temperature}
+    # One entry only: safetensors writes several in an order that differs from process to process.
+    write_tensors(context.path / "fusion.safetensors", fusion.trained_state(), {"fusion": json.dumps(form)})
+    write_metrics(context, result)
+    last = result.metrics[-1]
+    spread = f"attention entropy {last['entropy']:.3f} of {math.log(len(sets)):.3f}"
+    return f"{settings.num_epochs} epochs, loss {last['loss']:.3f}, {spread}"
+
+
+def _partners(context: StageContext, rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    import numpy as np
+
+    if context.instance == "views":
+        return None
+    neighbors = np.load(context.input("neighbors") / "neighbors.npy", allow_pickle=False)
+    nearest: NDArray[np.int64] = neighbors[rows, : context.config.fusion.num_neighbors]
+    return nearest
+
+
+def _propagation(settings: Any) -> PropagationLoss:
+    from grappa.method.fusion_training import PropagationLoss
+
+    return PropagationLoss(
+        attention=settings.attention_loss,
+        marginal_weight=settings.marginal_weight,
+        sharpness=settings.sharpness,
+        barlow_weight=settings.barlow_weight,
+        barlow_off_diagonal=settings.barlow_off_diagonal,
+    )

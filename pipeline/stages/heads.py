@@ -1,0 +1,89 @@
+"""Stage ``heads``: the last step of each model, learned on its train rows' embeddings without labels; then all rows.
+
+``embeddings.npy`` (N, D) float32, L2-normalised, are the final embeddings of the model: those that are evaluated and
+searched. ``head.json`` says what was fitted. The equations are in ``grappa.method.head``; the head is
+ours, not the paper's.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.opening import read_images, settle_device, train_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from grappa.method.head import Head, NeighborhoodHead
+
+
+def run(context: StageContext) -> str:
+    import numpy as np
+    from safetensors.torch import save_file
+
+    from grappa.method.head import apply_head
+
+    embeddings = np.load(context.input("embeddings", context.instance) / "embeddings.npy", allow_pickle=False)
+    images, device = read_images(context.input("images")), str(settle_device(context))
+    head = _fit(context, embeddings, images["image_id"].to_numpy(), train_rows(images), device)
+    form = head.form()
+    save_file(head.state_dict(), context.path / "head.safetensors", {"head": json.dumps(form, sort_keys=True)})
+    (context.path / "head.json").write_text(json.dumps(form, indent=2) + "\n")
+    np.save(context.path / "embeddings.npy", apply_head(head, embeddings, device=device), allow_pickle=False)
+    return f"{len(embeddings)} embeddings, {_described(form)}"
+
+
+def _fit(
+    context: StageContext,
+    embeddings: NDArray[np.float32],
+    image_ids: NDArray[np.object_],
+    rows: NDArray[np.int64],
+    device: str,
+) -> Head:
+    from grappa.core.randomness import id_numbers
+    from grappa.method.head import IdentityHead, fit_whitening_head
+
+    settings = context.config.heads
+    if settings.kind == "none":
+        return IdentityHead()
+    ids = id_numbers(image_ids[rows].tolist())
+    if settings.kind == "whitening":
+        return fit_whitening_head(embeddings[rows], ids, power=settings.deviation_power)
+    return _fit_neighborhood(context, embeddings[rows], ids, device)
+
+
+def _fit_neighborhood(
+    context: StageContext, embeddings: NDArray[np.float32], ids: NDArray[np.uint64], device: str
+) -> NeighborhoodHead:
+    from grappa.core import memory
+    from grappa.method.head import automatic_num_centroids, fit_neighborhood_head
+    from grappa.search.kmeans import num_assignments
+
+    settings = context.config.heads
+    number = settings.num_centroids
+    number = automatic_num_centroids(embeddings) if number == "auto" else number
+    context.need_memory(memory.head(len(embeddings), len(ids), embeddings.shape[1], number))
+    total = num_assignments(len(ids), [number], settings.num_iterations)
+    with context.task("clustering", total, unit="assignments") as advance:
+        return fit_neighborhood_head(
+            embeddings,
+            ids,
+            num_centroids=number,
+            perplexity=settings.perplexity,
+            deviation_power=settings.deviation_power,
+            neighborhood_weight=settings.neighborhood_weight,
+            num_iterations=settings.num_iterations,
+            seed=settings.seed,
+            device=device,
+            progress=advance,
+        )
+
+
+def _described(form: dict[str, Any]) -> str:
+    if form["kind"] != "neighborhood":
+        return {"none": "unchanged", "whitening": "whitened"}[form["kind"]]
+    number, temperature, perplexity = form["num_centroids"], form["temperature"], form["perplexity"]
+    return f"{number} centroids at temperature {temperature:.4g}, of which {perplexity:.3g} are near an image"

@@ -1,0 +1,73 @@
+"""Stage ``images``: the listed files, decoded once into the pixel cache; the image table, the labels, the rejected."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.store.artifacts import SCRATCH_FOLDER
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class TooManyRejectedError(ValueError):
+    """More files than ``images.max_rejected`` could not be used."""
+
+
+def run(context: StageContext) -> str:
+    import pandas as pd
+
+    from grappa.images.ingest import decode_all
+
+    settings = context.config.images
+    path, roots = context.sources()
+    listing = pd.read_parquet(path)
+    how: dict[str, Any] = {
+        "cache_size": settings.cache_size,
+        "max_pixels": settings.max_pixels,
+        "shard_size": settings.shard_size,
+        "journals": context.path / SCRATCH_FOLDER,
+        "num_workers": context.num_workers,
+    }
+    if context.team.size > 1:
+        _decode_own_shards(context, listing, roots, how)
+        if not context.leads:
+            return ""
+    with context.task("decoding" if context.team.size == 1 else "collecting", len(listing)) as advance:
+        images, labels, rejected = decode_all(listing, roots, context.path / "pixels", **how, progress=advance)
+    _check_rejected(rejected, len(listing), settings.max_rejected)
+    for name, table in (("images", images), ("labels", labels), ("rejected", rejected)):
+        table.to_parquet(context.path / f"{name}.parquet", index=False)
+    return _summary(images, rejected)
+
+
+def _decode_own_shards(context: StageContext, listing: pd.DataFrame, roots: list[str], how: dict[str, Any]) -> None:
+    """Decode every n-th shard, n processes doing the others; return when all are there."""
+    from grappa.images.ingest import decode_shards
+
+    team, size = context.team, context.config.images.shard_size
+    own = slice(team.rank, None, team.size)
+    number = sum(min(size, len(listing) - start) for start in range(0, len(listing), size)[own])
+    with context.task(f"decoding (one of {team.size} processes)", number) as advance:
+        decode_shards(listing, roots, context.path / "pixels", own, **how, progress=advance)
+    team.wait_for_all("decoded")
+
+
+def _check_rejected(rejected: pd.DataFrame, num_listed: int, max_rejected: float) -> None:
+    if len(rejected) <= max_rejected * num_listed and len(rejected) < num_listed:
+        return
+    reasons = rejected["reason"].value_counts()
+    first = rejected.iloc[0]
+    raise TooManyRejectedError(
+        f"{len(rejected)} of {num_listed} files could not be used (images.max_rejected allows {max_rejected:.0%}); "
+        f"most often: {reasons.index[0]} ({reasons.iloc[0]} files); first: {first['path']}: {first['reason']}"
+    )
+
+
+def _summary(images: pd.DataFrame, rejected: pd.DataFrame) -> str:
+    duplicates = int((images["duplicate_of"] != "").sum())
+    return (
+        f"{len(images)} images of {images['domain'].nunique()} domains, {len(rejected)} rejected, "
+        f"{duplicates} exact duplicates"
+    )

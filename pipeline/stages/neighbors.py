@@ -1,0 +1,49 @@
+"""Stage ``neighbors``: for every image its nearest train images in the frozen feature space, itself excluded."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.opening import read_images, settle_device, train_rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def run(context: StageContext) -> str:
+    import numpy as np
+
+    from grappa.core import memory
+    from grappa.search.neighbors import nearest_neighbors
+
+    features = np.load(context.input("features") / "features.npy", mmap_mode="r", allow_pickle=False)
+    rows = train_rows(read_images(context.input("images")))
+    number = min(context.config.neighbors.num_neighbors, len(rows) - 1)
+    own = np.arange(len(features))[context.processes.part(len(features))]
+    context.need_memory(memory.neighbors(len(own), len(rows), features.shape[1], number))
+    with context.task("searching", len(own)) as advance:
+        found = nearest_neighbors(
+            features[own],
+            features[rows],
+            num_neighbors=number,
+            query_ids=own,
+            candidate_ids=rows,
+            device=str(settle_device(context)),
+            progress=advance,
+        )
+    neighbors, similarities = (_collected(context, part, len(features)) for part in found)
+    if not context.leads:
+        return ""
+    np.save(context.path / "neighbors.npy", neighbors, allow_pickle=False)
+    np.save(context.path / "similarities.npy", similarities, allow_pickle=False)
+    return f"{number} neighbours of {len(features)} images, mean similarity {similarities.mean():.3f}"
+
+
+def _collected(context: StageContext, own: NDArray[Any], number: int) -> NDArray[Any]:
+    """Return the ``number`` rows of all processes, in the first of them."""
+    import torch
+
+    parts = context.processes.collect(torch.from_numpy(own), math.ceil(number / context.team.size))
+    return torch.cat(parts).numpy() if parts else own

@@ -1,0 +1,171 @@
+"""Stage ``objects``: a box for each image, whether it is believed, and the object views as a pixel cache.
+
+``objects.parquet``: row i is row i of the image table: image_id, box_x0 .. box_y1 (float64 pixels of the EXIF-oriented
+original; NaN: none), confidence (0-1; NaN: none), provider, accepted, reason. ``pixels/``: the object views; an image
+without an accepted box keeps its own pixels. ``report.csv``: acceptance by domain. ``contact_sheet.jpg``: to look at.
+Domains are reported; no provider reads them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.opening import accepted_boxes, open_backbone, open_pixels, read_images, settle_device
+from grappa.pipeline.stages.features import extract, new_array
+from grappa.pipeline.store.artifacts import SCRATCH_FOLDER
+from grappa.pipeline.store.checkpoints import RowCheckpoint
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    Boxes = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+JPEG_QUALITY = 88
+NO_BOXES = (
+    "objects.provider is columns, but no image has a box; give a table with the columns box_x0, box_y0, box_x1 and "
+    "box_y1, or set objects.provider=backbone"
+)
+
+
+def run(context: StageContext) -> str:
+    images = read_images(context.input("images"))
+    table = _judged(context, images, *_found(context, images))
+    _write_views(context, images, table)
+    table.drop(columns=["domain", "height", "width"]).to_parquet(context.path / "objects.parquet", index=False)
+    return _report(context, table)
+
+
+def _found(context: StageContext, images: pd.DataFrame) -> Boxes:
+    """Return the provider's boxes (N, 4) and confidences (N,); interrupted work keeps those it has."""
+    import numpy as np
+
+    from grappa.images.pixels import write_whole
+
+    scratch = context.path / SCRATCH_FOLDER
+    scratch.mkdir(exist_ok=True)
+    file = scratch / "boxes.npy"
+    if not file.exists():
+        find = {"columns": _listed, "backbone": _seen, "random": _drawn, "grounding_dino": _detected}[
+            context.config.objects.provider
+        ]
+        boxes, confidences = find(context, images)
+        both = np.concatenate([boxes, confidences[:, None]], axis=1)
+        write_whole(file, lambda opened: np.save(opened, both, allow_pickle=False))
+    kept = np.load(file, allow_pickle=False)
+    return kept[:, :4], kept[:, 4]
+
+
+def _listed(context: StageContext, images: pd.DataFrame) -> Boxes:
+    """Return the boxes of the image table's own columns."""
+    import numpy as np
+
+    from grappa.images.table import BOX_COLUMNS
+
+    boxes = images[list(BOX_COLUMNS)].to_numpy(dtype=np.float64)
+    if np.isnan(boxes).all():
+        raise ValueError(NO_BOXES)
+    return boxes, np.where(np.isnan(boxes[:, 0]), np.nan, 1.0)
+
+
+def _seen(context: StageContext, images: pd.DataFrame) -> Boxes:
+    """Return the boxes of what the frozen backbone sees in front."""
+    from functools import partial
+
+    import numpy as np
+
+    from grappa.images.transforms import whole_batch
+    from grappa.objects.foreground import boxes_of, foreground, grid_of, seeing_finely
+
+    backbone = seeing_finely(open_backbone(context))
+    rows, columns = grid_of(backbone)
+    file = f"{SCRATCH_FOLDER}/foreground.npy"
+    view = partial(whole_batch, image_size=backbone.spec.image_size, num_workers=context.num_workers)
+    precision = context.config.features.precision
+    extract(context, backbone, None, file, precision, view=view, read=foreground, row_shape=(rows * columns,))
+    values = np.load(context.path / file, mmap_mode="r", allow_pickle=False).reshape(-1, rows, columns)
+    return boxes_of(values, images[["height", "width"]].to_numpy())
+
+
+def _drawn(context: StageContext, images: pd.DataFrame) -> Boxes:
+    """Return boxes as large as those that the backbone sees, but anywhere."""
+    from grappa.core.randomness import id_numbers, key
+    from grappa.objects.boxes import random_boxes
+
+    boxes, confidences = _seen(context, images)
+    ids = id_numbers(images["image_id"].tolist())
+    sizes = images[["height", "width"]].to_numpy()
+    drawn, rows = random_boxes(boxes, sizes, ids, key(context.config.objects.seed, "objects"))
+    return drawn, confidences[rows]
+
+
+def _detected(context: StageContext, images: pd.DataFrame) -> Boxes:
+    """Return the surest box that Grounding DINO finds in the cached pixels of each image."""
+    import numpy as np
+
+    from grappa.objects.grounding import detect, load_detector
+
+    settings, cache = context.config.objects, open_pixels(context)
+    detector = load_detector(str(settings.model), settings.prompt, device=settle_device(context))
+    path = context.path / SCRATCH_FOLDER / "detected.npy"
+    checkpoint = RowCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
+    start = checkpoint.load() if path.exists() else 0
+    out = np.lib.format.open_memmap(path, mode="r+") if start else new_array(path, (len(cache), 5))
+    with context.task("detecting", len(cache), done=start) as advance:
+        for row in range(start, len(cache)):
+            out[row] = detect(detector, cache.image(row))
+            advance(1)
+            checkpoint.offer(row + 1, out.flush)
+    sides = images[["width", "height"] * 2].to_numpy()
+    found = out.astype(np.float64)
+    return found[:, :4] * sides, found[:, 4]
+
+
+def _judged(
+    context: StageContext, images: pd.DataFrame, boxes: NDArray[np.float64], confidences: NDArray[np.float64]
+) -> pd.DataFrame:
+    """Return objects.parquet with the images' domain, height and width."""
+    from grappa.images.table import BOX_COLUMNS
+    from grappa.objects.boxes import Gate, refusals
+
+    settings = context.config.objects
+    gate = Gate(settings.min_confidence, settings.min_area, settings.max_area)
+    reasons = refusals(boxes, confidences, images[["height", "width"]].to_numpy(), gate)
+    table = images[["image_id", "domain", "height", "width"]].copy()
+    table[list(BOX_COLUMNS)] = boxes
+    return table.assign(confidence=confidences, provider=settings.provider, accepted=reasons == "", reason=reasons)
+
+
+def _write_views(context: StageContext, images: pd.DataFrame, table: pd.DataFrame) -> None:
+    from grappa.objects.views import Framing, write_object_views
+
+    config, boxes = context.config, accepted_boxes(table)
+    with context.task("cutting views", len(images)) as advance:
+        write_object_views(
+            images,
+            boxes,
+            context.originals(),
+            open_pixels(context),
+            context.path / "pixels",
+            framing=Framing(config.objects.enlargement, config.objects.max_aspect, config.images.cache_size),
+            max_pixels=config.images.max_pixels,
+            shard_size=config.images.shard_size,
+            journals=context.path / SCRATCH_FOLDER,
+            num_workers=context.num_workers,
+            progress=advance,
+        )
+
+
+def _report(context: StageContext, table: pd.DataFrame) -> str:
+    from grappa.objects.boxes import acceptance
+    from grappa.objects.sheet import contact_sheet
+
+    counts = acceptance(table["domain"].to_numpy(), table["reason"].to_numpy(dtype=str))
+    counts.to_csv(context.path / "report.csv", index=False)
+    sheet = contact_sheet(table, open_pixels(context))
+    sheet.save(context.path / "contact_sheet.jpg", quality=JPEG_QUALITY)
+    shares = counts[counts["outcome"] == "accepted"].set_index("domain")["share"]
+    told = ", ".join(f"{domain} {share:.0%}" for domain, share in shares.items())
+    return f"{int(table['accepted'].sum())} of {len(table)} boxes accepted ({told})"

@@ -1,0 +1,73 @@
+"""Stage ``student``: one adaptor set that is taught to embed as the fused model does, for retrieval at its cost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.opening import (
+    open_backbone,
+    open_fusion,
+    open_objects,
+    open_sets,
+    open_views,
+    options,
+    read_images,
+    train_rows,
+    vit_shape,
+)
+from grappa.pipeline.stages.adaptors import set_sizes, training_task, write_metrics
+from grappa.pipeline.store.checkpoints import write_tensors
+
+if TYPE_CHECKING:
+    from grappa.method.adaptors import AdaptorSet
+
+FILE = "student.safetensors"
+
+
+def run(context: StageContext) -> str:
+    from grappa.core import memory
+    from grappa.method.student import Transfer, new_student, train_student
+    from grappa.training.loop import Optimization
+
+    settings = context.config.student
+    backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
+    bottleneck_dim, rank = set_sizes(settings, backbone.width)
+    teacher = open_fusion(context, "neighbors", sets).folded()
+    rows = train_rows(read_images(context.input("images")))
+    views = open_views(context, settings, backbone.spec.image_size)
+    start = new_student(backbone, bottleneck_dim, in_context_rank=rank, seed=settings.seed)
+
+    def need(batch_size: int, precision: str) -> int:
+        num_views = batch_size * (2 if settings.object_share else 1)
+        taught = memory.embedding(vit_shape(backbone, [teacher]), num_views, precision)
+        return taught + memory.training(vit_shape(backbone, [start]), batch_size, precision)
+
+    with training_task(context, settings, len(rows), need) as training:
+        student, result = train_student(
+            backbone,
+            teacher,
+            views,
+            rows,
+            start=start,
+            transfer=options(Transfer, settings),
+            optimization=options(Optimization, settings),
+            seed=settings.seed,
+            run=training,
+            objects=open_objects(context) if settings.object_share else None,
+        )
+    if not context.leads:
+        return ""
+    write_tensors(context.path / FILE, student.state_dict())
+    write_metrics(context, result)
+    last = result.metrics[-1]
+    return f"{settings.num_epochs} epochs, loss {last['loss']:.4f}, cosine to the fused model {last['similarity']:.4f}"
+
+
+def open_student(context: StageContext) -> AdaptorSet:
+    """Return the student's adaptor set."""
+    from safetensors.torch import load_file
+
+    from grappa.method.adaptors import AdaptorSet
+
+    return AdaptorSet.from_state_dict(load_file(context.input("student") / FILE))

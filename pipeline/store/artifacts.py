@@ -1,0 +1,306 @@
+"""The run folder on disk: where each artifact lies, what its manifest says.
+
+Nothing heavy is imported here, so that `grappa status` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, TypedDict
+
+from grappa.pipeline.store.storage import (
+    StorageError,
+    atomic_write_json,
+    file_digest,
+    is_scratch,
+    storage_errors,
+    storage_sentence,
+)
+
+FORMAT = 1
+RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
+MANIFEST_FILE, RECIPE_FILE, LOG_FILE = "manifest.json", "recipe.json", "log.jsonl"
+CHECKPOINT_FILES = ("checkpoint.safetensors", "checkpoint.json")
+SCRATCH_FOLDER = "scratch"  # in a partial folder: what a stage needs to go on after a crash, dropped when published
+
+Recipe = Mapping[str, Any]
+
+
+def quoted(path: Path) -> str:
+    """The path as one types it in a shell, for commands that messages name."""
+    return shlex.quote(str(path))
+
+
+class RunFolderError(ValueError):
+    """The folder is not a run folder that this version can use; the message says what to do."""
+
+
+class CorruptManifest(ValueError):
+    """A manifest is missing, unreadable, of a newer format or has wrong fields; the message begins with the file."""
+
+
+class FileDigest(TypedDict):
+    """Size and content of one output file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is: recipe and outputs are its identity, provenance says where it came from."""
+
+    recipe: Recipe
+    outputs: Mapping[str, FileDigest]
+    provenance: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as written to disk, with its format version."""
+        parts = {"recipe": self.recipe, "outputs": self.outputs, "provenance": self.provenance}
+        return {"format": FORMAT, **{name: dict(part) for name, part in parts.items()}}
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """The manifest in the file `path`; CorruptManifest says what is wrong with it."""
+        try:
+            return _parsed(path.read_bytes())
+        except FileNotFoundError:
+            raise CorruptManifest(f"{path.name}: missing") from None
+        except CorruptManifest as error:
+            raise CorruptManifest(f"{path.name}: {error}") from None
+
+
+@lru_cache(maxsize=1024)
+def _parsed(raw: bytes) -> Manifest:
+    """What a manifest file holds, parsed once however many stages read that artifact."""
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CorruptManifest(f"not JSON ({error})") from None
+    problem = _manifest_problem(content)
+    if problem:
+        raise CorruptManifest(problem)
+    return Manifest(content["recipe"], content["outputs"], content["provenance"])
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _manifest_problem(content: object) -> str | None:
+    """The first thing wrong with a parsed manifest, or None."""
+    if not isinstance(content, dict):
+        return f"expected an object, found {type(content).__name__}"
+    version = content.get("format")
+    if not isinstance(version, int):
+        return f"field format is {version!r}, expected a number"
+    if version > FORMAT:
+        return f"format {version} is newer than {FORMAT}, the newest this version reads; update grappa"
+    expected = {"format", "recipe", "outputs", "provenance"}
+    if set(content) != expected:
+        return f"fields are {sorted(content)}, expected {sorted(expected)}"
+    for field in ("recipe", "outputs", "provenance"):
+        if not isinstance(content[field], dict):
+            return f"field {field} is not an object"
+    return _recipe_problem(content["recipe"]) or _outputs_problem(content["outputs"])
+
+
+def _recipe_problem(recipe: dict[str, Any]) -> str | None:
+    expected = {"stage", "instance", "version", "config", "inputs"}
+    if set(recipe) != expected:
+        return f"fields of recipe are {sorted(recipe)}, expected {sorted(expected)}"
+    right = (
+        isinstance(recipe["stage"], str)
+        and isinstance(recipe["instance"], str | None)
+        and _is_count(recipe["version"])
+        and isinstance(recipe["config"], dict)
+        and isinstance(recipe["inputs"], dict)
+        and all(isinstance(files, dict) for files in recipe["inputs"].values())
+    )
+    return None if right else "a field of recipe has the wrong type"
+
+
+def _outputs_problem(outputs: dict[str, Any]) -> str | None:
+    for name, entry in outputs.items():
+        path = PurePosixPath(name)
+        if not name or path.is_absolute() or ".." in path.parts:
+            return f"output {name!r} is not a path inside the artifact"
+        right = isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} and _is_count(entry["bytes"])
+        if not right or not re.fullmatch("[0-9a-f]{64}", str(entry["sha256"])):
+            return f"output {name} needs bytes and sha256, found {entry!r}"
+    return None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One stage's (instance's) folder in a run, and the folders beside it while it is being made."""
+
+    root: Path
+    stage: str
+    instance: str | None = None
+
+    def __post_init__(self) -> None:
+        for part in (self.stage, self.instance):
+            if part is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", part):
+                raise ValueError(f"Artifact name {part!r} may hold letters, digits, '_' and '-' only.")
+
+    @property
+    def name(self) -> str:
+        """For people and recipes: `features`, `clusters/k00256`."""
+        return self.stage if self.instance is None else f"{self.stage}/{self.instance}"
+
+    @property
+    def path(self) -> Path:
+        """The published folder."""
+        return self.root / self.name
+
+    @property
+    def partial(self) -> Path:
+        """Work in progress."""
+        return self._beside(".partial")
+
+    @property
+    def old(self) -> Path:
+        """The former result during the two renames of a publish."""
+        return self._beside(".old")
+
+    @property
+    def lock(self) -> Path:
+        """The lock file: beside the folders, so that it survives emptying and renaming them."""
+        return self._beside(".lock")
+
+    def _beside(self, suffix: str) -> Path:
+        return self.path.with_name(self.path.name + suffix)
+
+    @property
+    def home(self) -> Path:
+        """The folder that holds the result now: `path`, or `old` between the two renames of a publish."""
+        lone_old = not self.path.exists() and (self.old / MANIFEST_FILE).exists()
+        return self.old if lone_old else self.path
+
+    def manifest(self) -> Manifest | None:
+        """The manifest, None when nothing was published; CorruptManifest when it cannot be used."""
+        home = self.home
+        return Manifest.read(home / MANIFEST_FILE) if home.exists() else None
+
+    def check(self, verify: bool = False) -> list[str]:
+        """Problems such as `features.npy: 10 bytes, manifest says 20`; with `verify` every byte is hashed again."""
+        return folder_problems(self.home, verify=verify)
+
+
+def folder_problems(folder: Path, *, verify: bool) -> list[str]:
+    """Where a folder and its manifest disagree, one line a file; empty when whole."""
+    try:
+        manifest = Manifest.read(folder / MANIFEST_FILE)
+    except CorruptManifest as error:
+        return [str(error)]
+    found = ((name, _file_problem(folder / name, entry, verify)) for name, entry in sorted(manifest.outputs.items()))
+    return [f"{name}: {problem}" for name, problem in found if problem]
+
+
+def _file_problem(path: Path, entry: FileDigest, verify: bool) -> str | None:
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"{size} bytes, manifest says {entry['bytes']}"
+    return "sha256 differs" if verify and file_digest(path)[1] != entry["sha256"] else None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk. Make one with `create`, open one with `open`; both check it."""
+
+    root: Path
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved configuration."""
+        return self.root / CONFIG_FILE
+
+    def artifact(self, stage: str, instance: str | None = None) -> Artifact:
+        """The artifact of a stage (instance), whether it exists or not."""
+        return Artifact(self.root, stage, instance)
+
+    @classmethod
+    def create(cls, root: Path) -> RunFolder:
+        """Makes an empty run folder, or opens the one that is there; a folder with other content is refused."""
+        if (root / RUN_FILE).exists():
+            return cls.open(root, writable=True)
+        if root.exists() and not root.is_dir():
+            raise RunFolderError(f"{root} is a file; give the name of a folder for the run.")
+        with storage_errors(root):
+            root.mkdir(parents=True, exist_ok=True)
+            if any(not is_scratch(entry.name) for entry in root.iterdir()):
+                raise RunFolderError(f"{root} holds other files and is not a run folder; choose a new or empty folder.")
+        atomic_write_json(root / RUN_FILE, {"format": FORMAT})
+        return cls(root)
+
+    @classmethod
+    def open(cls, root: Path, *, writable: bool = False) -> RunFolder:
+        """Opens an existing run folder; with `writable` a folder this user cannot write is refused (StorageError)."""
+        advice = f"make one with `grappa init {quoted(root)} --images ...`"
+        if not root.is_dir():
+            raise RunFolderError(f"There is no run folder {root}; {advice}.")
+        if not (root / RUN_FILE).exists():
+            raise RunFolderError(f"{root} is not a run folder (it has no {RUN_FILE}); {advice}.")
+        _check_run_format(root / RUN_FILE)
+        if writable and not os.access(root, os.W_OK | os.X_OK):
+            cause = PermissionError(errno.EACCES, "no write permission", str(root))
+            raise StorageError(errno.EACCES, storage_sentence(cause, root))
+        return cls(root)
+
+
+def _check_run_format(path: Path) -> None:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    version = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise RunFolderError(f'{path} is damaged; it should read {{"format": {FORMAT}}}.')
+    if version > FORMAT:
+        advice = f"this version reads up to {FORMAT}; update grappa"
+        raise RunFolderError(f"{path.parent} has run format {version}, {advice}.")
+
+
+def published(folder: RunFolder, stage: str, instance: str | None = None) -> Path:
+    """Return the folder of a published artifact; ValueError naming the command when it is missing."""
+    artifact = folder.artifact(stage, instance)
+    if artifact.manifest() is None:
+        command = f"grappa run {quoted(folder.root)} --until {stage}"
+        raise ValueError(f"{artifact.name} is missing in {folder.root}; run `{command}`")
+    return artifact.home
+
+
+def check_same_origin(folder: RunFolder, *names: str) -> None:
+    """Refuse artifacts of different generations: each input digest that two of them share must be the same.
+
+    ``names`` are artifact names such as ``model`` or ``clusters/k00256``; what one of them has as an input and another
+    one *is* must agree too. ValueError naming the command that mends it.
+    """
+    seen: dict[tuple[str, str], str] = {}
+    for name in names:
+        stage, _, instance = name.partition("/")
+        manifest = folder.artifact(stage, instance or None).manifest()
+        for place, digest in _digests(name, manifest).items() if manifest else ():
+            if seen.setdefault(place, digest) != digest:
+                raise ValueError(
+                    f"{', '.join(names)} in {folder.root} do not belong together: {place[0]} was made again in "
+                    f"between; run `grappa run {quoted(folder.root)}`"
+                )
+
+
+def _digests(name: str, manifest: Manifest) -> dict[tuple[str, str], str]:
+    inputs = {
+        (each, file): digest for each, files in manifest.recipe["inputs"].items() for file, digest in files.items()
+    }
+    return inputs | {(name, file): str(entry["sha256"]) for file, entry in manifest.outputs.items()}

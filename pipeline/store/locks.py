@@ -1,0 +1,231 @@
+"""One writer an artifact: a lock file that says who holds it, and that outlives no holder.
+
+The file appears whole (a hard link of a written draft: atomic, also between hosts) and its content never changes while
+held; a heartbeat renews its modification time, which needs no disk space. Silence is measured against the
+modification time of a file just written to the same folder, so clocks of hosts need not agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import threading
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+from grappa.pipeline.store.storage import storage_errors
+
+HEARTBEAT_SECONDS = 10.0
+SILENCE_SECONDS = 120.0
+
+
+class LockedError(RuntimeError):
+    """Somebody alive holds the lock; the message says who and since when."""
+
+
+class LockLostError(RuntimeError):
+    """The lock is no longer ours: this process was silent too long and another one took over."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock: enough to see whether that process still lives."""
+
+    token: str
+    host: str
+    pid_namespace: str
+    pid: int
+    process_start: str
+    job: str | None
+    since: str
+
+    def __str__(self) -> str:
+        job = f" (Slurm job {self.job})" if self.job else ""
+        return f"process {self.pid} on {self.host}{job} since {self.since}"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A lock file as read once; `holder` is None when its content makes no sense."""
+
+    raw: bytes
+    touched: float
+    holder: Holder | None
+
+
+class Lock:
+    """A held lock, renewed by a daemon thread until `release`; also a context manager."""
+
+    def __init__(self, path: Path, raw: bytes) -> None:
+        self._path, self._raw, self._pid = path, raw, os.getpid()
+        self._stop = threading.Event()
+        threading.Thread(target=self._beat, name=f"heartbeat {path.name}", daemon=True).start()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError):  # a file system that hiccups: the next beat may succeed
+                if not self._is_ours():
+                    return
+                os.utime(self._path)
+
+    def _is_ours(self) -> bool:
+        found = _read(self._path)
+        return found is not None and found.raw == self._raw
+
+    def check(self) -> None:
+        """Raises LockLostError when another process took the lock over."""
+        if not self._is_ours():
+            raise LockLostError(
+                f"The lock {self._path} was taken over or removed while this process was silent; nothing was published."
+            )
+
+    def release(self) -> None:
+        """Gives the lock back, once; a forked child and a lost lock change nothing."""
+        self._stop.set()
+        with suppress(OSError):  # a lock that cannot be removed falls to the next writer when this process is gone
+            if os.getpid() == self._pid and self._is_ours():
+                self._path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def acquire(path: Path, *, what: str, job: str | None = None) -> Lock:
+    """Takes the lock file `path` for `what` (named in errors), also from a dead holder.
+
+    Raises LockedError when a living process holds it, StorageError when the folder cannot be written.
+    """
+    raw = json.dumps(asdict(_myself(job))).encode()
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    with storage_errors(path.parent):
+        try:
+            draft.write_bytes(raw)
+            while not _claim(path, draft, raw, what, job):
+                pass
+            _sweep(path, path.stat().st_mtime)
+        finally:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+    return Lock(path, raw)
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Who holds the lock file now, alive or dead; None when nobody does."""
+    found = _read(path)
+    return found.holder if found else None
+
+
+def _claim(path: Path, draft: Path, raw: bytes, what: str, job: str | None) -> bool:
+    """One try: True when the lock is ours, False to try again, LockedError when it is a living process's."""
+    try:
+        os.link(draft, path)
+        return True
+    except FileExistsError:
+        found = _read(path)
+    if found is None:
+        return False
+    if found.raw == raw:  # a network file system may repeat a link that had succeeded
+        return True
+    silence = _now(draft) - found.touched
+    if not _is_dead(found.holder, silence):
+        raise LockedError(_refusal(what, found.holder, silence))
+    return _take_over(path, draft, found.raw, what, job)
+
+
+def _take_over(path: Path, draft: Path, dead: bytes, what: str, job: str | None) -> bool:
+    """Replaces the lock of a dead holder. A second lock guards the step: of several takers one finds it unchanged."""
+    with acquire(path.with_name(path.name + ".take"), what=what, job=job):
+        found = _read(path)
+        if found is None or found.raw != dead:
+            return False
+        os.replace(draft, path)
+        return True
+
+
+def _now(draft: Path) -> float:
+    """The time by the clock of the folder's file system."""
+    os.utime(draft)
+    return draft.stat().st_mtime
+
+
+def _sweep(path: Path, now: float) -> None:
+    """Removes what takers killed in the middle left beside the lock."""
+    for entry in path.parent.glob(f"{path.name}.*"):
+        with suppress(OSError):
+            if now - entry.stat().st_mtime > SILENCE_SECONDS:
+                entry.unlink()
+
+
+def _refusal(what: str, holder: Holder | None, silence: float) -> str:
+    who = holder or "an unknown process"
+    return (
+        f"{what} is being written by {who} (last sign of life {max(silence, 0):.0f} s ago); wait until it has finished "
+        f"or end it (on another host a dead one is replaced after {SILENCE_SECONDS:.0f} s of silence)."
+    )
+
+
+def _read(path: Path) -> _Found | None:
+    try:
+        with path.open("rb") as file:
+            raw, touched = file.read(), os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
+    return _Found(raw, touched, _parse(raw))
+
+
+def _parse(raw: bytes) -> Holder | None:
+    try:
+        holder = Holder(**json.loads(raw))
+    except (ValueError, TypeError):
+        return None
+    return holder if isinstance(holder.pid, int) and holder.pid > 0 else None
+
+
+def _myself(job: str | None) -> Holder:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    pid = os.getpid()
+    start = _process_start(pid) or ""
+    return Holder(secrets.token_hex(8), socket.gethostname(), _pid_namespace(), pid, start, job, since)
+
+
+def _is_dead(holder: Holder | None, silence: float) -> bool:
+    """A process number can be judged where it was given; anywhere else only silence tells."""
+    here = (socket.gethostname(), _pid_namespace())
+    if holder is None or (holder.host, holder.pid_namespace) != here:
+        return silence > SILENCE_SECONDS
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    start = _process_start(holder.pid)
+    return start is not None and start != holder.process_start
+
+
+def _process_start(pid: int) -> str | None:
+    """Boot and clock tick at which a process started; "" for a zombie, None where /proc does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return "" if fields[0] in "ZX" else f"{boot}:{fields[19]}"
+    except (OSError, IndexError):
+        return None
+
+
+def _pid_namespace() -> str:
+    """Containers with the host's name have process numbers of their own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""

@@ -1,0 +1,222 @@
+"""Making one artifact: work in `<artifact>.partial`, resume it after a crash, publish it by rename.
+
+Whatever step a crash hits, either the former result or the new one is whole on disk, and `recover` (also the first
+step of `open_work`) brings it to its name: a partial folder with a whole manifest is published, a lone `.old` put back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from grappa.pipeline.store.artifacts import (
+    CHECKPOINT_FILES,
+    LOG_FILE,
+    MANIFEST_FILE,
+    RECIPE_FILE,
+    SCRATCH_FOLDER,
+    Artifact,
+    FileDigest,
+    Manifest,
+    Recipe,
+    folder_problems,
+)
+from grappa.pipeline.store.locks import Lock, LockedError, acquire
+from grappa.pipeline.store.storage import (
+    atomic_write_json,
+    file_digest,
+    fsync_folder,
+    is_disk_full,
+    is_scratch,
+    storage_errors,
+)
+
+DROPPED_FILES = (RECIPE_FILE, *CHECKPOINT_FILES)
+
+
+class Work:
+    """A locked artifact in the making; use as a context manager, write outputs below `path`, then `publish`.
+
+    `resumed`: `path` holds the unfinished work of the same recipe. `finished`: the manifest of this very recipe whose
+    publish a crash had interrupted and `open_work` completed, else None. An exception leaves `path` for the next try.
+    """
+
+    def __init__(
+        self, artifact: Artifact, recipe: Recipe, lock: Lock, *, resumed: bool, finished: Manifest | None
+    ) -> None:
+        self.artifact, self.recipe, self.path = artifact, recipe, artifact.partial
+        self.resumed, self.finished = resumed, finished
+        self._lock = lock
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Appends a line with the time to `log.jsonl`: kept with the artifact, never part of its identity."""
+        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **record})
+        with storage_errors(self.path), (self.path / LOG_FILE).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def publish(self, provenance: Mapping[str, Any]) -> Manifest:
+        """Hashes and syncs every output, writes the manifest last and gives the folder its name."""
+        self._lock.check()
+        with storage_errors(self.path):
+            _remove_drafts(self.path)
+            manifest = Manifest(self.recipe, _seal_outputs(self.path), provenance)
+            atomic_write_json(self.path / MANIFEST_FILE, manifest.to_json())
+            _swap(self.artifact)
+        return manifest
+
+    def start_over(self) -> None:
+        """Empties the partial folder and marks it so that no later try resumes what is put there from now on."""
+        with storage_errors(self.path):
+            _remove_folder(self.path)
+            self.path.mkdir()
+            atomic_write_json(self.path / RECIPE_FILE, {"resumable": False})
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        self._lock.release()
+
+    def __enter__(self) -> Work:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        if isinstance(error, OSError) and is_disk_full(error):
+            with storage_errors(self.path):
+                raise error
+
+
+def open_work(artifact: Artifact, recipe: Recipe, *, job: str | None = None) -> Work:
+    """Locks the artifact and prepares its partial folder: kept when its recipe is the same, else emptied.
+
+    Raises LockedError while another process writes the artifact, StorageError when the folder cannot be written.
+    """
+    wanted = json.loads(json.dumps(recipe, allow_nan=False))
+    with storage_errors(artifact.root):
+        artifact.path.parent.mkdir(parents=True, exist_ok=True)
+    lock = acquire(artifact.lock, what=artifact.name, job=job)
+    try:
+        with storage_errors(artifact.partial):
+            published = _recover(artifact)
+            finished = published if published and published.recipe == wanted else None
+            resumed = _prepare(artifact.partial, wanted)
+    except BaseException:
+        lock.release()
+        raise
+    return Work(artifact, wanted, lock, resumed=resumed, finished=finished)
+
+
+def recover(artifact: Artifact, *, job: str | None = None) -> None:
+    """Completes or undoes a publish that a crash interrupted; cheap when there is none, nothing while one is alive."""
+    if not artifact.old.exists() and not (artifact.partial / MANIFEST_FILE).exists():
+        return
+    with suppress(LockedError), acquire(artifact.lock, what=artifact.name, job=job), storage_errors(artifact.path):
+        _recover(artifact)
+
+
+def _recover(artifact: Artifact) -> Manifest | None:
+    """Under the lock; the manifest when an interrupted publish was completed."""
+    if _is_whole(artifact.partial):
+        _swap(artifact)
+        return artifact.manifest()
+    if artifact.old.exists():
+        if _is_whole(artifact.path):
+            _remove_folder(artifact.old)
+        elif not artifact.path.exists() and _is_whole(artifact.old):
+            os.rename(artifact.old, artifact.path)
+            fsync_folder(artifact.path.parent)
+    return None
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / MANIFEST_FILE).exists() and not folder_problems(folder, verify=False)
+
+
+def _prepare(partial: Path, recipe: Recipe) -> bool:
+    """Makes the partial folder ready for the recipe; True when it holds unfinished work of the same recipe."""
+    if _stored_recipe(partial) == recipe:
+        (partial / MANIFEST_FILE).unlink(missing_ok=True)
+        _remove_drafts(partial)
+        _drop_torn_line(partial / LOG_FILE)
+        return True
+    _remove_folder(partial)
+    partial.mkdir()
+    atomic_write_json(partial / RECIPE_FILE, recipe)
+    return False
+
+
+def _stored_recipe(partial: Path) -> object:
+    try:
+        return json.loads((partial / RECIPE_FILE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _drop_torn_line(log: Path) -> None:
+    """A crash in the middle of a line would spoil the next one."""
+    if log.exists():
+        content = log.read_bytes()
+        os.truncate(log, content.rfind(b"\n") + 1)
+
+
+def _remove_drafts(folder: Path) -> None:
+    for path in folder.rglob(".*.tmp"):
+        if is_scratch(path.name) and path.is_file():
+            path.unlink()
+
+
+def _seal_outputs(folder: Path) -> dict[str, FileDigest]:
+    """Digests of all outputs by relative name, everything below the folder made durable."""
+    outputs: dict[str, FileDigest] = {}
+    for parent, _, files in os.walk(folder, topdown=False):
+        if Path(parent).relative_to(folder).parts[:1] == (SCRATCH_FOLDER,):
+            continue
+        for name in files:
+            path = Path(parent, name)
+            _fsync_file(path)
+            relative = path.relative_to(folder).as_posix()
+            if relative not in (*DROPPED_FILES, LOG_FILE, MANIFEST_FILE):
+                size, sha256 = file_digest(path)
+                outputs[relative] = {"bytes": size, "sha256": sha256}
+        fsync_folder(Path(parent))
+    return dict(sorted(outputs.items()))
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _swap(artifact: Artifact) -> None:
+    """Gives a whole partial folder its name; every step can be repeated after a crash."""
+    parent = artifact.path.parent
+    for name in DROPPED_FILES:
+        (artifact.partial / name).unlink(missing_ok=True)
+    shutil.rmtree(artifact.partial / SCRATCH_FOLDER, ignore_errors=True)
+    fsync_folder(artifact.partial)
+    if artifact.path.exists():
+        _remove_folder(artifact.old)
+        os.rename(artifact.path, artifact.old)
+        fsync_folder(parent)
+    os.rename(artifact.partial, artifact.path)
+    fsync_folder(parent)
+    with suppress(OSError):  # published already: what a network file system cannot delete now goes next time
+        _remove_folder(artifact.old)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Deletes a folder; first what makes it look whole or resumable, so that half of it is never taken for either."""
+    if not folder.exists():
+        return
+    for name in (MANIFEST_FILE, RECIPE_FILE):
+        (folder / name).unlink(missing_ok=True)
+    fsync_folder(folder)
+    shutil.rmtree(folder)

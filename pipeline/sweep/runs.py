@@ -1,0 +1,136 @@
+"""The runs of a sweep, every one of them checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grappa.pipeline.commands.init import check_weights, fitted, given_images, layered
+from grappa.pipeline.config.schema import Config, Images
+from grappa.pipeline.config.yaml_file import (
+    RECIPES,
+    ConfigError,
+    Settings,
+    parse_assignments,
+    read_settings,
+    shipped_or_file,
+)
+from grappa.pipeline.engine.execution import Selection, selected
+from grappa.pipeline.engine.sources import list_sources
+from grappa.pipeline.graph.models import evaluated_rows
+from grappa.pipeline.store.artifacts import RUN_FILE, RunFolder
+from grappa.pipeline.sweep.spec import SweepFile, nested, points, read_sweep
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """What `grappa sweep` was asked for; ``config``, ``images`` and ``assignments`` change the file's base."""
+
+    sweep: str
+    out: Path | None = None
+    config: str | None = None
+    images: Sequence[str] = ()
+    assignments: Sequence[str] = ()
+    other: Path | None = None
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run to be: its folder (which need not exist), its configuration and the images listed for it now."""
+
+    name: str
+    variant: str
+    root: Path
+    config: Config
+    listing: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that can be run; ``other``: a further run to take artifacts over from."""
+
+    file: SweepFile
+    out: Path
+    runs: tuple[SweepRun, ...]
+    other: RunFolder | None
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the evaluation is among the stages to run."""
+        steps = selected(self.runs[0].config, Selection(until=self.file.until))
+        return any(stage.name == "evaluation" for stage, _ in steps)
+
+
+def prepare(request: SweepRequest) -> Sweep:
+    """Read and check the file, each configuration, the folders and the images; nothing on disk is changed."""
+    file, where = read_sweep(request.sweep)
+    base = _base(file, where, request)
+    out = request.out or Path("runs") / Path(request.sweep).stem
+    _check_folder(out)
+    configs = [(point, layered(base, [(f"{where}: {point.name}", nested(point.changes))])[1]) for point in points(file)]
+    listings: dict[Images, pd.DataFrame] = {}
+    for point, config in configs:
+        _check_known(out / point.name, config)
+        images = given_images(config)
+        listings[images] = listings[images] if images in listings else list_sources(images)
+    runs = []
+    for point, config in configs:
+        listing = listings[config.images]
+        runs.append(
+            SweepRun(point.name, point.variant, out / point.name, _fitted(point.name, config, listing), listing)
+        )
+    sweep = Sweep(file, out, tuple(runs), RunFolder.open(request.other) if request.other else None)
+    if sweep.has_table:
+        _check_rows(file.rows, where, (run.config for run in runs))
+    return sweep
+
+
+def _base(file: SweepFile, where: str, request: SweepRequest) -> Settings:
+    """Return what all runs have in common: the recipe, under the file's base, under what the command says."""
+    layers: list[tuple[str, dict[str, dict[str, Any]]]] = []
+    name = request.config or file.base.config
+    if name:
+        place = f"--config {name}" if request.config else f"{where}: base.config {name}"
+        layers.append((place, read_settings(shipped_or_file(name, RECIPES, place, "recipe"))))
+    layers.append((f"{where}: base.set", nested(file.base.changes)))
+    assigned = parse_assignments(request.assignments)
+    for key in (f"{section}.{field}" for section, fields in assigned.items() for field in fields):
+        file.refuse_varied(f"--set {key}", key)
+    layers.append(("--set", assigned))
+    images = list(request.images or file.base.images)
+    if images:
+        layers.append(("--images" if request.images else f"{where}: base.images", {"images": {"sources": images}}))
+    return layered({}, layers)[0]
+
+
+def _check_folder(out: Path) -> None:
+    if (out / RUN_FILE).exists():
+        raise ConfigError(f"{out} is a run folder; give another folder by --out: the runs lie below it")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; give a folder by --out: the runs lie below it")
+
+
+def _check_known(root: Path, config: Config) -> None:
+    """Refuse a run folder that cannot be used, and weights that are not there."""
+    known = RunFolder.open(root, writable=True) if (root / RUN_FILE).exists() else None
+    check_weights(config, known)
+
+
+def _fitted(name: str, config: Config, listing: pd.DataFrame) -> Config:
+    try:
+        return fitted(config, listing)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _check_rows(patterns: Iterable[str], where: str, configs: Iterable[Config]) -> None:
+    models = list(dict.fromkeys(model for config in configs for model in (*evaluated_rows(config), "oracle")))
+    for pattern in patterns:
+        if not any(fnmatchcase(model, pattern) for model in models):
+            raise ConfigError(f"{where}: rows: {pattern!r} is no row of any run; there are {', '.join(models)}")

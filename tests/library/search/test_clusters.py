@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_digits
+
+from grappa.core.randomness import id_numbers
+from grappa.search import assignment
+from grappa.search import kmeans as cluster_steps
+from grappa.search import screening as proposals
+from grappa.search.assignment import Assignment
+from grappa.search.kmeans import assign, cluster, cluster_health, cluster_many, num_assignments
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def names(number: int) -> np.ndarray:
+    return id_numbers([f"image {i}" for i in range(number)])
+
+
+def blobs(number: int, centers: int, width: int, spread: float, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    means = unit(random.normal(size=(centers, width)))
+    return unit(means[random.integers(0, centers, number)] + spread * random.normal(size=(number, width)) / width**0.5)
+
+
+def objective(features: np.ndarray, labels: np.ndarray) -> float:
+    """Mean cosine of the images to the normalised mean of their cluster."""
+    sums = np.zeros((labels.max() + 1, features.shape[1]))
+    np.add.at(sums, labels, features)
+    return float(np.linalg.norm(sums, axis=1).sum() / len(features))
+
+
+DATA = {
+    "digits": unit(load_digits().data - load_digits().data.mean(0)),
+    "blobs": blobs(2000, 40, 32, 0.3),
+    "noise": unit(np.random.default_rng(0).normal(size=(1500, 24))),
+}
+
+
+@pytest.mark.parametrize("name", list(DATA))
+@pytest.mark.parametrize("num_clusters", [2, 40, 300])
+def test_objective_is_that_of_scikit_learn(name: str, num_clusters: int) -> None:
+    features = DATA[name]
+    ours = cluster(features, num_clusters=num_clusters, ids=names(len(features)))
+    labels = KMeans(num_clusters, n_init=1, random_state=0).fit(features).labels_
+    assert objective(features, ours.pseudo_labels) >= 0.995 * objective(features, labels)
+    assert ours.objective == pytest.approx(objective(features, ours.pseudo_labels), rel=2e-3)
+
+
+def test_fields_agree_with_each_other() -> None:
+    features = DATA["blobs"]
+    found = cluster(features, num_clusters=25, ids=names(len(features)))
+    assert found.pseudo_labels.dtype == np.int64 and found.pseudo_labels.shape == (2000,)
+    assert found.pseudo_labels.min() >= 0 and found.pseudo_labels.max() < 25
+    np.testing.assert_array_equal(found.sizes, np.bincount(found.pseudo_labels, minlength=25))
+    np.testing.assert_allclose(np.linalg.norm(found.centroids, axis=1), 1.0, atol=1e-5)
+    cosines = (features * found.centroids[found.pseudo_labels]).sum(1)
+    np.testing.assert_allclose(found.distances, 1.0 - cosines, atol=1e-5)
+    assert found.objective == pytest.approx(cosines.mean(), abs=1e-5)
+
+
+def test_labels_are_those_of_the_nearest_centroid() -> None:
+    features = DATA["digits"]
+    found = cluster(features, num_clusters=30, ids=names(len(features)))
+    labels, distances = assign(features, found.centroids)
+    np.testing.assert_array_equal(labels, found.pseudo_labels)
+    np.testing.assert_allclose(distances, found.distances, atol=1e-6)
+    np.testing.assert_array_equal(labels, (features @ found.centroids.T).argmax(1))
+
+
+def test_the_order_of_the_rows_changes_nothing() -> None:
+    features, ids = DATA["digits"], names(len(DATA["digits"]))
+    order = np.random.default_rng(3).permutation(len(ids))
+    plain = cluster(features, num_clusters=50, ids=ids)
+    shuffled = cluster(features[order], num_clusters=50, ids=ids[order])
+    np.testing.assert_array_equal(plain.pseudo_labels[order], shuffled.pseudo_labels)
+    np.testing.assert_array_equal(plain.centroids, shuffled.centroids)
+
+
+def test_a_result_depends_on_its_own_k_only() -> None:
+    features, ids = DATA["blobs"], names(2000)
+    together = cluster_many(features, [8, 300, 33], ids=ids, seed=5)
+    for num_clusters, found in zip([8, 300, 33], together, strict=True):
+        alone = cluster(features, num_clusters=num_clusters, ids=ids, seed=5)
+        np.testing.assert_array_equal(found.pseudo_labels, alone.pseudo_labels)
+        np.testing.assert_array_equal(found.centroids, alone.centroids)
+
+
+def test_the_seed_matters_and_repeats() -> None:
+    features, ids = DATA["noise"], names(1500)
+    first, again, other = (cluster(features, num_clusters=60, ids=ids, seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first.pseudo_labels, again.pseudo_labels)
+    assert (first.pseudo_labels != other.pseudo_labels).any()
+
+
+def test_no_cluster_is_empty_among_heavy_duplicates() -> None:
+    features = np.concatenate([np.repeat(DATA["noise"][:1], 900, axis=0), DATA["noise"][1:101]])
+    found = cluster(features, num_clusters=101, ids=names(1000))
+    assert cluster_health(found.sizes).num_empty == 0
+    assert found.sizes.max() == 900
+    np.testing.assert_allclose(found.distances, 0.0, atol=1e-5)
+
+
+def test_empty_clusters_are_seeded_on_the_worst_served_points() -> None:
+    points = torch.from_numpy(DATA["noise"][:50].copy())
+    centroids = points[[0, 0, 0]]
+    found = Assignment(*assignment.nearest(points, centroids, lambda _: None))
+    assert found.labels.unique().tolist() == [0]
+    cosines = found.cosines.clone()
+    new_centroids, number = cluster_steps.fill_empty(points, found, centroids)
+    torch.testing.assert_close(new_centroids[1:], points[cosines.argsort()[:2]])
+    assert number == 2 and found.labels.unique().tolist() == [0, 1, 2]
+    assert (found.cosines >= cosines).all()
+
+
+def propose_always(monkeypatch: pytest.MonkeyPatch, *, share: int = 1) -> None:
+    """Use bfloat16 proposals on any CPU, however few centroids; one pair in ``share`` at most is looked at again."""
+    monkeypatch.setattr(proposals, "worthwhile", lambda device, num_columns: True)
+    monkeypatch.setattr(proposals, "MAX_SHARE", share)
+
+
+@pytest.mark.parametrize("name", list(DATA))
+@pytest.mark.parametrize("share", [1, 64])
+def test_proposals_change_no_result(name: str, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = DATA[name]
+    plain = cluster(features, num_clusters=30, ids=names(len(features)))
+    propose_always(monkeypatch, share=share)
+    proposed = cluster(features, num_clusters=30, ids=names(len(features)))
+    np.testing.assert_array_equal(proposed.pseudo_labels, plain.pseudo_labels)
+    np.testing.assert_allclose(proposed.distances, plain.distances, atol=1e-6)
+    np.testing.assert_allclose(proposed.centroids, plain.centroids, atol=1e-6)
+
+
+def test_proposals_miss_no_nearest_centroid_among_near_ties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All centroids lie within the error of a bfloat16 product, on both sides of 0."""
+    random = np.random.default_rng(0)
+    centroids = unit(np.eye(1, 48) + 3e-3 * random.normal(size=(200, 48)))
+    features = unit(np.concatenate([centroids[:100], -centroids[100:]]) + 1e-3 * random.normal(size=(200, 48)))
+    exact = features.astype(np.float64) @ centroids.astype(np.float64).T
+    propose_always(monkeypatch)
+    labels, distances = assign(features, centroids)
+    np.testing.assert_allclose(1.0 - distances, exact.max(1), atol=2e-7)
+    np.testing.assert_allclose(exact[np.arange(200), labels], exact.max(1), atol=2e-7)
+
+
+def test_gains_of_a_further_centroid_are_the_same_by_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = torch.from_numpy(DATA["noise"].copy())
+    near = (points @ points[:20].T).amax(1)
+    plain = cluster_steps._gains(points, near, points[100:300])
+    propose_always(monkeypatch)
+    torch.testing.assert_close(cluster_steps._gains(points, near, points[100:300]), plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(DATA))
+def test_an_update_after_few_centroids_moved_is_a_whole_search(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assignment, "MIN_CENTROIDS", 1)
+    points = torch.from_numpy(DATA[name].copy())
+    centroids = points[:90].clone()
+    found = Assignment(*assignment.nearest(points, centroids, lambda _: None))
+    changed = torch.arange(90) % 5 == 0
+    centroids[changed] = torch.from_numpy(unit(centroids[changed].numpy() + 0.3 * points[300:318].numpy()))
+    done: list[int] = []
+    assignment.reassign(found, points, centroids, changed, done.append)
+    labels, cosines = assignment.nearest(points, centroids, lambda _: None)
+    assert sum(done) == len(points)
+    torch.testing.assert_close(found.cosines, cosines, atol=1e-6, rtol=0)
+    assert (found.labels == labels).double().mean() > 0.999  # but for exact duplicates among the centroids
+
+
+def test_opposite_points_in_one_cluster_do_not_break_the_mean() -> None:
+    features = np.array([[1, 0], [-1, 0], [1, 0], [-1, 0]], dtype=np.float32)
+    found = cluster(features, num_clusters=1, ids=names(4))
+    np.testing.assert_allclose(np.linalg.norm(found.centroids, axis=1), 1.0)
+    assert found.distances.max() == pytest.approx(2.0)
+
+
+def test_both_ways_of_adding_up_agree() -> None:
+    points, labels = torch.from_numpy(DATA["blobs"].copy()), torch.arange(2000) % 7
+    one, other = cluster_steps._sums(points, labels, 9), cluster_steps._sums_by_segment(points, labels, 9)
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_products_stay_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(assignment.BLOCK_ELEMENTS, "cpu", 5000)
+    sizes: list[int] = []
+    product = torch.mm
+
+    def spy(left: torch.Tensor, right: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+        result = product(left, right, **options)
+        sizes.append(result.numel())
+        return result
+
+    monkeypatch.setattr(torch, "mm", spy)
+    features = DATA["noise"]
+    found = cluster(features, num_clusters=200, ids=names(1500), num_iterations=3)
+    assert max(sizes) <= 5000 and found.sizes.sum() == 1500
+
+
+def test_progress_sums_to_the_announced_number() -> None:
+    done: list[int] = []
+    features = DATA["blobs"]
+    cluster_many(features, [5, 300], ids=names(2000), num_iterations=7, progress=done.append)
+    assert sum(done) == num_assignments(2000, [5, 300], 7)
+
+
+def test_half_as_many_clusters_as_images_work() -> None:
+    features = DATA["noise"][:200]
+    found = cluster(features, num_clusters=100, ids=names(200))
+    assert (found.sizes > 0).all()
+
+
+def test_health_counts() -> None:
+    health = cluster_health(np.array([0, 1, 1, 6, 2]))
+    assert (health.num_clusters, health.num_empty, health.num_singletons) == (5, 1, 2)
+    assert health.largest_share == pytest.approx(0.6) and health.median_size == 1.0
+
+
+@pytest.mark.parametrize(
+    ("num_clusters", "message"),
+    [([51], "at most 50"), ([101], "at most 50"), ([0], "at least 1"), ([], "empty"), ([5, 51], "at most 50")],
+)
+def test_refuses_a_k_that_makes_no_sense(num_clusters: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cluster_many(DATA["noise"][:100], num_clusters, ids=names(100))
+
+
+def test_refuses_too_few_different_images_and_repeated_ids() -> None:
+    features = np.repeat(DATA["noise"][:10], 10, axis=0)
+    with pytest.raises(ValueError, match="only 10 of 100 images differ"):
+        cluster(features, num_clusters=11, ids=names(100))
+    with pytest.raises(ValueError, match="1 different ids for 100"):
+        cluster(DATA["noise"][:100], num_clusters=5, ids=np.zeros(100, dtype=np.uint64))
+    with pytest.raises(ValueError, match="not of length 1"):
+        cluster(3 * DATA["noise"][:100], num_clusters=5, ids=names(100))
+    with pytest.raises(ValueError, match="cluster again"):
+        assign(DATA["noise"], DATA["blobs"][:5])

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from grappa.search.index import SearchIndex
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def points(number: int, seed: int = 0, width: int = 12) -> np.ndarray:
+    return unit(np.random.default_rng(seed).normal(size=(number, width)))
+
+
+def names(number: int) -> list[str]:
+    return [f"{i * 7919:016x}" for i in range(number)]
+
+
+def test_equals_the_exhaustive_search() -> None:
+    embeddings, queries = points(500), points(20, seed=1)
+    ids, similarities = SearchIndex.build(embeddings, names(500)).search(queries, 10)
+    products = queries @ embeddings.T
+    order = np.argsort(-products, axis=1)[:, :10]
+    assert ids.tolist() == [[names(500)[i] for i in row] for row in order]
+    np.testing.assert_allclose(similarities, np.take_along_axis(products, order, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("ivf_above", [1000, 10])
+def test_ids_survive_saving_and_loading(tmp_path: Path, ivf_above: int) -> None:
+    index = SearchIndex.build(points(200), names(200), ivf_above=ivf_above)
+    index.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.parquet", "index.faiss"]
+    loaded = SearchIndex.load(tmp_path)
+    assert loaded.ids.tolist() == names(200) and len(loaded) == 200
+    before, after = index.search(points(5, seed=1), 7), loaded.search(points(5, seed=1), 7)
+    assert before[0].tolist() == after[0].tolist()
+    np.testing.assert_array_equal(before[1], after[1])
+
+
+def test_an_inverted_file_finds_nearly_all_and_always_k() -> None:
+    random = np.random.default_rng(0)
+    centers = random.normal(size=(60, 12))
+    embeddings = unit(centers[random.integers(0, 60, 3000)] + 0.4 * random.normal(size=(3000, 12)))
+    exact = SearchIndex.build(embeddings, names(3000)).search(embeddings[:100], 10)[0]
+    index = SearchIndex.build(embeddings, names(3000), ivf_above=2999)
+    found = index.search(embeddings[:100], 10)[0]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]) > 0.9
+    everything, similarities = index.search(embeddings[:2], 3000)
+    assert all(set(row) == set(names(3000)) for row in everything)
+    assert (np.diff(similarities, axis=1) <= 1e-6).all()
+
+
+def test_load_refuses_missing_truncated_and_disagreeing_files(tmp_path: Path) -> None:
+    SearchIndex.build(points(200), names(200)).save(tmp_path)
+    index_bytes, ids_bytes = (tmp_path / "index.faiss").read_bytes(), (tmp_path / "ids.parquet").read_bytes()
+    for size in (0, 3, 40, len(index_bytes) - 1):
+        (tmp_path / "index.faiss").write_bytes(index_bytes[:size])
+        with pytest.raises(ValueError, match=r"index\.faiss is truncated"):
+            SearchIndex.load(tmp_path)
+    (tmp_path / "index.faiss").write_bytes(index_bytes + b"x")
+    with pytest.raises(ValueError, match="more than one index"):
+        SearchIndex.load(tmp_path)
+    (tmp_path / "index.faiss").write_bytes(index_bytes)
+    for size in (0, len(ids_bytes) // 2):
+        (tmp_path / "ids.parquet").write_bytes(ids_bytes[:size])
+        with pytest.raises(ValueError, match=r"ids\.parquet is truncated"):
+            SearchIndex.load(tmp_path)
+    pd.DataFrame({"name": names(200)}).to_parquet(tmp_path / "ids.parquet")
+    with pytest.raises(ValueError, match="has no column image_id"):
+        SearchIndex.load(tmp_path)
+    pd.DataFrame({"image_id": names(199)}).to_parquet(tmp_path / "ids.parquet")
+    with pytest.raises(ValueError, match=r"holds 200 images and ids\.parquet 199"):
+        SearchIndex.load(tmp_path)
+    (tmp_path / "ids.parquet").unlink()
+    with pytest.raises(ValueError, match="missing"):
+        SearchIndex.load(tmp_path)
+
+
+def test_refuses_what_makes_no_sense() -> None:
+    index = SearchIndex.build(points(20), names(20))
+    for k in (0, 21):
+        with pytest.raises(ValueError, match="allows 1 to 20"):
+            index.search(points(2), k)
+    with pytest.raises(ValueError, match="embed with its model"):
+        index.search(points(2, width=5), 3)
+    with pytest.raises(ValueError, match="1 different ids for 20"):
+        SearchIndex.build(points(20), ["same"] * 20)
+    with pytest.raises(ValueError, match="not of length 1"):
+        SearchIndex.build(2 * points(20), names(20))

@@ -1,0 +1,296 @@
+"""`grappa init`: new runs, changed runs, artifacts taken over, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from grappa.pipeline.commands.init import Request, initialize, resolve_num_clusters
+from grappa.pipeline.config.schema import Config
+from grappa.pipeline.config.yaml_file import ConfigError, load_config
+from grappa.pipeline.engine.sources import published_listing
+from grappa.pipeline.engine.status import states
+from grappa.pipeline.graph.stages import STAGES
+from grappa.pipeline.store.artifacts import RunFolder, RunFolderError
+from tests.helpers.fake_stages import FakeStages, fake_stages
+
+
+class Desk:
+    """A folder of listed files (nothing is decoded here) and a run to be."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.root, self.images = folder, folder / "run", folder / "images"
+        self.said: list[str] = []
+        for domain, count in {"birds": 6, "cars": 10}.items():
+            for number in range(count):
+                self.add(f"{domain}/class/{number}.png")
+
+    def add(self, path: str) -> None:
+        file = self.images / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(path.encode())
+
+    def init(self, root: Path | None = None, **request: Any) -> Config:
+        self.said.clear()
+        return initialize(root or self.root, Request(**request), say=self.said.append)
+
+    def new(self, *assignments: str) -> Config:
+        return self.init(images=[str(self.images)], assignments=assignments)
+
+    def listing(self) -> pd.DataFrame:
+        listing = published_listing(RunFolder.open(self.root))
+        assert listing is not None
+        return listing
+
+    def states(self) -> dict[str, str]:
+        return {each.name: str(each.state) for each in states(RunFolder.open(self.root), self.config)}
+
+    @property
+    def config(self) -> Config:
+        return load_config(self.root / "config.yaml")
+
+    @property
+    def digest(self) -> str:
+        manifest = RunFolder.open(self.root).artifact("sources").manifest()
+        assert manifest
+        return manifest.outputs["sources.parquet"]["sha256"]
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    return Desk(tmp_path)
+
+
+def test_a_new_run_has_a_listing_and_an_explicit_configuration(desk: Desk) -> None:
+    config = desk.new()
+    assert config == desk.config
+    assert config.clusters.num_clusters == (2, 3, 4, 5)
+    assert config.images.sources == (str(desk.images),)
+    assert len(desk.listing()) == 16
+    assert desk.said[0] == "16 images of 2 domains, no split: birds 6, cars 10"
+    assert desk.said[-1].startswith("35 artifacts: 35 missing; next: grappa run ")
+
+
+def test_relative_paths_become_absolute(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk.folder)
+    (desk.folder / "vit.safetensors").write_bytes(b"")
+    config = desk.init(images=["images"], assignments=["backbone.weights=vit.safetensors"])
+    assert config.images.sources == (str(desk.images),)
+    assert config.backbone.weights == str(desk.folder / "vit.safetensors")
+
+
+def test_only_train_rows_count_for_the_number_of_clusters(desk: Desk) -> None:
+    table = desk.folder / "table.csv"
+    rows = [f"images/cars/class/{n}.png,cars,{'test' if n < 4 else 'train' if n < 9 else ''}" for n in range(10)]
+    table.write_text("\n".join(["path,domain,split", *rows]))
+    config = desk.init(images=[str(table)])
+    assert config.clusters.num_clusters == (2,)
+    assert desk.said[0] == "10 images of 1 domains, 5 train and 4 test: cars 10"
+
+
+def test_init_again_keeps_everything_and_finds_new_images(desk: Desk) -> None:
+    desk.new("clusters.num_clusters=[2, 4]", "fusion.seed=3")
+    before = desk.digest
+    desk.init()
+    assert desk.digest == before
+    assert "0 images added, 0 removed" in desk.said
+    desk.add("birds/class/new.png")
+    (desk.images / "cars/class/0.png").unlink()
+    desk.init()
+    assert "1 images added, 1 removed" in desk.said
+    assert desk.digest != before
+    assert desk.config.clusters.num_clusters == (2, 4) and desk.config.fusion.seed == 3
+
+
+def test_set_changes_one_value_on_top_of_the_edited_file(desk: Desk) -> None:
+    desk.new()
+    path = desk.root / "config.yaml"
+    path.write_text(path.read_text().replace("num_iterations: 20", "num_iterations: 7"))
+    config = desk.init(assignments=["clusters.seed=5"])
+    assert (config.clusters.num_iterations, config.clusters.seed) == (7, 5)
+
+
+def test_a_recipe_lies_under_the_assignments(desk: Desk) -> None:
+    config = desk.init(images=[str(desk.images)], config="small", assignments=["images.cache_size=99"])
+    assert config.backbone.image_size == 128
+    assert config.images.cache_size == 99
+
+
+def test_auto_is_resolved_again_when_asked(desk: Desk) -> None:
+    desk.new("clusters.num_clusters=[2]")
+    assert desk.init().clusters.num_clusters == (2,)
+    assert desk.init(assignments=["clusters.num_clusters=auto"]).clusters.num_clusters == (2, 3, 4, 5)
+
+
+def test_a_moved_root_changes_the_provenance_only(desk: Desk) -> None:
+    desk.new()
+    before = desk.digest
+    moved = desk.images.rename(desk.folder / "moved")
+    desk.init(images=[str(moved)])
+    assert desk.digest == before
+    assert "0 images added, 0 removed" in desk.said
+    manifest = RunFolder.open(desk.root).artifact("sources").manifest()
+    assert manifest and manifest.provenance["roots"] == [str(moved)]
+    assert desk.config.images.sources == (str(moved),)
+
+
+def test_it_says_what_becomes_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(tmp_path)
+    fakes = made(desk, monkeypatch)
+    desk.init(assignments=["fusion.seed=1"])
+    assert "fusion/neighbors is stale: config fusion.seed: 0 -> 1" in desk.said
+    assert "index is stale: upstream heads/fused is stale" in desk.said
+    assert fakes.root == desk.root
+
+
+def made(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> FakeStages:
+    """Make a complete run at ``desk.root`` with fake stages."""
+    fakes = fake_stages(desk.folder / "spare", monkeypatch)
+    desk.new(f"backbone.weights={desk.folder / 'weights.safetensors'}", "clusters.num_clusters=[2, 4]")
+    fakes.root, fakes.run = desk.root, RunFolder.open(desk.root)
+    fakes.settings = desk.config.model_dump(mode="json")
+    fakes.execute()
+    return fakes
+
+
+def test_artifacts_with_the_same_recipe_are_taken_over(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(desk, monkeypatch)
+    other = desk.folder / "other"
+    config = desk.init(other, other=desk.root, assignments=["fusion.seed=1"])
+    assert config.clusters.num_clusters == (2, 4)
+    taken = next(line for line in desk.said if line.startswith("taken over"))
+    assert "adaptors/k00004" in taken and "embeddings/mean" in taken and "fusion" not in taken
+    found = {each.name: str(each.state) for each in states(RunFolder.open(other), config, verify=True)}
+    assert {name for name, state in found.items() if state != "fresh"} == {
+        *("fusion/neighbors", "student", "embeddings/fused", "embeddings/student", "heads/fused", "heads/student"),
+        *("model", "evaluation", "index", "attention/neighbors"),
+    }
+    manifest = RunFolder.open(other).artifact("features").manifest()
+    assert manifest and manifest.provenance["taken_from"] == str(desk.root / "features")
+    assert os.path.samefile(other / "features/features.npy", desk.root / "features/features.npy")
+
+
+def test_nothing_stale_is_taken_over(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(desk, monkeypatch)
+    desk.init(assignments=["clusters.seed=1"])
+    other = desk.folder / "other"
+    desk.init(other, other=desk.root)
+    taken = next(line for line in desk.said if line.startswith("taken over"))
+    assert "features" in taken and "clusters" not in taken and "adaptors" not in taken
+
+
+def test_what_is_stale_there_but_wanted_here_is_taken_over(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(desk, monkeypatch)
+    desk.init(assignments=["clusters.seed=1"])
+    other = desk.folder / "other"
+    config = desk.init(other, other=desk.root, assignments=["clusters.seed=0"])
+    assert {str(each.state) for each in states(RunFolder.open(other), config, verify=True)} == {"fresh"}
+
+
+def test_a_recipe_named_beside_from_begins_with_the_defaults(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(desk, monkeypatch)
+    config = desk.init(desk.folder / "other", other=desk.root, config="small")
+    assert config.images.sources == (str(desk.images),)
+    assert config.clusters.num_clusters == (2, 3, 4, 5)
+
+
+def test_one_image_in_a_domain_is_a_warning(desk: Desk) -> None:
+    desk.add("planes/class/0.png")
+    desk.new()
+    assert any(line.startswith("warning: domain planes has one image only") for line in desk.said)
+
+
+def test_more_clusters_than_half_the_train_images_are_refused(desk: Desk) -> None:
+    with pytest.raises(ConfigError, match="9 clusters are more than half of the 16 train images; give at most 8"):
+        desk.new("clusters.num_clusters=[2, 9]")
+    assert not desk.root.exists(), "everything is checked before anything is written"
+    with pytest.raises(ConfigError, match="found 3 train images, expected at least 4"):
+        resolve_num_clusters(Config(), 3)
+
+
+def test_a_run_needs_images(desk: Desk) -> None:
+    with pytest.raises(ConfigError, match="no images given; name a folder"):
+        desk.init()
+
+
+def test_an_empty_folder_and_a_missing_one_are_refused(desk: Desk) -> None:
+    (desk.folder / "empty").mkdir()
+    for name in ("empty", "nowhere"):
+        with pytest.raises(ValueError, match=name):
+            desk.init(images=[str(desk.folder / name)])
+    assert not desk.root.exists()
+
+
+def test_a_table_without_path_is_refused(desk: Desk) -> None:
+    (desk.folder / "table.csv").write_text("file,domain\na.png,birds\n")
+    with pytest.raises(ValueError, match="no column `path`"):
+        desk.init(images=[str(desk.folder / "table.csv")])
+
+
+def test_weights_that_are_not_there_are_refused(desk: Desk) -> None:
+    with pytest.raises(ConfigError, match=r"backbone\.weights: no such file .*nowhere\.safetensors"):
+        desk.new("backbone.weights=/nowhere.safetensors")
+
+
+def test_a_folder_with_other_files_is_no_place_for_a_run(desk: Desk) -> None:
+    desk.root.mkdir()
+    (desk.root / "thesis.tex").write_text("precious")
+    with pytest.raises(RunFolderError, match="holds other files"):
+        desk.new()
+    assert [path.name for path in desk.root.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_of_a_newer_version_is_refused(desk: Desk) -> None:
+    desk.new()
+    (desk.root / "run.json").write_text('{"format": 99}')
+    with pytest.raises(RunFolderError, match="update grappa"):
+        desk.init()
+
+
+def test_an_error_in_the_file_names_the_file_and_changes_nothing(desk: Desk) -> None:
+    desk.new()
+    path = desk.root / "config.yaml"
+    path.write_text(path.read_text().replace("num_iterations", "num_iteration"))
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"config\.yaml: unknown key clusters\.num_iteration: did you mean"):
+        desk.init(assignments=["fusion.seed=1"])
+    assert path.read_bytes() == before
+    with pytest.raises(ConfigError, match="^--set: unknown key"):
+        desk.init(desk.folder / "other", images=[str(desk.images)], assignments=["fusion.sed=1"])
+
+
+def test_a_crash_in_the_middle_of_init_is_mended_by_init(desk: Desk) -> None:
+    desk.new()
+    (desk.root / "config.yaml").unlink()
+    config = desk.new("fusion.seed=1")
+    assert config == desk.config and config.fusion.seed == 1
+
+
+def test_names_with_odd_bytes_quotes_and_length_work(desk: Desk) -> None:
+    odd = desk.folder / os.fsdecode(b"caf\xe9 'it\"s' # {x}: " + b"l" * 200)
+    (odd / "birds").mkdir(parents=True)
+    for number in range(4):
+        (odd / "birds" / os.fsdecode(b"\xff%d.png" % number)).write_bytes(b"%d" % number)
+    config = desk.init(images=[str(odd)])
+    assert config.images.sources == (str(odd),)
+    assert desk.config == config
+    desk.init()
+    assert "0 images added, 0 removed" in desk.said
+
+
+def test_labels_are_no_part_of_what_is_trained_on() -> None:
+    """Only the evaluation reads labels.parquet."""
+    config = Config.model_validate({"clusters": {"num_clusters": [2]}})
+    readers = {
+        stage.name
+        for stage in STAGES
+        for instance in stage.instances(config)
+        for each in stage.inputs(config, instance)
+        if "labels.parquet" in each.files
+    }
+    assert readers == {"evaluation"}

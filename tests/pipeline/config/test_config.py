@@ -1,0 +1,114 @@
+"""The configuration's own rules: what is identity, what is checked, how k is chosen."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from grappa.pipeline.config.schema import (
+    Clusters,
+    Config,
+    Evaluation,
+    Fusion,
+    Objects,
+    automatic_num_clusters,
+    granularity_name,
+    identity_settings,
+    num_clusters_of,
+)
+from grappa.pipeline.config.yaml_file import field_names
+from grappa.pipeline.graph.stages import STAGES
+
+
+def test_it_is_frozen_and_every_field_is_described() -> None:
+    config = Config()
+    with pytest.raises(ValidationError):
+        config.clusters.seed = 1  # type: ignore[misc]
+    for name in field_names():
+        section, _, field = name.partition(".")
+        assert type(getattr(config, section)).model_fields[field].description
+
+
+def test_paths_and_speed_are_no_identity() -> None:
+    settings = identity_settings(Config(), ("images", "backbone", "compute", "fusion"))
+    for name in ("images.sources", "backbone.weights", "compute.device", "compute.num_workers", "fusion.pairs"):
+        assert name not in settings
+    assert "evaluation.extra_rows" not in identity_settings(Config(), ("evaluation",))
+    assert settings["images.cache_size"] == 256
+    assert identity_settings(Config(), ("clusters.seed",)) == {"clusters.seed": 0}
+
+
+def test_every_identity_field_is_read_by_a_stage() -> None:
+    config = Config(clusters=Clusters(num_clusters=(2,)), objects=Objects(provider="backbone"))
+    sections = tuple(Config.model_fields)
+    read = {
+        name
+        for stage in STAGES
+        for instance in stage.instances(config)
+        for name in identity_settings(config, stage.settings(instance))
+    }
+    chosen_by_name = {"clusters.num_clusters"}
+    assert set(identity_settings(config, sections)) - read <= chosen_by_name
+
+
+@pytest.mark.parametrize("num_train", [4, 5, 9, 100, 5884, 1_000_000])
+def test_automatic_granularities_are_few_ascending_and_at_most_half(num_train: int) -> None:
+    values = automatic_num_clusters(num_train)
+    assert 1 <= len(values) <= 4
+    assert list(values) == sorted(set(values))
+    assert values[0] >= 2 and values[-1] <= num_train // 2
+
+
+def test_automatic_granularities_are_geometric() -> None:
+    assert automatic_num_clusters(6400) == (100, 277, 769, 2133)
+    assert automatic_num_clusters(6400, "auto:1") == (462,)
+    assert automatic_num_clusters(100, "auto:16")[-1] <= 50
+
+
+@pytest.mark.parametrize("num_train", [100, 5884, 59551, 1_000_000])
+def test_more_automatic_granularities_hold_the_fewer(num_train: int) -> None:
+    two, four, seven = (automatic_num_clusters(num_train, how) for how in ("auto:2", "auto", "auto:7"))
+    assert set(two) < set(four) < set(seven)
+    assert (len(two), len(four), len(seven)) == (2, 4, 7)
+
+
+def test_granularities_are_ordered_by_number() -> None:
+    config = Config(clusters=Clusters(num_clusters=(1024, 64, 131072)))
+    assert config.granularities == ("k00064", "k01024", "k131072")
+    assert [num_clusters_of(name) for name in config.granularities] == [64, 1024, 131072]
+    assert granularity_name(7) == "k00007"
+
+
+def test_extra_rows_are_known_and_named_once() -> None:
+    assert Evaluation(extra_rows=("supervised", "concat")).extra_rows == ("supervised", "concat")
+    with pytest.raises(ValidationError, match="give each row once"):
+        Evaluation(extra_rows=("concat", "concat"))
+    with pytest.raises(ValidationError, match="'zero_shot_objects' or 'adapted_objects'"):
+        Evaluation.model_validate({"extra_rows": ["oracle"]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"evaluation": {"extra_rows": ["zero_shot_objects"]}},
+            "zero_shot_objects needs object views, but objects.provider is none",
+        ),
+        ({"objects": {"provider": "grounding_dino"}}, "objects.model is null; give a hub name or folder"),
+        ({"objects": {"min_area": 0.9, "max_area": 0.5}}, "min_area is 0.9 and max_area 0.5"),
+    ],
+)
+def test_objects_are_asked_for_in_full(settings: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        Config.model_validate(settings)
+
+
+def test_auto_has_no_granularities_yet() -> None:
+    with pytest.raises(ValueError, match="still `auto`"):
+        _ = Config().granularities
+
+
+@pytest.mark.parametrize("pairs", [("views",), ("neighbors", "neighbors"), ()])
+def test_the_fusion_of_neighbors_is_always_trained(pairs: tuple[str, ...]) -> None:
+    with pytest.raises(ValidationError, match="give \\[neighbors\\] or"):
+        Fusion.model_validate({"pairs": pairs})

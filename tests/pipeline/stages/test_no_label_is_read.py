@@ -1,0 +1,131 @@
+"""No label is read: defaults, training, sampling and stopping are the same with labels true, scrambled or absent.
+
+Only the evaluation reads labels, and the supervised set of the ablation, which is there to say what they would buy.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from grappa.pipeline import tables
+from grappa.pipeline.config.schema import Config
+from grappa.pipeline.config.yaml_file import parse_settings
+from grappa.pipeline.graph.stages import STAGES, artifact_name
+from grappa.pipeline.store.artifacts import RunFolder
+from tests.helpers.tiny import digests, draw_images, make_run, run_all, split_of, write_table, write_weights
+
+READERS = {"adaptors/supervised", "evaluation"}
+LABELS = "images/labels.parquet"
+UNSUPERVISED = "[concat, multi_head, zero_shot_objects]"
+EVERYTHING = "[concat, multi_head, supervised, zero_shot_objects]"
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    images = draw_images(folder / "images")
+    write_weights(folder / "weights.safetensors")
+    rng = random.Random(0)
+    write_table(images, folder / "true.csv", label=lambda path: path.parent.name, split=split_of)
+    write_table(images, folder / "scrambled.csv", label=lambda path: rng.choice("abc"), split=split_of)
+    write_table(images, folder / "absent.csv", split=split_of)
+    return folder
+
+
+def _make(folder: Path, material: Path, labels: str, **changes: object) -> RunFolder:
+    changes = {"objects__provider": "backbone", **changes}
+    return make_run(folder, [material / f"{labels}.csv"], material / "weights.safetensors", **changes)
+
+
+@pytest.fixture(scope="module")
+def run(material: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    made = _make(tmp_path_factory.mktemp("runs") / "run", material, "true", evaluation__extra_rows=EVERYTHING)
+    run_all(made)
+    return made
+
+
+def _config() -> Config:
+    settings = {
+        "clusters": {"num_clusters": [4, 8]},
+        "fusion": {"pairs": ["neighbors", "views"]},
+        "objects": {"provider": "backbone"},
+        "evaluation": {"extra_rows": ["concat", "multi_head", "supervised", "zero_shot_objects"]},
+    }
+    return parse_settings(settings, "test")
+
+
+def test_two_artifacts_declare_that_they_read_labels() -> None:
+    config = _config()
+    readers = {
+        artifact_name(stage.name, instance)
+        for stage in STAGES
+        for instance in stage.instances(config)
+        for source in stage.inputs(config, instance)
+        if "labels.parquet" in source.files
+    }
+    assert readers == READERS
+
+
+def _below_readers(config: Config) -> set[str]:
+    """The artifacts that read labels, or are made from what does."""
+    found = set(READERS)
+    for stage in STAGES:
+        for instance in stage.instances(config):
+            if any(source.name in found for source in stage.inputs(config, instance)):
+                found.add(artifact_name(stage.name, instance))
+    return found
+
+
+def test_scrambled_labels_change_nothing_but_what_declares_them(run: RunFolder, material: Path, tmp_path: Path) -> None:
+    other = _make(tmp_path / "other", material, "scrambled", evaluation__extra_rows=EVERYTHING)
+    run_all(other)
+    mine, theirs = digests(run), digests(other)
+    assert mine.keys() == theirs.keys()
+    differing = {name for name in mine if mine[name] != theirs[name]}
+    supervised = "adaptors/supervised/adaptors.safetensors", "embeddings/supervised/embeddings.npy"
+    assert differing >= {LABELS, "evaluation/metrics.csv", *supervised}, "what reads labels does see them"
+    allowed = _below_readers(_config())
+    assert {name for name in differing - {LABELS} if name.rpartition("/")[0] not in allowed} == set()
+
+
+def test_absent_labels_change_nothing_at_all_of_the_rest(run: RunFolder, material: Path, tmp_path: Path) -> None:
+    other = _make(tmp_path / "other", material, "absent", evaluation__extra_rows=UNSUPERVISED)
+    lines = run_all(other)
+    assert any("no test image has a label" in line for line in lines)
+    told, whole = (tables.load_metrics(each.root).set_index(["model", "domain", "gallery"]) for each in (other, run))
+    assert told.drop(columns=["num_queries", "reciprocity"]).isna().all(axis=None) and not told["num_queries"].any()
+    assert told["reciprocity"].between(0, 1).all()
+    pd.testing.assert_series_equal(told["reciprocity"], whole["reciprocity"].loc[told.index])
+    mine, theirs = digests(run), digests(other)
+    differing = {name for name in theirs if mine[name] != theirs[name]}
+    assert differing == {LABELS, "evaluation/metrics.csv", "evaluation/per_query.parquet"}
+    missing = {name.rpartition("/")[0] for name in mine.keys() - theirs.keys()}
+    assert missing == _below_readers(_config()) - {"evaluation"}
+
+
+@pytest.mark.parametrize("labels", ["scrambled", "absent"])
+def test_the_defaults_of_a_new_run_are_the_same(material: Path, tmp_path: Path, labels: str) -> None:
+    texts = []
+    for name in ("true", labels):
+        made = _make(tmp_path / name, material, name, clusters__num_clusters="auto")
+        texts.append(made.config_path.read_text().replace(f"{name}.csv", "TABLE.csv"))
+    assert texts[0] == texts[1]
+    assert "num_clusters: [" in texts[0]
+
+
+def test_every_other_stage_runs_where_the_labels_cannot_be_read(run: RunFolder, material: Path, tmp_path: Path) -> None:
+    other = _make(tmp_path / "other", material, "true", evaluation__extra_rows=UNSUPERVISED)
+    run_all(other, until="images")
+    file = other.root / LABELS
+    file.write_bytes(bytes(file.stat().st_size))
+    for stage in STAGES:
+        if stage.name != "evaluation":
+            run_all(other, stage=stage.name)
+    mine, theirs = digests(run), digests(other)
+    assert all(theirs[name] == mine[name] for name in theirs)
+    with pytest.raises(ValueError, match="Parquet magic bytes not found"):
+        run_all(other, stage="evaluation")

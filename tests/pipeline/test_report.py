@@ -1,0 +1,303 @@
+"""The report of a run: complete, self-contained, the same bytes twice, and right in its numbers."""
+
+from __future__ import annotations
+
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from grappa.pipeline import tables
+from grappa.pipeline.cli import app
+from grappa.pipeline.engine.status import read_config
+from grappa.pipeline.graph.models import evaluated_rows
+from grappa.pipeline.report import costs, examples, figures, summary
+from grappa.pipeline.report.page import write_report
+from grappa.pipeline.store.artifacts import RunFolder
+from tests.helpers.tiny import draw_images, make_run, run_all, split_of, write_table, write_weights
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    draw_images(folder / "images")
+    write_weights(folder / "weights.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(material: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    table = material / "table.csv"
+    write_table(material / "images", table, label=lambda path: path.parent.name, split=split_of)
+    made = make_run(tmp_path_factory.mktemp("runs") / "run", [table], material / "weights.safetensors")
+    run_all(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def report(run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reports") / "report"
+    write_report(run.root, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(run: RunFolder, tmp_path: Path) -> RunFolder:
+    return RunFolder.open(Path(shutil.copytree(run.root, tmp_path / "copy")))
+
+
+class Page(HTMLParser):
+    """Collects what a page points to, its headings' ids and its text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.ids: set[str] = set()
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        assert tag not in ("script", "iframe", "object")
+        self.targets += [value for name in ("src", "href") if (value := found.get(name))]
+        self.ids |= {value for name, value in found.items() if name == "id" and value}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_report_needs_nothing_but_its_own_folder(report: Path) -> None:
+    page = Page(report / "index.html")
+    anchors = {target[1:] for target in page.targets if target.startswith("#")}
+    assert anchors <= page.ids
+    files = {target for target in page.targets if not target.startswith(("#", "data:"))}
+    assert files == set(_files(report)) - {"index.html", "results.md"}
+    assert {
+        f"figures/{name}.svg" for name in ("attention", "cluster_sizes", "shared_clusters", "learning_curves")
+    } < files
+    for name in files:
+        if name.endswith(".jpg"):
+            assert Image.open(report / name).size == (47, 40), "tiny images are not enlarged"
+        else:
+            assert 'href="http' not in (report / name).read_text()
+
+
+def test_the_same_run_gives_the_same_bytes(run: RunFolder, report: Path, tmp_path: Path) -> None:
+    write_report(run.root, tmp_path / "again")
+    assert _files(tmp_path / "again") == _files(report)
+
+
+def test_the_tables_hold_the_numbers_of_the_evaluation(run: RunFolder, report: Path) -> None:
+    text = (report / "results.md").read_text(encoding="utf-8")
+    metrics = tables.load_metrics(run.root).set_index(["model", "domain", "gallery"])
+    for gallery in ("domain", "merged"):
+        row = metrics.loc[("fused", "discs", gallery)]
+        assert f"{summary.number(row['map'])} ± {summary.number(row['map_se'])}" in text
+    assert summary.number(metrics.loc[("mean", "_mean", "merged"), "recall_at_1"]) in text
+    page = Page(report / "index.html").text
+    for model in metrics.index.unique("model"):
+        assert f"| {model} |" in text and model in page
+    for heading in ("mAP in each domain's own gallery", "mAP in the merged gallery", "What each row cost"):
+        assert heading in page
+    assert "Not up to date" not in page
+    shown = (report / "index.html").read_text(encoding="utf-8")
+    assert shown.count('class="shown right"') > 0 and shown.count('class="shown wrong"') > 0
+
+
+def _frames() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Metrics and queries of two domains of two: whitening is the better zero-shot row for birds, plain for cars."""
+    values = {
+        "zero_shot": [0.2, 0.4, 0.6, 0.6],
+        "zero_shot_whitened": [0.4, 0.4, 0.1, 0.3],
+        "mean": [0.5, 0.5, 0.5, 0.5],
+        "fused": [0.5, 0.7, 0.5, 0.3],
+    }
+    rows = [
+        {"image_id": f"i{place}", "domain": "birds" if place < 2 else "cars", "model": model, "gallery": "domain"}
+        | {"num_positives": 1, "average_precision": value}
+        for model, own in values.items()
+        for place, value in enumerate(own)
+    ]
+    per_query = pd.DataFrame(rows)
+    means = per_query.groupby(["model", "gallery", "domain"], sort=False)["average_precision"].mean().rename("map")
+    both = means.groupby(["model", "gallery"], sort=False).mean().reset_index().assign(domain="_mean")
+    return pd.concat([means.reset_index(), both], ignore_index=True), per_query
+
+
+def test_gains_count_against_the_better_zero_shot_row_of_each_column() -> None:
+    found = summary.comparisons(*_frames(), "domain").set_index(["candidate", "against", "domain"])
+    assert found.loc[("fused", "zero-shot", "birds"), "reference"] == "zero_shot_whitened"
+    assert found.loc[("fused", "zero-shot", "cars"), "reference"] == "zero_shot"
+    assert found.loc[("fused", "zero-shot", "_mean"), "reference"] == "zero_shot"
+    differences = found["difference"]
+    assert differences["fused", "zero-shot", "birds"] == pytest.approx(0.2)
+    assert differences["fused", "zero-shot", "cars"] == pytest.approx(-0.2)
+    assert differences["fused", "zero-shot", "_mean"] == pytest.approx(0.05)
+    assert differences["fused", "mean", "_mean"] == pytest.approx(0.0)
+    assert found.loc[("fused", "zero-shot", "birds"), "relative"] == pytest.approx(0.5)
+    # Birds gain .1 or .3, each of two draws: between .1 and .3 on average.
+    assert found.loc[("fused", "zero-shot", "birds"), ["low", "high"]].tolist() == pytest.approx([0.1, 0.3])
+    assert ("student", "zero-shot", "birds") not in found.index
+
+
+def test_only_gains_beyond_their_interval_are_stressed_and_called_above() -> None:
+    found = summary.comparisons(*_frames(), "domain")
+    table = summary.gain_table(found)
+    assert table.header == ["", "birds", "cars", "mean"]
+    assert [row[0] for row in table.rows] == [
+        "mean vs the best zero-shot",
+        "fused vs the best zero-shot",
+        "fused vs mean",
+    ]
+    assert table.rows[1][1] == "+.200 [+.100,\u00a0+.300]"
+    assert (1, 1) in table.strong and (1, 2) not in table.strong and (1, 3) not in table.strong
+    lines = dict(zip(zip(found["candidate"], found["against"], found["domain"], strict=True), found.iloc, strict=True))
+    assert summary.verdict(lines["fused", "zero-shot", "birds"]).startswith(
+        "fused is above zero_shot_whitened (+50.0%, "
+    )
+    assert summary.verdict(lines["fused", "zero-shot", "cars"]).startswith("fused is below zero_shot (")
+    assert "not to be told apart from" in summary.verdict(lines["fused", "zero-shot", "_mean"])
+
+
+@pytest.mark.parametrize("reader", ["oracle", "supervised"])
+def test_the_best_of_a_column_is_stressed_what_saw_labels_aside(reader: str) -> None:
+    metrics = _frames()[0]
+    oracle = pd.DataFrame({"model": reader, "gallery": "domain", "domain": ["birds", "cars", "_mean"], "map": 0.9})
+    table = summary.result_table(pd.concat([metrics, oracle]), "domain")
+    assert table.strong == {(3, 1), (0, 2), (2, 3), (3, 3)}, "the two means are equal"
+    assert table.markdown().splitlines()[2] == "| zero_shot | .300 | **.600** | .450 |"
+
+
+def test_numbers_are_short() -> None:
+    assert [summary.number(value) for value in (0.0864, -0.05, 1.3863, 0.0, 1.0)] == [
+        ".086",
+        "-.050",
+        "1.386",
+        ".000",
+        "1.000",
+    ]
+    assert summary.number(float("nan")) == "-"
+
+
+def test_a_row_costs_what_it_hangs_on(run: RunFolder, copy: RunFolder) -> None:
+    config = read_config(run)
+    found = costs.load_costs(run, config)
+    stages = {row: set(own["stage"]) for row, own in found.groupby("row")}
+    assert stages["zero_shot"] == {"images", "backbone", "features", "embeddings"}
+    assert stages["fused"] == stages["zero_shot"] | {"neighbors", "clusters", "adaptors", "fusion", "heads"}
+    assert set(found[(found["row"] == "k00004") & (found["stage"] == "adaptors")]["instance"]) == {"k00004"}
+    seconds = sum(
+        run.artifact(stage, name).manifest().provenance["seconds"]  # type: ignore[union-attr]
+        for stage, name in costs.needed(config, "heads", "fused")
+    )
+    assert found[found["row"] == "fused"]["seconds"].sum() == pytest.approx(seconds)
+    assert costs.partly_known(found) == []
+    log = copy.root / "adaptors" / "k00004" / "log.jsonl"
+    log.write_text(log.read_text().replace('"resumed": false', '"resumed": true'))
+    again = costs.load_costs(copy, config)
+    assert costs.partly_known(again) == ["adaptors/k00004"]
+    by_row = {row[0]: row for row in costs.cost_table(again, ["k00004", "k00008"]).rows}
+    assert by_row["k00004"][-2].endswith("*") and not by_row["k00008"][-2].endswith("*")
+
+
+def test_shares_of_domains_in_clusters() -> None:
+    mix = pd.DataFrame(
+        {"pseudo_label": [0, 0, 1], "domain": ["a", "b", "a"], "num_images": [1, 3, 1], "share": [0.25, 0.75, 1.0]}
+    )
+    np.testing.assert_allclose(figures.domain_shares(mix, ["a", "b"]), [[(0.25 + 1) / 2, 0.375], [0.25, 0.75]])
+
+
+def test_examples_are_nearest_images_marked_by_class(run: RunFolder) -> None:
+    sources = evaluated_rows(read_config(run))
+    shown = {model: sources[model] for model in ("zero_shot", "fused")}
+    found = examples.load_examples(run, shown, tables.load_per_query(run.root))
+    assert {each.query.domain for each in found} == {"stripes", "checks", "discs"}
+    assert sum(each.why == "drawn at random" for each in found) == 3
+    assert len({each.query.row for each in found}) == len(found)
+    images = pd.read_parquet(run.root / "images" / "images.parquet")
+    embeddings = np.load(run.root / "heads" / "fused" / "embeddings.npy")
+    for each in found:
+        ranking = each.rankings[1]
+        assert ranking.model == "fused" and ranking.average_precision is not None
+        test = np.flatnonzero((images["split"] == "test").to_numpy())
+        cosines = np.delete(embeddings[test] @ embeddings[each.query.row], np.flatnonzero(test == each.query.row))
+        np.testing.assert_allclose([x.similarity for x in ranking.nearest], np.sort(cosines)[::-1][:8], rtol=1e-5)
+        assert each.query.row not in [x.row for x in ranking.nearest]
+        for x in ranking.nearest:
+            assert x.right == ((x.domain, x.label) == (each.query.domain, each.query.label))
+
+
+def test_examples_hold_the_largest_gain_and_the_largest_loss() -> None:
+    table = pd.DataFrame({"image_id": [f"i{place}" for place in range(6)], "domain": ["a"] * 5 + ["b"]})
+    precision = pd.DataFrame({"zero_shot": [0.5] * 5 + [np.nan], "fused": [0.5, 0.9, 0.4, 0.1, 0.5, np.nan]})
+    chosen = examples.choose(table, precision)
+    assert chosen == examples.choose(table, precision)
+    assert {place for _, place in chosen} >= {1, 3, 5}, "the best, the worst, and what is drawn where nothing is known"
+    unlabeled = examples.choose(table, pd.DataFrame(index=table.index))
+    assert [why for why, _ in unlabeled] == ["drawn at random"] * 2
+
+
+def test_odd_names_and_a_run_without_labels(material: Path, tmp_path: Path) -> None:
+    odd = {"stripes": 'a<b>&"c"', "checks": "$x|y$ 鳥", "discs": "d" * 60}
+    lines = ["path,domain"]
+    for path in sorted((material / "images").rglob("*.png")):
+        name = odd[path.parts[-3]].replace('"', '""')
+        lines.append(f'{path},"{name}"')
+    (tmp_path / "odd.csv").write_text("\n".join(lines))
+    made = make_run(tmp_path / "odd", [tmp_path / "odd.csv"], material / "weights.safetensors")
+    run_all(made)
+    shutil.rmtree(made.root / "attention")
+    write_report(made.root, tmp_path / "report")
+    page = Page(tmp_path / "report" / "index.html")
+    for name in odd.values():
+        assert name in page.text, "the page's text is the name, not a tag"
+    assert "No test image has a label: nothing was evaluated." in page.text
+    assert "✓" not in page.text
+    assert f"grappa run {made.root} --stage attention" in page.text
+    assert "attention/neighbors missing" in page.text
+    assert "not split: all to learn from and to test" in page.text
+    assert not (tmp_path / "report" / "figures" / "attention.svg").exists()
+
+
+def test_an_edited_setting_is_said(copy: RunFolder, material: Path, tmp_path: Path) -> None:
+    make_run(copy.root, [], material / "weights.safetensors", evaluation__seed=5)
+    write_report(copy.root, tmp_path / "report")
+    line = "evaluation stale: config evaluation.seed: 0 -> 5"
+    assert f"- {line}\n" in (tmp_path / "report" / "results.md").read_text(encoding="utf-8")
+    page = Page(tmp_path / "report" / "index.html").text
+    assert "Not up to date with the run's configuration:" in page and line in page
+
+
+def test_what_cannot_be_reported_is_one_sentence(copy: RunFolder, material: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    call = CliRunner().invoke(app, ["report", str(tmp_path / "none"), str(folder)])
+    assert call.exit_code == 1 and "There is no run folder" in call.stderr
+    make_run(copy.root, [], material / "weights.safetensors", fusion__seed=3)
+    run_all(copy, until="model")
+    with pytest.raises(ValueError, match="do not belong together: fusion/neighbors was made again in between"):
+        write_report(copy.root, folder)
+    shutil.rmtree(copy.root / "evaluation")
+    with pytest.raises(ValueError, match=r"evaluation is missing in .*; run `grappa run .* --until evaluation`"):
+        write_report(copy.root, folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"], "nothing half-written stays"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="report exists already; give a new folder"):
+        write_report(copy.root, folder)
+
+
+def test_the_command_writes_the_report(run: RunFolder, tmp_path: Path) -> None:
+    call = CliRunner().invoke(app, ["report", str(run.root), str(tmp_path / "report")])
+    assert call.exit_code == 0, call.output
+    report = tmp_path / "report"
+    assert call.stdout == (
+        f"wrote the report to {report / 'index.html'}; its tables for a README are in {report / 'results.md'}\n"
+    )

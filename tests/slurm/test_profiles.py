@@ -1,0 +1,127 @@
+"""Profiles of clusters: what is shipped, what is refused and how it is said, what reaches sbatch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from grappa.pipeline.config.yaml_file import ConfigError
+from grappa.slurm.launch import sbatch_text
+from grappa.slurm.plan import PlannedJob
+from grappa.slurm.profiles import CLUSTERS, Profile, load_profile, minutes
+from grappa.slurm.records import Pin
+
+
+def written(tmp_path: Path, text: str) -> Profile:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    return load_profile(str(file))
+
+
+def refused(tmp_path: Path, text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        written(tmp_path, text)
+    where, _, sentence = str(caught.value).partition("mine.yaml: ")
+    assert where
+    return sentence
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_profiles_are_valid_and_commented(path: Path) -> None:
+    assert load_profile(path.stem).cluster == path.stem
+    assert path.read_text().startswith("# ")
+
+
+def test_a_name_that_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"no such file, and no profile of that name \(debug, local, slurm\)"):
+        load_profile("lumi")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("partitoin: gpu", "unknown key partitoin: did you mean partition?"),
+        ("stages: {adaptors: {gpu: 1}}", "unknown key stages.adaptors.gpu: did you mean gpus?"),
+        ("stages: {adaptor: {gpus: 1}}", "unknown key stages.adaptor: did you mean adaptors?"),
+        ("stages: {adaptors: {shared: 1}}", "unknown key stages.adaptors.shared: expected one of partition, "),
+        ("cpus: 0", "cpus: found 0, expected greater than or equal to 1"),
+        ("gpus: yes", "gpus: found True, expected a valid integer"),
+        ("time: 4:00:00", "time: found 14400, expected a time such as 4h, 90m or 1d12h (at least 1m)"),
+        ("memory: lots", "memory: found 'lots', expected a size such as 32G or 500M"),
+        (
+            "shared: [[images, adaptors]]",
+            "shared: found ['images', 'adaptors'], expected stages that follow one another",
+        ),
+        ("shared: [[model, evaluation], [evaluation, index]]", "shared: evaluation is in two groups"),
+        (
+            "{shared: [[heads, model]], stages: {model: {partition: cpu}}}",
+            "shared: heads, model share a job but differ in partition",
+        ),
+        ("sbatch: {dependency: afterok:1}", "sbatch: dependency is set by grappa"),
+        ("stages: {clusters: {tasks: 2}}", "stages.clusters.tasks: found 2, expected 1: clusters is computed by one"),
+        ("{cluster: local, nodes: 2}", "nodes: found more than 1, expected 1 with `cluster: local`"),
+        ("{cluster: debug, stages: {images: {tasks: 2}}}", "tasks: found more than 1, expected 1 with"),
+        ("- partition", "found ['partition'], expected keys such as `partition:`"),
+        ("cluster: sge", "cluster: found 'sge', expected 'slurm', 'local' or 'debug'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    assert refused(tmp_path, text).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90m", 90), ("4h", 240), ("1d12h30m", 2190), ("04:00:00", 240), ("2-01:30:00", 2970)],
+)
+def test_times(text: str, expected: int) -> None:
+    assert minutes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0m", "4", "h", "-1h", "04:00", "4h 30m"])
+def test_no_times(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a time"):
+        minutes(text)
+
+
+def test_stages_that_share_a_job_get_the_most_that_any_of_them_asks_for(tmp_path: Path) -> None:
+    profile = written(
+        tmp_path,
+        "{cpus: 2, memory: 900M, time: 1h, shared: [[heads, model, evaluation]],"
+        " stages: {heads: {cpus: 8}, model: {memory: 2G, time: 30m}, evaluation: {time: 2h}}}",
+    )
+    found = profile.resources(profile.group_of("model"))
+    assert (found.cpus, found.memory, found.time) == (8, "2G", 120)
+    assert profile.resources(profile.group_of("adaptors")).cpus == 2
+
+
+def test_several_processes_go_only_to_stages_that_can_use_them(tmp_path: Path) -> None:
+    profile = written(tmp_path, "{nodes: 2, tasks: 4, shared: [[backbone, images], [heads, model]]}")
+    asked = {stage: profile.resources(profile.group_of(stage)) for stage in ("images", "fusion", "clusters", "heads")}
+    assert {stage: (found.nodes, found.tasks) for stage, found in asked.items()} == {
+        "images": (2, 4),
+        "fusion": (2, 4),
+        "clusters": (1, 1),
+        "heads": (1, 1),
+    }
+
+
+def test_the_sbatch_request_holds_what_the_profile_asks_for(tmp_path: Path) -> None:
+    profile = written(
+        tmp_path,
+        "{partition: gpu, account: me, qos: high, constraint: a100, gpus: 4, cpus: 6, memory: 64G, time: 1d, nodes: 2,"
+        " tasks: 4, mail: me@example.org, mail_events: [FAIL], setup: [module load cuda], array_parallelism: 3,"
+        " signal_seconds: 60, sbatch: {nice: 100, exclusive: true}}",
+    )
+    tasks = tuple((Pin(f"adaptors/k0000{number}", 1, False, None),) for number in range(2, 7))
+    job = PlannedJob(("adaptors",), tasks, {}, (), profile.resources(("adaptors",)))
+    lines = sbatch_text(profile, job, tmp_path / "it's here", "grappa-adaptors-1", ("7", "8_1")).splitlines()
+    asked = (
+        "--partition=gpu --account=me --qos=high --constraint=a100 --gpus-per-node=4 --cpus-per-task=6 --mem=64G "
+        "--time=1440 --nodes=2 --ntasks-per-node=4 --mail-user=me@example.org --mail-type=FAIL --array=0-4%3 "
+        "--signal=USR2@60 --nice=100 --exclusive --requeue --kill-on-invalid-dep=yes --dependency=afterok:7:8_1 "
+        "--job-name=grappa-adaptors-1 --open-mode=append"
+    ).split()
+    assert {f"#SBATCH {option}" for option in asked} <= set(lines)
+    assert lines.index("module load cuda") < next(i for i, line in enumerate(lines) if line.startswith("srun "))
+    assert "--cpus-per-task=6" in next(line for line in lines if line.startswith("srun "))
