@@ -3,95 +3,51 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    import torch
-    from numpy.typing import NDArray
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
 
-    from grappa.backbone.vit import Backbone
-    from grappa.core.memory import VitShape
-    from grappa.images.pixels import PixelCache
-    from grappa.method.adaptors import AdaptorSet
-    from grappa.method.head import Head
-    from grappa.pipeline.config.schema import Augmented, Section
-    from grappa.pipeline.engine.context import StageContext
-    from grappa.training.batches import Views
-
-
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
+from grappa.backbone.vit import Backbone, BackboneSpec, build_backbone
+from grappa.backbone.weights import load_state, read_state_dict
+from grappa.core.devices import resolve_device, resolve_precision, set_num_threads
+from grappa.core.memory import VitShape
+from grappa.core.randomness import id_numbers
+from grappa.images.pixels import PixelCache
+from grappa.images.table import BOX_COLUMNS
+from grappa.images.transforms import Augmentation
+from grappa.method.adaptors import AdaptorSet
+from grappa.method.fusion import Fusion
+from grappa.method.head import Head
+from grappa.method.head import open_head as open_form
+from grappa.objects.backgrounds import Backgrounds
+from grappa.pipeline.config.schema import Augmented, Section
 from grappa.pipeline.engine.context import StageContext
-
-if TYPE_CHECKING:
-    from grappa.method.adaptors import AdaptorSet
-    from grappa.method.fusion import Fusion
-
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-
-    from grappa.images.pixels import PixelCache
-    from grappa.objects.backgrounds import Backgrounds
+from grappa.training.batches import Views
 
 T = TypeVar("T")
 
 
 def read_images(folder: Path) -> pd.DataFrame:
     """Return the image table of an images artifact; row i is row i of every array."""
-    import pandas as pd
-
     return pd.read_parquet(folder / "images.parquet")
-
-
-def train_rows(images: pd.DataFrame) -> NDArray[np.int64]:
-    """Return the rows that are learned from: all but the test rows, or all rows where nothing is split."""
-    import numpy as np
-
-    return np.flatnonzero((images["split"] != "test").to_numpy())
-
-
-def test_rows(images: pd.DataFrame) -> tuple[NDArray[np.int64], bool]:
-    """Return the rows that are evaluated, and whether they are the train rows too (nothing is split: transductive)."""
-    import numpy as np
-
-    rows = np.flatnonzero((images["split"] == "test").to_numpy())
-    return (rows, False) if len(rows) else (np.arange(len(images)), True)
-
-
-def chosen_rows(images: pd.DataFrame, which: str) -> NDArray[np.int64]:
-    """Return the rows that are evaluated ("test"), learned from ("train"), or "all" of them."""
-    import numpy as np
-
-    if which not in ("test", "train", "all"):
-        raise ValueError(f"rows is {which!r}; expected test, train or all")
-    if which == "train":
-        return train_rows(images)
-    return test_rows(images)[0] if which == "test" else np.arange(len(images))
 
 
 def open_pixels(context: StageContext) -> PixelCache:
     """Return the pixel cache of the images artifact."""
-    from grappa.images.pixels import PixelCache
-
     return PixelCache.open(context.input("images") / "pixels")
 
 
 def open_backbone(context: StageContext) -> Backbone:
     """Return the backbone of the backbone artifact: no hub, no file outside the run."""
-    from grappa.backbone.vit import BackboneSpec, build_backbone
-    from grappa.backbone.weights import load_state, read_state_dict
-
     folder = context.input("backbone")
     backbone = build_backbone(BackboneSpec.from_json(json.loads((folder / "backbone.json").read_text())))
     load_state(backbone.vit, read_state_dict(folder / "weights.safetensors"), source=str(folder))
@@ -100,10 +56,6 @@ def open_backbone(context: StageContext) -> Backbone:
 
 def vit_shape(backbone: Backbone, adaptations: Iterable[object] = ()) -> VitShape:
     """Return what the memory of the backbone depends on, adapted by all of these at once."""
-    from torch import nn
-
-    from grappa.core.memory import VitShape
-
     vit: Any = backbone.vit
     modules = [each for each in adaptations if isinstance(each, nn.Module)]
     numbers = sum(each.numel() for module in modules for each in (*module.parameters(), *module.buffers()))
@@ -125,20 +77,12 @@ def need_for_batches(context: StageContext, device: torch.device, needed: int) -
 
 def open_sets(context: StageContext, names: tuple[str, ...]) -> dict[str, AdaptorSet]:
     """Return the adaptor sets of the given pseudo-granularities, in their order."""
-    from safetensors.torch import load_file
-
-    from grappa.method.adaptors import AdaptorSet
-
     paths = {name: context.input("adaptors", name) / "adaptors.safetensors" for name in names}
     return {name: AdaptorSet.from_state_dict(load_file(path)) for name, path in paths.items()}
 
 
 def open_head(context: StageContext, row: str) -> Head:
     """Return the embedding head fitted for an embedding row."""
-    from safetensors import safe_open
-
-    from grappa.method.head import open_head as open_form
-
     with safe_open(context.input("heads", row) / "head.safetensors", "pt") as file:
         form = json.loads(file.metadata()["head"])
         return open_form(form, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
@@ -151,10 +95,6 @@ def options(kind: Callable[..., T], settings: Section) -> T:
 
 def open_views(context: StageContext, settings: Augmented, image_size: int) -> Views:
     """Return the augmented views of the cached images that a training stage draws."""
-    from grappa.core.randomness import id_numbers
-    from grappa.images.transforms import Augmentation
-    from grappa.training.batches import Views
-
     return Views(
         cache=open_pixels(context),
         ids=id_numbers(read_images(context.input("images"))["image_id"].tolist()),
@@ -166,8 +106,6 @@ def open_views(context: StageContext, settings: Augmented, image_size: int) -> V
 
 def settle_device(context: StageContext) -> torch.device:
     """Return the device to compute on and bound the threads of torch; both are noted in the provenance."""
-    from grappa.core.devices import resolve_device, set_num_threads
-
     set_num_threads(context.num_threads)
     device = resolve_device(context.config.compute.device)
     context.resolve("device", str(device))
@@ -176,17 +114,11 @@ def settle_device(context: StageContext) -> torch.device:
 
 def settle_precision(context: StageContext, requested: str, device: torch.device) -> str:
     """Return the precision to compute with; resumed work keeps the one it began with."""
-    from grappa.core.devices import resolve_precision
-
     return context.resolve("precision", resolve_precision(requested, device))
 
 
 def open_fusion(context: StageContext, instance: str, sets: Mapping[str, AdaptorSet]) -> Fusion:
     """Return the trained fusion over the given sets."""
-    from safetensors import safe_open
-
-    from grappa.method.fusion import Fusion
-
     with safe_open(context.input("fusion", instance) / "fusion.safetensors", "pt") as file:
         form = json.loads(file.metadata()["fusion"])
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -197,27 +129,16 @@ def open_fusion(context: StageContext, instance: str, sets: Mapping[str, Adaptor
 
 def open_objects(context: StageContext) -> PixelCache:
     """Return the pixel cache of the object views; an image without an accepted box is there as it is."""
-    from grappa.images.pixels import PixelCache
-
     return PixelCache.open(context.input("objects") / "pixels")
 
 
 def accepted_boxes(table: pd.DataFrame) -> NDArray[np.float64]:
     """Return the boxes of an objects table, (N, 4) pixels of the originals; NaN where none is accepted."""
-    import numpy as np
-
-    from grappa.images.table import BOX_COLUMNS
-
     return table[list(BOX_COLUMNS)].where(table["accepted"], np.nan).to_numpy(dtype=np.float64)
 
 
 def open_backgrounds(context: StageContext) -> Backgrounds:
     """Return the background views: of the images whose box is accepted."""
-    import numpy as np
-    import pandas as pd
-
-    from grappa.objects.backgrounds import Backgrounds
-
     boxes = accepted_boxes(pd.read_parquet(context.input("objects") / "objects.parquet"))
     sizes = read_images(context.input("images"))[["height", "width"]].to_numpy(dtype=np.int64)
     return Backgrounds(open_pixels(context), boxes, sizes)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
+from grappa.images.splits import chosen_rows
 from grappa.pipeline.config.schema import Config, num_clusters_of
 from grappa.pipeline.config.yaml_file import load_config
 from grappa.pipeline.graph.stages import find_stage
-from grappa.pipeline.opening import chosen_rows
 from grappa.pipeline.store.artifacts import MANIFEST_FILE, Manifest, RunFolder, check_same_origin, published, quoted
 
 if TYPE_CHECKING:

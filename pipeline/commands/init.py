@@ -22,10 +22,9 @@ from grappa.pipeline.config.yaml_file import (
 from grappa.pipeline.engine.externals import detector_digests, is_hub_name
 from grappa.pipeline.engine.fingerprints import read_manifest
 from grappa.pipeline.engine.reuse import take_over
-from grappa.pipeline.engine.sources import list_sources, publish_listing, published_listing
+from grappa.pipeline.engine.sources import NO_BOXES, list_sources, publish_listing, published_listing
 from grappa.pipeline.engine.status import read_config, states
 from grappa.pipeline.graph.models import adaptor_sets
-from grappa.pipeline.stages.objects import NO_BOXES
 from grappa.pipeline.store.artifacts import RUN_FILE, RunFolder, quoted
 from grappa.pipeline.store.storage import atomic_write_text
 

@@ -18,6 +18,11 @@ from grappa.pipeline.store.work import open_work, recover
 if TYPE_CHECKING:
     import pandas as pd
 
+NO_BOXES = (
+    "objects.provider is columns, but no image has a box; give a table with the columns box_x0, box_y0, box_x1 and "
+    "box_y1, or set objects.provider=backbone"
+)
+
 
 def list_sources(images: Images) -> pd.DataFrame:
     """Return the listing of ``grappa.images.table.list_images``, split as ``images.protocol`` says."""

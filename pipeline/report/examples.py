@@ -14,7 +14,8 @@ from PIL import Image
 
 from grappa.core.randomness import id_numbers, key, shuffled
 from grappa.images.pixels import PixelCache
-from grappa.pipeline.opening import read_images, test_rows
+from grappa.images.splits import test_rows
+from grappa.pipeline.opening import read_images
 from grappa.pipeline.store.artifacts import RunFolder, published
 
 MODELS = ("zero_shot", "fused", "student")

@@ -9,10 +9,22 @@ out): what labels would have bought. No other stage but the evaluation reads a l
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from grappa.backbone.vit import Backbone
+from grappa.core import memory
+from grappa.core.randomness import id_numbers
+from grappa.images.splits import train_rows
+from grappa.method import adaptors
+from grappa.method.adaptor_training import Perception, SetLoss, new_set, train_adaptor_set
+from grappa.method.adaptors import AdaptorSet
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.opening import (
     need_for_batches,
@@ -24,30 +36,16 @@ from grappa.pipeline.opening import (
     read_images,
     settle_device,
     settle_precision,
-    train_rows,
     vit_shape,
 )
 from grappa.pipeline.store.checkpoints import FileCheckpoint, SharedCheckpoint, write_tensors
 from grappa.pipeline.store.storage import atomic_write_text
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-
-    from grappa.backbone.vit import Backbone
-    from grappa.method.adaptor_training import Perception
-    from grappa.method.adaptors import AdaptorSet
-    from grappa.training.batches import Run
-    from grappa.training.loop import FitResult
-    from grappa.training.targets import Targets
+from grappa.training.batches import Run
+from grappa.training.loop import FitResult, Optimization
+from grappa.training.targets import Targets, label_targets
 
 
 def run(context: StageContext) -> str:
-    from grappa.core import memory
-    from grappa.method.adaptor_training import SetLoss, train_adaptor_set
-    from grappa.training.loop import Optimization
-
     settings, backbone = context.config.adaptors, open_backbone(context)
     rows, targets, what = _targets(context)
     views = open_views(context, settings, backbone.spec.image_size)
@@ -81,8 +79,6 @@ def run(context: StageContext) -> str:
 
 
 def _start(context: StageContext, backbone: Backbone) -> AdaptorSet:
-    from grappa.method.adaptor_training import new_set
-
     settings = context.config.adaptors
     bottleneck_dim, rank = set_sizes(settings, backbone.width)
     return new_set(backbone, bottleneck_dim, in_context_rank=rank, name=str(context.instance), seed=settings.seed)
@@ -90,16 +86,12 @@ def _start(context: StageContext, backbone: Backbone) -> AdaptorSet:
 
 def set_sizes(settings: Any, width: int) -> tuple[int, int]:
     """Return bottleneck and in-context rank of a set on a backbone of a width; 0 for what its kind has not."""
-    from grappa.method import adaptors
-
     rank = adaptors.automatic_rank(width) if settings.in_context_rank == "auto" else settings.in_context_rank
     return adaptors.set_sizes(settings.kind, settings.bottleneck_dim, rank)
 
 
 def _perception(context: StageContext) -> Perception:
     """Return the further views that the settings give a weight to."""
-    from grappa.method.adaptor_training import Perception
-
     settings = context.config.adaptors
     return Perception(
         objects=open_objects(context) if settings.object_weight or settings.transfer_weight else None,
@@ -119,11 +111,6 @@ def _targets(context: StageContext) -> tuple[NDArray[np.int64], list[Targets], s
 
 
 def _pseudo_labels(context: StageContext, granularity: str, rows: NDArray[np.int64]) -> Targets:
-    import numpy as np
-    import pandas as pd
-
-    from grappa.training.targets import Targets
-
     clusters = context.input("clusters", granularity)
     labels = pd.read_parquet(clusters / "assignments.parquet")["pseudo_label"].to_numpy()[rows]
     return Targets(labels, np.load(clusters / "centroids.npy", allow_pickle=False))
@@ -131,12 +118,6 @@ def _pseudo_labels(context: StageContext, granularity: str, rows: NDArray[np.int
 
 def _labelled(context: StageContext, images: pd.DataFrame) -> tuple[NDArray[np.int64], Targets]:
     """Return the train rows that have a label, and these as targets."""
-    import numpy as np
-    import pandas as pd
-
-    from grappa.core.randomness import id_numbers
-    from grappa.training.targets import label_targets
-
     labels = pd.read_parquet(context.input("images") / "labels.parquet")["label"].to_numpy()
     rows = train_rows(images)
     rows = rows[pd.notna(labels[rows])]
@@ -158,8 +139,6 @@ def training_task(
 
     ``need``: the bytes it takes on a CPU with a batch of so many images, at a precision.
     """
-    from grappa.training.batches import Run
-
     device = settle_device(context)
     precision = settle_precision(context, settings.precision, device)
     kept = FileCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
@@ -173,6 +152,4 @@ def training_task(
 
 def write_metrics(context: StageContext, result: FitResult) -> None:
     """Write the metrics along the steps as JSON lines: deterministic values only."""
-    import json
-
     atomic_write_text(context.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in result.metrics))

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
+from grappa.method.fusion import class_token_attention
+from grappa.metrics.attention import entropy
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.opening import open_backbone, open_fusion, open_sets
 from grappa.pipeline.stages.features import extract
@@ -17,8 +21,6 @@ FILE = "attention.npy"
 
 
 def run(context: StageContext) -> str:
-    from grappa.method.fusion import class_token_attention
-
     backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
     fusion = open_fusion(context, str(context.instance), sets)
     num_images, num_blocks, num_sets = extract(
@@ -37,10 +39,6 @@ def run(context: StageContext) -> str:
 
 
 def _mean_entropy(context: StageContext) -> float:
-    import numpy as np
-
-    from grappa.metrics.attention import entropy
-
     attention = np.load(context.path / FILE, mmap_mode="r", allow_pickle=False)
     blocks = range(attention.shape[1])
     return float(np.mean([entropy(attention[:, block]).mean() for block in blocks]))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from grappa.backbone.vit import load_backbone
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.store.checkpoints import write_tensors
 from grappa.pipeline.store.storage import atomic_write_json
 
 
 def run(context: StageContext) -> str:
-    from grappa.backbone.vit import load_backbone
-
     settings = context.config.backbone
     backbone = load_backbone(
         settings.name,

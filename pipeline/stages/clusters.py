@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
+from grappa.core import memory
+from grappa.core.randomness import id_numbers
+from grappa.core.vectors import read_rows
+from grappa.images.splits import train_rows
 from grappa.pipeline.config.schema import num_clusters_of
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.stages import clustered_stage
-from grappa.pipeline.opening import read_images, settle_device, train_rows
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-
-    from grappa.search.kmeans import Clustering
+from grappa.pipeline.opening import read_images, settle_device
+from grappa.search.kmeans import Clustering, assign, cluster, cluster_health, num_assignments
 
 
 def run(context: StageContext) -> str:
-    import numpy as np
-
-    from grappa.core import memory
-    from grappa.core.vectors import read_rows
-    from grappa.search.kmeans import cluster, num_assignments
-
     settings, images = context.config.clusters, read_images(context.input("images"))
     file = context.input(clustered_stage(context.config)) / "features.npy"
     features = np.load(file, mmap_mode="c", allow_pickle=False)  # c: never written to, and not copied by torch
@@ -49,10 +43,6 @@ def run(context: StageContext) -> str:
 
 def _in_order(images: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
     """Return the train rows in the order of their ids, and these: so clustered they need no second copy."""
-    import numpy as np
-
-    from grappa.core.randomness import id_numbers
-
     rows = train_rows(images)
     ids = id_numbers(images["image_id"].iloc[rows].tolist())
     order = np.argsort(ids, kind="stable")
@@ -62,8 +52,6 @@ def _in_order(images: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.uint6
 def _all_rows(
     features: NDArray[np.float32], rows: NDArray[np.int64], found: Clustering, device: str
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    from grappa.search.kmeans import assign
-
     labels, distances = assign(features, found.centroids, device=device)
     labels[rows], distances[rows] = found.pseudo_labels, found.distances
     return labels, distances
@@ -72,15 +60,11 @@ def _all_rows(
 def _write(
     context: StageContext, image_ids: list[str], labels: NDArray[np.int64], distances: NDArray[np.float32]
 ) -> None:
-    import pandas as pd
-
     table = pd.DataFrame({"image_id": image_ids, "pseudo_label": labels, "distance": distances})
     table.to_parquet(context.path / "assignments.parquet", index=False)
 
 
 def _summary(found: Clustering, num_train: int) -> str:
-    from grappa.search.kmeans import cluster_health
-
     health = cluster_health(found.sizes)
     return (
         f"{len(found.sizes)} clusters of {num_train} images, mean cosine {found.objective:.3f}, median size "

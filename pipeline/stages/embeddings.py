@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy as np
+from numpy.typing import NDArray
 
+from grappa.backbone.vit import Adaptation, Backbone
+from grappa.core.vectors import side_by_side
+from grappa.images.splits import train_rows
+from grappa.method.adaptors import folded
+from grappa.method.fusion import Fusion
+from grappa.metrics.whitening import fit_whitening
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import FROZEN_ROWS, ON_OBJECTS, adaptor_sets, fusion_instance
-from grappa.pipeline.opening import open_backbone, open_fusion, open_objects, open_sets, read_images, train_rows
+from grappa.pipeline.opening import open_backbone, open_fusion, open_objects, open_sets, read_images
 from grappa.pipeline.stages.features import extract, new_array
 from grappa.pipeline.stages.student import open_student
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from grappa.backbone.vit import Adaptation, Backbone
 
 FILE = "embeddings.npy"
 
@@ -36,9 +37,6 @@ def run(context: StageContext) -> str:
 
 def _adapted(context: StageContext, row: str) -> tuple[Backbone, Adaptation]:
     """Return the backbone and what adapts it, in their inference form."""
-    from grappa.method.adaptors import folded
-    from grappa.method.fusion import Fusion
-
     backbone = open_backbone(context)
     if row == "student":
         return folded(backbone, open_student(context))
@@ -50,10 +48,6 @@ def _adapted(context: StageContext, row: str) -> tuple[Backbone, Adaptation]:
 
 
 def _side_by_side(context: StageContext) -> str:
-    import numpy as np
-
-    from grappa.core.vectors import side_by_side
-
     names = context.config.granularities
     files = [context.input("embeddings", name) / FILE for name in names]
     parts = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
@@ -64,8 +58,6 @@ def _side_by_side(context: StageContext) -> str:
 
 
 def _from_features(context: StageContext, *, whitened: bool) -> str:
-    import numpy as np
-
     source = "object_features" if context.instance == "zero_shot_objects" else "features"
     features = np.load(context.input(source) / "features.npy", allow_pickle=False)
     kept = _whiten(context, features) if whitened else features
@@ -75,7 +67,5 @@ def _from_features(context: StageContext, *, whitened: bool) -> str:
 
 
 def _whiten(context: StageContext, features: NDArray[np.float32]) -> NDArray[np.float32]:
-    from grappa.metrics.whitening import fit_whitening
-
     rows = train_rows(read_images(context.input("images")))
     return fit_whitening(features[rows], power=context.config.embeddings.whitening_power).apply(features)

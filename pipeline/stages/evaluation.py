@@ -8,23 +8,23 @@ competitor, as ``zero_shot_whitened`` is), ``fused_raw`` the fused model without
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
+from grappa.core import memory
+from grappa.core.randomness import id_numbers
+from grappa.images.splits import test_rows
+from grappa.metrics.indicators import reciprocity_table
+from grappa.metrics.retrieval import SUMMARY_COLUMNS, evaluate, oracle, summarize
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import deployed_row, evaluated_rows
-from grappa.pipeline.opening import read_images, test_rows
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
+from grappa.pipeline.opening import read_images
 
 GALLERIES = ("domain", "merged")
 
 
 def run(context: StageContext) -> str:
-    import pandas as pd
-
     images = read_images(context.input("images"))
     labels = pd.read_parquet(context.input("images") / "labels.parquet")["label"]
     rows, transductive = test_rows(images)
@@ -40,13 +40,6 @@ def run(context: StageContext) -> str:
 def _evaluate_all(
     context: StageContext, images: pd.DataFrame, labels: pd.Series, rows: NDArray[np.int64]
 ) -> pd.DataFrame:
-    import numpy as np
-    import pandas as pd
-
-    from grappa.core import memory
-    from grappa.core.randomness import id_numbers
-    from grappa.metrics.retrieval import evaluate, oracle
-
     ids, sources = images["image_id"].to_numpy(), evaluated_rows(context.config)
     width = max(_embeddings(context, source).shape[1] for source in sources.values())
     context.need_memory(memory.evaluation(len(rows), width, len(sources)))
@@ -74,15 +67,11 @@ def _evaluate_all(
 
 
 def _embeddings(context: StageContext, source: tuple[str, str]) -> NDArray[np.float32]:
-    import numpy as np
-
     mapped: NDArray[np.float32] = np.load(context.input(*source) / "embeddings.npy", mmap_mode="r", allow_pickle=False)
     return mapped
 
 
 def _nothing() -> pd.DataFrame:
-    import pandas as pd
-
     return pd.DataFrame(
         {"image_id": pd.Series(dtype=str), "model": pd.Series(dtype=str), "gallery": pd.Series(dtype=str)}
     )
@@ -90,11 +79,6 @@ def _nothing() -> pd.DataFrame:
 
 def _reciprocity(context: StageContext, domains: NDArray[np.object_], rows: NDArray[np.int64]) -> pd.DataFrame:
     """Return model, domain, gallery and reciprocity of every model but the oracle; no label is read."""
-    import numpy as np
-    import pandas as pd
-
-    from grappa.metrics.indicators import reciprocity_table
-
     sources = evaluated_rows(context.config)
     parts = []
     with context.task("reciprocity", len(sources) * len(GALLERIES), unit="tables") as advance:
@@ -108,8 +92,6 @@ def _reciprocity(context: StageContext, domains: NDArray[np.object_], rows: NDAr
 
 
 def _write(context: StageContext, per_query: pd.DataFrame, reciprocity: pd.DataFrame) -> pd.DataFrame:
-    from grappa.metrics.retrieval import SUMMARY_COLUMNS, summarize
-
     keys = ["model", "domain", "gallery"]
     metrics = summarize(per_query)
     known = metrics if len(metrics) else reciprocity[keys].reindex(columns=SUMMARY_COLUMNS).assign(num_queries=0)

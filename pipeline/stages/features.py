@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from grappa.backbone.features import Batch, Read, extract_features
+from grappa.backbone.vit import Adaptation, Backbone, embed
+from grappa.core import memory
+from grappa.images.pixels import PixelCache
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.opening import (
     need_for_batches,
@@ -16,13 +22,6 @@ from grappa.pipeline.opening import (
     vit_shape,
 )
 from grappa.pipeline.store.checkpoints import RowCheckpoint
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from grappa.backbone.features import Batch, Read
-    from grappa.backbone.vit import Adaptation, Backbone
-    from grappa.images.pixels import PixelCache
 
 
 def run(context: StageContext) -> str:
@@ -47,10 +46,6 @@ def extract(
     ``cache``: other pixels than those of the images artifact. ``view`` and ``read`` (``backbone.features``) may see an
     image otherwise and keep something else of it, of shape ``row_shape``.
     """
-    from grappa.backbone.features import extract_features
-    from grappa.backbone.vit import embed
-    from grappa.core import memory
-
     cache, device = open_pixels(context) if cache is None else cache, settle_device(context)
     settled = settle_precision(context, precision, device)
     batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
@@ -91,15 +86,11 @@ def extract(
 
 
 def _open_rows(path: Path, shape: tuple[int, ...], start: int) -> np.memmap[Any, Any]:
-    import numpy as np
-
     return np.lib.format.open_memmap(path, mode="r+") if start else new_array(path, shape)
 
 
 def new_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
     """Create a memory-mapped float32 file whose space is taken at once: a full disk must be an error, not a SIGBUS."""
-    import numpy as np
-
     out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

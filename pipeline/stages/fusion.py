@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from grappa.core import memory
+from grappa.images.splits import train_rows
+from grappa.method.fusion_training import PropagationLoss, train_fusion
 from grappa.pipeline.engine.context import StageContext
-from grappa.pipeline.opening import open_backbone, open_sets, open_views, options, read_images, train_rows, vit_shape
+from grappa.pipeline.opening import open_backbone, open_sets, open_views, options, read_images, vit_shape
 from grappa.pipeline.stages.adaptors import training_task, write_metrics
 from grappa.pipeline.store.checkpoints import write_tensors
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from grappa.method.fusion_training import PropagationLoss
+from grappa.training.loop import Optimization
 
 
 def run(context: StageContext) -> str:
-    from grappa.core import memory
-    from grappa.method.fusion_training import train_fusion
-    from grappa.training.loop import Optimization
-
     settings = context.config.fusion
     backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
     rows = train_rows(read_images(context.input("images")))
@@ -59,8 +56,6 @@ def run(context: StageContext) -> str:
 
 
 def _partners(context: StageContext, rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    import numpy as np
-
     if context.instance == "views":
         return None
     neighbors = np.load(context.input("neighbors") / "neighbors.npy", allow_pickle=False)
@@ -69,8 +64,6 @@ def _partners(context: StageContext, rows: NDArray[np.int64]) -> NDArray[np.int6
 
 
 def _propagation(settings: Any) -> PropagationLoss:
-    from grappa.method.fusion_training import PropagationLoss
-
     return PropagationLoss(
         attention=settings.attention_loss,
         marginal_weight=settings.marginal_weight,

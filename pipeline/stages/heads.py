@@ -8,24 +8,30 @@ ours, not the paper's.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from grappa.core import memory
+from grappa.core.randomness import id_numbers
+from grappa.images.splits import train_rows
+from grappa.method.head import (
+    Head,
+    IdentityHead,
+    NeighborhoodHead,
+    apply_head,
+    automatic_num_centroids,
+    fit_neighborhood_head,
+    fit_whitening_head,
+)
 from grappa.pipeline.engine.context import StageContext
-from grappa.pipeline.opening import read_images, settle_device, train_rows
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from grappa.method.head import Head, NeighborhoodHead
+from grappa.pipeline.opening import read_images, settle_device
+from grappa.search.kmeans import num_assignments
 
 
 def run(context: StageContext) -> str:
-    import numpy as np
-    from safetensors.torch import save_file
-
-    from grappa.method.head import apply_head
-
     embeddings = np.load(context.input("embeddings", context.instance) / "embeddings.npy", allow_pickle=False)
     images, device = read_images(context.input("images")), str(settle_device(context))
     head = _fit(context, embeddings, images["image_id"].to_numpy(), train_rows(images), device)
@@ -43,9 +49,6 @@ def _fit(
     rows: NDArray[np.int64],
     device: str,
 ) -> Head:
-    from grappa.core.randomness import id_numbers
-    from grappa.method.head import IdentityHead, fit_whitening_head
-
     settings = context.config.heads
     if settings.kind == "none":
         return IdentityHead()
@@ -58,10 +61,6 @@ def _fit(
 def _fit_neighborhood(
     context: StageContext, embeddings: NDArray[np.float32], ids: NDArray[np.uint64], device: str
 ) -> NeighborhoodHead:
-    from grappa.core import memory
-    from grappa.method.head import automatic_num_centroids, fit_neighborhood_head
-    from grappa.search.kmeans import num_assignments
-
     settings = context.config.heads
     number = settings.num_centroids
     number = automatic_num_centroids(embeddings) if number == "auto" else number

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+
+from grappa.images.ingest import decode_all, decode_shards
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.store.artifacts import SCRATCH_FOLDER
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class TooManyRejectedError(ValueError):
@@ -16,10 +16,6 @@ class TooManyRejectedError(ValueError):
 
 
 def run(context: StageContext) -> str:
-    import pandas as pd
-
-    from grappa.images.ingest import decode_all
-
     settings = context.config.images
     path, roots = context.sources()
     listing = pd.read_parquet(path)
@@ -44,8 +40,6 @@ def run(context: StageContext) -> str:
 
 def _decode_own_shards(context: StageContext, listing: pd.DataFrame, roots: list[str], how: dict[str, Any]) -> None:
     """Decode every n-th shard, n processes doing the others; return when all are there."""
-    from grappa.images.ingest import decode_shards
-
     team, size = context.team, context.config.images.shard_size
     own = slice(team.rank, None, team.size)
     number = sum(min(size, len(listing) - start) for start in range(0, len(listing), size)[own])

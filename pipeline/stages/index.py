@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from grappa.core import memory
+from grappa.images.splits import chosen_rows
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import deployed_row
-from grappa.pipeline.opening import chosen_rows, read_images
+from grappa.pipeline.opening import read_images
+from grappa.search.index import SearchIndex
 
 
 def run(context: StageContext) -> str:
-    import numpy as np
-
-    from grappa.core import memory
-    from grappa.search.index import SearchIndex
-
     settings, images = context.config.index, read_images(context.input("images"))
     rows = chosen_rows(images, settings.rows)
     embeddings = np.load(

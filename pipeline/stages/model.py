@@ -5,21 +5,16 @@ What adapts it is the adaptor sets and their fusion, the student's one set, or t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from grappa.method.adaptors import AdaptorSet
+from grappa.method.fusion import Fusion
+from grappa.model import load_model, save_model
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import deployed_row
 from grappa.pipeline.opening import open_backbone, open_fusion, open_head, open_sets
 from grappa.pipeline.stages.student import open_student
 
-if TYPE_CHECKING:
-    from grappa.method.adaptors import AdaptorSet
-    from grappa.method.fusion import Fusion
-
 
 def run(context: StageContext) -> str:
-    from grappa.model import load_model, save_model
-
     row, cache_size = deployed_row(context.config), context.config.images.cache_size
     sets, fusion = _adapted(context)
     save_model(

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from grappa.core import memory
+from grappa.images.splits import train_rows
 from grappa.pipeline.engine.context import StageContext
-from grappa.pipeline.opening import read_images, settle_device, train_rows
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from grappa.pipeline.opening import read_images, settle_device
+from grappa.search.neighbors import nearest_neighbors
 
 
 def run(context: StageContext) -> str:
-    import numpy as np
-
-    from grappa.core import memory
-    from grappa.search.neighbors import nearest_neighbors
-
     features = np.load(context.input("features") / "features.npy", mmap_mode="r", allow_pickle=False)
     rows = train_rows(read_images(context.input("images")))
     number = min(context.config.neighbors.num_neighbors, len(rows) - 1)
@@ -43,7 +42,5 @@ def run(context: StageContext) -> str:
 
 def _collected(context: StageContext, own: NDArray[Any], number: int) -> NDArray[Any]:
     """Return the ``number`` rows of all processes, in the first of them."""
-    import torch
-
     parts = context.processes.collect(torch.from_numpy(own), math.ceil(number / context.team.size))
     return torch.cat(parts).numpy() if parts else own

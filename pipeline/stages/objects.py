@@ -8,26 +8,31 @@ Domains are reported; no provider reads them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
 
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from grappa.core.randomness import id_numbers, key
+from grappa.images.pixels import write_whole
+from grappa.images.table import BOX_COLUMNS
+from grappa.images.transforms import whole_batch
+from grappa.objects.boxes import Gate, acceptance, random_boxes, refusals
+from grappa.objects.foreground import boxes_of, foreground, grid_of, seeing_finely
+from grappa.objects.grounding import detect, load_detector
+from grappa.objects.sheet import contact_sheet
+from grappa.objects.views import Framing, write_object_views
 from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.engine.sources import NO_BOXES
 from grappa.pipeline.opening import accepted_boxes, open_backbone, open_pixels, read_images, settle_device
 from grappa.pipeline.stages.features import extract, new_array
 from grappa.pipeline.store.artifacts import SCRATCH_FOLDER
 from grappa.pipeline.store.checkpoints import RowCheckpoint
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-
-    Boxes = tuple[NDArray[np.float64], NDArray[np.float64]]
+Boxes = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 JPEG_QUALITY = 88
-NO_BOXES = (
-    "objects.provider is columns, but no image has a box; give a table with the columns box_x0, box_y0, box_x1 and "
-    "box_y1, or set objects.provider=backbone"
-)
 
 
 def run(context: StageContext) -> str:
@@ -40,10 +45,6 @@ def run(context: StageContext) -> str:
 
 def _found(context: StageContext, images: pd.DataFrame) -> Boxes:
     """Return the provider's boxes (N, 4) and confidences (N,); interrupted work keeps those it has."""
-    import numpy as np
-
-    from grappa.images.pixels import write_whole
-
     scratch = context.path / SCRATCH_FOLDER
     scratch.mkdir(exist_ok=True)
     file = scratch / "boxes.npy"
@@ -60,10 +61,6 @@ def _found(context: StageContext, images: pd.DataFrame) -> Boxes:
 
 def _listed(context: StageContext, images: pd.DataFrame) -> Boxes:
     """Return the boxes of the image table's own columns."""
-    import numpy as np
-
-    from grappa.images.table import BOX_COLUMNS
-
     boxes = images[list(BOX_COLUMNS)].to_numpy(dtype=np.float64)
     if np.isnan(boxes).all():
         raise ValueError(NO_BOXES)
@@ -72,13 +69,6 @@ def _listed(context: StageContext, images: pd.DataFrame) -> Boxes:
 
 def _seen(context: StageContext, images: pd.DataFrame) -> Boxes:
     """Return the boxes of what the frozen backbone sees in front."""
-    from functools import partial
-
-    import numpy as np
-
-    from grappa.images.transforms import whole_batch
-    from grappa.objects.foreground import boxes_of, foreground, grid_of, seeing_finely
-
     backbone = seeing_finely(open_backbone(context))
     rows, columns = grid_of(backbone)
     file = f"{SCRATCH_FOLDER}/foreground.npy"
@@ -91,9 +81,6 @@ def _seen(context: StageContext, images: pd.DataFrame) -> Boxes:
 
 def _drawn(context: StageContext, images: pd.DataFrame) -> Boxes:
     """Return boxes as large as those that the backbone sees, but anywhere."""
-    from grappa.core.randomness import id_numbers, key
-    from grappa.objects.boxes import random_boxes
-
     boxes, confidences = _seen(context, images)
     ids = id_numbers(images["image_id"].tolist())
     sizes = images[["height", "width"]].to_numpy()
@@ -103,10 +90,6 @@ def _drawn(context: StageContext, images: pd.DataFrame) -> Boxes:
 
 def _detected(context: StageContext, images: pd.DataFrame) -> Boxes:
     """Return the surest box that Grounding DINO finds in the cached pixels of each image."""
-    import numpy as np
-
-    from grappa.objects.grounding import detect, load_detector
-
     settings, cache = context.config.objects, open_pixels(context)
     detector = load_detector(str(settings.model), settings.prompt, device=settle_device(context))
     path = context.path / SCRATCH_FOLDER / "detected.npy"
@@ -127,9 +110,6 @@ def _judged(
     context: StageContext, images: pd.DataFrame, boxes: NDArray[np.float64], confidences: NDArray[np.float64]
 ) -> pd.DataFrame:
     """Return objects.parquet with the images' domain, height and width."""
-    from grappa.images.table import BOX_COLUMNS
-    from grappa.objects.boxes import Gate, refusals
-
     settings = context.config.objects
     gate = Gate(settings.min_confidence, settings.min_area, settings.max_area)
     reasons = refusals(boxes, confidences, images[["height", "width"]].to_numpy(), gate)
@@ -139,8 +119,6 @@ def _judged(
 
 
 def _write_views(context: StageContext, images: pd.DataFrame, table: pd.DataFrame) -> None:
-    from grappa.objects.views import Framing, write_object_views
-
     config, boxes = context.config, accepted_boxes(table)
     with context.task("cutting views", len(images)) as advance:
         write_object_views(
@@ -159,9 +137,6 @@ def _write_views(context: StageContext, images: pd.DataFrame, table: pd.DataFram
 
 
 def _report(context: StageContext, table: pd.DataFrame) -> str:
-    from grappa.objects.boxes import acceptance
-    from grappa.objects.sheet import contact_sheet
-
     counts = acceptance(table["domain"].to_numpy(), table["reason"].to_numpy(dtype=str))
     counts.to_csv(context.path / "report.csv", index=False)
     sheet = contact_sheet(table, open_pixels(context))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from safetensors.torch import load_file
 
+from grappa.core import memory
+from grappa.images.splits import train_rows
+from grappa.method.adaptors import AdaptorSet
+from grappa.method.student import Transfer, new_student, train_student
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.opening import (
     open_backbone,
@@ -13,23 +17,16 @@ from grappa.pipeline.opening import (
     open_views,
     options,
     read_images,
-    train_rows,
     vit_shape,
 )
 from grappa.pipeline.stages.adaptors import set_sizes, training_task, write_metrics
 from grappa.pipeline.store.checkpoints import write_tensors
-
-if TYPE_CHECKING:
-    from grappa.method.adaptors import AdaptorSet
+from grappa.training.loop import Optimization
 
 FILE = "student.safetensors"
 
 
 def run(context: StageContext) -> str:
-    from grappa.core import memory
-    from grappa.method.student import Transfer, new_student, train_student
-    from grappa.training.loop import Optimization
-
     settings = context.config.student
     backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
     bottleneck_dim, rank = set_sizes(settings, backbone.width)
@@ -66,8 +63,4 @@ def run(context: StageContext) -> str:
 
 def open_student(context: StageContext) -> AdaptorSet:
     """Return the student's adaptor set."""
-    from safetensors.torch import load_file
-
-    from grappa.method.adaptors import AdaptorSet
-
     return AdaptorSet.from_state_dict(load_file(context.input("student") / FILE))

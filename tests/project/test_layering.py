@@ -20,7 +20,8 @@ MAY_IMPORT = {"grappa": {"grappa"}, "pipeline": {"pipeline", "grappa"}, "slurm":
 FOREIGN = {"grappa": {"pydantic", "rich", "submitit", "typer", "yaml"}, "pipeline": {"submitit"}, "slurm": set[str]()}
 SLOW = {"torch", "torchvision", "timm", "faiss"}
 HEAVY = SLOW | {"matplotlib", "numpy", "pandas", "pyarrow", "scipy", "sklearn"}
-SCRIPTS = {"grappa.pipeline.demo.pretrain"}  # run by hand, once
+COMPUTING = {"grappa.pipeline.report.page"}
+STAGES = "grappa.pipeline.stages."
 PICKLERS = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 500
@@ -149,13 +150,37 @@ def test_no_import_cycle() -> None:
         pytest.fail("import cycle: " + " <- ".join(error.args[1]))
 
 
-@pytest.mark.parametrize("module", [name for name in modules() if layer(name) == "pipeline"])
-def test_pipeline_modules_load_nothing_slow(module: str) -> None:
-    if module in SCRIPTS:
-        pytest.skip("run by hand, once")
+def commands() -> list[str]:
+    """Return the modules that the command line imports when a command is given, the report aside: it computes."""
+    return sorted({each.name for each in imports(COMMAND_LINE) if each.name in modules()} - COMPUTING)
+
+
+@pytest.mark.parametrize("module", [COMMAND_LINE, "grappa.pipeline.tables", *commands()])
+def test_no_command_loads_anything_slow_before_it_computes(module: str) -> None:
     loaded = loaded_by(module)
     slow = [f"{name} (by {loaded[name]})" for name in sorted(SLOW & set(loaded))]
     assert not slow, f"importing {module} loads {', '.join(slow)}; import it inside the function that needs it"
+
+
+def test_the_command_line_loads_no_stage() -> None:
+    wrong = [
+        f"{modules()[module].relative_to(ROOT)}:{each.line}: imports {each.name}"
+        for module in modules()
+        for each in imports(module)
+        if each.name.startswith(STAGES) and not module.startswith(STAGES)
+    ]
+    assert not wrong, "a stage is loaded by its name when it runs:\n" + "\n".join(wrong)
+
+
+def test_stages_import_at_the_top() -> None:
+    wrong = [
+        f"{modules()[module].relative_to(ROOT)}:{each.line}: imports {each.name}"
+        for module in modules()
+        if module.startswith(STAGES)
+        for each in imports(module)
+        if not each.at_start
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_the_command_line_loads_nothing_heavy() -> None:

@@ -19,9 +19,11 @@ from grappa.pipeline.cli import app
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.store.locks import LockedError
 from tests.helpers.fake_stages import FakeStages, fake_stages
+from tests.helpers.tiny import draw_images
 
 ROOT = Path(__file__).parents[3]
 HEAVY = ("torch", "timm", "pandas", "pyarrow", "numpy", "faiss", "sklearn", "PIL")
+SLOW = ("torch", "torchvision", "timm", "faiss")
 NOBODY = 65534
 
 
@@ -154,6 +156,29 @@ def test_nothing_heavy_is_loaded(fakes: FakeStages, arguments: list[str]) -> Non
         f"atexit.register(lambda: print('loaded', *({set(HEAVY)!r} & set(sys.modules)), file=sys.stderr))"
     )
     done = process(*(str(fakes.root) if argument == "RUN" else argument for argument in arguments), code=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "loaded\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["init", "--help"],
+        ["init", "NEW", "--images", "IMAGES", "--set", "clusters.num_clusters=[2, 4]"],
+        ["submit", "RUN", "--dry-run"],
+        ["sweep", "SWEEP", "--out", "RUNS", "--images", "IMAGES", "--dry-run"],
+    ],
+)
+def test_nothing_slow_is_loaded_before_a_stage_runs(fakes: FakeStages, tmp_path: Path, arguments: list[str]) -> None:
+    draw_images(tmp_path / "images")
+    (tmp_path / "sweep.yaml").write_text("base: {config: small}\nseeds: {clusters.seed: [0, 1]}\n")
+    places = {"RUN": fakes.root, "SWEEP": tmp_path / "sweep.yaml", "IMAGES": tmp_path / "images"}
+    places |= {"NEW": tmp_path / "new", "RUNS": tmp_path / "runs"}
+    code = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print('loaded', *({set(SLOW)!r} & set(sys.modules)), file=sys.stderr))"
+    )
+    done = process(*(str(places.get(argument, argument)) for argument in arguments), code=code)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "loaded\n"
 
