@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,20 +19,14 @@ from grappa.backbone.vit import Backbone, BackboneSpec, build_backbone
 from grappa.backbone.weights import load_state, read_state_dict
 from grappa.core.devices import resolve_device, resolve_precision, set_num_threads
 from grappa.core.memory import VitShape
-from grappa.core.randomness import id_numbers
 from grappa.images.pixels import PixelCache
 from grappa.images.table import BOX_COLUMNS
-from grappa.images.transforms import Augmentation
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.fusion import Fusion
 from grappa.method.head import Head
 from grappa.method.head import open_head as open_form
 from grappa.objects.backgrounds import Backgrounds
-from grappa.pipeline.config.schema import Augmented, Section
 from grappa.pipeline.engine.context import StageContext
-from grappa.training.batches import Views
-
-T = TypeVar("T")
 
 
 def read_images(folder: Path) -> pd.DataFrame:
@@ -86,22 +79,6 @@ def open_head(context: StageContext, row: str) -> Head:
     with safe_open(context.input("heads", row) / "head.safetensors", "pt") as file:
         form = json.loads(file.metadata()["head"])
         return open_form(form, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
-
-
-def options(kind: Callable[..., T], settings: Section) -> T:
-    """Return the library's options of a kind, a dataclass, from the fields of the same names of a section."""
-    return kind(**{each.name: getattr(settings, each.name) for each in fields(kind)})  # type: ignore[arg-type]
-
-
-def open_views(context: StageContext, settings: Augmented, image_size: int) -> Views:
-    """Return the augmented views of the cached images that a training stage draws."""
-    return Views(
-        cache=open_pixels(context),
-        ids=id_numbers(read_images(context.input("images"))["image_id"].tolist()),
-        image_size=image_size,
-        augmentation=options(Augmentation, settings),
-        num_workers=context.num_workers,
-    )
 
 
 def settle_device(context: StageContext) -> torch.device:

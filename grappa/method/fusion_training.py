@@ -29,7 +29,7 @@ from grappa.training.loop import FitResult, Group, Optimization, fit
 class PropagationLoss:
     """Attention propagation: which loss, and its weights (``grappa.method.losses`` has the equations)."""
 
-    attention: Literal["mutual_information", "swapped", "none"] = "mutual_information"
+    attention_loss: Literal["mutual_information", "swapped", "none"] = "mutual_information"
     marginal_weight: float = 1.0
     sharpness: float = 2.0
     barlow_weight: float = 0.0
@@ -102,9 +102,9 @@ def propagation_loss(attention_BLG: Tensor, projected_BD: Tensor | None, options
     """Return the loss of a batch whose second half are the partners of the first; ValueError when nothing is asked."""
     first, second = attention_BLG.chunk(2)
     terms = []
-    if options.attention == "mutual_information":
+    if options.attention_loss == "mutual_information":
         terms.append(losses.attention_propagation(first, second, marginal_weight=options.marginal_weight))
-    if options.attention == "swapped":
+    if options.attention_loss == "swapped":
         terms.append(losses.swapped_attention(first, second, sharpness=options.sharpness))
     if projected_BD is not None:
         halves = projected_BD.chunk(2)

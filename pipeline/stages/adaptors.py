@@ -9,11 +9,6 @@ out): what labels would have bought. No other stage but the evaluation reads a l
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -22,26 +17,19 @@ from grappa.backbone.vit import Backbone
 from grappa.core import memory
 from grappa.core.randomness import id_numbers
 from grappa.images.splits import train_rows
-from grappa.method import adaptors
 from grappa.method.adaptor_training import Perception, SetLoss, new_set, train_adaptor_set
 from grappa.method.adaptors import AdaptorSet
+from grappa.pipeline.config.schema import Adaptors
 from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.learning import open_views, optimization, sizes_of_set, training_task, write_metrics
 from grappa.pipeline.opening import (
-    need_for_batches,
     open_backbone,
     open_backgrounds,
     open_objects,
-    open_views,
-    options,
     read_images,
-    settle_device,
-    settle_precision,
     vit_shape,
 )
-from grappa.pipeline.store.checkpoints import FileCheckpoint, SharedCheckpoint, write_tensors
-from grappa.pipeline.store.storage import atomic_write_text
-from grappa.training.batches import Run
-from grappa.training.loop import FitResult, Optimization
+from grappa.pipeline.store.checkpoints import write_tensors
 from grappa.training.targets import Targets, label_targets
 
 
@@ -63,9 +51,9 @@ def run(context: StageContext) -> str:
             targets,
             name=str(context.instance),
             start=start,
-            set_loss=options(SetLoss, settings),
+            set_loss=set_loss(settings),
             proxy_learning_rate=settings.proxy_learning_rate,
-            optimization=options(Optimization, settings),
+            optimization=optimization(settings),
             seed=settings.seed,
             run=training,
             perception=perception,
@@ -80,14 +68,20 @@ def run(context: StageContext) -> str:
 
 def _start(context: StageContext, backbone: Backbone) -> AdaptorSet:
     settings = context.config.adaptors
-    bottleneck_dim, rank = set_sizes(settings, backbone.width)
+    bottleneck_dim, rank = sizes_of_set(settings, backbone.width)
     return new_set(backbone, bottleneck_dim, in_context_rank=rank, name=str(context.instance), seed=settings.seed)
 
 
-def set_sizes(settings: Any, width: int) -> tuple[int, int]:
-    """Return bottleneck and in-context rank of a set on a backbone of a width; 0 for what its kind has not."""
-    rank = adaptors.automatic_rank(width) if settings.in_context_rank == "auto" else settings.in_context_rank
-    return adaptors.set_sizes(settings.kind, settings.bottleneck_dim, rank)
+def set_loss(settings: Adaptors) -> SetLoss:
+    return SetLoss(
+        temperature=settings.temperature,
+        object_weight=settings.object_weight,
+        transfer_weight=settings.transfer_weight,
+        softening=settings.softening,
+        cosine_weight=settings.cosine_weight,
+        transfer_from=settings.transfer_from,
+        background_weight=settings.background_weight,
+    )
 
 
 def _perception(context: StageContext) -> Perception:
@@ -129,27 +123,3 @@ def _labelled(context: StageContext, images: pd.DataFrame) -> tuple[NDArray[np.i
     chosen = images.iloc[rows]
     ids = id_numbers(chosen["image_id"].tolist())
     return rows, label_targets(features[rows], chosen["domain"].to_numpy(), labels[rows], ids)
-
-
-@contextmanager
-def training_task(
-    context: StageContext, settings: Any, num_train: int, need: Callable[[int, str], int], unit: str = "images"
-) -> Iterator[Run]:
-    """Yield where a training runs, its checkpoint and its progress; an epoch is whole batches, the rest is left out.
-
-    ``need``: the bytes it takes on a CPU with a batch of so many images, at a precision.
-    """
-    device = settle_device(context)
-    precision = settle_precision(context, settings.precision, device)
-    kept = FileCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
-    checkpoint = kept if context.team.size == 1 else SharedCheckpoint(kept, context.processes)
-    batch = min(settings.batch_size, num_train)
-    need_for_batches(context, device, need(batch, precision))
-    total = settings.num_epochs * (num_train // batch) * batch
-    with context.task("training", total, unit, done=kept.steps_done() * batch if context.leads else 0) as advance:
-        yield Run(device, precision, checkpoint, lambda steps: advance(steps * batch), context.processes)
-
-
-def write_metrics(context: StageContext, result: FitResult) -> None:
-    """Write the metrics along the steps as JSON lines: deterministic values only."""
-    atomic_write_text(context.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in result.metrics))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +11,11 @@ from numpy.typing import NDArray
 from grappa.core import memory
 from grappa.images.splits import train_rows
 from grappa.method.fusion_training import PropagationLoss, train_fusion
+from grappa.pipeline.config.schema import Fusion
 from grappa.pipeline.engine.context import StageContext
-from grappa.pipeline.opening import open_backbone, open_sets, open_views, options, read_images, vit_shape
-from grappa.pipeline.stages.adaptors import training_task, write_metrics
+from grappa.pipeline.learning import open_views, optimization, training_task, write_metrics
+from grappa.pipeline.opening import open_backbone, open_sets, read_images, vit_shape
 from grappa.pipeline.store.checkpoints import write_tensors
-from grappa.training.loop import Optimization
 
 
 def run(context: StageContext) -> str:
@@ -38,9 +37,9 @@ def run(context: StageContext) -> str:
             _partners(context, rows),
             level=settings.attention_level,
             attention_temperature=settings.attention_temperature,
-            propagation=_propagation(settings),
+            propagation=propagation_loss(settings),
             initial_std=settings.initial_std,
-            optimization=options(Optimization, settings),
+            optimization=optimization(settings),
             seed=settings.seed,
             run=training,
         )
@@ -63,9 +62,9 @@ def _partners(context: StageContext, rows: NDArray[np.int64]) -> NDArray[np.int6
     return nearest
 
 
-def _propagation(settings: Any) -> PropagationLoss:
+def propagation_loss(settings: Fusion) -> PropagationLoss:
     return PropagationLoss(
-        attention=settings.attention_loss,
+        attention_loss=settings.attention_loss,
         marginal_weight=settings.marginal_weight,
         sharpness=settings.sharpness,
         barlow_weight=settings.barlow_weight,

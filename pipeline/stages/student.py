@@ -8,20 +8,18 @@ from grappa.core import memory
 from grappa.images.splits import train_rows
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.student import Transfer, new_student, train_student
+from grappa.pipeline.config.schema import Student
 from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.learning import open_views, optimization, sizes_of_set, training_task, write_metrics
 from grappa.pipeline.opening import (
     open_backbone,
     open_fusion,
     open_objects,
     open_sets,
-    open_views,
-    options,
     read_images,
     vit_shape,
 )
-from grappa.pipeline.stages.adaptors import set_sizes, training_task, write_metrics
 from grappa.pipeline.store.checkpoints import write_tensors
-from grappa.training.loop import Optimization
 
 FILE = "student.safetensors"
 
@@ -29,7 +27,7 @@ FILE = "student.safetensors"
 def run(context: StageContext) -> str:
     settings = context.config.student
     backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
-    bottleneck_dim, rank = set_sizes(settings, backbone.width)
+    bottleneck_dim, rank = sizes_of_set(settings, backbone.width)
     teacher = open_fusion(context, "neighbors", sets).folded()
     rows = train_rows(read_images(context.input("images")))
     views = open_views(context, settings, backbone.spec.image_size)
@@ -47,8 +45,8 @@ def run(context: StageContext) -> str:
             views,
             rows,
             start=start,
-            transfer=options(Transfer, settings),
-            optimization=options(Optimization, settings),
+            transfer=transfer(settings),
+            optimization=optimization(settings),
             seed=settings.seed,
             run=training,
             objects=open_objects(context) if settings.object_share else None,
@@ -59,6 +57,16 @@ def run(context: StageContext) -> str:
     write_metrics(context, result)
     last = result.metrics[-1]
     return f"{settings.num_epochs} epochs, loss {last['loss']:.4f}, cosine to the fused model {last['similarity']:.4f}"
+
+
+def transfer(settings: Student) -> Transfer:
+    return Transfer(
+        temperature=settings.temperature,
+        softening=settings.softening,
+        cosine_weight=settings.cosine_weight,
+        bank_size=settings.bank_size,
+        object_share=settings.object_share,
+    )
 
 
 def open_student(context: StageContext) -> AdaptorSet:

@@ -248,7 +248,7 @@ def test_a_detection_that_was_interrupted_goes_on_at_its_image(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(grounding, "detect", stop)
+    monkeypatch.setattr("grappa.pipeline.stages.objects.detect", stop)
     with pytest.raises(KeyboardInterrupt):
         run_all(run, stage="objects", force=True)
     run_all(run, stage="objects", force=True)

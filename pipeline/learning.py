@@ -1,0 +1,82 @@
+"""What the stages that learn share: the library's options from a section of the configuration, and one training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from grappa.core.randomness import id_numbers
+from grappa.images.transforms import Augmentation
+from grappa.method.adaptors import automatic_rank, set_sizes
+from grappa.pipeline.config.schema import Augmented, Sets, Trained
+from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.opening import need_for_batches, open_pixels, read_images, settle_device, settle_precision
+from grappa.pipeline.store.checkpoints import FileCheckpoint, SharedCheckpoint
+from grappa.pipeline.store.storage import atomic_write_text
+from grappa.training.batches import Run, Views
+from grappa.training.loop import FitResult, Optimization
+
+
+def optimization(settings: Trained) -> Optimization:
+    """Return how long and how fast a training of these settings goes."""
+    return Optimization(
+        num_epochs=settings.num_epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup=settings.warmup,
+    )
+
+
+def augmentation(settings: Augmented) -> Augmentation:
+    """Return how strongly the views of a training differ from their image."""
+    return Augmentation(
+        min_crop=settings.min_crop,
+        flip=settings.flip,
+        brightness=settings.brightness,
+        contrast=settings.contrast,
+        saturation=settings.saturation,
+        grayscale=settings.grayscale,
+    )
+
+
+def sizes_of_set(settings: Sets, width: int) -> tuple[int, int]:
+    """Return bottleneck and in-context rank of a set on a backbone of a width; 0 for what its kind has not."""
+    rank = automatic_rank(width) if settings.in_context_rank == "auto" else settings.in_context_rank
+    return set_sizes(settings.kind, settings.bottleneck_dim, rank)
+
+
+def open_views(context: StageContext, settings: Augmented, image_size: int) -> Views:
+    """Return the augmented views of the cached images that a training draws."""
+    return Views(
+        cache=open_pixels(context),
+        ids=id_numbers(read_images(context.input("images"))["image_id"].tolist()),
+        image_size=image_size,
+        augmentation=augmentation(settings),
+        num_workers=context.num_workers,
+    )
+
+
+@contextmanager
+def training_task(
+    context: StageContext, settings: Trained, num_train: int, need: Callable[[int, str], int], unit: str = "images"
+) -> Iterator[Run]:
+    """Yield where a training runs, its checkpoint and its progress; an epoch is whole batches, the rest is left out.
+
+    ``need``: the bytes it takes on a CPU with a batch of so many images, at a precision.
+    """
+    device = settle_device(context)
+    precision = settle_precision(context, settings.precision, device)
+    kept = FileCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
+    checkpoint = kept if context.team.size == 1 else SharedCheckpoint(kept, context.processes)
+    batch = min(settings.batch_size, num_train)
+    need_for_batches(context, device, need(batch, precision))
+    total = settings.num_epochs * (num_train // batch) * batch
+    with context.task("training", total, unit, done=kept.steps_done() * batch if context.leads else 0) as advance:
+        yield Run(device, precision, checkpoint, lambda steps: advance(steps * batch), context.processes)
+
+
+def write_metrics(context: StageContext, result: FitResult) -> None:
+    """Write the metrics along the steps as JSON lines: deterministic values only."""
+    atomic_write_text(context.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in result.metrics))
