@@ -74,9 +74,14 @@ def open_sets(context: StageContext, names: tuple[str, ...]) -> dict[str, Adapto
     return {name: AdaptorSet.from_state_dict(load_file(path)) for name, path in paths.items()}
 
 
-def open_head(context: StageContext, row: str) -> Head:
-    """Return the embedding head fitted for an embedding row."""
-    with safe_open(context.input("heads", row) / "head.safetensors", "pt") as file:
+def open_student(context: StageContext) -> AdaptorSet:
+    """Return the student's adaptor set."""
+    return AdaptorSet.from_state_dict(load_file(context.input("student") / "student.safetensors"))
+
+
+def open_head(context: StageContext, model: str) -> Head:
+    """Return the embedding head fitted for a model of the result table."""
+    with safe_open(context.input("heads", model) / "head.safetensors", "pt") as file:
         form = json.loads(file.metadata()["head"])
         return open_form(form, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
 

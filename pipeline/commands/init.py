@@ -24,7 +24,7 @@ from grappa.pipeline.engine.fingerprints import read_manifest
 from grappa.pipeline.engine.reuse import take_over
 from grappa.pipeline.engine.sources import NO_BOXES, list_sources, publish_listing, published_listing
 from grappa.pipeline.engine.status import read_config, states
-from grappa.pipeline.graph.models import adaptor_sets
+from grappa.pipeline.graph.models import SUPERVISED, adaptor_sets
 from grappa.pipeline.store.artifacts import RUN_FILE, RunFolder, quoted
 from grappa.pipeline.store.storage import atomic_write_text
 
@@ -58,7 +58,7 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     config = fitted(config, listing)
     run, former = write_run(root, config, listing)
     say_images(listing, former, say)
-    if "supervised" in adaptor_sets(config):
+    if SUPERVISED in adaptor_sets(config):
         _say_lone_classes(listing, say)
     if other:
         take_over(other, run, config, say=say)
@@ -169,7 +169,7 @@ _ASKED = "evaluation.extra_rows asks for `supervised`"
 def _check_labels(config: Config, listing: pd.DataFrame) -> None:
     """Refuse a supervised row where no train image has a label: better now than after the training of all others."""
     labeled = listing["label"].notna() & (listing["split"] != "test")
-    if "supervised" in adaptor_sets(config) and not labeled.any():
+    if SUPERVISED in adaptor_sets(config) and not labeled.any():
         asking = "adaptors.supervision is labels" if config.adaptors.supervision == "labels" else _ASKED
         raise ConfigError(
             f"{asking}, but no train image has a label; give labels "

@@ -11,10 +11,10 @@ from typing import TextIO
 from grappa.pipeline.engine.execution import Say, Selection, planned, run_stages, selected, spent
 from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.status import read_config
+from grappa.pipeline.graph.models import FREE, SUPERVISED
 from grappa.pipeline.store.artifacts import RunFolder
 
-MEAN, ORACLE, SUPERVISED = "_mean", "oracle", "supervised"
-BASELINES = ("zero_shot", "zero_shot_whitened", "zero_shot_head")  # not adapted: a gain counts against the best one
+MEAN = "_mean"
 
 
 def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, say: Say) -> None:
@@ -45,10 +45,10 @@ def read_table(metrics: Path) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the results table: models by domains, from a ``metrics.csv``.
 
     The cells are mAP with three digits in the domain's own gallery, then the mean over domains, its relative gain over
-    the best zero-shot row, then the mean in the merged gallery; a cell that cannot be computed is ``-``. Where there
-    is a supervised row, a last row says how much of the gap that labels would close is closed without them:
-    (fused - zero_shot) / (supervised - zero_shot). The last column is the label-free reciprocity of neighbours in the
-    merged gallery; where no image has a label it is the only one.
+    the best model that nothing was trained for, then the mean in the merged gallery; a cell that cannot be computed is
+    ``-``. Where there is a supervised model, a last row says how much of the gap that labels would close is closed
+    without them: (fused - zero_shot) / (supervised - zero_shot). The last column is the label-free reciprocity of
+    neighbours in the merged gallery; where no image has a label it is the only one.
     """
     with metrics.open(newline="", encoding="utf-8") as file:
         records = list(csv.DictReader(file))
@@ -69,7 +69,7 @@ def _quality_table(records: list[dict[str, str]]) -> tuple[list[str], list[list[
     means = {
         model: _number(values.get((model, "domain", MEAN), "")) for model in dict.fromkeys(key[0] for key in values)
     }
-    reference = max((means[model] or 0.0 for model in BASELINES if model in means), default=0.0)
+    reference = max((means[model] or 0.0 for model in FREE if model in means), default=0.0)
     rows = [
         [
             model,

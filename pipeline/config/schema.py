@@ -220,7 +220,7 @@ class Student(Sets):
     object_share: Fraction = Field(0.0, description="share of the loss whose teacher sees object views (see objects)")
 
 
-ExtraRow = Literal["concat", "multi_head", "supervised", "zero_shot_objects", "adapted_objects"]
+ExtraModel = Literal["concat", "multi_head", "supervised", "zero_shot_objects", "adapted_objects"]
 
 
 class Embeddings(Section):
@@ -256,16 +256,16 @@ class Model(Section):
 
 class Evaluation(Section):
     seed: NonNegativeInt = Field(0, description="seed of the hash that breaks ties")
-    extra_rows: tuple[ExtraRow, ...] = provenance(
+    extra_rows: tuple[ExtraModel, ...] = provenance(
         (),
-        "further rows: concat, multi_head, supervised (train labels), zero_shot_objects, adapted_objects (crops)",
+        "further models: concat, multi_head, supervised (train labels), zero_shot_objects, adapted_objects (crops)",
     )
 
     @field_validator("extra_rows")
     @classmethod
-    def _once(cls, value: tuple[ExtraRow, ...]) -> tuple[ExtraRow, ...]:
+    def _once(cls, value: tuple[ExtraModel, ...]) -> tuple[ExtraModel, ...]:
         if len(set(value)) != len(value):
-            raise ValueError(f"found {list(value)}; give each row once")
+            raise ValueError(f"found {list(value)}; give each model once")
         return value
 
 
@@ -342,7 +342,9 @@ class Config(Section):
         weights = [f"adaptors.{name}" for name in PERCEIVED if getattr(self.adaptors, name)]
         shares = ["student.object_share"] if self.student.object_share else []
         rows = [
-            f"the row {name}" for name in ("zero_shot_objects", "adapted_objects") if name in self.evaluation.extra_rows
+            f"the model {name}"
+            for name in ("zero_shot_objects", "adapted_objects")
+            if name in self.evaluation.extra_rows
         ]
         views = ["clusters.view=objects"] if self.clusters.view == "objects" else []
         asking = [*weights, *shares, *rows, *views]

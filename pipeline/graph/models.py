@@ -1,77 +1,307 @@
-"""Which models there are: the adaptor sets that are trained and the rows of the result table, from the settings."""
+"""The models of the result table: one line says all of a model, every other part of the pipeline looks it up here.
+
+A new model is a line of ``MODELS``. If it is made in a new way, the way is a word of ``Making`` and a function in
+``grappa.pipeline.stages.embeddings``; if it reads something new, that is a word of ``Part`` and its files in
+``grappa.pipeline.graph.stages``.
+"""
 
 from __future__ import annotations
 
-from grappa.pipeline.config.schema import Config
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
 
-WHOLE_ROWS = ("zero_shot", "zero_shot_whitened")
-FROZEN_ROWS = (*WHOLE_ROWS, "zero_shot_objects")
-ON_OBJECTS = "_objects"
+from grappa.pipeline.config.schema import Config, ExtraModel
+
+Part = Literal[
+    "table",
+    "pixels",
+    "features",
+    "object_features",
+    "object_views",
+    "backbone",
+    "set",
+    "sets",
+    "neighbors_fusion",
+    "views_fusion",
+    "student",
+    "embeddings",
+    "deployed",
+]
+Making = Literal[
+    "features",
+    "object_features",
+    "whitening",
+    "side_by_side",
+    "set",
+    "mean",
+    "neighbors_fusion",
+    "views_fusion",
+    "student",
+    "on_objects",
+]
+ORACLE, SUPERVISED, MULTI_HEAD = "oracle", "supervised", "multi_head"
+
+
+def _always(config: Config) -> bool:
+    return True
+
+
+def _has_several_sets(config: Config) -> bool:
+    return config.model.source != "single"
+
+
+def _asked(extra: ExtraModel) -> Callable[[Config], bool]:
+    return lambda config: extra in config.evaluation.extra_rows
+
+
+def _learns_from_labels(config: Config) -> bool:
+    return config.adaptors.supervision == "labels" or _asked("supervised")(config)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of the result table.
+
+    ``name``: the name, or a pattern such as ``k*[0-9]``; ``meaning``: what it is, in words. ``free``: nothing was
+    trained, so a gain counts against the best of these. ``labels``: labels were used to make it.
+    """
+
+    name: str
+    meaning: str
+    _: KW_ONLY
+    free: bool = False
+    labels: bool = False
+
+
+@dataclass(frozen=True)
+class Model(Entry):
+    """A model with embeddings, an instance of the stage ``embeddings``.
+
+    ``making``: which function of that stage makes the embeddings; ``parts``: what the function reads; ``settings``: the
+    fields of the configuration that it reads. ``exists``: whether a run has the model; ``names``: its names, where
+    ``name`` is a pattern. ``head``: the final embeddings have an embedding head. ``compared``: the report says
+    what the model gains; ``pictured``: the report shows its nearest images.
+    """
+
+    making: Making
+    parts: tuple[Part, ...]
+    exists: Callable[[Config], bool] = _always
+    names: Callable[[Config], tuple[str, ...]] | None = None
+    settings: tuple[str, ...] = ("embeddings.precision",)
+    head: bool = True
+    compared: bool = False
+    pictured: bool = False
+
+    def names_in(self, config: Config) -> tuple[str, ...]:
+        """Return the names that the model has in a run: none, one, or one a granularity."""
+        if not self.exists(config):
+            return ()
+        return self.names(config) if self.names else (self.name,)
+
+
+@dataclass(frozen=True)
+class Variant(Entry):
+    """A model once more: with a head (``stage`` heads), or without (``stage`` embeddings); only where heads are fitted.
+
+    ``of``: the model; ``after``: the model that it follows in the result table, if not ``of``.
+    """
+
+    stage: Literal["embeddings", "heads"]
+    of: Callable[[Config], str]
+    after: str | None = None
+
+    def follows(self, model: str, config: Config) -> bool:
+        """Tell whether the variant stands after a model in the result table."""
+        return config.heads.kind != "none" and model == (self.after or self.of(config))
+
+
+MODELS = (
+    Model(
+        "zero_shot",
+        "the unadapted backbone",
+        "features",
+        ("features",),
+        settings=(),
+        head=False,
+        free=True,
+        pictured=True,
+    ),
+    Model(
+        "zero_shot_whitened",
+        "the same after PCA whitening: free, so gains count against the best of the zero-shot models",
+        "whitening",
+        ("table", "features"),
+        settings=("embeddings.whitening_power",),
+        head=False,
+        free=True,
+    ),
+    Model(
+        "zero_shot_objects",
+        "the unadapted backbone on object views, as queries and as gallery: what objects could teach",
+        "object_features",
+        ("object_features",),
+        _asked("zero_shot_objects"),
+        settings=(),
+        head=False,
+    ),
+    Model(
+        "k*[0-9]",
+        "the adaptor set of this pseudo-granularity alone",
+        "set",
+        ("pixels", "backbone", "set"),
+        names=lambda config: config.granularities,
+    ),
+    Model(
+        "mean",
+        "all adaptor sets with equal attention: nothing learned beyond the sets",
+        "mean",
+        ("pixels", "backbone", "sets"),
+        _has_several_sets,
+        compared=True,
+    ),
+    Model(
+        "fused",
+        "the learned attention over the sets",
+        "neighbors_fusion",
+        ("pixels", "backbone", "sets", "neighbors_fusion"),
+        _has_several_sets,
+        compared=True,
+        pictured=True,
+    ),
+    Model(
+        "student",
+        "one adaptor set that was taught by the fused model",
+        "student",
+        ("pixels", "backbone", "student"),
+        _has_several_sets,
+        compared=True,
+        pictured=True,
+    ),
+    Model(
+        "fused_views",
+        "the ablation: attention learned from two views of an image instead of neighbours",
+        "views_fusion",
+        ("pixels", "backbone", "sets", "views_fusion"),
+        lambda config: "views" in fusions(config),
+    ),
+    Model(
+        "concat",
+        "the sets' embeddings side by side: an upper reference of several times the size",
+        "side_by_side",
+        ("embeddings",),
+        _asked("concat"),
+        settings=(),
+    ),
+    Model(
+        MULTI_HEAD,
+        "one adaptor set trained on all granularities at once",
+        "set",
+        ("pixels", "backbone", "set"),
+        _asked("multi_head"),
+    ),
+    Model(
+        SUPERVISED,
+        "adaptors trained on the train labels: what labels would have bought",
+        "set",
+        ("pixels", "backbone", "set"),
+        _learns_from_labels,
+        labels=True,
+    ),
+    Model(
+        "*_objects",
+        "the same model on object views, as queries and as gallery",
+        "on_objects",
+        ("object_views", "deployed"),
+        _asked("adapted_objects"),
+        lambda config: (f"{deployed_model(config)}_objects",),
+        head=False,
+    ),
+)
+VARIANTS = (
+    Variant(
+        "zero_shot_head",
+        "the unadapted backbone with an embedding head: free too",
+        "heads",
+        lambda config: "zero_shot",
+        after="zero_shot_whitened",
+        free=True,
+    ),
+    Variant(
+        "*_raw",
+        "the same without its embedding head",
+        "embeddings",
+        lambda config: "fused" if _has_several_sets(config) else deployed_model(config),
+    ),
+)
+ENTRIES: tuple[Entry, ...] = (
+    *MODELS,
+    *VARIANTS,
+    Entry(ORACLE, "the best single set of each domain, chosen with labels", labels=True),
+)
+FREE = tuple(entry.name for entry in ENTRIES if entry.free)
+
+
+def find_entry(name: str) -> Entry:
+    """Return the entry of a name of the result table, such as ``k00256``, or a ValueError."""
+    for entry in ENTRIES:
+        if fnmatchcase(name, entry.name):
+            return entry
+    raise ValueError(f"no model is called {name!r}; the models are {', '.join(entry.name for entry in ENTRIES)}")
+
+
+def find_model(name: str) -> Model:
+    """Return the model of an instance of the stage ``embeddings``."""
+    entry = find_entry(name)
+    assert isinstance(entry, Model), f"{name} has no embeddings of its own"
+    return entry
+
+
+def saw_labels(name: str) -> bool:
+    """Tell whether labels were used to make an entry of the result table, or the model of which it is a variant."""
+    return any(entry.labels and name.startswith(entry.name) for entry in ENTRIES)
+
+
+def embedding_models(config: Config) -> tuple[str, ...]:
+    """Return the models whose embeddings are kept: the instances of the stage ``embeddings``."""
+    return tuple(name for model in MODELS for name in model.names_in(config))
+
+
+def evaluated_models(config: Config) -> dict[str, tuple[str, str]]:
+    """Return the entries of the result table but the oracle, each with stage and instance of its final embeddings."""
+    evaluated = {}
+    for name in embedding_models(config):
+        evaluated[name] = ("heads" if find_model(name).head else "embeddings", name)
+        for variant in VARIANTS:
+            if variant.follows(name, config):
+                of = variant.of(config)
+                evaluated[variant.name.replace("*", of)] = (variant.stage, of)
+    return evaluated
+
+
+def head_models(config: Config) -> tuple[str, ...]:
+    """Return the models that get an embedding head: those that are evaluated with one."""
+    return tuple(name for stage, name in evaluated_models(config).values() if stage == "heads")
 
 
 def adaptor_sets(config: Config) -> tuple[str, ...]:
     """Return the adaptor sets that are trained: one a granularity (or that of the labels), and the competitors."""
-    labels = config.adaptors.supervision == "labels" or "supervised" in config.evaluation.extra_rows
-    extra = {"multi_head": "multi_head" in config.evaluation.extra_rows, "supervised": labels}
-    return (*config.granularities, *(name for name, wanted in extra.items() if wanted))
+    return tuple(name for model in MODELS if model.making == "set" for name in model.names_in(config))
 
 
-def embedding_rows(config: Config) -> tuple[str, ...]:
-    """Return the models whose embeddings are kept.
-
-    ``zero_shot_objects``: the frozen backbone on object views; ``concat``: the granularities' embeddings side by side;
-    ``multi_head``: one set trained on all granularities at once; ``supervised``: one set trained on the train labels.
-    ``fused_objects`` (or of what else is deployed): the adapted model on object views. A single set has neither mean,
-    fusion nor student.
-    """
-    extra = config.evaluation.extra_rows
-    frozen = FROZEN_ROWS if "zero_shot_objects" in extra else WHOLE_ROWS
-    on_objects = (f"{deployed_row(config)}{ON_OBJECTS}",) if "adapted_objects" in extra else ()
-    if config.model.source == "single":
-        return (*frozen, *adaptor_sets(config), *on_objects)
-    views = ("fused_views",) if "views" in config.fusion.pairs else ()
-    concat = ("concat",) if "concat" in extra else ()
-    alone = adaptor_sets(config)[len(config.granularities) :]
-    return (*frozen, *config.granularities, "mean", "fused", "student", *views, *concat, *alone, *on_objects)
+def taught_by(config: Config, adaptor_set: str) -> tuple[str, ...]:
+    """Return the granularities whose pseudo-labels an adaptor set is trained on; none: it is trained on labels."""
+    if adaptor_set == SUPERVISED:
+        return ()
+    return config.granularities if adaptor_set == MULTI_HEAD else (adaptor_set,)
 
 
-def _without_head(row: str) -> bool:
-    return row in FROZEN_ROWS or row.endswith(ON_OBJECTS)
-
-
-def head_rows(config: Config) -> tuple[str, ...]:
-    """Return the embedding rows that get a head: the adapted models, and the frozen backbone if there is a head."""
-    adapted = tuple(row for row in embedding_rows(config) if not _without_head(row))
-    return adapted if config.heads.kind == "none" else ("zero_shot", *adapted)
-
-
-def evaluated_rows(config: Config) -> dict[str, tuple[str, str]]:
-    """Return the rows of the result table but the oracle, each with the stage and instance of its final embeddings.
-
-    Adapted models are evaluated with their head. ``zero_shot_head`` is the frozen backbone with one, and ``fused_raw``
-    the fused model without (of a single set that set's): left out where no head is asked for.
-    """
-    raw = adaptor_sets(config)[0] if config.model.source == "single" else "fused"
-    rows = {}
-    for row in embedding_rows(config):
-        rows[row] = ("embeddings" if _without_head(row) else "heads", row)
-        if row == "zero_shot_whitened" and config.heads.kind != "none":
-            rows["zero_shot_head"] = ("heads", "zero_shot")
-        if row == raw and config.heads.kind != "none":
-            rows[f"{row}_raw"] = ("embeddings", row)
-    return rows
-
-
-def deployed_row(config: Config) -> str:
-    """Return the embedding row of the model that is deployed, indexed and searched."""
+def deployed_model(config: Config) -> str:
+    """Return the model that is deployed, indexed and searched."""
     return adaptor_sets(config)[0] if config.model.source == "single" else config.model.source
 
 
 def fusions(config: Config) -> tuple[str, ...]:
     """Return the fusions that are trained: none over a single set."""
     return () if config.model.source == "single" else config.fusion.pairs
-
-
-def fusion_instance(row: str) -> str:
-    """Return the fusion behind an embedding row: ``fused`` -> ``neighbors``, ``fused_views`` -> ``views``."""
-    return {"fused": "neighbors", "fused_views": "views"}[row]

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.graph.models import (
-    FROZEN_ROWS,
-    ON_OBJECTS,
+    Part,
     adaptor_sets,
-    deployed_row,
-    embedding_rows,
-    evaluated_rows,
-    fusion_instance,
+    deployed_model,
+    embedding_models,
+    evaluated_models,
+    find_model,
     fusions,
-    head_rows,
+    head_models,
+    taught_by,
 )
 
 PIXELS = ("images.parquet", "pixels/")
@@ -72,9 +72,7 @@ def _settings(*names: str) -> Callable[[str | None], tuple[str, ...]]:
 
 
 def _embedding_settings(instance: str | None) -> tuple[str, ...]:
-    if instance in ("zero_shot", "zero_shot_objects", "concat"):
-        return ()
-    return ("embeddings.whitening_power",) if instance == "zero_shot_whitened" else ("embeddings.precision",)
+    return find_model(str(instance)).settings
 
 
 def _granularities(config: Config) -> tuple[str | None, ...]:
@@ -114,11 +112,11 @@ def _set_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
 
 
 def _target_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
-    if instance == "supervised":
+    granularities = taught_by(config, str(instance))
+    if not granularities:
         images = Input("images", (*PIXELS, "labels.parquet"))
         return (images, Input("backbone", WEIGHTS), Input("features", ("features.npy",)))
-    names = config.granularities if instance == "multi_head" else (instance,)
-    clusters = (Input("clusters", ("assignments.parquet", "centroids.npy"), name) for name in names)
+    clusters = (Input("clusters", ("assignments.parquet", "centroids.npy"), name) for name in granularities)
     return (Input("images", PIXELS), Input("backbone", WEIGHTS), *clusters)
 
 
@@ -132,41 +130,41 @@ def _fusion_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
 
 
 def _fused_inputs(config: Config, instance: str | None = "neighbors") -> tuple[Input, ...]:
-    fusion = Input("fusion", ("fusion.safetensors",), instance or "neighbors")
+    fusion = Input("fusion", ("fusion.safetensors",), instance)
     return (Input("backbone", WEIGHTS), *_adaptor_inputs(config), fusion)
 
 
-def _student_inputs(config: Config) -> tuple[Input, ...]:
-    return (Input("backbone", WEIGHTS), Input("student", ("student.safetensors",)))
+PARTS: dict[Part, Callable[[Config, str], tuple[Input, ...]]] = {
+    "table": lambda config, model: (Input("images", ("images.parquet",)),),
+    "pixels": lambda config, model: (Input("images", PIXELS),),
+    "features": lambda config, model: (Input("features", ("features.npy",)),),
+    "object_features": lambda config, model: (Input("object_features", ("features.npy",)),),
+    "object_views": lambda config, model: _perceived(True),
+    "backbone": lambda config, model: (Input("backbone", WEIGHTS),),
+    "set": lambda config, model: (Input("adaptors", ("adaptors.safetensors",), model),),
+    "sets": lambda config, model: _adaptor_inputs(config),
+    "neighbors_fusion": lambda config, model: (Input("fusion", ("fusion.safetensors",), "neighbors"),),
+    "views_fusion": lambda config, model: (Input("fusion", ("fusion.safetensors",), "views"),),
+    "student": lambda config, model: (Input("student", ("student.safetensors",)),),
+    "embeddings": lambda config, model: tuple(
+        Input("embeddings", ("embeddings.npy",), name) for name in config.granularities
+    ),
+    "deployed": lambda config, model: _parts_of(config, deployed_model(config)),
+}
 
 
-def _model_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
-    row = deployed_row(config)
-    only = (Input("backbone", WEIGHTS), Input("adaptors", ("adaptors.safetensors",), row))
-    parts = {"fused": _fused_inputs(config), "student": _student_inputs(config)}.get(row, only)
-    return (*parts, Input("heads", ("head.safetensors",), row))
+def _parts_of(config: Config, model: str, *, but: tuple[Part, ...] = ()) -> tuple[Input, ...]:
+    """Return what a model of the result table is made of."""
+    return tuple(each for part in find_model(model).parts if part not in but for each in PARTS[part](config, model))
 
 
 def _embedding_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
-    row = str(instance)
-    if row.endswith(ON_OBJECTS) and row not in FROZEN_ROWS:
-        return (*_perceived(True), *_embedding_inputs(config, row.removesuffix(ON_OBJECTS)))
-    if row == "zero_shot":
-        return (Input("features", ("features.npy",)),)
-    if row == "zero_shot_objects":
-        return (Input("object_features", ("features.npy",)),)
-    if row == "zero_shot_whitened":
-        return _feature_inputs(config, instance)
-    if row == "student":
-        return (Input("images", PIXELS), *_student_inputs(config))
-    if row == "concat":
-        return tuple(Input("embeddings", ("embeddings.npy",), name) for name in config.granularities)
-    base = (Input("images", PIXELS), Input("backbone", WEIGHTS))
-    if row == "mean":
-        return (*base, *_adaptor_inputs(config))
-    if row in adaptor_sets(config):
-        return (*base, Input("adaptors", ("adaptors.safetensors",), row))
-    return (Input("images", PIXELS), *_fused_inputs(config, fusion_instance(row)))
+    return _parts_of(config, str(instance))
+
+
+def _model_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    model = deployed_model(config)
+    return (*_parts_of(config, model, but=("pixels",)), Input("heads", ("head.safetensors",), model))
 
 
 def _head_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
@@ -178,8 +176,8 @@ def _attention_inputs(config: Config, instance: str | None) -> tuple[Input, ...]
 
 
 def _evaluation_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
-    rows = evaluated_rows(config).values()
-    embeddings = tuple(Input(stage, ("embeddings.npy",), row) for stage, row in rows)
+    sources = evaluated_models(config).values()
+    embeddings = tuple(Input(stage, ("embeddings.npy",), name) for stage, name in sources)
     return (Input("images", ("images.parquet", "labels.parquet")), *embeddings)
 
 
@@ -237,8 +235,8 @@ STAGES: tuple[Stage, ...] = (
         lambda config: () if config.model.source == "single" else (None,),
         parallel=True,
     ),
-    Stage("embeddings", 2, _embedding_settings, _embedding_inputs, embedding_rows, parallel=True),
-    Stage("heads", 2, _settings("heads"), _head_inputs, head_rows),
+    Stage("embeddings", 2, _embedding_settings, _embedding_inputs, embedding_models, parallel=True),
+    Stage("heads", 2, _settings("heads"), _head_inputs, head_models),
     Stage(
         "model",
         1,
@@ -252,7 +250,7 @@ STAGES: tuple[Stage, ...] = (
         _settings("index"),
         lambda config, instance: (
             Input("images", ("images.parquet",)),
-            Input("heads", ("embeddings.npy",), deployed_row(config)),
+            Input("heads", ("embeddings.npy",), deployed_model(config)),
         ),
     ),
     Stage(

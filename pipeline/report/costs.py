@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from grappa.pipeline.commands.run import ORACLE
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.execution import spent
-from grappa.pipeline.graph.models import evaluated_rows
+from grappa.pipeline.graph.models import ORACLE, evaluated_models
 from grappa.pipeline.graph.stages import STAGES, artifact_name, find_stage
 from grappa.pipeline.report.summary import Table
 from grappa.pipeline.store.artifacts import LOG_FILE, RunFolder
@@ -41,7 +40,7 @@ def needed(config: Config, stage: str, instance: str | None) -> set[Step]:
 
 def row_steps(config: Config) -> dict[str, set[Step]]:
     """Return what each row of the result table hangs on, by row; the oracle's are those of every granularity."""
-    rows = {row: needed(config, *source) for row, source in evaluated_rows(config).items()}
+    rows = {row: needed(config, *source) for row, source in evaluated_models(config).items()}
     if config.model.source == "single":
         return rows
     return rows | {ORACLE: set().union(*(rows[name] for name in config.granularities))}

@@ -15,10 +15,11 @@ from PIL import Image
 from grappa.core.randomness import id_numbers, key, shuffled
 from grappa.images.pixels import PixelCache
 from grappa.images.splits import test_rows
+from grappa.pipeline.graph.models import MODELS
 from grappa.pipeline.opening import read_images
 from grappa.pipeline.store.artifacts import RunFolder, published
 
-MODELS = ("zero_shot", "fused", "student")
+PICTURED = tuple(model.name for model in MODELS if model.pictured)
 NUM_NEAREST = 8
 MAX_DOMAINS = 12
 THUMBNAIL_SIDE = 104

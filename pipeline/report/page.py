@@ -12,7 +12,7 @@ from grappa.metrics.attention import MEAN
 from grappa.pipeline import tables
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.status import instances, read_config, states
-from grappa.pipeline.graph.models import deployed_row, evaluated_rows, fusions
+from grappa.pipeline.graph.models import deployed_model, evaluated_models, find_entry, fusions
 from grappa.pipeline.report import costs, examples, figures, summary
 from grappa.pipeline.report.summary import Table, number
 from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, quoted
@@ -54,19 +54,19 @@ def _content(
 ) -> dict[str, Any]:
     """Return all that the templates show."""
     models = list(dict.fromkeys(metrics["model"])) if metrics["map"].notna().any() else []
-    sources = evaluated_rows(config)
-    shown_rows = dict.fromkeys([*examples.MODELS, deployed_row(config)])
-    shown = {each: sources[each] for each in shown_rows if each in sources and _is_made(run, *sources[each])}
+    sources = evaluated_models(config)
+    pictured = dict.fromkeys([*examples.PICTURED, deployed_model(config)])
+    shown = {each: sources[each] for each in pictured if each in sources and _is_made(run, *sources[each])}
     spent = costs.load_costs(run, config)
     return {
         "name": run.root.resolve().name,
         "facts": _facts(run, config),
         "not_fresh": [f"{each.name} {each.state}" for each in states(run, config) if each.state.kind != "fresh"],
-        "galleries": [_gallery(metrics, per_query, gallery, deployed_row(config)) for gallery in summary.GALLERIES]
+        "galleries": [_gallery(metrics, per_query, gallery, deployed_model(config)) for gallery in summary.GALLERIES]
         if models
         else [],
         "means": summary.means_table(metrics) if models else None,
-        "meanings": [(model, summary.meaning(model)) for model in models],
+        "meanings": [(model, find_entry(model).meaning) for model in models],
         "costs": costs.cost_table(spent, models or list(dict.fromkeys(spent["row"]))),
         "partly_known": costs.partly_known(spent),
         "examples": examples.load_examples(run, shown, per_query),

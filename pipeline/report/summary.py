@@ -9,26 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from grappa.pipeline.commands.run import BASELINES, MEAN, ORACLE, SUPERVISED
+from grappa.pipeline.commands.run import MEAN
+from grappa.pipeline.graph.models import FREE, MODELS, saw_labels
 
 GALLERIES = {"domain": "each domain's own gallery", "merged": "the merged gallery"}
 METRICS = {"map": "mAP", "map_at_r": "MAP@R", "r_precision": "R-precision", "recall_at_1": "R@1"}
-CANDIDATES = ("mean", "fused", "student")
-MEANINGS = {
-    "zero_shot": "the unadapted backbone",
-    "zero_shot_whitened": "the same after PCA whitening: free, so gains count against the best of the zero-shot rows",
-    "zero_shot_head": "the unadapted backbone with an embedding head: free too",
-    "zero_shot_objects": "the unadapted backbone on object views, as queries and as gallery: what objects could teach",
-    "mean": "all adaptor sets with equal attention: nothing learned beyond the sets",
-    "fused": "the learned attention over the sets",
-    "fused_raw": "the same without its embedding head",
-    "fused_views": "the ablation: attention learned from two views of an image instead of neighbours",
-    "concat": "the sets' embeddings side by side: an upper reference of several times the size",
-    "multi_head": "one adaptor set trained on all granularities at once",
-    SUPERVISED: "adaptors trained on the train labels: what labels would have bought",
-    "student": "one adaptor set that was taught by the fused model",
-    ORACLE: "the best single set of each domain, chosen with labels",
-}
+COMPARED = tuple(model.name for model in MODELS if model.compared)
 
 
 @dataclass(frozen=True)
@@ -46,11 +32,6 @@ class Table:
         for number, row in enumerate(self.rows):
             lines.append([f"**{text}**" if (number, at) in self.strong else text for at, text in enumerate(row)])
         return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
-
-
-def meaning(model: str) -> str:
-    """Return what a row of the result table is, in words."""
-    return MEANINGS.get(model, "the adaptor set of this pseudo-granularity alone")
 
 
 def result_table(metrics: pd.DataFrame, gallery: str, metric: str = "map") -> Table:
@@ -72,18 +53,14 @@ def result_table(metrics: pd.DataFrame, gallery: str, metric: str = "map") -> Ta
         ]
         for model in models
     ]
-    best = values[[not _saw_labels(model) for model in models]].max()
+    best = values[[not saw_labels(model) for model in models]].max()
     strong = {
         (row, column + 1)
         for row, model in enumerate(models)
         for column, domain in enumerate(domains)
-        if not _saw_labels(model) and values.loc[model, domain] == best[domain]
+        if not saw_labels(model) and values.loc[model, domain] == best[domain]
     }
     return Table(METRICS[metric], ["", *map(domain_name, domains)], rows, frozenset(strong))
-
-
-def _saw_labels(model: str) -> bool:
-    return model == ORACLE or model.startswith(SUPERVISED)
 
 
 def means_table(metrics: pd.DataFrame) -> Table:
@@ -101,7 +78,7 @@ def comparisons(
 ) -> pd.DataFrame:
     """Return the mAP gain of each learned model and of ``deployed``, one row a (candidate, against, domain).
 
-    ``against`` is "zero-shot" (``reference``: the best of the zero-shot rows in this domain) or "mean" (for those
+    ``against`` is "zero-shot" (``reference``: the best of the zero-shot models in this domain) or "mean" (for those
     learned on top of the mean over sets). Columns: candidate, against, domain, reference, difference, low, high
     (paired bootstrap over queries, 95 %; of ``_mean`` within domains), relative (difference / reference's mAP).
     """
@@ -109,8 +86,8 @@ def comparisons(
     precision = scored.pivot(index="image_id", columns="model", values="average_precision")
     domains = scored.drop_duplicates("image_id").set_index("image_id")["domain"].reindex(precision.index)
     own = metrics[metrics["gallery"] == gallery].set_index(["model", "domain"])["map"]
-    candidates = list(dict.fromkeys([*CANDIDATES, deployed]))
-    wanted: list[tuple[str, str, tuple[str, ...]]] = [(model, "zero-shot", BASELINES) for model in candidates]
+    candidates = list(dict.fromkeys([*COMPARED, deployed]))
+    wanted: list[tuple[str, str, tuple[str, ...]]] = [(model, "zero-shot", FREE) for model in candidates]
     wanted += [(model, "mean", ("mean",)) for model in candidates if model != "mean"]
     rows = [
         _compare(precision, domains, own, model, references, domain, seed) | {"against": against}

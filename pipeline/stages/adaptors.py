@@ -21,6 +21,7 @@ from grappa.method.adaptor_training import Perception, SetLoss, new_set, train_a
 from grappa.method.adaptors import AdaptorSet
 from grappa.pipeline.config.schema import Adaptors
 from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.graph.models import taught_by
 from grappa.pipeline.learning import open_views, optimization, sizes_of_set, training_task, write_metrics
 from grappa.pipeline.opening import (
     open_backbone,
@@ -96,12 +97,12 @@ def _perception(context: StageContext) -> Perception:
 def _targets(context: StageContext) -> tuple[NDArray[np.int64], list[Targets], str]:
     """Return the rows to train on, what is told apart there, and its name: only ``supervised`` reads labels."""
     images = read_images(context.input("images"))
-    if context.instance == "supervised":
+    granularities = taught_by(context.config, str(context.instance))
+    if not granularities:
         rows, target = _labelled(context, images)
         return rows, [target], f"{len(rows)} labels, label"
-    names = context.config.granularities if context.instance == "multi_head" else (str(context.instance),)
     rows = train_rows(images)
-    return rows, [_pseudo_labels(context, name, rows) for name in names], "pseudo-label"
+    return rows, [_pseudo_labels(context, name, rows) for name in granularities], "pseudo-label"
 
 
 def _pseudo_labels(context: StageContext, granularity: str, rows: NDArray[np.int64]) -> Targets:

@@ -1,50 +1,99 @@
-"""Stage ``embeddings``: every image's embedding by each model of the result table, (N, D) float32, L2-normalised."""
+"""Stage ``embeddings``: every image's embedding by each model of the result table, (N, D) float32, L2-normalised.
+
+``grappa.pipeline.graph.models`` names for each model the function that makes its embeddings: ``COMPUTED`` holds those
+that need no pass of the backbone, ``OPENED`` those that open what adapts the backbone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
 import numpy as np
-from numpy.typing import NDArray
 
 from grappa.backbone.vit import Adaptation, Backbone
 from grappa.core.vectors import side_by_side
 from grappa.images.splits import train_rows
-from grappa.method.adaptors import folded
+from grappa.method.adaptors import AdaptorSet, folded
 from grappa.method.fusion import Fusion
 from grappa.metrics.whitening import fit_whitening
 from grappa.pipeline.engine.context import StageContext
-from grappa.pipeline.graph.models import FROZEN_ROWS, ON_OBJECTS, adaptor_sets, fusion_instance
-from grappa.pipeline.opening import open_backbone, open_fusion, open_objects, open_sets, read_images
+from grappa.pipeline.graph.models import Making, deployed_model, find_model
+from grappa.pipeline.opening import open_backbone, open_fusion, open_objects, open_sets, open_student, read_images
 from grappa.pipeline.stages.features import extract, new_array
-from grappa.pipeline.stages.student import open_student
 
 FILE = "embeddings.npy"
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """What adapts the backbone, as it was trained: one adaptor set, or several and the fusion over them."""
+
+    sets: dict[str, AdaptorSet]
+    fusion: Fusion | None = None
+
+    def inference_form(self, backbone: Backbone) -> tuple[Backbone, Adaptation]:
+        """Return the backbone and what adapts it, made for embedding."""
+        if self.fusion is not None:
+            return backbone, self.fusion.folded()
+        (only,) = self.sets.values()
+        return folded(backbone, only)
+
+
 def run(context: StageContext) -> str:
-    row = str(context.instance)
-    if not context.leads and row in (*FROZEN_ROWS, "concat"):
-        return ""  # seconds of work
-    if row in FROZEN_ROWS:
-        return _from_features(context, whitened=row == "zero_shot_whitened")
-    if row == "concat":
-        return _side_by_side(context)
-    cache = open_objects(context) if row.endswith(ON_OBJECTS) else None
-    backbone, adaptation = _adapted(context, row.removesuffix(ON_OBJECTS))
+    name = str(context.instance)
+    model = find_model(name)
+    compute = COMPUTED.get(model.making)
+    if compute:
+        return compute(context) if context.leads else ""  # seconds of work
+    cache = open_objects(context) if "object_views" in model.parts else None
+    backbone = open_backbone(context)
+    backbone, adaptation = open_model(context, name).inference_form(backbone)
     precision = context.config.embeddings.precision
     num_rows, width = extract(context, backbone, adaptation, FILE, precision, cache=cache)
-    return f"{num_rows} embeddings of {width} dimensions by {row}"
+    return f"{num_rows} embeddings of {width} dimensions by {name}"
 
 
-def _adapted(context: StageContext, row: str) -> tuple[Backbone, Adaptation]:
-    """Return the backbone and what adapts it, in their inference form."""
-    backbone = open_backbone(context)
-    if row == "student":
-        return folded(backbone, open_student(context))
-    if row in adaptor_sets(context.config):
-        return folded(backbone, open_sets(context, (row,))[row])
+def open_model(context: StageContext, name: str) -> Adapted:
+    """Return what adapts the backbone in a model of the result table."""
+    return OPENED[find_model(name).making](context, name)
+
+
+def _set(context: StageContext, name: str) -> Adapted:
+    return Adapted(open_sets(context, (name,)))
+
+
+def _mean(context: StageContext, name: str) -> Adapted:
     sets = open_sets(context, context.config.granularities)
-    fusion = Fusion(list(sets.values())) if row == "mean" else open_fusion(context, fusion_instance(row), sets)
-    return backbone, fusion.folded()
+    return Adapted(sets, Fusion(list(sets.values())))
+
+
+def _fused(context: StageContext, name: str, *, pairs: str) -> Adapted:
+    sets = open_sets(context, context.config.granularities)
+    return Adapted(sets, open_fusion(context, pairs, sets))
+
+
+def _student(context: StageContext, name: str) -> Adapted:
+    return Adapted({"student": open_student(context)})
+
+
+def _deployed(context: StageContext, name: str) -> Adapted:
+    return open_model(context, deployed_model(context.config))
+
+
+def _unchanged(context: StageContext, *, stage: str) -> str:
+    features = np.load(context.input(stage) / "features.npy", allow_pickle=False)
+    np.save(context.path / FILE, features, allow_pickle=False)
+    return f"{len(features)} features of {features.shape[1]} dimensions, unchanged"
+
+
+def _whitened(context: StageContext) -> str:
+    features = np.load(context.input("features") / "features.npy", allow_pickle=False)
+    rows = train_rows(read_images(context.input("images")))
+    power = context.config.embeddings.whitening_power
+    np.save(context.path / FILE, fit_whitening(features[rows], power=power).apply(features), allow_pickle=False)
+    return f"{len(features)} features of {features.shape[1]} dimensions, whitened with power {power:g}"
 
 
 def _side_by_side(context: StageContext) -> str:
@@ -57,15 +106,17 @@ def _side_by_side(context: StageContext) -> str:
     return f"{out.shape[0]} embeddings of {out.shape[1]} dimensions: those of {', '.join(names)} side by side"
 
 
-def _from_features(context: StageContext, *, whitened: bool) -> str:
-    source = "object_features" if context.instance == "zero_shot_objects" else "features"
-    features = np.load(context.input(source) / "features.npy", allow_pickle=False)
-    kept = _whiten(context, features) if whitened else features
-    np.save(context.path / FILE, kept, allow_pickle=False)
-    how = f"whitened with power {context.config.embeddings.whitening_power:g}" if whitened else "unchanged"
-    return f"{len(features)} features of {features.shape[1]} dimensions, {how}"
-
-
-def _whiten(context: StageContext, features: NDArray[np.float32]) -> NDArray[np.float32]:
-    rows = train_rows(read_images(context.input("images")))
-    return fit_whitening(features[rows], power=context.config.embeddings.whitening_power).apply(features)
+COMPUTED: Mapping[Making, Callable[[StageContext], str]] = {
+    "features": partial(_unchanged, stage="features"),
+    "object_features": partial(_unchanged, stage="object_features"),
+    "whitening": _whitened,
+    "side_by_side": _side_by_side,
+}
+OPENED: Mapping[Making, Callable[[StageContext, str], Adapted]] = {
+    "set": _set,
+    "mean": _mean,
+    "neighbors_fusion": partial(_fused, pairs="neighbors"),
+    "views_fusion": partial(_fused, pairs="views"),
+    "student": _student,
+    "on_objects": _deployed,
+}

@@ -18,7 +18,7 @@ from grappa.images.splits import test_rows
 from grappa.metrics.indicators import reciprocity_table
 from grappa.metrics.retrieval import SUMMARY_COLUMNS, evaluate, oracle, summarize
 from grappa.pipeline.engine.context import StageContext
-from grappa.pipeline.graph.models import deployed_row, evaluated_rows
+from grappa.pipeline.graph.models import FREE, deployed_model, evaluated_models
 from grappa.pipeline.opening import read_images
 
 GALLERIES = ("domain", "merged")
@@ -34,13 +34,13 @@ def run(context: StageContext) -> str:
     if not num_labeled:
         return "no test image has a label: only the reciprocity of neighbours is told (model and index are complete)"
     where = "transductive: no image is split, all rows are both" if transductive else "test rows"
-    return f"{_headline(metrics, deployed_row(context.config))} ({where}, {num_labeled} of {len(rows)} labeled)"
+    return f"{_headline(metrics, deployed_model(context.config))} ({where}, {num_labeled} of {len(rows)} labeled)"
 
 
 def _evaluate_all(
     context: StageContext, images: pd.DataFrame, labels: pd.Series, rows: NDArray[np.int64]
 ) -> pd.DataFrame:
-    ids, sources = images["image_id"].to_numpy(), evaluated_rows(context.config)
+    ids, sources = images["image_id"].to_numpy(), evaluated_models(context.config)
     width = max(_embeddings(context, source).shape[1] for source in sources.values())
     context.need_memory(memory.evaluation(len(rows), width, len(sources)))
     parts = []
@@ -79,7 +79,7 @@ def _nothing() -> pd.DataFrame:
 
 def _reciprocity(context: StageContext, domains: NDArray[np.object_], rows: NDArray[np.int64]) -> pd.DataFrame:
     """Return model, domain, gallery and reciprocity of every model but the oracle; no label is read."""
-    sources = evaluated_rows(context.config)
+    sources = evaluated_models(context.config)
     parts = []
     with context.task("reciprocity", len(sources) * len(GALLERIES), unit="tables") as advance:
         for name, source in sources.items():
@@ -103,7 +103,7 @@ def _write(context: StageContext, per_query: pd.DataFrame, reciprocity: pd.DataF
 
 def _headline(metrics: pd.DataFrame, deployed: str) -> str:
     means = metrics[(metrics["domain"] == "_mean") & (metrics["gallery"] == "domain")].set_index("model")["map"]
-    free = max(means[name] for name in ("zero_shot", "zero_shot_whitened", "zero_shot_head") if name in means)
-    ours = (row for row in ("mean", "fused", deployed) if row in means)
-    found = ", ".join(f"{means[row]:.3f} {row}" for row in dict.fromkeys(ours))
+    free = max(means[name] for name in FREE if name in means)
+    ours = (name for name in ("mean", "fused", deployed) if name in means)
+    found = ", ".join(f"{means[name]:.3f} {name}" for name in dict.fromkeys(ours))
     return f"mean mAP {means['zero_shot']:.3f} zero_shot, {free:.3f} the best free competitor, {found}"

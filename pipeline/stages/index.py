@@ -7,7 +7,7 @@ import numpy as np
 from grappa.core import memory
 from grappa.images.splits import chosen_rows
 from grappa.pipeline.engine.context import StageContext
-from grappa.pipeline.graph.models import deployed_row
+from grappa.pipeline.graph.models import deployed_model
 from grappa.pipeline.opening import read_images
 from grappa.search.index import SearchIndex
 
@@ -16,7 +16,7 @@ def run(context: StageContext) -> str:
     settings, images = context.config.index, read_images(context.input("images"))
     rows = chosen_rows(images, settings.rows)
     embeddings = np.load(
-        context.input("heads", deployed_row(context.config)) / "embeddings.npy", mmap_mode="r", allow_pickle=False
+        context.input("heads", deployed_model(context.config)) / "embeddings.npy", mmap_mode="r", allow_pickle=False
     )
     context.need_memory(memory.index(len(rows), embeddings.shape[1]))
     ids = images["image_id"].iloc[rows].tolist()

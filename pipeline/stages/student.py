@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from safetensors.torch import load_file
-
 from grappa.core import memory
 from grappa.images.splits import train_rows
-from grappa.method.adaptors import AdaptorSet
 from grappa.method.student import Transfer, new_student, train_student
 from grappa.pipeline.config.schema import Student
 from grappa.pipeline.engine.context import StageContext
@@ -20,8 +17,6 @@ from grappa.pipeline.opening import (
     vit_shape,
 )
 from grappa.pipeline.store.checkpoints import write_tensors
-
-FILE = "student.safetensors"
 
 
 def run(context: StageContext) -> str:
@@ -53,7 +48,7 @@ def run(context: StageContext) -> str:
         )
     if not context.leads:
         return ""
-    write_tensors(context.path / FILE, student.state_dict())
+    write_tensors(context.path / "student.safetensors", student.state_dict())
     write_metrics(context, result)
     last = result.metrics[-1]
     return f"{settings.num_epochs} epochs, loss {last['loss']:.4f}, cosine to the fused model {last['similarity']:.4f}"
@@ -67,8 +62,3 @@ def transfer(settings: Student) -> Transfer:
         bank_size=settings.bank_size,
         object_share=settings.object_share,
     )
-
-
-def open_student(context: StageContext) -> AdaptorSet:
-    """Return the student's adaptor set."""
-    return AdaptorSet.from_state_dict(load_file(context.input("student") / FILE))

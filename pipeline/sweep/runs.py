@@ -20,7 +20,7 @@ from grappa.pipeline.config.yaml_file import (
 )
 from grappa.pipeline.engine.execution import Selection, selected
 from grappa.pipeline.engine.sources import list_sources
-from grappa.pipeline.graph.models import evaluated_rows
+from grappa.pipeline.graph.models import ORACLE, evaluated_models
 from grappa.pipeline.store.artifacts import RUN_FILE, RunFolder
 from grappa.pipeline.sweep.spec import SweepFile, nested, points, read_sweep
 
@@ -130,7 +130,7 @@ def _fitted(name: str, config: Config, listing: pd.DataFrame) -> Config:
 
 
 def _check_rows(patterns: Iterable[str], where: str, configs: Iterable[Config]) -> None:
-    models = list(dict.fromkeys(model for config in configs for model in (*evaluated_rows(config), "oracle")))
+    models = list(dict.fromkeys(model for config in configs for model in (*evaluated_models(config), ORACLE)))
     for pattern in patterns:
         if not any(fnmatchcase(model, pattern) for model in models):
             raise ConfigError(f"{where}: rows: {pattern!r} is no row of any run; there are {', '.join(models)}")

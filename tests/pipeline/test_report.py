@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from grappa.pipeline import tables
 from grappa.pipeline.cli import app
 from grappa.pipeline.engine.status import read_config
-from grappa.pipeline.graph.models import evaluated_rows
+from grappa.pipeline.graph.models import evaluated_models
 from grappa.pipeline.report import costs, examples, figures, summary
 from grappa.pipeline.report.page import write_report
 from grappa.pipeline.store.artifacts import RunFolder
@@ -217,7 +217,7 @@ def test_shares_of_domains_in_clusters() -> None:
 
 
 def test_examples_are_nearest_images_marked_by_class(run: RunFolder) -> None:
-    sources = evaluated_rows(read_config(run))
+    sources = evaluated_models(read_config(run))
     shown = {model: sources[model] for model in ("zero_shot", "fused")}
     found = examples.load_examples(run, shown, tables.load_per_query(run.root))
     assert {each.query.domain for each in found} == {"stripes", "checks", "discs"}

@@ -81,7 +81,7 @@ def test_granularities_are_ordered_by_number() -> None:
 
 def test_extra_rows_are_known_and_named_once() -> None:
     assert Evaluation(extra_rows=("supervised", "concat")).extra_rows == ("supervised", "concat")
-    with pytest.raises(ValidationError, match="give each row once"):
+    with pytest.raises(ValidationError, match="give each model once"):
         Evaluation(extra_rows=("concat", "concat"))
     with pytest.raises(ValidationError, match="'zero_shot_objects' or 'adapted_objects'"):
         Evaluation.model_validate({"extra_rows": ["oracle"]})

@@ -104,7 +104,7 @@ def test_each_weight_changes_what_reads_it_and_no_more(material: Path, tmp_path:
         ({"adaptors__object_weight": 1.0}, "adaptors.object_weight"),
         ({"student__object_share": 0.5}, "student.object_share"),
         ({"clusters__view": "objects"}, "clusters.view=objects"),
-        ({"evaluation__extra_rows": "[adapted_objects]"}, "the row adapted_objects"),
+        ({"evaluation__extra_rows": "[adapted_objects]"}, "the model adapted_objects"),
     ],
 )
 def test_object_views_from_nobody_are_refused(
