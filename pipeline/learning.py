@@ -62,9 +62,10 @@ def open_views(context: StageContext, settings: Augmented, image_size: int) -> V
 def training_task(
     context: StageContext, settings: Trained, num_train: int, need: Callable[[int, str], int], unit: str = "images"
 ) -> Iterator[Run]:
-    """Yield where a training runs, its checkpoint and its progress; an epoch is whole batches, the rest is left out.
+    """Yield where a training runs, with its checkpoint and its progress.
 
-    ``need``: the bytes it takes on a CPU with a batch of so many images, at a precision.
+    An epoch has whole batches only: the images beyond them are left out. ``need(batch_size, precision)`` returns the
+    bytes that the training needs on a CPU.
     """
     device = settle_device(context)
     precision = settle_precision(context, settings.precision, device)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from grappa.backbone.vit import Backbone, BackboneSpec, build_backbone
 from grappa.backbone.weights import load_state, read_state_dict
@@ -47,8 +47,69 @@ def open_backbone(context: StageContext) -> Backbone:
     return backbone
 
 
+def open_sets(context: StageContext, names: tuple[str, ...]) -> dict[str, AdaptorSet]:
+    """Return the adaptor sets of the given pseudo-granularities, in their order."""
+    paths = {name: context.input("adaptors", name) / "adaptors.safetensors" for name in names}
+    return {name: AdaptorSet.from_state_dict(load_file(path)) for name, path in paths.items()}
+
+
+def open_student(context: StageContext) -> AdaptorSet:
+    """Return the student's adaptor set."""
+    return AdaptorSet.from_state_dict(load_file(context.input("student") / "student.safetensors"))
+
+
+def open_fusion(context: StageContext, instance: str, sets: Mapping[str, AdaptorSet]) -> Fusion:
+    """Return the trained fusion over the given sets."""
+    form, state = _read_with_form(context.input("fusion", instance) / "fusion.safetensors", "fusion")
+    fusion = Fusion(list(sets.values()), level=form["level"], temperature=form["temperature"])
+    fusion.load_trained_state(state)
+    return fusion
+
+
+def open_head(context: StageContext, model: str) -> Head:
+    """Return the embedding head fitted for a model of the result table."""
+    return open_form(*_read_with_form(context.input("heads", model) / "head.safetensors", "head"))
+
+
+def _read_with_form(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the JSON of a safetensors file's metadata under ``key``, and its tensors."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return json.loads(file.metadata()[key]), tensors
+
+
+def open_objects(context: StageContext) -> PixelCache:
+    """Return the pixel cache of the object views; an image without an accepted box is there as it is."""
+    return PixelCache.open(context.input("objects") / "pixels")
+
+
+def accepted_boxes(table: pd.DataFrame) -> NDArray[np.float64]:
+    """Return the boxes of an objects table, (N, 4) pixels of the originals; NaN where none is accepted."""
+    return table[list(BOX_COLUMNS)].where(table["accepted"], np.nan).to_numpy(dtype=np.float64)
+
+
+def open_backgrounds(context: StageContext) -> Backgrounds:
+    """Return the background views; only images whose box is accepted have one."""
+    boxes = accepted_boxes(pd.read_parquet(context.input("objects") / "objects.parquet"))
+    sizes = read_images(context.input("images"))[["height", "width"]].to_numpy(dtype=np.int64)
+    return Backgrounds(open_pixels(context), boxes, sizes)
+
+
+def settle_device(context: StageContext) -> torch.device:
+    """Return the device to compute on, and bound the threads of torch; the device is noted in the provenance."""
+    set_num_threads(context.num_threads)
+    device = resolve_device(context.config.compute.device)
+    context.resolve("device", str(device))
+    return device
+
+
+def settle_precision(context: StageContext, requested: str, device: torch.device) -> str:
+    """Return the precision to compute with; resumed work keeps the one it began with."""
+    return context.resolve("precision", resolve_precision(requested, device))
+
+
 def vit_shape(backbone: Backbone, adaptations: Iterable[object] = ()) -> VitShape:
-    """Return what the memory of the backbone depends on, adapted by all of these at once."""
+    """Return the numbers that the memory of an adapted backbone depends on; all ``adaptations`` act at once."""
     vit: Any = backbone.vit
     modules = [each for each in adaptations if isinstance(each, nn.Module)]
     numbers = sum(each.numel() for module in modules for each in (*module.parameters(), *module.buffers()))
@@ -63,64 +124,6 @@ def vit_shape(backbone: Backbone, adaptations: Iterable[object] = ()) -> VitShap
 
 
 def need_for_batches(context: StageContext, device: torch.device, needed: int) -> None:
-    """State what batches need where they lie in the machine's memory: on a CPU; a GPU's own says itself when full."""
+    """State the memory that batches need on a CPU; on a GPU nothing is stated: torch says itself when that is full."""
     if device.type == "cpu":
         context.need_memory(needed)
-
-
-def open_sets(context: StageContext, names: tuple[str, ...]) -> dict[str, AdaptorSet]:
-    """Return the adaptor sets of the given pseudo-granularities, in their order."""
-    paths = {name: context.input("adaptors", name) / "adaptors.safetensors" for name in names}
-    return {name: AdaptorSet.from_state_dict(load_file(path)) for name, path in paths.items()}
-
-
-def open_student(context: StageContext) -> AdaptorSet:
-    """Return the student's adaptor set."""
-    return AdaptorSet.from_state_dict(load_file(context.input("student") / "student.safetensors"))
-
-
-def open_head(context: StageContext, model: str) -> Head:
-    """Return the embedding head fitted for a model of the result table."""
-    with safe_open(context.input("heads", model) / "head.safetensors", "pt") as file:
-        form = json.loads(file.metadata()["head"])
-        return open_form(form, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
-
-
-def settle_device(context: StageContext) -> torch.device:
-    """Return the device to compute on and bound the threads of torch; both are noted in the provenance."""
-    set_num_threads(context.num_threads)
-    device = resolve_device(context.config.compute.device)
-    context.resolve("device", str(device))
-    return device
-
-
-def settle_precision(context: StageContext, requested: str, device: torch.device) -> str:
-    """Return the precision to compute with; resumed work keeps the one it began with."""
-    return context.resolve("precision", resolve_precision(requested, device))
-
-
-def open_fusion(context: StageContext, instance: str, sets: Mapping[str, AdaptorSet]) -> Fusion:
-    """Return the trained fusion over the given sets."""
-    with safe_open(context.input("fusion", instance) / "fusion.safetensors", "pt") as file:
-        form = json.loads(file.metadata()["fusion"])
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    fusion = Fusion(list(sets.values()), level=form["level"], temperature=form["temperature"])
-    fusion.load_trained_state(state)
-    return fusion
-
-
-def open_objects(context: StageContext) -> PixelCache:
-    """Return the pixel cache of the object views; an image without an accepted box is there as it is."""
-    return PixelCache.open(context.input("objects") / "pixels")
-
-
-def accepted_boxes(table: pd.DataFrame) -> NDArray[np.float64]:
-    """Return the boxes of an objects table, (N, 4) pixels of the originals; NaN where none is accepted."""
-    return table[list(BOX_COLUMNS)].where(table["accepted"], np.nan).to_numpy(dtype=np.float64)
-
-
-def open_backgrounds(context: StageContext) -> Backgrounds:
-    """Return the background views: of the images whose box is accepted."""
-    boxes = accepted_boxes(pd.read_parquet(context.input("objects") / "objects.parquet"))
-    sizes = read_images(context.input("images"))[["height", "width"]].to_numpy(dtype=np.int64)
-    return Backgrounds(open_pixels(context), boxes, sizes)

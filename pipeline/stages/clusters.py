@@ -42,7 +42,7 @@ def run(context: StageContext) -> str:
 
 
 def _in_order(images: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """Return the train rows in the order of their ids, and these: so clustered they need no second copy."""
+    """Return the train rows sorted by id number, and these numbers; k-means does not copy features so sorted."""
     rows = train_rows(images)
     ids = id_numbers(images["image_id"].iloc[rows].tolist())
     order = np.argsort(ids, kind="stable")

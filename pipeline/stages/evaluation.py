@@ -1,6 +1,6 @@
 """Stage ``evaluation``: retrieval metrics of every model on the test rows, per domain and over the merged gallery.
 
-``reciprocity`` (``grappa.metrics.indicators``) reads no label: it is there, alone, where no test image has one.
+``reciprocity`` (``grappa.metrics.indicators``) reads no label: where no test image has one, it is the only metric.
 
 Adapted models are evaluated with their embedding head; ``zero_shot_head`` is the frozen backbone with one (a free
 competitor, as ``zero_shot_whitened`` is), ``fused_raw`` the fused model without.

@@ -1,4 +1,4 @@
-"""Stage ``heads``: the last step of each model, learned on its train rows' embeddings without labels; then all rows.
+"""Stage ``heads``: an embedding head for each model, fitted without labels on the train rows, applied to all rows.
 
 ``embeddings.npy`` (N, D) float32, L2-normalised, are the final embeddings of the model: those that are evaluated and
 searched. ``head.json`` says what was fitted. The equations are in ``grappa.method.head``; the head is

@@ -41,6 +41,6 @@ def run(context: StageContext) -> str:
 
 
 def _collected(context: StageContext, own: NDArray[Any], number: int) -> NDArray[Any]:
-    """Return the ``number`` rows of all processes, in the first of them."""
+    """Return all ``number`` rows in the first process; another process gets back its part, ``own``."""
     parts = context.processes.collect(torch.from_numpy(own), math.ceil(number / context.team.size))
     return torch.cat(parts).numpy() if parts else own

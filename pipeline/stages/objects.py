@@ -1,4 +1,4 @@
-"""Stage ``objects``: a box for each image, whether it is believed, and the object views as a pixel cache.
+"""Stage ``objects``: a box for each image, whether the gate accepts it, and the object views as a pixel cache.
 
 ``objects.parquet``: row i is row i of the image table: image_id, box_x0 .. box_y1 (float64 pixels of the EXIF-oriented
 original; NaN: none), confidence (0-1; NaN: none), provider, accepted, reason. ``pixels/``: the object views; an image
