@@ -9,7 +9,7 @@ import pytest
 
 from grappa.pipeline.commands.run import read_table
 from grappa.pipeline.config.schema import Config, ExtraModel
-from grappa.pipeline.config.yaml_file import parse_settings
+from grappa.pipeline.config.yaml_file import ConfigError, parse_settings
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.graph.models import (
@@ -24,7 +24,7 @@ from grappa.pipeline.graph.models import (
     find_entry,
     saw_labels,
 )
-from grappa.pipeline.graph.stages import PARTS, STAGES, artifact_name
+from grappa.pipeline.graph.stages import PARTS, STAGES, Input, artifact_name, find_stage
 from grappa.pipeline.stages.embeddings import COMPUTED, OPENED
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import draw_images, make_run, run_all, split_of, write_table, write_weights
@@ -117,6 +117,22 @@ def test_every_extra_model_is_one_of_the_table(extra: str) -> None:
     plain = embedding_models(parse_settings(settings, "test"))
     more = embedding_models(parse_settings({**settings, "evaluation": {"extra_rows": [extra]}}, "test"))
     assert len(more) == len(plain) + 1 and set(plain) < set(more)
+
+
+@pytest.mark.parametrize("extra", get_args(ExtraModel))
+def test_an_extra_model_that_reads_object_views_needs_a_provider(extra: str) -> None:
+    settings = {"clusters": {"num_clusters": [4, 8]}, "evaluation": {"extra_rows": [extra]}}
+    config = parse_settings({**settings, "objects": {"provider": "backbone"}}, "test")
+    reads = any(each.stage.startswith("object") for name in embedding_models(config) for each in _inputs(config, name))
+    if reads:
+        with pytest.raises(ConfigError, match=f"the model {extra} needs object views"):
+            parse_settings(settings, "test")
+    else:
+        parse_settings(settings, "test")
+
+
+def _inputs(config: Config, name: str) -> tuple[Input, ...]:
+    return find_stage("embeddings").inputs(config, name)
 
 
 def test_a_name_finds_its_entry() -> None:
