@@ -14,6 +14,7 @@ import pandas as pd
 
 from grappa.pipeline.config.schema import Config, num_clusters_of
 from grappa.pipeline.config.yaml_file import load_config
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage
 from grappa.pipeline.opening import chosen_rows
 from grappa.pipeline.store.artifacts import MANIFEST_FILE, Manifest, RunFolder, check_same_origin, published, quoted
@@ -34,7 +35,7 @@ def load_assignments(run: str | Path) -> pd.DataFrame:
     table = pd.read_parquet(images / "images.parquet").set_index("image_id")[["path", "domain", "split"]]
     table["label"] = pd.read_parquet(images / "labels.parquet").set_index("image_id")["label"]
     for name in config.granularities:
-        found = pd.read_parquet(published(folder, "clusters", name) / "assignments.parquet").set_index("image_id")
+        found = pd.read_parquet(published(folder, Node("clusters", name)) / "assignments.parquet").set_index("image_id")
         table[name], table[f"{name}_distance"] = found["pseudo_label"], found["distance"]
     return table
 
@@ -69,7 +70,7 @@ def learning_curves(run: str | Path) -> pd.DataFrame:
     parts = []
     for stage in ("adaptors", "fusion", "student"):
         for instance in find_stage(stage).instances(config):
-            lines = (published(folder, stage, instance) / "metrics.jsonl").read_text().splitlines()
+            lines = (published(folder, Node(stage, instance)) / "metrics.jsonl").read_text().splitlines()
             part = pd.DataFrame([json.loads(line) for line in lines])
             part.insert(0, "stage", stage)
             part.insert(1, "instance", instance or stage)
@@ -156,7 +157,7 @@ def _attention(run: str | Path, rows: str, pairs: str) -> tuple[NDArray[np.float
 
     folder, _ = _open(run)
     check_same_origin(folder, "images", f"attention/{pairs}")
-    home = published(folder, "attention", pairs)
+    home = published(folder, Node("attention", pairs))
     images = pd.read_parquet(published(folder, "images") / "images.parquet")
     chosen = chosen_rows(images, rows)
     inputs = Manifest.read(home / MANIFEST_FILE).recipe["inputs"]

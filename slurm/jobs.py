@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -29,7 +29,7 @@ from grappa.pipeline.engine.execution import Selection, follow, lead
 from grappa.pipeline.engine.externals import MissingInputError
 from grappa.pipeline.engine.fingerprints import expected_recipe
 from grappa.pipeline.engine.freshness import compare_recipes
-from grappa.pipeline.engine.progress import Progress
+from grappa.pipeline.engine.progress import Progress, Snapshot
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.team import Team, joined
 from grappa.pipeline.errors import EXPECTED, explained
@@ -38,9 +38,9 @@ from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.checkpoints import Stopped, refuse_if_stopped, request_stop, withdraw_stop
 from grappa.pipeline.store.locks import LockedError, read_holder
 from grappa.pipeline.store.provenance import code_commit, peak_memory
-from grappa.pipeline.store.storage import StorageError
+from grappa.pipeline.store.storage import StorageError, atomic_write_json
 from grappa.slurm.jobs_table import recipe_digest, write_jobs_table
-from grappa.slurm.records import PINNED_CONFIG, Pin, append_event, read_events
+from grappa.slurm.records import PINNED_CONFIG, Pin, append_event, progress_file, read_events
 
 PATIENCE_SECONDS = 10.0  # from the signal to the checkpoint; later the job goes without, to the one before
 LOCKED_SECONDS = 600.0
@@ -119,17 +119,18 @@ class StageJob(submitit.helpers.Checkpointable):
                     self._make(pin, team)
 
     def _make(self, pin: Pin, team: Team) -> None:
-        run, (stage, _, instance) = RunFolder.open(Path(self.run), writable=True), pin.name.partition("/")
+        run, node = RunFolder.open(Path(self.run), writable=True), pin.node
         config = _with_threads(load_config(Path(self.submission) / PINNED_CONFIG), self.cpus)
         refuse_other_recipe(run, config, pin)
         self._tell("artifact", artifact=pin.name)
-        selection, begin = Selection(stage, instance or None, force=pin.force), time.monotonic()
+        selection, begin = Selection(node.stage, node.instance, force=pin.force), time.monotonic()
 
         def make() -> None:
-            lead(run, config, selection, progress=Progress(), say=lambda line: print(line, flush=True), team=team)
+            progress = Progress(listener=self._note_progress)
+            lead(run, config, selection, progress=progress, say=lambda line: print(line, flush=True), team=team)
 
-        patiently(make, run.artifact(stage, instance or None).lock)
-        manifest = run.artifact(stage, instance or None).manifest()
+        patiently(make, run.artifact(node).lock)
+        manifest = run.artifact(node).manifest()
         assert manifest is not None, f"{pin.name} was just published"
         seconds = round(time.monotonic() - begin, 3)
         self._tell("made", artifact=pin.name, recipe=recipe_digest(manifest.recipe), seconds=seconds)
@@ -147,8 +148,16 @@ class StageJob(submitit.helpers.Checkpointable):
         raise SystemExit(1) from None
 
     @property
+    def _task_id(self) -> str:
+        return self.task or str(submitit.JobEnvironment().job_id)
+
+    @property
     def _events_file(self) -> Path:
-        return Path(self.submission) / "events" / f"{self.task or submitit.JobEnvironment().job_id}.jsonl"
+        return Path(self.submission) / "events" / f"{self._task_id}.jsonl"
+
+    def _note_progress(self, snapshot: Snapshot) -> None:
+        with suppress(StorageError):  # a full disk: only `grappa status` reads it
+            atomic_write_json(progress_file(Path(self.submission), self._task_id), asdict(snapshot))
 
     def _tell(self, event: str, **fields: object) -> None:
         """Note an event; the table follows."""
@@ -264,13 +273,12 @@ def refuse_other_code(submitted: Code) -> None:
 
 def refuse_other_recipe(run: RunFolder, config: Config, pin: Pin) -> None:
     """Raise JobRefusedError when version, settings or inputs of an artifact are not those that were submitted."""
-    stage, _, instance = pin.name.partition("/")
-    found = find_stage(stage)
-    changes = [f"stage version: {pin.version} -> {found.version}"] if found.version != pin.version else []
+    version = find_stage(pin.node.stage).version
+    changes = [f"stage version: {pin.version} -> {version}"] if version != pin.version else []
     try:
-        now = expected_recipe(run, config, found, instance or None).recipe
+        now = expected_recipe(run, config, pin.node).recipe
         changes += compare_recipes(pin.recipe, now) if pin.recipe is not None else []
-        changes += compare_recipes(now, expected_recipe(run, read_config(run), found, instance or None).recipe)
+        changes += compare_recipes(now, expected_recipe(run, read_config(run), pin.node).recipe)
     except MissingInputError:
         pass  # running the stage says which input is missing, and the command that makes it
     if changes:

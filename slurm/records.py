@@ -1,7 +1,8 @@
 """What was submitted and what became of it, in ``RUN/jobs``: read from any folder, host and user.
 
 One folder a submission: ``submission.json`` (what was asked, pinned), ``config.yaml`` (the configuration then),
-``events/TASK.jsonl`` (what the job itself says), ``outcomes.json`` (how Slurm says that silent jobs ended), the logs.
+``events/TASK.jsonl`` (what the job itself says), ``progress/TASK.json`` (how far it was ten seconds ago),
+``outcomes.json`` (how Slurm says that silent jobs ended), the logs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from grappa.pipeline.engine.progress import Snapshot
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.storage import atomic_write_json, storage_errors
 
@@ -30,6 +33,10 @@ class Pin:
     version: int
     force: bool
     recipe: Mapping[str, Any] | None
+
+    @property
+    def node(self) -> Node:
+        return Node.parse(self.name)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,14 @@ class Task:
     def events_file(self) -> Path:
         return self.submission / "events" / f"{self.id}.jsonl"
 
+    @property
+    def progress(self) -> Snapshot | None:
+        """How far the job's last task was when it said so last; None where it said nothing."""
+        try:
+            return Snapshot(**json.loads(progress_file(self.submission, self.id).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
     @cached_property
     def events(self) -> list[dict[str, Any]]:
         """What the job said: dicts with event (start, artifact, stop, end), time and more; a torn line is left out."""
@@ -74,6 +89,10 @@ class Task:
 
 def jobs_folder(run: RunFolder) -> Path:
     return run.root / JOBS_FOLDER
+
+
+def progress_file(submission: Path, task: str) -> Path:
+    return submission / "progress" / f"{task}.json"
 
 
 def now() -> str:

@@ -40,7 +40,8 @@ class Submission:
     def prepare(self) -> None:
         """Make the folder, with the configuration as it is now."""
         with storage_errors(self.folder):
-            (self.folder / "events").mkdir(parents=True)
+            for name in ("events", "progress"):
+                (self.folder / name).mkdir(parents=True)
         atomic_write_text(self.folder / PINNED_CONFIG, dump_config(self.config))
 
     def record(self, job: PlannedJob, ids: tuple[str, ...], after: tuple[str, ...]) -> JobRecord:

@@ -14,7 +14,8 @@ from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.memory_limit import require_memory
 from grappa.pipeline.engine.progress import Advance, Progress
 from grappa.pipeline.engine.team import ALONE, Team
-from grappa.pipeline.graph.stages import Input, Stage, artifact_name
+from grappa.pipeline.graph.node import Node
+from grappa.pipeline.graph.stages import Stage, find_stage, upstream
 from grappa.pipeline.store.artifacts import LOG_FILE, RunFolder
 from grappa.pipeline.store.work import Work
 
@@ -42,8 +43,7 @@ class StageContext:
 
     run: RunFolder
     config: Config
-    stage: Stage
-    instance: str | None
+    node: Node
     work: Work | LeadersWork
     progress: Progress
     resolved: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +52,17 @@ class StageContext:
     @property
     def name(self) -> str:
         """The artifact's name, such as ``clusters/k00256``."""
-        return artifact_name(self.stage.name, self.instance)
+        return self.node.name
+
+    @property
+    def stage(self) -> Stage:
+        """The stage, as the graph declares it."""
+        return find_stage(self.node.stage)
+
+    @property
+    def instance(self) -> str | None:
+        """The instance's name, such as ``k00256``; None where the stage has only one."""
+        return self.node.instance
 
     @property
     def path(self) -> Path:
@@ -86,11 +96,9 @@ class StageContext:
 
     def input(self, stage: str, instance: str | None = None) -> Path:
         """Return the published folder of a declared upstream artifact."""
-        declared: tuple[Input, ...] = self.stage.inputs(self.config, self.instance)
-        names = [each.name for each in declared]
-        wanted = artifact_name(stage, instance)
-        assert wanted in names, f"{self.name} reads {wanted}, but grappa.pipeline.graph.stages declares {names}"
-        return self.run.artifact(stage, instance).home
+        wanted, declared = Node(stage, instance), upstream(self.node, self.config)
+        assert wanted in declared, f"{self.name} reads {wanted}, but the graph declares {[*map(str, declared)]}"
+        return self.run.artifact(wanted).home
 
     def sources(self) -> tuple[Path, list[str]]:
         """Return the table of the listed images and the root folders that its column ``root`` numbers."""
@@ -117,7 +125,7 @@ class StageContext:
 
         ``advance`` also raises what ended another process of the team.
         """
-        with self.progress.task(f"{self.name}: {description}", total, unit=unit, done=done) as (show, meter):
+        with self.progress.task(description, total, artifact=self.name, unit=unit, done=done) as (show, meter):
 
             def advance(number: int) -> None:
                 show(number)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import Artifact, CorruptManifest, Recipe
 
 Kind = Literal["missing", "fresh", "stale", "corrupt"]
@@ -22,6 +23,21 @@ class State:
 
     def __str__(self) -> str:
         return f"{self.kind}: {'; '.join(self.reasons)}" if self.reasons else self.kind
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that a node reads and that is not fresh.
+
+    ``text``: what people are told, with the command that mends it; without one the node's own stage mends it.
+    """
+
+    node: Node
+    kind: Kind
+    text: str = ""
+
+    def __str__(self) -> str:
+        return self.text or f"upstream {self.node} is {self.kind}"
 
 
 def compare_recipes(old: Recipe, new: Recipe) -> list[str]:

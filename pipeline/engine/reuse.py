@@ -11,8 +11,8 @@ from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.externals import MissingInputError
 from grappa.pipeline.engine.fingerprints import expected_recipe, read_manifest
 from grappa.pipeline.engine.freshness import artifact_state
-from grappa.pipeline.engine.status import instances
-from grappa.pipeline.graph.stages import Stage
+from grappa.pipeline.graph.node import Node
+from grappa.pipeline.graph.stages import nodes
 from grappa.pipeline.store.artifacts import LOG_FILE, Artifact, Manifest, Recipe, RunFolder
 from grappa.pipeline.store.work import open_work, recover
 
@@ -20,34 +20,32 @@ from grappa.pipeline.store.work import open_work, recover
 def take_over(other: RunFolder, run: RunFolder, config: Config, *, say: Callable[[str], None]) -> None:
     """Link or copy each artifact of ``other`` that is not fresh here and has the recipe wanted here."""
     taken = []
-    for stage, instance in instances(config):
-        recover(run.artifact(stage.name, instance))
-        if take_over_one([other], run, config, stage, instance):
-            taken.append(run.artifact(stage.name, instance).name)
+    for node in nodes(config):
+        recover(run.artifact(node))
+        if take_over_one([other], run, config, node):
+            taken.append(node.name)
     say(f"taken over from {other.root}: {', '.join(taken) or 'nothing, no other artifact has a recipe of this run'}")
 
 
-def take_over_one(
-    others: Iterable[RunFolder], run: RunFolder, config: Config, stage: Stage, instance: str | None
-) -> RunFolder | None:
+def take_over_one(others: Iterable[RunFolder], run: RunFolder, config: Config, node: Node) -> RunFolder | None:
     """Link or copy one artifact that is not fresh here from the first run that has it; return that run, or None.
 
     Whether it is stale there does not matter: the recipe says what it was made of.
     """
-    wanted, target = _wanted(run, config, stage, instance), run.artifact(stage.name, instance)
+    wanted, target = _wanted(run, config, node), run.artifact(node)
     if wanted is None or artifact_state(target, wanted).kind == "fresh":
         return None
     for other in others:
-        source, manifest = other.artifact(stage.name, instance), read_manifest(other, stage.name, instance)
+        source, manifest = other.artifact(node), read_manifest(other, node)
         if manifest and manifest.recipe == wanted and not source.check():
             _copy(source, manifest, target)
             return other
     return None
 
 
-def _wanted(run: RunFolder, config: Config, stage: Stage, instance: str | None) -> Recipe | None:
+def _wanted(run: RunFolder, config: Config, node: Node) -> Recipe | None:
     try:
-        return expected_recipe(run, config, stage, instance).recipe
+        return expected_recipe(run, config, node).recipe
     except MissingInputError:
         return None
 

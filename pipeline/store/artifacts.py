@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.storage import (
     StorageError,
     atomic_write_json,
@@ -144,18 +145,12 @@ class Artifact:
     """One stage's (instance's) folder in a run, and the folders beside it while it is being made."""
 
     root: Path
-    stage: str
-    instance: str | None = None
-
-    def __post_init__(self) -> None:
-        for part in (self.stage, self.instance):
-            if part is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", part):
-                raise ValueError(f"Artifact name {part!r} may hold letters, digits, '_' and '-' only.")
+    node: Node
 
     @property
     def name(self) -> str:
-        """For people and recipes: `features`, `clusters/k00256`."""
-        return self.stage if self.instance is None else f"{self.stage}/{self.instance}"
+        """For people and fingerprints: `features`, `clusters/k00256`."""
+        return self.node.name
 
     @property
     def path(self) -> Path:
@@ -226,9 +221,9 @@ class RunFolder:
         """The resolved configuration."""
         return self.root / CONFIG_FILE
 
-    def artifact(self, stage: str, instance: str | None = None) -> Artifact:
-        """The artifact of a stage (instance), whether it exists or not."""
-        return Artifact(self.root, stage, instance)
+    def artifact(self, node: Node | str) -> Artifact:
+        """The artifact of a node, or of that name (`clusters/k00256`), whether it exists or not."""
+        return Artifact(self.root, Node.parse(node) if isinstance(node, str) else node)
 
     @classmethod
     def create(cls, root: Path) -> RunFolder:
@@ -272,11 +267,11 @@ def _check_run_format(path: Path) -> None:
         raise RunFolderError(f"{path.parent} has run format {version}, {advice}.")
 
 
-def published(folder: RunFolder, stage: str, instance: str | None = None) -> Path:
+def published(folder: RunFolder, node: Node | str) -> Path:
     """Return the folder of a published artifact; ValueError naming the command when it is missing."""
-    artifact = folder.artifact(stage, instance)
+    artifact = folder.artifact(node)
     if artifact.manifest() is None:
-        command = f"grappa run {quoted(folder.root)} --until {stage}"
+        command = f"grappa run {quoted(folder.root)} --until {artifact.node.stage}"
         raise ValueError(f"{artifact.name} is missing in {folder.root}; run `{command}`")
     return artifact.home
 
@@ -289,8 +284,7 @@ def check_same_origin(folder: RunFolder, *names: str) -> None:
     """
     seen: dict[tuple[str, str], str] = {}
     for name in names:
-        stage, _, instance = name.partition("/")
-        manifest = folder.artifact(stage, instance or None).manifest()
+        manifest = folder.artifact(name).manifest()
         for place, digest in _digests(name, manifest).items() if manifest else ():
             if seen.setdefault(place, digest) != digest:
                 raise ValueError(

@@ -63,8 +63,9 @@ class Sweep:
     @property
     def has_table(self) -> bool:
         """Whether the evaluation is among the stages to run."""
-        steps = selected(self.runs[0].config, Selection(until=self.file.until))
-        return any(stage.name == "evaluation" for stage, _ in steps)
+        return any(
+            node.stage == "evaluation" for node in selected(self.runs[0].config, Selection(until=self.file.until))
+        )
 
 
 def prepare(request: SweepRequest) -> Sweep:

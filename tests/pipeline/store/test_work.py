@@ -40,7 +40,7 @@ def recipe(value: int = 20) -> dict[str, Any]:
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Artifact:
-    return RunFolder.create(tmp_path / "run").artifact("clusters", "k00256")
+    return RunFolder.create(tmp_path / "run").artifact("clusters/k00256")
 
 
 def make(artifact: Artifact, text: str, value: int = 20) -> None:
@@ -136,7 +136,7 @@ def test_exception_keeps_partial_for_the_same_recipe_only(artifact: Artifact) ->
 
 
 def test_instances_are_made_side_by_side_but_one_writer_each(artifact: Artifact) -> None:
-    other = RunFolder.open(artifact.root).artifact("clusters", "k00512")
+    other = RunFolder.open(artifact.root).artifact("clusters/k00512")
     with open_work(artifact, recipe(), job="77") as work, open_work(other, recipe()):
         (work.path / "kept").write_text("")
         with pytest.raises(LockedError, match=rf"clusters/k00256 .* process {os.getpid()} on .*Slurm job 77.* since"):
@@ -164,7 +164,7 @@ def test_publish_is_refused_when_the_lock_was_lost(artifact: Artifact) -> None:
 def test_kill_at_every_step_loses_nothing_and_the_next_run_recovers(tmp_path: Path, former: bool) -> None:
     for step in range(200):
         root = tmp_path / f"run{step}"
-        artifact = RunFolder.create(root).artifact("clusters", "k00256")
+        artifact = RunFolder.create(root).artifact("clusters/k00256")
         if former:
             make(artifact, "one", 20)
         status = in_child(partial(make, artifact, "two", 50), kill_step=step)
@@ -202,14 +202,14 @@ def _remains(artifact: Artifact) -> set[str]:
 
 
 def test_kill_at_every_step_of_the_recovery_loses_nothing(tmp_path: Path) -> None:
-    template = RunFolder.create(tmp_path / "template").artifact("clusters", "k00256")
+    template = RunFolder.create(tmp_path / "template").artifact("clusters/k00256")
     make(template, "one", 20)
     shutil.copytree(template.path, tmp_path / "former")
     make(template, "two", 50)
     os.rename(template.path, template.partial)
     os.rename(tmp_path / "former", template.old)  # as between the two renames of a publish
     for step in range(60):
-        artifact = RunFolder(tmp_path / f"run{step}").artifact("clusters", "k00256")
+        artifact = RunFolder(tmp_path / f"run{step}").artifact("clusters/k00256")
         shutil.copytree(template.root, artifact.root)
         status = in_child(partial(recover, artifact), kill_step=step)
         assert artifact_state(artifact, recipe(50), verify=True).kind in {"stale", "fresh"}
@@ -224,7 +224,7 @@ def test_kill_at_every_step_of_the_recovery_loses_nothing(tmp_path: Path) -> Non
 def test_partial_half_emptied_by_a_kill_is_never_resumed(tmp_path: Path) -> None:
     names = [f"shard{number}" for number in range(5)]
     for step in range(60):
-        artifact = RunFolder.create(tmp_path / f"run{step}").artifact("clusters", "k00256")
+        artifact = RunFolder.create(tmp_path / f"run{step}").artifact("clusters/k00256")
         with open_work(artifact, recipe(20)) as work:
             for name in names:
                 (work.path / name).write_text("")
@@ -279,7 +279,7 @@ def test_sigkilled_process_is_taken_over_at_once_and_resumed(artifact: Artifact)
         from pathlib import Path
         from grappa.pipeline.store.artifacts import RunFolder
         from grappa.pipeline.store.work import open_work
-        with open_work(RunFolder(Path(sys.argv[1])).artifact("clusters", "k00256"), {recipe(50)!r}) as work:
+        with open_work(RunFolder(Path(sys.argv[1])).artifact("clusters/k00256"), {recipe(50)!r}) as work:
             (work.path / "checkpoint.json").write_text("step 7")
             print("ready", flush=True)
             time.sleep(60)
@@ -356,7 +356,7 @@ def test_really_full_disk(tmp_path: Path) -> None:
     if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a tmpfs needs root and the right to mount")
     try:
-        artifact = RunFolder.create(disk / "run").artifact("clusters", "k00256")
+        artifact = RunFolder.create(disk / "run").artifact("clusters/k00256")
         make(artifact, "one")
         with pytest.raises(StorageError, match="The disk is full"), open_work(artifact, recipe(50)) as work:
             (work.path / "big.npy").write_bytes(bytes(10**6))
@@ -372,7 +372,7 @@ def test_read_only_run_folder_is_one_sentence() -> None:
     """In a process without root's rights: root may write anywhere."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        artifact = RunFolder.create(Path(folder, "run")).artifact("clusters", "k00256")
+        artifact = RunFolder.create(Path(folder, "run")).artifact("clusters/k00256")
         make(artifact, "one")
         for path in (artifact.root, artifact.path.parent):
             path.chmod(0o555)
