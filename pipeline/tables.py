@@ -103,7 +103,8 @@ def load_jobs(run: str | Path) -> pd.DataFrame:
 
     Columns: artifact, job_id, job_name, state (submitted, running, stopped, made, failed, not begun: as the job itself
     said), submitted, started, ended (UTC), seconds, restarts, node, peak_memory_bytes (of the first process), exit,
-    recipe (sha256 of the artifact's recipe), error, outcome (accounting's word on a job that ended without one), log.
+    recipe (sha256 of the artifact's fingerprint), error, outcome (accounting's word on a job that ended without one),
+    log.
     """
     path = Path(run) / "jobs" / "jobs.csv"
     if not path.is_file():
@@ -160,7 +161,7 @@ def _attention(run: str | Path, rows: str, pairs: str) -> tuple[NDArray[np.float
     home = published(folder, Node("attention", pairs))
     images = pd.read_parquet(published(folder, "images") / "images.parquet")
     chosen = chosen_rows(images, rows)
-    inputs = Manifest.read(home / MANIFEST_FILE).recipe["inputs"]
+    inputs = Manifest.read(home / MANIFEST_FILE).fingerprint["inputs"]
     names = [name.removeprefix("adaptors/") for name in inputs if name.startswith("adaptors/")]
     attention = np.load(home / "attention.npy", mmap_mode="r", allow_pickle=False)
     return attention[chosen], images["domain"].to_numpy()[chosen], sorted(names, key=num_clusters_of)

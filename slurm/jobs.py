@@ -27,8 +27,8 @@ from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import load_config
 from grappa.pipeline.engine.execution import Selection, follow, lead
 from grappa.pipeline.engine.externals import MissingInputError
-from grappa.pipeline.engine.fingerprints import expected_recipe
-from grappa.pipeline.engine.freshness import compare_recipes
+from grappa.pipeline.engine.fingerprints import expected_fingerprint
+from grappa.pipeline.engine.freshness import compare_fingerprints
 from grappa.pipeline.engine.progress import Progress, Snapshot
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.team import Team, joined
@@ -39,7 +39,7 @@ from grappa.pipeline.store.checkpoints import Stopped, refuse_if_stopped, reques
 from grappa.pipeline.store.locks import LockedError, read_holder
 from grappa.pipeline.store.provenance import code_commit, peak_memory
 from grappa.pipeline.store.storage import StorageError, atomic_write_json
-from grappa.slurm.jobs_table import recipe_digest, write_jobs_table
+from grappa.slurm.jobs_table import fingerprint_digest, write_jobs_table
 from grappa.slurm.records import PINNED_CONFIG, Pin, append_event, progress_file, read_events
 
 PATIENCE_SECONDS = 10.0  # from the signal to the checkpoint; later the job goes without, to the one before
@@ -121,7 +121,7 @@ class StageJob(submitit.helpers.Checkpointable):
     def _make(self, pin: Pin, team: Team) -> None:
         run, node = RunFolder.open(Path(self.run), writable=True), pin.node
         config = _with_threads(load_config(Path(self.submission) / PINNED_CONFIG), self.cpus)
-        refuse_other_recipe(run, config, pin)
+        refuse_other_fingerprint(run, config, pin)
         self._tell("artifact", artifact=pin.name)
         selection, begin = Selection(node.stage, node.instance, force=pin.force), time.monotonic()
 
@@ -133,7 +133,7 @@ class StageJob(submitit.helpers.Checkpointable):
         manifest = run.artifact(node).manifest()
         assert manifest is not None, f"{pin.name} was just published"
         seconds = round(time.monotonic() - begin, 3)
-        self._tell("made", artifact=pin.name, recipe=recipe_digest(manifest.recipe), seconds=seconds)
+        self._tell("made", artifact=pin.name, recipe=fingerprint_digest(manifest.fingerprint), seconds=seconds)
 
     def _end(self, error: BaseException) -> None:
         words = explained(error)[0] or f"{type(error).__name__}: {error}"
@@ -271,14 +271,14 @@ def refuse_other_code(submitted: Code) -> None:
         )
 
 
-def refuse_other_recipe(run: RunFolder, config: Config, pin: Pin) -> None:
+def refuse_other_fingerprint(run: RunFolder, config: Config, pin: Pin) -> None:
     """Raise JobRefusedError when version, settings or inputs of an artifact are not those that were submitted."""
     version = find_stage(pin.node.stage).version
     changes = [f"stage version: {pin.version} -> {version}"] if version != pin.version else []
     try:
-        now = expected_recipe(run, config, pin.node).recipe
-        changes += compare_recipes(pin.recipe, now) if pin.recipe is not None else []
-        changes += compare_recipes(now, expected_recipe(run, read_config(run), pin.node).recipe)
+        now = expected_fingerprint(run, config, pin.node).fingerprint
+        changes += compare_fingerprints(pin.fingerprint, now) if pin.fingerprint is not None else []
+        changes += compare_fingerprints(now, expected_fingerprint(run, read_config(run), pin.node).fingerprint)
     except MissingInputError:
         pass  # running the stage says which input is missing, and the command that makes it
     if changes:

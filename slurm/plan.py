@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from grappa.pipeline.config.schema import Config, identity_settings
 from grappa.pipeline.config.yaml_file import load_config
 from grappa.pipeline.engine.execution import NotReadyError, Selection, selected
-from grappa.pipeline.engine.fingerprints import expected_recipe
+from grappa.pipeline.engine.fingerprints import expected_fingerprint
 from grappa.pipeline.engine.status import Judge
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage, upstream
@@ -91,8 +91,8 @@ def _job(
 
 def _pin(run: RunFolder, config: Config, node: Node, coming: set[Node], force: bool) -> Pin:
     known = coming.isdisjoint(upstream(node, config))
-    recipe = expected_recipe(run, config, node).recipe if known else None
-    return Pin(node.name, find_stage(node.stage).version, force, recipe)
+    fingerprint = expected_fingerprint(run, config, node).fingerprint if known else None
+    return Pin(node.name, find_stage(node.stage).version, force, fingerprint)
 
 
 def _refuse_unready(run: RunFolder, judge: Judge, node: Node, coming: set[Node]) -> None:

@@ -1,6 +1,6 @@
 """Profiles: what jobs ask of a cluster. One YAML file a cluster, checked before anything is submitted.
 
-Resources are never part of a recipe: another profile gives the same result.
+Resources are never part of a fingerprint: another profile gives the same result.
 """
 
 from __future__ import annotations

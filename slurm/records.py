@@ -27,12 +27,12 @@ JOBS_FOLDER, SUBMISSION_FILE, PINNED_CONFIG, OUTCOMES_FILE = "jobs", "submission
 
 @dataclass(frozen=True)
 class Pin:
-    """One artifact that a job makes: ``recipe`` is None while what it reads was not made yet."""
+    """One artifact that a job makes: ``fingerprint`` is None while what it reads was not made yet."""
 
     name: str
     version: int
     force: bool
-    recipe: Mapping[str, Any] | None
+    fingerprint: Mapping[str, Any] | None
 
     @property
     def node(self) -> Node:
@@ -136,8 +136,13 @@ class JobRecord:
 
 def write_submission(folder: Path, jobs: Sequence[JobRecord], general: Mapping[str, Any]) -> None:
     """Write what was submitted so far; whole or not at all."""
-    content = {"format": FORMAT, **general, "jobs": [asdict(job) for job in jobs]}
+    content = {"format": FORMAT, **general, "jobs": [asdict(job, dict_factory=_on_disk) for job in jobs]}
     atomic_write_json(folder / SUBMISSION_FILE, content)
+
+
+def _on_disk(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """On disk a fingerprint has the key ``recipe``, as it has in a manifest."""
+    return {"recipe" if name == "fingerprint" else name: value for name, value in fields}
 
 
 def read_submission(folder: Path) -> dict[str, Any] | None:

@@ -71,7 +71,7 @@ class StageContext:
 
     @property
     def resumed(self) -> bool:
-        """Whether ``path`` holds the unfinished work of the same recipe."""
+        """Whether ``path`` holds the unfinished work of the same fingerprint."""
         return self.work.resumed
 
     @property
@@ -116,7 +116,7 @@ class StageContext:
 
     def _roots(self) -> list[str]:
         manifest = self.run.artifact("sources").manifest()
-        assert manifest is not None, "the recipe could not have been made without the sources"
+        assert manifest is not None, "the fingerprint could not have been made without the sources"
         return list(manifest.provenance["roots"])
 
     @contextmanager

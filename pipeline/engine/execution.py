@@ -14,8 +14,8 @@ from io import StringIO
 
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.context import LeadersWork, StageContext
-from grappa.pipeline.engine.fingerprints import expected_recipe
-from grappa.pipeline.engine.freshness import Problem, State, compare_recipes
+from grappa.pipeline.engine.fingerprints import expected_fingerprint
+from grappa.pipeline.engine.freshness import Problem, State, compare_fingerprints
 from grappa.pipeline.engine.progress import Progress, duration
 from grappa.pipeline.engine.status import Judge
 from grappa.pipeline.engine.team import ALONE, Team, joined
@@ -160,9 +160,9 @@ def execute(
     team: Team = ALONE,
 ) -> float:
     """Run one node whose inputs are fresh and publish its artifact; return the seconds it took."""
-    job, expected = os.environ.get("SLURM_JOB_ID"), expected_recipe(run, config, node)
+    job, expected = os.environ.get("SLURM_JOB_ID"), expected_fingerprint(run, config, node)
     started, start = datetime.now(UTC), time.monotonic()
-    with open_work(run.artifact(node), expected.recipe, job=job) as work:
+    with open_work(run.artifact(node), expected.fingerprint, job=job) as work:
         if work.finished:
             shutil.rmtree(work.path)
             say(f"{node}: was finished, its interrupted publication is completed")
@@ -183,8 +183,8 @@ def execute(
 
 def _refuse_changed_inputs(run: RunFolder, config: Config, node: Node, work: Work) -> None:
     """Another process may have published an input while this one was read: such a mixture is never published."""
-    now = json.loads(json.dumps(expected_recipe(run, config, node).recipe))
-    changes = compare_recipes(work.recipe, now)
+    now = json.loads(json.dumps(expected_fingerprint(run, config, node).fingerprint))
+    changes = compare_fingerprints(work.fingerprint, now)
     if changes:
         work.start_over()
         raise NotReadyError(f"{node}: {'; '.join(changes)} while it was made; give the command again")

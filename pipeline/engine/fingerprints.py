@@ -1,4 +1,4 @@
-"""The recipe an instance has now: from the configuration, upstream manifests and what lies outside the run."""
+"""The fingerprint an instance has now: from the configuration, upstream manifests and what lies outside the run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from grappa.pipeline.graph.stages import Input, find_stage
 from grappa.pipeline.store.artifacts import CorruptManifest, Manifest, RunFolder, quoted
 
 SOURCES, SOURCES_FILE = Node("sources"), "sources.parquet"
-SOURCES_RECIPE: dict[str, Any] = {"stage": "sources", "instance": None, "version": 1, "config": {}, "inputs": {}}
+SOURCES_FINGERPRINT: dict[str, Any] = {"stage": "sources", "instance": None, "version": 1, "config": {}, "inputs": {}}
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A recipe, and notes for the provenance (where the weights lay)."""
+    """A fingerprint, and notes for the provenance (where the weights lay)."""
 
-    recipe: dict[str, Any]
+    fingerprint: dict[str, Any]
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def expected_recipe(run: RunFolder, config: Config, node: Node) -> Expected:
-    """Return the recipe of a node; only manifests are read, and weights that changed since they were.
+def expected_fingerprint(run: RunFolder, config: Config, node: Node) -> Expected:
+    """Return the fingerprint of a node; only manifests are read, and weights that changed since they were.
 
     Raises MissingInputError when an input is missing: a line such as ``upstream features is missing``.
     """
@@ -44,9 +44,9 @@ def expected_recipe(run: RunFolder, config: Config, node: Node) -> Expected:
         manifest = read_manifest(run, node)
         inputs["detector"], found = detector_digests(config, manifest.provenance.get("detector") if manifest else None)
         notes = {"detector": found}
-    recipe = {"stage": node.stage, "instance": node.instance, "version": stage.version}
+    fingerprint = {"stage": node.stage, "instance": node.instance, "version": stage.version}
     settings = identity_settings(config, stage.settings(node.instance))
-    return Expected(recipe | {"config": settings, "inputs": inputs}, notes)
+    return Expected(fingerprint | {"config": settings, "inputs": inputs}, notes)
 
 
 def read_manifest(run: RunFolder, node: Node | str) -> Manifest | None:
@@ -85,7 +85,7 @@ def _input_digests(run: RunFolder, source: Input) -> dict[str, str]:
 
 
 def _weights(run: RunFolder, config: Config, node: Node) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the recipe's input and the provenance of the backbone's weights."""
+    """Return the fingerprint's input and the provenance of the backbone's weights."""
     if config.backbone.weights is None:
         return {"hub": config.backbone.name}, {}
     manifest = read_manifest(run, node)

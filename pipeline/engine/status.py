@@ -9,7 +9,7 @@ from typing import Any
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import ConfigError, load_config
 from grappa.pipeline.engine.externals import MissingInputError
-from grappa.pipeline.engine.fingerprints import SOURCES, expected_recipe, read_manifest
+from grappa.pipeline.engine.fingerprints import SOURCES, expected_fingerprint, read_manifest
 from grappa.pipeline.engine.freshness import Problem, State, artifact_state
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage, nodes, upstream
@@ -69,12 +69,12 @@ class Judge:
 
     def _judge(self, node: Node) -> State:
         problems = [str(problem) for problem in self.upstream_problems(node)]
-        recipe = None
+        fingerprint = None
         try:
-            recipe = expected_recipe(self._run, self._config, node).recipe
+            fingerprint = expected_fingerprint(self._run, self._config, node).fingerprint
         except MissingInputError as error:
             problems = problems or [str(error)]
-        return artifact_state(self._run.artifact(node), recipe, problems, self._verify)
+        return artifact_state(self._run.artifact(node), fingerprint, problems, self._verify)
 
     def _sources_problems(self) -> list[Problem]:
         """Return what is wrong with the listed images; `grappa init` mends it."""

@@ -1,7 +1,7 @@
 """The graph as data: what each stage reads, which instances it has, and where its code lives.
 
-A stage's *recipe* is its version, the configuration it lists here and the digests of the files it lists here: nothing
-else can change its result. Bump ``version`` when the same recipe would give another result.
+The *fingerprint* of a result is its stage's version, the settings and the digests of the files that the stage lists
+here: nothing else can change the result. Bump ``version`` when the same fingerprint would give another result.
 """
 
 from __future__ import annotations

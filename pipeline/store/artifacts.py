@@ -28,11 +28,11 @@ from grappa.pipeline.store.storage import (
 
 FORMAT = 1
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
-MANIFEST_FILE, RECIPE_FILE, LOG_FILE = "manifest.json", "recipe.json", "log.jsonl"
+MANIFEST_FILE, FINGERPRINT_FILE, LOG_FILE = "manifest.json", "recipe.json", "log.jsonl"
 CHECKPOINT_FILES = ("checkpoint.safetensors", "checkpoint.json")
 SCRATCH_FOLDER = "scratch"  # in a partial folder: what a stage needs to go on after a crash, dropped when published
 
-Recipe = Mapping[str, Any]
+Fingerprint = Mapping[str, Any]
 
 
 def quoted(path: Path) -> str:
@@ -57,15 +57,15 @@ class FileDigest(TypedDict):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is: recipe and outputs are its identity, provenance says where it came from."""
+    """What an artifact is: fingerprint and outputs are its identity, provenance says where it came from."""
 
-    recipe: Recipe
+    fingerprint: Fingerprint
     outputs: Mapping[str, FileDigest]
     provenance: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as written to disk, with its format version."""
-        parts = {"recipe": self.recipe, "outputs": self.outputs, "provenance": self.provenance}
+        parts = {"recipe": self.fingerprint, "outputs": self.outputs, "provenance": self.provenance}
         return {"format": FORMAT, **{name: dict(part) for name, part in parts.items()}}
 
     @classmethod
@@ -111,20 +111,20 @@ def _manifest_problem(content: object) -> str | None:
     for field in ("recipe", "outputs", "provenance"):
         if not isinstance(content[field], dict):
             return f"field {field} is not an object"
-    return _recipe_problem(content["recipe"]) or _outputs_problem(content["outputs"])
+    return _fingerprint_problem(content["recipe"]) or _outputs_problem(content["outputs"])
 
 
-def _recipe_problem(recipe: dict[str, Any]) -> str | None:
+def _fingerprint_problem(fingerprint: dict[str, Any]) -> str | None:
     expected = {"stage", "instance", "version", "config", "inputs"}
-    if set(recipe) != expected:
-        return f"fields of recipe are {sorted(recipe)}, expected {sorted(expected)}"
+    if set(fingerprint) != expected:
+        return f"fields of recipe are {sorted(fingerprint)}, expected {sorted(expected)}"
     right = (
-        isinstance(recipe["stage"], str)
-        and isinstance(recipe["instance"], str | None)
-        and _is_count(recipe["version"])
-        and isinstance(recipe["config"], dict)
-        and isinstance(recipe["inputs"], dict)
-        and all(isinstance(files, dict) for files in recipe["inputs"].values())
+        isinstance(fingerprint["stage"], str)
+        and isinstance(fingerprint["instance"], str | None)
+        and _is_count(fingerprint["version"])
+        and isinstance(fingerprint["config"], dict)
+        and isinstance(fingerprint["inputs"], dict)
+        and all(isinstance(files, dict) for files in fingerprint["inputs"].values())
     )
     return None if right else "a field of recipe has the wrong type"
 
@@ -295,6 +295,6 @@ def check_same_origin(folder: RunFolder, *names: str) -> None:
 
 def _digests(name: str, manifest: Manifest) -> dict[tuple[str, str], str]:
     inputs = {
-        (each, file): digest for each, files in manifest.recipe["inputs"].items() for file, digest in files.items()
+        (each, file): digest for each, files in manifest.fingerprint["inputs"].items() for file, digest in files.items()
     }
     return inputs | {(name, file): str(entry["sha256"]) for file, entry in manifest.outputs.items()}

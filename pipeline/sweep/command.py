@@ -1,7 +1,7 @@
 """`grappa sweep`: several configurations from one file, each an ordinary run, nothing computed twice.
 
-An artifact is identified by its recipe, and before each one is computed all siblings are asked for it: whatever the
-order of the runs, each recipe is computed once.
+A fingerprint identifies an artifact. Before an artifact is computed, all sibling runs are asked for it: whatever the
+order of the runs, it is computed once.
 """
 
 from __future__ import annotations

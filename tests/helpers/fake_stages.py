@@ -20,7 +20,7 @@ from grappa.pipeline.config.schema import Config, identity_settings
 from grappa.pipeline.config.yaml_file import dump_config, parse_settings
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.engine.execution import Report, Selection, run_stages
-from grappa.pipeline.engine.fingerprints import SOURCES_FILE, SOURCES_RECIPE
+from grappa.pipeline.engine.fingerprints import SOURCES_FILE, SOURCES_FINGERPRINT
 from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.status import states
 from grappa.pipeline.graph.stages import STAGES, inputs_of, nodes
@@ -62,7 +62,7 @@ class FakeStages:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with open_work(self.run.artifact("sources"), SOURCES_RECIPE) as work:
+        with open_work(self.run.artifact("sources"), SOURCES_FINGERPRINT) as work:
             pq.write_table(pa.table({"path": [name], "root": [0], "size": [1]}), work.path / SOURCES_FILE)
             work.publish({"roots": ["/no such folder"], "sources": self.settings["images"]["sources"]})
 

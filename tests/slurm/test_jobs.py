@@ -23,7 +23,7 @@ from grappa.pipeline.engine.status import read_config, states
 from grappa.pipeline.store import checkpoints
 from grappa.pipeline.store.locks import acquire
 from grappa.slurm import scheduler
-from grappa.slurm.jobs import Code, JobRefusedError, StageJob, code_here, refuse_other_recipe
+from grappa.slurm.jobs import Code, JobRefusedError, StageJob, code_here, refuse_other_fingerprint
 from grappa.slurm.notes import JobNote, job_notes
 from grappa.slurm.plan import PlannedJob, plan
 from grappa.slurm.profiles import load_profile
@@ -86,9 +86,9 @@ def test_only_what_is_not_fresh_is_planned_and_its_inputs_are_pinned(fakes: Fake
     jobs = planned(fakes)
     assert [job.stages[0] for job in jobs] == ["adaptors", "fusion", "student", "embeddings", "heads", "attention"]
     (first, *_), (fusion,) = jobs[0].tasks, jobs[1].tasks
-    assert first[0].recipe is not None
-    assert set(first[0].recipe["inputs"]) == {"images", "backbone", "clusters/k00002"}
-    assert fusion[0].recipe is None
+    assert first[0].fingerprint is not None
+    assert set(first[0].fingerprint["inputs"]) == {"images", "backbone", "clusters/k00002"}
+    assert fusion[0].fingerprint is None
     assert jobs[0].reasons == {"adaptors/k00002": "missing", "adaptors/k00004": "missing"}
 
 
@@ -212,7 +212,7 @@ def test_a_job_refuses_to_compute_something_else(fakes: FakeStages, change: dict
     fakes.execute(until="clusters")
     pin = planned(fakes, stage="adaptors")[0].tasks[0][0]
     config = fakes.config
-    refuse_other_recipe(fakes.run, config, pin)
+    refuse_other_fingerprint(fakes.run, config, pin)
     if "seed" in change:
         fakes.configure(adaptors=change)
     if "clusters" in change:
@@ -220,7 +220,7 @@ def test_a_job_refuses_to_compute_something_else(fakes: FakeStages, change: dict
         fakes.execute(stage="clusters", instance="k00002")
     pin = dataclasses.replace(pin, version=change.get("version", pin.version))
     with pytest.raises(JobRefusedError, match=f"adaptors/k00002 is no longer what was submitted: .*{reason}"):
-        refuse_other_recipe(fakes.run, config, pin)
+        refuse_other_fingerprint(fakes.run, config, pin)
 
 
 def test_a_job_refuses_other_code_and_an_endless_return_to_the_queue(

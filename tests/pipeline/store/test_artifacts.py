@@ -86,9 +86,9 @@ def test_artifact_names_and_places(tmp_path: Path) -> None:
 
 
 def test_manifest_survives_writing_and_reading(tmp_path: Path) -> None:
-    recipe = {"stage": "s", "instance": None, "version": 1, "config": {"s.a": [1, 2.5, None]}, "inputs": {}}
+    fingerprint = {"stage": "s", "instance": None, "version": 1, "config": {"s.a": [1, 2.5, None]}, "inputs": {}}
     odd = os.fsdecode(b"caf\xe9 'x\".npy")
-    manifest = Manifest(recipe, {odd: {"bytes": 3, "sha256": "0" * 64}}, {"host": "h"})
+    manifest = Manifest(fingerprint, {odd: {"bytes": 3, "sha256": "0" * 64}}, {"host": "h"})
     atomic_write_json(tmp_path / "manifest.json", manifest.to_json())
     assert Manifest.read(tmp_path / "manifest.json") == manifest
 
