@@ -62,7 +62,7 @@ class Code:
 
 @dataclass(frozen=True)
 class StageJob(submitit.helpers.Checkpointable):
-    """A job's call. ``code``: what it was submitted with; ``cpus``: threads, where the configuration says 0."""
+    """What a job calls. ``code``: what it was submitted with; ``cpus``: the threads where the configuration says 0."""
 
     run: str
     submission: str
@@ -96,7 +96,7 @@ class StageJob(submitit.helpers.Checkpointable):
         return submitit.helpers.DelayedSubmission(self)
 
     def _help(self) -> None:
-        """Compute beside the first task, as long as it goes on; signals are left to it."""
+        """Compute beside the first task until that ends; the first task alone handles signals."""
         try:
             with suppress(Stopped), joined() as team:
                 refuse_other_code(self.code)
@@ -160,7 +160,7 @@ class StageJob(submitit.helpers.Checkpointable):
             atomic_write_json(progress_file(Path(self.submission), self._task_id), asdict(snapshot))
 
     def _tell(self, event: str, **fields: object) -> None:
-        """Note an event; the table follows."""
+        """Append an event, then write the table of jobs anew."""
         with suppress(StorageError):  # a full disk: what matters is the artifact, and Slurm tells the end
             append_event(self._events_file, event, **fields)
             if event != "stop":  # perhaps in a signal handler: as little as possible
@@ -189,10 +189,10 @@ def take_place() -> int:
 
 @contextmanager
 def _stopping(tell: Callable[[], None]) -> Iterator[None]:
-    """At the signal: let the stage keep its state, then requeue, by submitit's own handler.
+    """At a signal, let the stage keep its state, then requeue the job by submitit's own handler.
 
-    SIGUSR2 announces a preemption or the time limit. SIGTERM is the end (scancel), or a preemption of a cluster that
-    sends nothing else: the state is kept, and Slurm itself decides what becomes of the job.
+    SIGUSR2 announces a preemption or the time limit. SIGTERM means the end (scancel), or a preemption on a cluster
+    that sends nothing else: the state is kept, and Slurm decides what becomes of the job.
     """
     requeue = signal.getsignal(signal.SIGUSR2)
     if not callable(requeue):  # in process: no job to put anywhere
@@ -230,8 +230,8 @@ def _stopping(tell: Callable[[], None]) -> Iterator[None]:
 def patiently(make: Callable[[], None], lock: Path) -> None:
     """Call ``make`` again while another process writes the artifact, for ten minutes.
 
-    A former start of this very job may still be at work (on a node that Slurm took for dead): it is waited for as long
-    as it lives, and when it has published, there is nothing left to do.
+    A former start of this very job may still be at work (on a node that Slurm took for dead). This start waits for it
+    as long as it lives; when the former one has published, nothing is left to do.
     """
     end = time.monotonic() + LOCKED_SECONDS
     while True:

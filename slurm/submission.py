@@ -29,7 +29,7 @@ class Submission:
     code: Code
 
     def job_name(self, job: PlannedJob) -> str:
-        """Return a name that no other job has, now or later: ids are used again, this tells whose one is."""
+        """Return a name that no other job has or will have: Slurm gives ids again, a name never recurs."""
         return f"grappa-{job.stages[0]}-{self.mark}"
 
     def calls(self, job: PlannedJob) -> list[StageJob]:

@@ -1,4 +1,4 @@
-"""What a stage's ``run(context)`` gets: where its inputs lie, where its outputs go, how it shows that it lives."""
+"""What a stage's ``run(context)`` gets: its settings, the folders of its inputs and outputs, progress, processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LeadersWork:
-    """The work in progress as a follower sees it: the leader holds the lock, logs and publishes."""
+    """The work in progress as a follower sees it. The leader holds the lock, writes the log and publishes."""
 
     path: Path
     resumed: bool
@@ -37,8 +37,8 @@ class LeadersWork:
 class StageContext:
     """One instance of a stage at work. A stage reads what it declares, and writes below ``path``.
 
-    Where several processes are at it (``team``), only the one that ``leads`` writes, and the others return when their
-    part is done.
+    Where several processes compute it (``team``), only the one that ``leads`` writes; the others return when they have
+    computed their part.
     """
 
     run: RunFolder
@@ -148,17 +148,19 @@ class StageContext:
     def resolve(self, name: str, value: T) -> T:
         """Note what an ``auto`` became, for the provenance; resumed work gets back the value that it began with.
 
-        All processes of a team get the leader's, but for the device.
+        All processes of a team get the leader's value, except for the device.
         """
         kept = value
         if name != "device":
-            kept = self.team.agree(name, self._kept().get(name, value) if self.resumed and self.leads else value)
+            kept = self.team.agree(
+                name, self._resolved_before().get(name, value) if self.resumed and self.leads else value
+            )
         if self.resolved.get(name) != kept:
             self.resolved[name] = kept
             self.log({"resolved": {name: kept}})
         return kept
 
-    def _kept(self) -> dict[str, Any]:
+    def _resolved_before(self) -> dict[str, Any]:
         """Return what the log says was resolved when this work began."""
         log = self.path / LOG_FILE
         records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -169,7 +171,7 @@ class StageContext:
 
 
 def num_cores() -> int:
-    """Return the CPU cores that this process may use: its part where several on one host are bound to none."""
+    """Return the number of CPU cores for this process: a share, where several processes of a host see all cores."""
     everything = os.cpu_count() or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everything
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if cores == everything else 1

@@ -1,4 +1,4 @@
-"""Running stages: in the order of the graph, each judged just before, each published whole or not at all."""
+"""Running stages in the order of the graph: a node is judged just before it runs, and published whole or not at all."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Selection:
 
 @dataclass
 class Report:
-    """What was run: seconds a stage, in order; ``leads``: by this process, which is no other one's follower."""
+    """What was run: seconds a stage, in order; ``leads``: this process ran it, as the only one or as the leader."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     num_fresh: int = 0
@@ -182,7 +182,7 @@ def execute(
 
 
 def _refuse_changed_inputs(run: RunFolder, config: Config, node: Node, work: Work) -> None:
-    """Another process may have published an input while this one was read: such a mixture is never published."""
+    """Refuse a mixture: another process may have published an input anew while this one was reading it."""
     now = json.loads(json.dumps(expected_fingerprint(run, config, node).fingerprint))
     changes = compare_fingerprints(work.fingerprint, now)
     if changes:

@@ -1,4 +1,4 @@
-"""What a run reads from outside: the backbone's weights and the detector of objects, by the digests of their files."""
+"""What a run reads from outside its folder: the backbone's weights and the detector of objects, as digests."""
 
 from __future__ import annotations
 

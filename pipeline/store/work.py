@@ -44,9 +44,9 @@ DROPPED_FILES = (FINGERPRINT_FILE, *CHECKPOINT_FILES)
 class Work:
     """A locked artifact in the making; use as a context manager, write outputs below `path`, then `publish`.
 
-    `resumed`: `path` holds unfinished work with the same fingerprint. `finished`: a crash had interrupted a publish with
-    this very fingerprint, `open_work` has completed it, and this is its manifest; else None. An exception leaves `path`
-    to the next try.
+    `resumed`: `path` holds unfinished work with the same fingerprint. `finished`: the manifest, where a crash had
+    interrupted a publish with this fingerprint and `open_work` has completed it; else None. An exception leaves `path`
+    as it is, for the next try.
     """
 
     def __init__(
