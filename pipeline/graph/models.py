@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from grappa.pipeline.config.schema import Config, ExtraModel
+from grappa.pipeline.graph.node import Node
 
 # fmt: off
 Part = Literal[
@@ -171,21 +172,21 @@ def embedding_models(config: Config) -> tuple[str, ...]:
     return tuple(name for model in MODELS for name in model.names_in(config))
 
 
-def evaluated_models(config: Config) -> dict[str, tuple[str, str]]:
-    """Return the entries of the result table but the oracle, each with stage and instance of its final embeddings."""
+def evaluated_models(config: Config) -> dict[str, Node]:
+    """Return the entries of the result table but the oracle, each with the node of its final embeddings."""
     evaluated = {}
     for name in embedding_models(config):
-        evaluated[name] = ("heads" if find_model(name).head else "embeddings", name)
+        evaluated[name] = Node("heads" if find_model(name).head else "embeddings", name)
         for variant in VARIANTS:
             if variant.follows(name, config):
                 of = variant.of(config)
-                evaluated[variant.name.replace("*", of)] = (variant.stage, of)
+                evaluated[variant.name.replace("*", of)] = Node(variant.stage, of)
     return evaluated
 
 
 def head_models(config: Config) -> tuple[str, ...]:
     """Return the models that get an embedding head: those that are evaluated with one."""
-    return tuple(name for stage, name in evaluated_models(config).values() if stage == "heads")
+    return tuple(str(node.instance) for node in evaluated_models(config).values() if node.stage == "heads")
 
 
 def adaptor_sets(config: Config) -> tuple[str, ...]:

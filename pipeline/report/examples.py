@@ -16,6 +16,7 @@ from grappa.core.randomness import id_numbers, key, shuffled
 from grappa.images.pixels import PixelCache
 from grappa.images.splits import test_rows
 from grappa.pipeline.graph.models import MODELS
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.opening import read_images
 from grappa.pipeline.store.artifacts import RunFolder, published
 
@@ -61,12 +62,12 @@ class Example:
 
 
 def load_examples(
-    run: RunFolder, models: Mapping[str, tuple[str, str]], per_query: pd.DataFrame, *, seed: int = 0
+    run: RunFolder, models: Mapping[str, Node], per_query: pd.DataFrame, *, seed: int = 0
 ) -> list[Example]:
     """Return the examples of a run: of each domain one query drawn at random, and where labels exist the two whose
     average precision gained and lost the most from the first to the second of ``models``.
 
-    ``models`` names the stage and instance of each one's embeddings. The gallery is merged: all test images but the
+    ``models`` names the artifact of each model's embeddings. The gallery is merged: all test images but the
     query.
     """
     images = read_images(published(run, "images"))
@@ -76,7 +77,7 @@ def load_examples(
     precision = _precision(table, list(models), per_query)
     chosen = choose(table, precision, seed=seed)
     places = [place for _, place in chosen]
-    found = {model: _nearest(published(run, *source), rows, np.array(places)) for model, source in models.items()}
+    found = {model: _nearest(published(run, source), rows, np.array(places)) for model, source in models.items()}
     return [_example(table, precision, found, why, place, number) for number, (why, place) in enumerate(chosen)]
 
 

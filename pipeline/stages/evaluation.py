@@ -19,6 +19,7 @@ from grappa.metrics.indicators import reciprocity_table
 from grappa.metrics.retrieval import SUMMARY_COLUMNS, evaluate, oracle, summarize
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import FREE, deployed_model, evaluated_models
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.opening import read_images
 
 GALLERIES = ("domain", "merged")
@@ -40,13 +41,13 @@ def run(context: StageContext) -> str:
 def _evaluate_all(
     context: StageContext, images: pd.DataFrame, labels: pd.Series, rows: NDArray[np.int64]
 ) -> pd.DataFrame:
-    ids, sources = images["image_id"].to_numpy(), evaluated_models(context.config)
-    width = max(_embeddings(context, source).shape[1] for source in sources.values())
-    context.need_memory(memory.evaluation(len(rows), width, len(sources)))
+    ids, nodes = images["image_id"].to_numpy(), evaluated_models(context.config)
+    width = max(_embeddings(context, node).shape[1] for node in nodes.values())
+    context.need_memory(memory.evaluation(len(rows), width, len(nodes)))
     parts = []
-    with context.task("evaluating", len(sources) * len(GALLERIES), unit="tables") as advance:
-        for name, source in sources.items():
-            embeddings = _embeddings(context, source)
+    with context.task("evaluating", len(nodes) * len(GALLERIES), unit="tables") as advance:
+        for name, node in nodes.items():
+            embeddings = _embeddings(context, node)
             chosen = np.asarray(embeddings[rows])
             for gallery in GALLERIES:
                 table = evaluate(
@@ -66,8 +67,10 @@ def _evaluate_all(
     return pd.concat([per_query, oracle(per_query, list(context.config.granularities))], ignore_index=True)
 
 
-def _embeddings(context: StageContext, source: tuple[str, str]) -> NDArray[np.float32]:
-    mapped: NDArray[np.float32] = np.load(context.input(*source) / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+def _embeddings(context: StageContext, node: Node) -> NDArray[np.float32]:
+    mapped: NDArray[np.float32] = np.load(
+        context.input(node.stage, node.instance) / "embeddings.npy", mmap_mode="r", allow_pickle=False
+    )
     return mapped
 
 
@@ -79,11 +82,11 @@ def _nothing() -> pd.DataFrame:
 
 def _reciprocity(context: StageContext, domains: NDArray[np.object_], rows: NDArray[np.int64]) -> pd.DataFrame:
     """Return model, domain, gallery and reciprocity of every model but the oracle; no label is read."""
-    sources = evaluated_models(context.config)
+    nodes = evaluated_models(context.config)
     parts = []
-    with context.task("reciprocity", len(sources) * len(GALLERIES), unit="tables") as advance:
-        for name, source in sources.items():
-            chosen = np.asarray(_embeddings(context, source)[rows])
+    with context.task("reciprocity", len(nodes) * len(GALLERIES), unit="tables") as advance:
+        for name, node in nodes.items():
+            chosen = np.asarray(_embeddings(context, node)[rows])
             for gallery in GALLERIES:
                 found = reciprocity_table(chosen, domains, gallery=gallery)
                 parts.append(found.assign(model=name, gallery=gallery))

@@ -24,7 +24,8 @@ from grappa.pipeline.graph.models import (
     find_entry,
     saw_labels,
 )
-from grappa.pipeline.graph.stages import PARTS, STAGES, Input, artifact_name, find_stage
+from grappa.pipeline.graph.node import Node
+from grappa.pipeline.graph.stages import PARTS, nodes, upstream
 from grappa.pipeline.stages.embeddings import COMPUTED, OPENED
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import draw_images, make_run, run_all, split_of, write_table, write_weights
@@ -55,7 +56,7 @@ class Reads:
         given = StageContext.input
 
         def told(context: StageContext, stage: str, instance: str | None = None) -> Path:
-            self.found.setdefault(context.name, set()).add(artifact_name(stage, instance))
+            self.found.setdefault(context.name, set()).add(Node(stage, instance).name)
             return given(context, stage, instance)
 
         monkeypatch.setattr(StageContext, "input", told)
@@ -92,11 +93,7 @@ def test_what_is_declared_is_what_is_read(
 
 
 def _declared(config: Config) -> dict[str, set[str]]:
-    return {
-        artifact_name(stage.name, instance): {each.name for each in stage.inputs(config, instance)}
-        for stage in STAGES
-        for instance in stage.instances(config)
-    }
+    return {node.name: {each.name for each in upstream(node, config)} for node in nodes(config)}
 
 
 def _tell_what_is_there(run: RunFolder, config: Config) -> None:
@@ -123,16 +120,16 @@ def test_every_extra_model_is_one_of_the_table(extra: str) -> None:
 def test_an_extra_model_that_reads_object_views_needs_a_provider(extra: str) -> None:
     settings = {"clusters": {"num_clusters": [4, 8]}, "evaluation": {"extra_rows": [extra]}}
     config = parse_settings({**settings, "objects": {"provider": "backbone"}}, "test")
-    reads = any(each.stage.startswith("object") for name in embedding_models(config) for each in _inputs(config, name))
+    reads = any(
+        each.stage.startswith("object")
+        for name in embedding_models(config)
+        for each in upstream(Node("embeddings", name), config)
+    )
     if reads:
         with pytest.raises(ConfigError, match=f"the model {extra} needs object views"):
             parse_settings(settings, "test")
     else:
         parse_settings(settings, "test")
-
-
-def _inputs(config: Config, name: str) -> tuple[Input, ...]:
-    return find_stage("embeddings").inputs(config, name)
 
 
 def test_a_name_finds_its_entry() -> None:
