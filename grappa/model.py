@@ -1,9 +1,8 @@
 """The adapted model as a user deploys it: images in, L2-normalised embeddings out.
 
 A model folder holds ``model.json`` (architecture and preprocessing) and ``weights.safetensors`` (backbone, adaptor
-sets, fusion if there is one, and head): no pickle, and neither network nor other files are needed to open it. Without a
-fusion there is one set: a student, or one trained alone. Format 1 had no head, format 2 always a fusion; both are still
-opened.
+sets, fusion if there is one, and head): no pickle, and neither network nor other files are needed to open it. A model
+without a fusion has exactly one adaptor set: a student's, or one that was trained alone.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from grappa.method.adaptors import AdaptorSet, folded
 from grappa.method.fusion import FoldedFusion, Fusion
 from grappa.method.head import Head, IdentityHead, open_head
 
-FORMAT, FIRST_FORMAT = 3, 1
+FORMAT = 3
 
 
 class ModelError(ValueError):
@@ -124,7 +123,7 @@ def load_model(folder: str | Path) -> GrappaModel:
         backbone = build_backbone(BackboneSpec.from_json(record["backbone"]))
         backbone.vit.load_state_dict(_below(tensors, "backbone."))
         adapted = _open_adapted(record, tensors)
-        head = open_head(record["head"], _below(tensors, "head.")) if record["format"] > FIRST_FORMAT else None
+        head = open_head(record["head"], _below(tensors, "head."))
         return GrappaModel(backbone, adapted, cache_size=int(record["cache_size"]), head=head).eval()
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(
@@ -133,8 +132,7 @@ def load_model(folder: str | Path) -> GrappaModel:
 
 
 def _open_adapted(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fusion | AdaptorSet:
-    names = record["sets"] if record["format"] == FORMAT else record["granularities"]
-    sets = [AdaptorSet.from_state_dict(_below(tensors, f"sets.{name}.")) for name in names]
+    sets = [AdaptorSet.from_state_dict(_below(tensors, f"sets.{name}.")) for name in record["sets"]]
     if record["fusion"] is None:
         (only,) = sets
         return only
@@ -151,10 +149,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} has no model.json; give a folder written by `grappa export`") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not JSON ({error}); export the model again") from error
-    if not isinstance(record, dict) or record.get("format") not in range(FIRST_FORMAT, FORMAT + 1):
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else record
-        known = f"{FIRST_FORMAT} to {FORMAT}"
-        raise ModelError(f"{path} has format {found!r}, this version reads {known}; update grappa or export again")
+        raise ModelError(f"{path} has format {found!r}, this version reads {FORMAT}; update grappa or export again")
     return record
 
 
