@@ -32,8 +32,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grappa.core.memory import DOUBLE, FLOAT, WORK
 from grappa.core.vectors import as_tensor, check_unit_vectors, full_float32
 from grappa.metrics.whitening import MIN_VARIANCE, fit_whitening
+from grappa.search import kmeans
 
 # B rows of a block, D width, n train rows, M centroids
 from grappa.search.assignment import BLOCK_ELEMENTS, Progress
@@ -252,6 +254,17 @@ def fit_neighborhood_head(
     return _fit_around(
         points, centroids.double(), min(perplexity, (number + 1) / 2), deviation_power, neighborhood_weight
     )
+
+
+def memory_needed(num_images: int, num_train: int, width: int, num_centroids: int) -> int:
+    """Return the bytes that fitting a neighborhood head and applying it take at their peak.
+
+    Counted are all embeddings before and after, the train embeddings as given and clustered, and the sample on which
+    the temperature is fitted.
+    """
+    sample = 5 * min(MAX_SAMPLE, num_train) * num_centroids * DOUBLE
+    images = (2 * num_images + num_train) * width * FLOAT
+    return images + kmeans.memory_needed(num_train, width, num_centroids) + sample + WORK
 
 
 def _fit_around(

@@ -15,13 +15,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from grappa.core.memory import FLOAT, INTEGER, WORK
 from grappa.core.randomness import key, shuffled
 from grappa.core.vectors import check_unit_vectors
 
 RECALL_AT = (1, 2, 4, 8)
 METRICS = ["average_precision", "r_precision", "map_at_r", *(f"recall_at_{depth}" for depth in RECALL_AT)]
 GALLERIES = ("domain", "merged")
-BLOCK_ELEMENTS = 2**22
+QUERY_BLOCK, BLOCK_ELEMENTS = 256, 2**22
 MEAN_DOMAIN = "_mean"
 ORACLE = "oracle"
 SUMMARY_COLUMNS = ["model", "domain", "gallery", "num_queries", "map", "map_se", "r_precision", "map_at_r"]
@@ -36,7 +37,7 @@ def evaluate(
     ids: NDArray[np.uint64],
     gallery: str,
     seed: int = 0,
-    block_size: int = 256,
+    block_size: int = QUERY_BLOCK,
     progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """Score every labelled row of embeddings (N, D), L2-normalised, as a query against all other labelled rows.
@@ -63,6 +64,19 @@ def evaluate(
     frame = frame[["row", "domain", "num_positives", *METRICS]].sort_values("row", ignore_index=True)
     frame.attrs["num_unlabeled"] = len(embeddings) - len(labelled)
     return frame
+
+
+def memory_needed(num_images: int, width: int, num_models: int) -> int:
+    """Return the bytes that the evaluation of ``num_models`` models takes at its peak.
+
+    Counted are one model's embeddings in their file, as given and in order, two tables of every model (one a gallery,
+    twice while they are put together), and a block of rankings.
+    """
+    num_columns = len(["row", "domain", "num_positives", *METRICS, "model", "gallery"])
+    embeddings = 3 * num_images * width * FLOAT
+    tables = 2 * len(GALLERIES) * num_models * num_images * num_columns * INTEGER
+    block = min(BLOCK_ELEMENTS, QUERY_BLOCK * num_images)
+    return embeddings + tables + block * (4 * INTEGER + 3 * FLOAT) + WORK
 
 
 def _check(

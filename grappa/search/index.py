@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from grappa.core.memory import FLOAT, INTEGER
 from grappa.core.vectors import check_unit_vectors
 
 INDEX_FILE, IDS_FILE, ID_COLUMN = "index.faiss", "ids.parquet", "image_id"
@@ -78,6 +79,12 @@ class SearchIndex:
         if len(short):
             similarities[short], rows[short] = _search_all_lists(self.faiss_index, queries[short], k)
         return self.ids[rows], similarities
+
+
+def memory_needed(num_images: int, width: int) -> int:
+    """Return the bytes that building takes at its peak: the embeddings in their file, as given and in the index, and
+    the ids."""
+    return 3 * num_images * width * FLOAT + num_images * 16 * INTEGER
 
 
 def _flat(width: int) -> Any:

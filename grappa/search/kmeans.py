@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from grappa.core.memory import FLOAT, INTEGER, WORK
 from grappa.core.randomness import key, uniforms
 from grappa.core.vectors import as_tensor, check_unit_vectors, full_float32
 
@@ -109,6 +110,19 @@ def assign(
     with full_float32():
         labels, cosines = nearest(as_tensor(features, device), as_tensor(centroids, device), progress or _silent)
     return labels.cpu().numpy(), _distances(cosines)
+
+
+def memory_needed(num_images: int, width: int, num_clusters: int) -> int:
+    """Return the bytes that clustering takes at its peak, and the assignment of all images after it.
+
+    Counted are the images in the order of their ids (or all images in their file), labels and centroids before and
+    after an iteration, and the products among the candidates of a round of the start.
+    """
+    points = num_images * width * FLOAT
+    labels = num_images * (4 * INTEGER + 3 * FLOAT)
+    centroids = 5 * num_clusters * width * FLOAT
+    candidates = NUM_TRIALS * min(MAX_ROUND, num_clusters / GROWTH)
+    return points + labels + centroids + int(candidates) ** 2 * (FLOAT + 1) + WORK // 2
 
 
 def cluster_health(sizes: NDArray[np.int64]) -> ClusterHealth:

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from grappa.core.memory import FLOAT, HALF, INTEGER, WORK
 from grappa.core.vectors import as_tensor, check_unit_vectors, full_float32
 from grappa.search import screening as proposals
 from grappa.search.screening import Pairs, Rounded
 
-CANDIDATE_BLOCK = 16384
+QUERY_BLOCK, CANDIDATE_BLOCK = 1024, 16384
 GROUP = 16
 TIE_BLOCK = 16
 RESCORE_BLOCK = 128
@@ -34,7 +35,7 @@ def nearest_neighbors(
     num_neighbors: int,
     query_ids: NDArray[np.int64],
     candidate_ids: NDArray[np.int64],
-    block_size: int = 1024,
+    block_size: int = QUERY_BLOCK,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -67,6 +68,17 @@ def nearest_neighbors(
             if progress is not None:
                 progress(len(found[0]))
     return neighbors, np.clip(similarities, -1.0, 1.0)
+
+
+def memory_needed(num_images: int, num_candidates: int, width: int, num_neighbors: int) -> int:
+    """Return the bytes that the search takes at its peak.
+
+    Counted are all images, the candidates as given and in bfloat16, the result, and a block of products with its mask.
+    """
+    vectors = num_images * width * FLOAT + num_candidates * width * (FLOAT + HALF)
+    found = num_images * num_neighbors * (INTEGER + FLOAT)
+    products = min(QUERY_BLOCK, num_images) * min(CANDIDATE_BLOCK, num_candidates)
+    return vectors + found + products * (FLOAT + 1) + WORK // 2
 
 
 def _check(

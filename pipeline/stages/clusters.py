@@ -20,16 +20,15 @@ if TYPE_CHECKING:
 def run(context: StageContext) -> str:
     import numpy as np
 
-    from grappa.core import memory
     from grappa.core.vectors import read_rows
-    from grappa.search.kmeans import cluster, num_assignments
+    from grappa.search.kmeans import cluster, memory_needed, num_assignments
 
     settings, images = context.config.clusters, read_images(context.input("images"))
     file = context.input(clustered_stage(context.config)) / "features.npy"
     features = np.load(file, mmap_mode="c", allow_pickle=False)  # c: never written to, and not copied by torch
     rows, ids = _in_order(images)
     num_clusters = num_clusters_of(str(context.instance))
-    context.need_memory(memory.clustering(len(features), features.shape[1], num_clusters))
+    context.need_memory(memory_needed(len(features), features.shape[1], num_clusters))
     device = str(settle_device(context))
     total = num_assignments(len(rows), [num_clusters], settings.num_iterations)
     with context.task("clustering", total, unit="assignments") as advance:

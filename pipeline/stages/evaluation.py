@@ -43,13 +43,12 @@ def _evaluate_all(
     import numpy as np
     import pandas as pd
 
-    from grappa.core import memory
     from grappa.core.randomness import id_numbers
-    from grappa.metrics.retrieval import evaluate, oracle
+    from grappa.metrics.retrieval import evaluate, memory_needed, oracle
 
     ids, sources = images["image_id"].to_numpy(), evaluated_rows(context.config)
     width = max(_embeddings(context, source).shape[1] for source in sources.values())
-    context.need_memory(memory.evaluation(len(rows), width, len(sources)))
+    context.need_memory(memory_needed(len(rows), width, len(sources)))
     parts = []
     with context.task("evaluating", len(sources) * len(GALLERIES), unit="tables") as advance:
         for name, source in sources.items():

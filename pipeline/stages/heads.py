@@ -58,14 +58,13 @@ def _fit(
 def _fit_neighborhood(
     context: StageContext, embeddings: NDArray[np.float32], ids: NDArray[np.uint64], device: str
 ) -> NeighborhoodHead:
-    from grappa.core import memory
-    from grappa.method.head import automatic_num_centroids, fit_neighborhood_head
+    from grappa.method.head import automatic_num_centroids, fit_neighborhood_head, memory_needed
     from grappa.search.kmeans import num_assignments
 
     settings = context.config.heads
     number = settings.num_centroids
     number = automatic_num_centroids(embeddings) if number == "auto" else number
-    context.need_memory(memory.head(len(embeddings), len(ids), embeddings.shape[1], number))
+    context.need_memory(memory_needed(len(embeddings), len(ids), embeddings.shape[1], number))
     total = num_assignments(len(ids), [number], settings.num_iterations)
     with context.task("clustering", total, unit="assignments") as advance:
         return fit_neighborhood_head(

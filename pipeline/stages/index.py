@@ -10,15 +10,14 @@ from grappa.pipeline.opening import chosen_rows, read_images
 def run(context: StageContext) -> str:
     import numpy as np
 
-    from grappa.core import memory
-    from grappa.search.index import SearchIndex
+    from grappa.search.index import SearchIndex, memory_needed
 
     settings, images = context.config.index, read_images(context.input("images"))
     rows = chosen_rows(images, settings.rows)
     embeddings = np.load(
         context.input("heads", deployed_row(context.config)) / "embeddings.npy", mmap_mode="r", allow_pickle=False
     )
-    context.need_memory(memory.index(len(rows), embeddings.shape[1]))
+    context.need_memory(memory_needed(len(rows), embeddings.shape[1]))
     ids = images["image_id"].iloc[rows].tolist()
     SearchIndex.build(np.asarray(embeddings[rows]), ids, ivf_above=settings.ivf_above).save(context.path)
     return f"{len(rows)} images can be found"

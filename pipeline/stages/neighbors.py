@@ -15,14 +15,13 @@ if TYPE_CHECKING:
 def run(context: StageContext) -> str:
     import numpy as np
 
-    from grappa.core import memory
-    from grappa.search.neighbors import nearest_neighbors
+    from grappa.search.neighbors import memory_needed, nearest_neighbors
 
     features = np.load(context.input("features") / "features.npy", mmap_mode="r", allow_pickle=False)
     rows = train_rows(read_images(context.input("images")))
     number = min(context.config.neighbors.num_neighbors, len(rows) - 1)
     own = np.arange(len(features))[context.processes.part(len(features))]
-    context.need_memory(memory.neighbors(len(own), len(rows), features.shape[1], number))
+    context.need_memory(memory_needed(len(own), len(rows), features.shape[1], number))
     with context.task("searching", len(own)) as advance:
         found = nearest_neighbors(
             features[own],
