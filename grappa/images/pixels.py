@@ -7,17 +7,17 @@ image i lies.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from grappa.core.files import write_whole
 
 INDEX_FILE = "index.npy"
 
@@ -51,30 +51,6 @@ def _write_flat(file: BinaryIO, images: Sequence[NDArray[np.uint8]]) -> None:
 def write_index(folder: Path, index: NDArray[np.int64]) -> None:
     """Write the index, (N, 4) int64 (shard, offset, height, width), the cache's last file."""
     write_whole(folder / INDEX_FILE, lambda file: np.save(file, index.astype(np.int64), allow_pickle=False))
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside its place, flush it to disk and rename it: ``path`` is never half a file."""
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        with open(draft, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class ImageRows(Protocol):

@@ -42,7 +42,7 @@ def _found(context: StageContext, images: pd.DataFrame) -> Boxes:
     """Return the provider's boxes (N, 4) and confidences (N,); interrupted work keeps those it has."""
     import numpy as np
 
-    from grappa.images.pixels import write_whole
+    from grappa.core.files import write_whole
 
     scratch = context.path / SCRATCH_FOLDER
     scratch.mkdir(exist_ok=True)
