@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from grappa.backbone.vit import Backbone, BackboneSpec, build_backbone, embed
+from grappa.core.arrays import below
 from grappa.images.decoding import image_to_rgb, shrink
 from grappa.images.transforms import eval_crop, normalize
 from grappa.method.adaptors import AdaptorSet, folded
@@ -121,9 +122,9 @@ def load_model(folder: str | Path) -> GrappaModel:
     record, tensors = _read_record(folder), _read_weights(folder)
     try:
         backbone = build_backbone(BackboneSpec.from_json(record["backbone"]))
-        backbone.vit.load_state_dict(_below(tensors, "backbone."))
+        backbone.vit.load_state_dict(below(tensors, "backbone."))
         adapted = _open_adapted(record, tensors)
-        head = open_head(record["head"], _below(tensors, "head."))
+        head = open_head(record["head"], below(tensors, "head."))
         return GrappaModel(backbone, adapted, cache_size=int(record["cache_size"]), head=head).eval()
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(
@@ -132,12 +133,12 @@ def load_model(folder: str | Path) -> GrappaModel:
 
 
 def _open_adapted(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fusion | AdaptorSet:
-    sets = [AdaptorSet.from_state_dict(_below(tensors, f"sets.{name}.")) for name in record["sets"]]
+    sets = [AdaptorSet.from_state_dict(below(tensors, f"sets.{name}.")) for name in record["sets"]]
     if record["fusion"] is None:
         (only,) = sets
         return only
     fusion = Fusion(sets, level=record["fusion"]["level"], temperature=record["fusion"]["temperature"])
-    fusion.load_trained_state(_below(tensors, "fusion."))
+    fusion.load_trained_state(below(tensors, "fusion."))
     return fusion
 
 
@@ -163,7 +164,3 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ModelError(f"{path} is damaged ({error}); export the model again") from error
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

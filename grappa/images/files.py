@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from grappa.core.arrays import Box
 from grappa.images.decoding import ImageDecodeError, decode_image, shrink
 from grappa.images.table import MISSING, image_file
 
@@ -22,8 +23,6 @@ _BYTES_A_PIXEL, _METADATA_BYTES = 8, 64 * 2**20
 _UNREADABLE_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP)
 _MISSING_ERRORS = (errno.ENOENT, errno.ENOTDIR)
 ERRORS_OF_THE_FILE = (*_UNREADABLE_ERRORS, *_MISSING_ERRORS)
-
-Box = tuple[float, float, float, float]
 
 
 class ImagesChangedError(ValueError):

@@ -19,6 +19,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from grappa.core.arrays import Box
+from grappa.core.names import MEAN
+
 __all__ = ["BOX_COLUMNS", "MISSING", "ImageTableError", "list_images"]
 
 MISSING = -1  # the size of a listed file that is not there, or is not a regular file
@@ -30,7 +33,7 @@ class _Listed(NamedTuple):
     domain: str
     label: str | None
     split: str | None
-    box: tuple[float, float, float, float]
+    box: Box
     size: int
 
 
@@ -149,8 +152,8 @@ def _refuse_repeats(listed: Iterable[_Listed]) -> None:
         file = os.path.normpath(os.path.join(real[row.root], row.path))
         if file in seen:
             raise ImageTableError(f"the file {_show(file)} is listed twice: name every file once, in one domain")
-        if row.domain == "_mean":
-            raise ImageTableError("a domain is named `_mean`, which is the result tables' row of means: rename it")
+        if row.domain == MEAN:
+            raise ImageTableError(f"a domain is named `{MEAN}`, which is the result tables' row of means: rename it")
         seen.add(file)
 
 
@@ -183,7 +186,6 @@ BOX_COLUMNS = ("box_x0", "box_y0", "box_x1", "box_y1")
 _COLUMNS = ("path", "domain", "label", "split", *BOX_COLUMNS)
 _SPLITS = ("train", "test")
 
-Box = tuple[float, float, float, float]
 Cells = list[str | None]
 
 

@@ -18,16 +18,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
+from grappa.core.arrays import Box, Floats, Pixels, Rows
 from grappa.images.pixels import ImageRows
 
 T = TypeVar("T")
-Floats = NDArray[np.float64]
-Pixels = NDArray[np.uint8]
-Rows = Sequence[int] | NDArray[np.int64]
-Box = tuple[float, float, float, float]
 
 # The columns of train_batch's uniforms.
 _SIDE, _LEFT, _TOP, _FLIP, _BRIGHTNESS, _CONTRAST, _SATURATION, _GRAYSCALE = range(8)
@@ -78,7 +74,7 @@ def eval_crop(image: Pixels, *, image_size: int, crop_fraction: float) -> Pixels
 
 def eval_batch(
     cache: ImageRows,
-    rows: Rows,
+    rows: Sequence[int] | Rows,
     *,
     image_size: int,
     crop_fraction: float,
@@ -93,7 +89,7 @@ def eval_batch(
     return _in_parts(crops, len(rows), image_size, num_workers)
 
 
-def whole_batch(cache: ImageRows, rows: Rows, *, image_size: int, num_workers: int = 1) -> torch.Tensor:
+def whole_batch(cache: ImageRows, rows: Sequence[int] | Rows, *, image_size: int, num_workers: int = 1) -> torch.Tensor:
     """Return the cache's ``rows`` (B,) as (B, 3, S, S) uint8, whole: each side is stretched to S by itself."""
 
     def squeezed(part: range) -> torch.Tensor:
@@ -108,7 +104,7 @@ def whole_batch(cache: ImageRows, rows: Rows, *, image_size: int, num_workers: i
 
 def train_batch(
     cache: ImageRows,
-    rows: Rows,
+    rows: Sequence[int] | Rows,
     uniforms: Floats,
     *,
     image_size: int,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grappa.backbone.vit import Backbone
+from grappa.core.arrays import Rows
 from grappa.core.devices import autocast, moved, staged
 from grappa.core.randomness import key
 from grappa.images.pixels import ImageRows
@@ -22,7 +23,7 @@ from grappa.images.transforms import normalize
 from grappa.method import losses
 from grappa.method.adaptors import AdaptorSet
 from grappa.objects.backgrounds import Backgrounds
-from grappa.training.batches import BatchOrder, Rows, Run, Views, torch_seed
+from grappa.training.batches import BatchOrder, Run, Views, torch_seed
 from grappa.training.loop import FitResult, Group, Optimization, fit
 from grappa.training.targets import Targets
 

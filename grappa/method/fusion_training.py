@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from grappa.backbone.vit import Backbone
+from grappa.core.arrays import Rows
 from grappa.core.devices import autocast, moved, staged
 from grappa.core.randomness import key, uniforms
 from grappa.images.transforms import normalize
 from grappa.method import losses
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.fusion import AttentionLevel, Fusion, fused_forward
-from grappa.training.batches import BatchOrder, Rows, Run, Views, torch_seed
+from grappa.training.batches import BatchOrder, Run, Views, torch_seed
 from grappa.training.loop import FitResult, Group, Optimization, fit
 
 

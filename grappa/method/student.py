@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grappa.backbone.vit import Adaptation, Backbone, embed
+from grappa.core.arrays import Rows
 from grappa.core.devices import autocast, moved, staged
 from grappa.core.randomness import key, shuffled
 from grappa.images.pixels import ImageRows
 from grappa.images.transforms import eval_batch, normalize
 from grappa.method import losses
 from grappa.method.adaptors import AdaptorSet
-from grappa.training.batches import BatchOrder, Rows, Run, Views
+from grappa.training.batches import BatchOrder, Run, Views
 from grappa.training.loop import FitResult, Group, Optimization, fit
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from grappa.core.names import MEAN
 from grappa.search.neighbors import nearest_neighbors
 
 NUM_NEIGHBORS = 10
 BLOCK_ROWS = 65536
-MEAN_DOMAIN = "_mean"
 
 
 def reciprocity(embeddings: NDArray[np.float32], *, num_neighbors: int = NUM_NEIGHBORS) -> NDArray[np.float64]:
@@ -52,4 +52,4 @@ def reciprocity_table(
         means = [float(shares[domains == name].mean()) for name in names]
     else:
         means = [float(reciprocity(embeddings[domains == name], num_neighbors=num_neighbors).mean()) for name in names]
-    return pd.DataFrame({"domain": [*names, MEAN_DOMAIN], "reciprocity": [*means, float(np.nanmean(means))]})
+    return pd.DataFrame({"domain": [*names, MEAN], "reciprocity": [*means, float(np.nanmean(means))]})

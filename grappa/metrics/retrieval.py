@@ -16,15 +16,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from grappa.core.memory import FLOAT, INTEGER, WORK
+from grappa.core.names import GALLERIES, MEAN, ORACLE
 from grappa.core.randomness import key, shuffled
 from grappa.core.vectors import check_unit_vectors
 
 RECALL_AT = (1, 2, 4, 8)
 METRICS = ["average_precision", "r_precision", "map_at_r", *(f"recall_at_{depth}" for depth in RECALL_AT)]
-GALLERIES = ("domain", "merged")
 QUERY_BLOCK, BLOCK_ELEMENTS = 256, 2**22
-MEAN_DOMAIN = "_mean"
-ORACLE = "oracle"
 SUMMARY_COLUMNS = ["model", "domain", "gallery", "num_queries", "map", "map_se", "r_precision", "map_at_r"]
 SUMMARY_COLUMNS += ["recall_at_1", "recall_at_1_se", "recall_at_2", "recall_at_4", "recall_at_8"]
 
@@ -191,7 +189,7 @@ def _mean_summary(domains: pd.DataFrame) -> dict[str, Any]:
     means = numbers.mean(skipna=False) if len(scored) else numbers.mean()
     for name in ("map_se", "recall_at_1_se"):
         means[name] = np.sqrt((scored[name] ** 2).sum(skipna=False)) / len(scored) if len(scored) else np.nan
-    return {"domain": MEAN_DOMAIN, "num_queries": int(scored["num_queries"].sum()), **dict(means)}
+    return {"domain": MEAN, "num_queries": int(scored["num_queries"].sum()), **dict(means)}
 
 
 def oracle(per_query: pd.DataFrame, granularities: Sequence[str]) -> pd.DataFrame:

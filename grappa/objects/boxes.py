@@ -18,12 +18,9 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from grappa.core.arrays import Box, Floats, Pixels, Rows
 from grappa.core.randomness import uniforms
 
-Pixels = NDArray[np.uint8]
-Floats = NDArray[np.float64]
-Rows = NDArray[np.int64]
-Box = tuple[float, float, float, float]
 Window = tuple[int, int, int, int]
 
 ACCEPTED = ""

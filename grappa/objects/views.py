@@ -18,14 +18,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from grappa.core.arrays import Box, Pixels
 from grappa.images.decoding import ImageDecodeError, decode_image
 from grappa.images.files import ERRORS_OF_THE_FILE, ImagesChangedError
 from grappa.images.ingest import Record, fingerprint, note_shard, noted_shard
 from grappa.images.pixels import PixelCache, write_index, write_shard
 from grappa.images.table import escape_path, image_file
-from grappa.objects.boxes import Box, object_view
-
-Pixels = NDArray[np.uint8]
+from grappa.objects.boxes import object_view
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from grappa.core.arrays import Rows
 from grappa.core.distributed import ALONE, Processes
 from grappa.core.randomness import key, shuffled, uniforms
 from grappa.images.pixels import ImageRows
 from grappa.images.transforms import NUM_DRAWS, Augmentation, train_batch
 from grappa.training.loop import Checkpointer
-
-Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

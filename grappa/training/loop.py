@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from grappa.core.arrays import below
 from grappa.core.distributed import ALONE, Processes
 from grappa.images.transforms import prefetch
 
@@ -161,10 +162,10 @@ def _resume(
     tensors, record = loaded
     if record["num_steps"] != num_steps:
         raise ValueError(f"the checkpoint is of a training of {record['num_steps']} steps, this one has {num_steps}")
-    module.load_state_dict(_below(tensors, "module."))
-    _load_moments(optimizer, _below(tensors, "optimizer."))
+    module.load_state_dict(below(tensors, "module."))
+    _load_moments(optimizer, below(tensors, "optimizer."))
     device = next(module.parameters()).device
-    totals = {name: value.to(device) for name, value in _below(tensors, "total.").items()}
+    totals = {name: value.to(device) for name, value in below(tensors, "total.").items()}
     return _State(record["step"], list(record["metrics"]), totals, record["since"])
 
 
@@ -174,7 +175,3 @@ def _load_moments(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) 
         number, _, kind = name.partition(".")
         state.setdefault(int(number), {})[kind] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

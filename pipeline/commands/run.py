@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
+from grappa.core.names import MEAN
 from grappa.pipeline.engine.execution import Say, Selection, planned, run_stages, selected, spent
 from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.store.artifacts import RunFolder
 
-MEAN, ORACLE, SUPERVISED = "_mean", "oracle", "supervised"
+SUPERVISED = "supervised"
 BASELINES = ("zero_shot", "zero_shot_whitened", "zero_shot_head")  # not adapted: a gain counts against the best one
 
 

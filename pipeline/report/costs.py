@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from grappa.pipeline.commands.run import ORACLE
+from grappa.core.names import ORACLE
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.execution import spent
 from grappa.pipeline.graph.models import evaluated_rows

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from grappa.pipeline.commands.run import BASELINES, MEAN, ORACLE, SUPERVISED
+from grappa.core.names import MEAN, ORACLE
+from grappa.pipeline.commands.run import BASELINES, SUPERVISED
 
 GALLERIES = {"domain": "each domain's own gallery", "merged": "the merged gallery"}
 METRICS = {"map": "mAP", "map_at_r": "MAP@R", "r_precision": "R-precision", "recall_at_1": "R@1"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from grappa.core.names import GALLERIES, MEAN
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import deployed_row, evaluated_rows
 from grappa.pipeline.opening import read_images, test_rows
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
-
-GALLERIES = ("domain", "merged")
 
 
 def run(context: StageContext) -> str:
@@ -119,7 +118,7 @@ def _write(context: StageContext, per_query: pd.DataFrame, reciprocity: pd.DataF
 
 
 def _headline(metrics: pd.DataFrame, deployed: str) -> str:
-    means = metrics[(metrics["domain"] == "_mean") & (metrics["gallery"] == "domain")].set_index("model")["map"]
+    means = metrics[(metrics["domain"] == MEAN) & (metrics["gallery"] == "domain")].set_index("model")["map"]
     free = max(means[name] for name in ("zero_shot", "zero_shot_whitened", "zero_shot_head") if name in means)
     ours = (row for row in ("mean", "fused", deployed) if row in means)
     found = ", ".join(f"{means[row]:.3f} {row}" for row in dict.fromkeys(ours))
