@@ -86,6 +86,12 @@ class Backbone(nn.Module):
                 module.fused_attn = device.type != "cpu"  # type: ignore[assignment]
         return self.to(device)
 
+    def tokens(self, images: Tensor) -> Tensor:
+        """Return the tokens (B, T, D) that the first block gets of (B, 3, S, S) normalised images."""
+        vit: Any = self.vit
+        tokens: Tensor = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        return tokens
+
     def forward(self, images: Tensor, adaptation: Adaptation | None = None) -> Tensor:
         """Embed images.
 
@@ -101,7 +107,7 @@ class Backbone(nn.Module):
         """
         vit: Any = self.vit
         outputs, in_context = ((), ()) if adaptation is None else (adaptation.outputs, adaptation.in_context)
-        hidden_BTD = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        hidden_BTD = self.tokens(images)
         for number, block in enumerate(vit.blocks):
             last = number == len(vit.blocks) - 1
             hidden_BTD = _run(block, hidden_BTD, in_context[number] if len(in_context) else None, last=last)

@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
 from grappa.backbone.vit import Adaptation, Backbone, build_backbone
 from grappa.backbone.weights import load_state
+from grappa.core.arrays import Floats
 
-Floats = NDArray[np.float64]
+_BY_SIDES = np.zeros((3, 3, 3), dtype=bool)  # patches of one image that share a side belong together
+_BY_SIDES[1] = ndimage.generate_binary_structure(2, 1)
 _BLOCK = 4096  # images whose boxes are found at once
 MIN_GRID = 16  # patches a side; a box is as fine as they are
 
@@ -52,7 +55,7 @@ def foreground(backbone: Backbone, images: Tensor, adaptation: Adaptation | None
         images: (B, 3, S, S) float, normalised; the whole image, not its center.
     """
     vit: Any = backbone.vit
-    hidden_BTD = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+    hidden_BTD = backbone.tokens(images)
     for block in vit.blocks[: max(1, 2 * len(vit.blocks) // 3)]:
         hidden_BTD = block(hidden_BTD)
     tokens_BPD = F.normalize(hidden_BTD[:, vit.num_prefix_tokens :].float(), dim=-1)
@@ -116,26 +119,19 @@ def _otsu(values: Floats) -> tuple[Floats, Floats]:
 
 
 def _largest_part(above: Floats) -> NDArray[np.bool_]:
-    """Return the connected part of each (rows, columns) of positive values whose sum is the largest, (N, ...) bool."""
+    """Return the connected part of each (rows, columns) of positive values whose sum is the largest, (N, ...) bool.
+
+    Of parts with equal sums it is the one whose last patch, row by row, comes first.
+    """
     mask = above > 0
-    labels = np.where(mask, np.arange(1, mask[0].size + 1).reshape(mask.shape[1:]), 0)
-    while True:
-        spread = np.where(mask, _largest_nearby(labels), 0)
-        if (spread == labels).all():
-            break
-        labels = spread
-    sums = np.zeros((len(above), mask[0].size + 1))
-    np.add.at(sums, (np.arange(len(above))[:, None, None], labels), np.maximum(above, 0))
-    best = sums[:, 1:].argmax(axis=1) + 1
-    return mask & (labels == best[:, None, None])
-
-
-def _largest_nearby(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the largest of each label and its four neighbors."""
-    padded = np.pad(labels, ((0, 0), (1, 1), (1, 1)))
-    up, down, left, right = padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]
-    nearby: NDArray[np.int64] = np.maximum.reduce([labels, up, down, left, right])
-    return nearby
+    parts, number = ndimage.label(mask, structure=_BY_SIDES)
+    sums = np.bincount(parts.ravel(), weights=np.where(mask, above, 0).ravel(), minlength=number + 1)
+    last = np.zeros(number + 1, dtype=np.int64)
+    np.maximum.at(last, parts.ravel(), np.arange(parts.size))
+    strength = np.where(mask, sums[parts], 0)
+    strongest = mask & (strength == strength.max(axis=(1, 2), keepdims=True))
+    first = np.where(strongest, last[parts], parts.size).min(axis=(1, 2), keepdims=True)
+    return strongest & (last[parts] == first)
 
 
 def _extent(lines: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
