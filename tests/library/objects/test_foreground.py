@@ -49,9 +49,13 @@ def test_of_equal_parts_the_one_that_ends_first_counts() -> None:
     assert boxes_of(values, np.array([[8, 8]]))[0].tolist() == [[4, 2, 7, 4]]
 
 
+def places(mask: np.ndarray) -> set[tuple[int, int]]:
+    return {(row, column) for row, column in np.argwhere(mask).tolist()}
+
+
 def strongest_by_hand(above: np.ndarray) -> set[tuple[int, int]]:
     """Follow each part from patch to patch."""
-    left = {(int(row), int(column)) for row, column in zip(*np.nonzero(above > 0), strict=True)}
+    left = places(above > 0)
     parts: list[set[tuple[int, int]]] = []
     while left:
         part, reached = set(), {left.pop()}
@@ -69,9 +73,7 @@ def strongest_by_hand(above: np.ndarray) -> set[tuple[int, int]]:
 def test_the_strongest_part_is_that_of_a_plain_search(seed: int) -> None:
     above = np.random.default_rng(seed).integers(-2, 3, size=(4, 7, 6)).astype(np.float64)
     for image, found in zip(above, _largest_part(above), strict=True):
-        assert {(int(row), int(column)) for row, column in zip(*np.nonzero(found), strict=True)} == strongest_by_hand(
-            image
-        )
+        assert places(found) == strongest_by_hand(image)
 
 
 def test_an_image_of_equal_values_has_no_box() -> None:
