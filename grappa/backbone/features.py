@@ -59,7 +59,7 @@ def extract_features(
     backbone = backbone.on(device)
     adaptation = adaptation.to(device) if isinstance(adaptation, nn.Module) else adaptation
     bounds = range(start, len(cache), batch_size)
-    rounds = [bounds[first : first + processes.size] for first in range(0, len(bounds), processes.size)]
+    rounds = [bounds[first : first + processes.world_size] for first in range(0, len(bounds), processes.world_size)]
 
     def make(number: int) -> Tensor:
         turn = min(processes.rank, len(rounds[number]) - 1)  # one that has no batch left does the last one too
@@ -70,7 +70,7 @@ def extract_features(
     for begins, images in zip(rounds, prefetch(make, len(rounds)), strict=True):
         with torch.inference_mode(), autocast(device, precision):
             found = read(backbone, normalize(moved(images, device), spec.mean, spec.std), adaptation)
-        parts = processes.collect(found, batch_size)
+        parts = processes.gather(found, batch_size)
         for begin, part in zip(begins, parts or (), strict=False):
             assert out is not None, "the first process writes"
             out[begin : begin + len(part)] = part.cpu().numpy()

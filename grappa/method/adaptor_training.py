@@ -33,7 +33,7 @@ Classes = Sequence[tuple[Tensor, Tensor]]  # of each target: the proxies (C, D),
 
 
 @dataclass(frozen=True)
-class SetLoss:
+class AdaptorLoss:
     """What a set is trained by, beside the normalised softmax on the images themselves (all weights 0: nothing).
 
     On object views the same softmax, times ``object_weight``; from an image's object view to the image
@@ -87,7 +87,7 @@ def train_adaptor_set(
     *,
     name: str,
     start: AdaptorSet,
-    set_loss: SetLoss,
+    adaptor_loss: AdaptorLoss,
     proxy_learning_rate: float,
     optimization: Optimization,
     seed: int,
@@ -100,8 +100,8 @@ def train_adaptor_set(
         rows: (n,) train rows of the cache; each of ``targets`` classifies these n rows: the pseudo-labels of one
             pseudo-granularity with its centroids, those of all of them, or the labels of the images.
         name: the instance (``k00256``), part of every random draw's key.
-        start: the set that training begins with (:func:`new_set`); it is changed in place and returned.
-        perception: the further views that ``set_loss`` uses.
+        start: the set that training begins with (:func:`new_adaptor_set`); it is changed in place and returned.
+        perception: the further views that ``adaptor_loss`` uses.
 
     Returns:
         The set, and the metrics ``loss`` and ``accuracy`` (of the class, on augmented views; means over the targets)
@@ -127,7 +127,7 @@ def train_adaptor_set(
             embeddings = backbone(normalize(images, backbone.spec.mean, backbone.spec.std), adaptors)
         embedded = dict(zip(sources, embeddings.chunk(len(sources)), strict=True))
         classes = list(zip(classifier["proxies"].split(sizes), labels_BH.unbind(1), strict=True))
-        value, scalars = _loss(embedded, classes, known_B, classifier.get("background"), set_loss)
+        value, scalars = _loss(embedded, classes, known_B, classifier.get("background"), adaptor_loss)
         share = len(labels_BH) / order.batch_size
         return share * value, {what: share * each for what, each in scalars.items()}
 
@@ -141,11 +141,16 @@ def train_adaptor_set(
     return adaptors.cpu(), result
 
 
-def new_set(backbone: Backbone, bottleneck_dim: int, *, in_context_rank: int = 0, name: str, seed: int) -> AdaptorSet:
-    """Return the set that the training of an instance starts from: the backbone unchanged."""
-    set_seed = torch_seed(seed, "adaptors", name)
+def new_adaptor_set(
+    backbone: Backbone, bottleneck_dim: int, *, in_context_rank: int = 0, name: str, seed: int
+) -> AdaptorSet:
+    """Return the adaptor set that the training of instance ``name`` starts from; it leaves the backbone unchanged."""
     return AdaptorSet(
-        backbone.num_blocks, backbone.width, bottleneck_dim, in_context_rank=in_context_rank, seed=set_seed
+        backbone.num_blocks,
+        backbone.width,
+        bottleneck_dim,
+        in_context_rank=in_context_rank,
+        seed=torch_seed(seed, "adaptors", name),
     )
 
 
@@ -165,7 +170,7 @@ def _classifier(targets: Sequence[Targets], perception: Perception, seed: int) -
 
 
 def _loss(
-    embedded: Mapping[str, Tensor], classes: Classes, known_B: Tensor, background: Tensor | None, options: SetLoss
+    embedded: Mapping[str, Tensor], classes: Classes, known_B: Tensor, background: Tensor | None, options: AdaptorLoss
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of a batch, whose views are embedded (B, D) by kind, and what is told of it.
 
@@ -194,7 +199,7 @@ def _classify(embeddings_BD: Tensor, classes: Classes, temperature: float) -> tu
     return torch.stack(values).mean(), torch.stack(accuracies).mean()
 
 
-def _transfer(plain_BD: Tensor, object_BD: Tensor, classes: Classes, options: SetLoss) -> Tensor:
+def _transfer(plain_BD: Tensor, object_BD: Tensor, classes: Classes, options: AdaptorLoss) -> Tensor:
     """Return the perception transfer from the object views, which get no gradient by it, to the images: the mean over
     the batch, 0 for an image that its object view does not teach."""
     how = {
@@ -214,8 +219,8 @@ def _transfer(plain_BD: Tensor, object_BD: Tensor, classes: Classes, options: Se
     return torch.stack(values).mean()
 
 
-def _taught(plain_BD: Tensor, object_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, options: SetLoss) -> Tensor:
-    """Return which images their object views teach, (B,) bool: see ``SetLoss.transfer_from``."""
+def _taught(plain_BD: Tensor, object_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, options: AdaptorLoss) -> Tensor:
+    """Return which images their object views teach, (B,) bool: see ``AdaptorLoss.transfer_from``."""
     if options.transfer_from == "all":
         return torch.ones_like(labels_B, dtype=torch.bool)
     proxies_DC = F.normalize(proxies_CD.detach().float(), dim=-1).T
@@ -228,7 +233,7 @@ def _taught(plain_BD: Tensor, object_BD: Tensor, proxies_CD: Tensor, labels_B: T
 
 
 def _on_backgrounds(
-    embeddings_BD: Tensor, known_B: Tensor, classes: Classes, background: Tensor, options: SetLoss
+    embeddings_BD: Tensor, known_B: Tensor, classes: Classes, background: Tensor, options: AdaptorLoss
 ) -> Tensor:
     """Return the loss by which backgrounds come to lie at their own proxy, and away from the classes'.
 

@@ -119,7 +119,7 @@ class AdaptorSet(nn.Module):
         return adaptors
 
 
-def set_sizes(kind: AdaptorKind, bottleneck_dim: int, in_context_rank: int) -> tuple[int, int]:
+def adaptor_set_sizes(kind: AdaptorKind, bottleneck_dim: int, in_context_rank: int) -> tuple[int, int]:
     """Return the bottleneck and the rank of a set of a kind: ``both`` has half of each, at least 1."""
     half = max(1, bottleneck_dim // 2), max(1, in_context_rank // 2)
     return {"bottleneck": (bottleneck_dim, 0), "in_context": (0, in_context_rank), "both": half}[kind]

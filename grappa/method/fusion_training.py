@@ -87,7 +87,8 @@ def train_fusion(
         attention_BLG = _whole_batch(attention_BLG, order)
         projected = None if projected is None else _whole_batch(projected, order)
         value, scalars = propagation_loss(attention_BLG, projected, propagation), _attention_metrics(attention_BLG)
-        return value / run.processes.size, {name: each / run.processes.size for name, each in scalars.items()}
+        world_size = run.processes.world_size
+        return value / world_size, {name: each / world_size for name, each in scalars.items()}
 
     groups = [
         Group(list(fusion.parameters()), optimization.learning_rate, optimization.weight_decay),
@@ -120,9 +121,9 @@ def propagation_loss(attention_BLG: Tensor, projected_BD: Tensor | None, options
 
 def _whole_batch(own: Tensor, order: BatchOrder) -> Tensor:
     """Return the rows of all processes, first the images, then their partners, as a single process has them."""
-    if order.processes.size == 1:
+    if order.processes.world_size == 1:
         return own
-    return torch.cat([order.processes.gather(half, order.batch_size) for half in own.chunk(2)])
+    return torch.cat([order.processes.all_gather(half, order.batch_size) for half in own.chunk(2)])
 
 
 def _partners(neighbors_BK: Rows, ids_B: NDArray[np.uint64], seed: int, epoch: int) -> Rows:

@@ -74,11 +74,11 @@ class BatchOrder:
         self.ids, self.parts, self.processes = ids, parts, processes
         self.batch_size = min(batch_size, len(ids))
         self.steps_per_epoch = len(ids) // self.batch_size
-        if self.batch_size < processes.size:
+        if self.batch_size < processes.world_size:
             raise ValueError(
-                f"a batch of {self.batch_size} images cannot be shared by {processes.size} processes; start fewer"
+                f"a batch of {self.batch_size} images cannot be shared by {processes.world_size} processes; start fewer"
             )
-        self._own = processes.part(self.batch_size)
+        self._own = processes.own_slice(self.batch_size)
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def at(self, step: int) -> tuple[Rows, int]:

@@ -124,7 +124,7 @@ def _step(
     value.backward()
     shares = {name: scalar.detach() for name, scalar in {"loss": value, **scalars}.items()}
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    processes.add([*(each.grad for each in parameters if each.grad is not None), *shares.values()])
+    processes.all_reduce([*(each.grad for each in parameters if each.grad is not None), *shares.values()])
     optimizer.step()
     for name, share in shares.items():
         total = share.double()

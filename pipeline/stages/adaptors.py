@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 def run(context: StageContext) -> str:
     from grappa.core import memory
-    from grappa.method.adaptor_training import SetLoss, train_adaptor_set
+    from grappa.method.adaptor_training import AdaptorLoss, train_adaptor_set
     from grappa.training.loop import Optimization
 
     settings, backbone = context.config.adaptors, open_backbone(context)
@@ -65,7 +65,7 @@ def run(context: StageContext) -> str:
             targets,
             name=str(context.instance),
             start=start,
-            set_loss=options(SetLoss, settings),
+            adaptor_loss=options(AdaptorLoss, settings),
             proxy_learning_rate=settings.proxy_learning_rate,
             optimization=options(Optimization, settings),
             seed=settings.seed,
@@ -81,11 +81,13 @@ def run(context: StageContext) -> str:
 
 
 def _start(context: StageContext, backbone: Backbone) -> AdaptorSet:
-    from grappa.method.adaptor_training import new_set
+    from grappa.method.adaptor_training import new_adaptor_set
 
     settings = context.config.adaptors
     bottleneck_dim, rank = set_sizes(settings, backbone.width)
-    return new_set(backbone, bottleneck_dim, in_context_rank=rank, name=str(context.instance), seed=settings.seed)
+    return new_adaptor_set(
+        backbone, bottleneck_dim, in_context_rank=rank, name=str(context.instance), seed=settings.seed
+    )
 
 
 def set_sizes(settings: Any, width: int) -> tuple[int, int]:
@@ -93,7 +95,7 @@ def set_sizes(settings: Any, width: int) -> tuple[int, int]:
     from grappa.method import adaptors
 
     rank = adaptors.automatic_rank(width) if settings.in_context_rank == "auto" else settings.in_context_rank
-    return adaptors.set_sizes(settings.kind, settings.bottleneck_dim, rank)
+    return adaptors.adaptor_set_sizes(settings.kind, settings.bottleneck_dim, rank)
 
 
 def _perception(context: StageContext) -> Perception:

@@ -20,7 +20,7 @@ def run(context: StageContext) -> str:
     features = np.load(context.input("features") / "features.npy", mmap_mode="r", allow_pickle=False)
     rows = train_rows(read_images(context.input("images")))
     number = min(context.config.neighbors.num_neighbors, len(rows) - 1)
-    own = np.arange(len(features))[context.processes.part(len(features))]
+    own = np.arange(len(features))[context.processes.own_slice(len(features))]
     context.need_memory(memory_needed(len(own), len(rows), features.shape[1], number))
     with context.task("searching", len(own)) as advance:
         found = nearest_neighbors(
@@ -44,5 +44,5 @@ def _collected(context: StageContext, own: NDArray[Any], number: int) -> NDArray
     """Return the ``number`` rows of all processes, in the first of them."""
     import torch
 
-    parts = context.processes.collect(torch.from_numpy(own), math.ceil(number / context.team.size))
+    parts = context.processes.gather(torch.from_numpy(own), math.ceil(number / context.team.size))
     return torch.cat(parts).numpy() if parts else own

@@ -152,7 +152,7 @@ def _write_views(context: StageContext, images: pd.DataFrame, table: pd.DataFram
             framing=Framing(config.objects.enlargement, config.objects.max_aspect, config.images.cache_size),
             max_pixels=config.images.max_pixels,
             shard_size=config.images.shard_size,
-            journals=context.path / SCRATCH_FOLDER,
+            manifests=context.path / SCRATCH_FOLDER,
             num_workers=context.num_workers,
             progress=advance,
         )

@@ -30,7 +30,7 @@ from grappa.core import memory
 from grappa.core.devices import resolve_precision
 from grappa.images.pixels import PixelCache, write_index, write_shard
 from grappa.images.transforms import Augmentation
-from grappa.method.adaptor_training import SetLoss, new_set, train_adaptor_set
+from grappa.method.adaptor_training import AdaptorLoss, new_adaptor_set, train_adaptor_set
 from grappa.search.kmeans import cluster
 from grappa.search.neighbors import nearest_neighbors
 from grappa.training.batches import Run, Views
@@ -116,8 +116,8 @@ def training(number: int, num_sets: int = 1) -> Callable[[], object]:
         np.arange(number),
         [Targets(np.arange(number) % 16, proxies)],
         name="k00016",
-        start=new_set(backbone, BOTTLENECK, name="k00016", seed=0),
-        set_loss=SetLoss(),
+        start=new_adaptor_set(backbone, BOTTLENECK, name="k00016", seed=0),
+        adaptor_loss=AdaptorLoss(),
         proxy_learning_rate=0.01,
         optimization=Optimization(num_epochs=1, batch_size=32, learning_rate=1e-3, weight_decay=0.0, warmup=0.1),
         seed=0,

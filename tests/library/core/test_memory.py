@@ -16,7 +16,7 @@ from grappa.core import memory
 from grappa.core.vectors import read_rows
 from grappa.images.transforms import normalize
 from grappa.method import head as heads
-from grappa.method.adaptor_training import new_set
+from grappa.method.adaptor_training import new_adaptor_set
 from grappa.method.head import apply_head, fit_neighborhood_head
 from grappa.method.losses import norm_softmax
 from grappa.metrics import retrieval
@@ -91,7 +91,7 @@ def training(batch_size: int) -> Callable[[], object]:
     """The same with a set's step."""
     torch.set_num_threads(1)
     backbone = small_vit()
-    adaptors = new_set(backbone, VIT.adapted, name="k00016", seed=0)
+    adaptors = new_adaptor_set(backbone, VIT.adapted, name="k00016", seed=0)
     proxies = torch.zeros(64, backbone.width, requires_grad=True)
 
     def run(number: int) -> object:
@@ -109,7 +109,7 @@ def small_vit() -> Backbone:
 
 
 def test_batches_take_what_they_say() -> None:
-    assert vit_shape(small_vit(), [new_set(small_vit(), VIT.adapted, name="k00016", seed=0)]) == VIT
+    assert vit_shape(small_vit(), [new_adaptor_set(small_vit(), VIT.adapted, name="k00016", seed=0)]) == VIT
     for step, said in ((embedding, memory.embedding), (training, memory.training)):
         measured = peak_growth(step, 32)
         assert measured <= 1.2 * said(VIT, 32, "float32")

@@ -1,4 +1,4 @@
-"""Every loss equals its formula written out in numpy float64, and has the gradient of it; a large softmax, computed in chunks, too."""
+"""Every loss equals its formula written out in numpy float64 and has its gradient, also a softmax in chunks."""
 
 from __future__ import annotations
 
