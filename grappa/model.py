@@ -35,8 +35,8 @@ class ModelError(ValueError):
 
 
 class GrappaModel(nn.Module):
-    """Backbone, what adapts its blocks (a fusion or one set, in its folded inference form), and the embedding head
-    (None: none)."""
+    """The backbone, the fusion or adaptor set that adapts its blocks (in its folded inference form), and the embedding
+    head (None: no head)."""
 
     def __init__(
         self, backbone: Backbone, adapted: Fusion | AdaptorSet, *, cache_size: int, head: Head | None = None
@@ -61,7 +61,7 @@ class GrappaModel(nn.Module):
         return embeddings
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Return a PIL image as (3, S, S) float32, by the very steps the pipeline's images went through."""
+        """Return a PIL image as (3, S, S) float32, by the same steps as the pipeline's images."""
         return normalize(self.crop(image_to_rgb(image)).unsqueeze(0), self.backbone.spec.mean, self.backbone.spec.std)[
             0
         ]
@@ -86,9 +86,9 @@ def save_model(
     """Write ``model.json`` and ``weights.safetensors`` into an existing folder.
 
     Args:
-        sets: the adaptor sets by pseudo-granularity, in the fusion's order; without a fusion, the one set there is.
+        sets: the adaptor sets by pseudo-granularity, in the fusion's order; without a fusion the only adaptor set.
         cache_size: pixels of the shorter side of the images the model was adapted on.
-        head: the last step, fitted on the model's embeddings; None: none.
+        head: the embedding head, fitted on the model's embeddings; None: no head.
     """
     if fusion is None and len(sets) != 1:
         raise ValueError(f"found {len(sets)} adaptor sets and no fusion; a model without one has exactly one set")

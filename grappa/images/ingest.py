@@ -227,8 +227,7 @@ def _tables(
 
 
 def _image_ids(digests: list[str]) -> tuple[list[str], list[str]]:
-    """Return the image_id of each file, and the image_id of the first file with the same bytes ("": it is the first).
-    """
+    """Return the image_id of each file, and the image_id of the first file with the same bytes ("" for that file)."""
     copies: dict[str, int] = {}
     ids, originals = [], []
     for digest in digests:

@@ -1,4 +1,4 @@
-"""What a fusion's granularity attention depends on: the image, and the domain it comes from.
+"""How much a fusion's granularity attention depends on the image, and on the domain of the image.
 
 Shapes: N images, L blocks, G pseudo-granularities, M domains.
 """

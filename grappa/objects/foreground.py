@@ -1,6 +1,6 @@
-"""The backbone's own idea of what is in front: from its patch tokens, without labels and without the domain.
+"""What lies in front, as the backbone's patch tokens tell it, without labels and without the domain.
 
-Which tokens, and what is asked of them, was chosen by the overlap with boxes drawn by hand (README, Results).
+Which tokens are compared, and how, was chosen by the overlap with boxes drawn by hand (README, Results).
 
 Shapes: B batch, T tokens, D width, P patches in a grid of rows x columns, N images.
 """
@@ -49,7 +49,7 @@ def foreground(backbone: Backbone, images: Tensor, adaptation: Adaptation | None
     """Return how much each patch differs from the border, (B, P) float32 in 0-2, large in front.
 
     The value is 1 - the cosine between the patch's token and the mean of the (L2-normalised) tokens at the border of
-    the image, after two thirds of the blocks: what lies at all four sides is taken for the background.
+    the image, after two thirds of the blocks: the four sides of the image are taken for background.
 
     Args:
         images: (B, 3, S, S) float, normalised; the whole image, not its center.
@@ -72,10 +72,10 @@ def _border(grid: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def boxes_of(values: NDArray[np.float32], sizes: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Return a box around the largest part of each image that stands out, and how clearly it does.
+    """Return a box around the part of each image that stands out most, and how clearly it stands out.
 
-    A patch is in front if it lies above Otsu's threshold of its image; of the connected parts (by sides) the one with
-    the largest sum above the threshold counts.
+    A patch is in front if its value is above Otsu's threshold of its image. Patches in front that share a side form a
+    part; the box is around the part with the largest sum of values above the threshold.
 
     Args:
         values: (N, rows, columns) foreground values; sizes: (N, 2) height and width of the images.
@@ -104,7 +104,7 @@ def _block(values: NDArray[np.float32], sizes: NDArray[np.int64]) -> tuple[Float
 
 
 def _otsu(values: Floats) -> tuple[Floats, Floats]:
-    """Return the threshold of each line of (N, P) that leaves most variance between both sides, and its share (N,)."""
+    """Return for each line of (N, P) the threshold with most variance between its two sides, and its share."""
     ordered = np.sort(values, axis=1)
     number = values.shape[1]
     low = np.arange(1, number)

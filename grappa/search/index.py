@@ -21,7 +21,7 @@ BLOCK_ROWS = 65536
 
 @dataclass(frozen=True)
 class SearchIndex:
-    """``faiss_index`` holds one vector an image, ``ids`` (N,) their image ids in the same order."""
+    """``faiss_index`` holds the vectors of N images, ``ids`` (N,) the ids of these images in the same order."""
 
     faiss_index: Any
     ids: NDArray[np.object_]
@@ -94,7 +94,7 @@ def _flat(width: int) -> Any:
 
 
 def _ivf(embeddings: NDArray[np.float32]) -> Any:
-    """A trained, empty inverted file; faiss trains on at most 256 images a list, drawn with a fixed seed."""
+    """Return a trained, empty inverted file; faiss trains on at most 256 images a list, drawn with a fixed seed."""
     import faiss
 
     width, num_lists = embeddings.shape[1], max(1, int(4 * len(embeddings) ** 0.5))
