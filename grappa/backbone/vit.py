@@ -275,8 +275,11 @@ def _attend(attention: Any, normed_BTD: Tensor, added: Tensor | None, *, class_t
     if added is not None:
         to_query, to_keys = added.chunk(2, dim=-1)
         query, keys = query + to_query[:, : query.shape[1]], keys + to_keys
-    query_BHTE, keys_BHTE = attention.q_norm(_heads(attention, query)), attention.k_norm(_heads(attention, keys))
-    mixed = _mix(attention, query_BHTE, keys_BHTE, _heads(attention, values)).transpose(1, 2).flatten(2)
+    query_BHTE, keys_BHTE = (
+        attention.q_norm(_split_heads(attention, query)),
+        attention.k_norm(_split_heads(attention, keys)),
+    )
+    mixed = _mix(attention, query_BHTE, keys_BHTE, _split_heads(attention, values)).transpose(1, 2).flatten(2)
     mixed = attention.norm(mixed) if hasattr(attention, "norm") else mixed
     out: Tensor = attention.proj_drop(attention.proj(mixed))
     return out
@@ -293,5 +296,5 @@ def _mix(attention: Any, query_BHTE: Tensor, keys_BHTE: Tensor, values_BHTE: Ten
     return shares @ values_BHTE
 
 
-def _heads(attention: Any, projected: Tensor) -> Tensor:
+def _split_heads(attention: Any, projected: Tensor) -> Tensor:
     return projected.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)

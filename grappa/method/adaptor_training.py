@@ -99,8 +99,7 @@ def train_adaptor_set(
 
     Args:
         rows: (n,) train rows of the cache.
-        targets: classifications of these n rows: by the pseudo-labels of one pseudo-granularity, with its centroids as
-            proxies; one for every pseudo-granularity; or by the labels of the images.
+        targets: classifications of these n rows by pseudo-labels, for one pseudo-granularity or more, or by labels.
         name: the instance (``k00256``), part of every random draw's key.
         start: the adaptor set that training begins with (:func:`new_adaptor_set`); it is changed in place and returned.
         perception: the further views that ``adaptor_loss`` uses.

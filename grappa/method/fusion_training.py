@@ -56,8 +56,7 @@ def train_fusion(
 
     Args:
         rows: (n,) the train rows of the cache.
-        neighbors: (n, K) cache rows from which a row's partner is drawn; None: the partner is a second view of the same
-            image (the ablation).
+        neighbors: (n, K) cache rows, the candidates for a row's partner; None: a second view of the image (ablation).
 
     Returns:
         The fusion, and the metrics along the steps: ``loss``, ``entropy`` (mean of an image's attention, nats),

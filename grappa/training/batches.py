@@ -49,7 +49,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how a training runs: device, precision, checkpoint, progress, and the processes that share each batch."""
+    """Where and how a training runs: device, precision, checkpoint, progress, and the processes that share a batch."""
 
     device: torch.device
     precision: str
