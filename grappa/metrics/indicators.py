@@ -2,8 +2,8 @@
 
 Where neighbourhoods agree, most of an image's K nearest neighbours have the image among their K nearest; hubs, images
 that are near to everything, break this. The indicator needs no label, so it can rank configurations where no image has
-one. That it ranks them well is an observation, not a law: README "Choosing without labels" names the data. It compares
-spaces of one kind, and says nothing about how images lie within a class.
+one. That it ranks them well is an observation, not a law: RESULTS.md, "Choosing without labels", names the data. It
+compares spaces of one kind, and says nothing about how images lie within a class.
 
 Shapes: N images, D width, K neighbours.
 """

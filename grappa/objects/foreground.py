@@ -1,6 +1,6 @@
 """What lies in front, as the backbone's patch tokens tell it, without labels and without the domain.
 
-Which tokens are compared, and how, was chosen by the overlap with boxes drawn by hand (README, Results).
+Which tokens are compared, and how, was chosen by the overlap with boxes drawn by hand (RESULTS.md).
 
 Shapes: B batch, T tokens, D width, P patches in a grid of rows x columns, N images.
 """
