@@ -1,9 +1,8 @@
 """The adapted model as a user deploys it: images in, L2-normalised embeddings out.
 
 A model folder holds ``model.json`` (architecture and preprocessing) and ``weights.safetensors`` (backbone, adaptor
-sets, fusion if there is one, and head): no pickle, and neither network nor other files are needed to open it. Without a
-fusion there is one set: a student, or one trained alone. Format 1 had no head, format 2 always a fusion; both are still
-opened.
+sets, fusion if there is one, and head): no pickle, and neither network nor other files are needed to open it. A model
+without a fusion has exactly one adaptor set: a student's, or one that was trained alone.
 """
 
 from __future__ import annotations
@@ -21,13 +20,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from grappa.backbone.vit import Backbone, BackboneSpec, build_backbone, embed
+from grappa.core.arrays import below
 from grappa.images.decoding import image_to_rgb, shrink
 from grappa.images.transforms import eval_crop, normalize
 from grappa.method.adaptors import AdaptorSet, folded
 from grappa.method.fusion import FoldedFusion, Fusion
 from grappa.method.head import Head, IdentityHead, open_head
 
-FORMAT, FIRST_FORMAT = 3, 1
+FORMAT = 3
 
 
 class ModelError(ValueError):
@@ -35,8 +35,8 @@ class ModelError(ValueError):
 
 
 class GrappaModel(nn.Module):
-    """Backbone, what adapts its blocks (a fusion or one set, in its folded inference form), and the embedding head
-    (None: none)."""
+    """The backbone, the fusion or adaptor set that adapts its blocks (in its folded inference form), and the embedding
+    head (None: no head)."""
 
     def __init__(
         self, backbone: Backbone, adapted: Fusion | AdaptorSet, *, cache_size: int, head: Head | None = None
@@ -61,7 +61,7 @@ class GrappaModel(nn.Module):
         return embeddings
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Return a PIL image as (3, S, S) float32, by the very steps the pipeline's images went through."""
+        """Return a PIL image as (3, S, S) float32, by the same steps as the pipeline's images."""
         return normalize(self.crop(image_to_rgb(image)).unsqueeze(0), self.backbone.spec.mean, self.backbone.spec.std)[
             0
         ]
@@ -86,9 +86,9 @@ def save_model(
     """Write ``model.json`` and ``weights.safetensors`` into an existing folder.
 
     Args:
-        sets: the adaptor sets by pseudo-granularity, in the fusion's order; without a fusion, the one set there is.
+        sets: the adaptor sets by pseudo-granularity, in the fusion's order; without a fusion the only adaptor set.
         cache_size: pixels of the shorter side of the images the model was adapted on.
-        head: the last step, fitted on the model's embeddings; None: none.
+        head: the embedding head, fitted on the model's embeddings; None: no head.
     """
     if fusion is None and len(sets) != 1:
         raise ValueError(f"found {len(sets)} adaptor sets and no fusion; a model without one has exactly one set")
@@ -122,9 +122,9 @@ def load_model(folder: str | Path) -> GrappaModel:
     record, tensors = _read_record(folder), _read_weights(folder)
     try:
         backbone = build_backbone(BackboneSpec.from_json(record["backbone"]))
-        backbone.vit.load_state_dict(_below(tensors, "backbone."))
+        backbone.vit.load_state_dict(below(tensors, "backbone."))
         adapted = _open_adapted(record, tensors)
-        head = open_head(record["head"], _below(tensors, "head.")) if record["format"] > FIRST_FORMAT else None
+        head = open_head(record["head"], below(tensors, "head."))
         return GrappaModel(backbone, adapted, cache_size=int(record["cache_size"]), head=head).eval()
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(
@@ -133,13 +133,12 @@ def load_model(folder: str | Path) -> GrappaModel:
 
 
 def _open_adapted(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fusion | AdaptorSet:
-    names = record["sets"] if record["format"] == FORMAT else record["granularities"]
-    sets = [AdaptorSet.from_state_dict(_below(tensors, f"sets.{name}.")) for name in names]
+    sets = [AdaptorSet.from_state_dict(below(tensors, f"sets.{name}.")) for name in record["sets"]]
     if record["fusion"] is None:
         (only,) = sets
         return only
     fusion = Fusion(sets, level=record["fusion"]["level"], temperature=record["fusion"]["temperature"])
-    fusion.load_trained_state(_below(tensors, "fusion."))
+    fusion.load_trained_state(below(tensors, "fusion."))
     return fusion
 
 
@@ -151,10 +150,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} has no model.json; give a folder written by `grappa export`") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not JSON ({error}); export the model again") from error
-    if not isinstance(record, dict) or record.get("format") not in range(FIRST_FORMAT, FORMAT + 1):
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else record
-        known = f"{FIRST_FORMAT} to {FORMAT}"
-        raise ModelError(f"{path} has format {found!r}, this version reads {known}; update grappa or export again")
+        raise ModelError(f"{path} has format {found!r}, this version reads {FORMAT}; update grappa or export again")
     return record
 
 
@@ -166,7 +164,3 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ModelError(f"{path} is damaged ({error}); export the model again") from error
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from grappa.core.randomness import id_numbers
 from grappa.images.transforms import Augmentation
-from grappa.method.adaptors import automatic_rank, set_sizes
+from grappa.method.adaptors import adaptor_set_sizes, automatic_rank
 from grappa.pipeline.config.schema import Augmented, Sets, Trained
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.opening import need_for_batches, open_pixels, read_images, settle_device, settle_precision
@@ -44,7 +44,7 @@ def augmentation(settings: Augmented) -> Augmentation:
 def sizes_of_set(settings: Sets, width: int) -> tuple[int, int]:
     """Return bottleneck and in-context rank of a set on a backbone of a width; 0 for what its kind has not."""
     rank = automatic_rank(width) if settings.in_context_rank == "auto" else settings.in_context_rank
-    return set_sizes(settings.kind, settings.bottleneck_dim, rank)
+    return adaptor_set_sizes(settings.kind, settings.bottleneck_dim, rank)
 
 
 def open_views(context: StageContext, settings: Augmented, image_size: int) -> Views:

@@ -1,4 +1,4 @@
-"""Embedding many images with a frozen model, in blocks that can be resumed.
+"""Embedding many images with a frozen model, batch by batch, so that interrupted work can go on.
 
 Shapes: N images, B batch, D width, S image side, L blocks, G pseudo-granularities.
 """
@@ -42,14 +42,14 @@ def extract_features(
     """Write the L2-normalised embeddings of the cache's images ``start``..N-1 into ``out`` (N, D) float32.
 
     Args:
-        out: an array or a memory map; its rows are the cache's rows. Only the first of several processes has one.
+        out: an array or a memory map; its rows are the cache's rows. Of several processes only rank 0 has one.
         adaptation: an adaptor set, a fusion; None: the plain backbone.
-        read: what is kept of a batch: ``embed``, or another function of (backbone, images, adaptation) to (B, ...) such
-            as ``grappa.method.fusion.class_token_attention``; ``out`` is then (N, ...).
-        view: how rows (B,) of the cache become a uint8 batch; None: the center crop that the backbone asks for.
-        start: rows before it are there already; a multiple of ``batch_size``, so that batches are the same.
-        progress: told the rows newly written, after they are written.
-        processes: take turns at the batches, which stay those of a single process.
+        read: from (backbone, images, adaptation) to what is written of a batch (B, ...): ``embed``, or another function
+            such as ``grappa.method.fusion.class_token_attention``; ``out`` is then (N, ...).
+        view: from rows (B,) of the cache to a uint8 batch; None: the center crop of the backbone's spec.
+        start: the first row to write; a multiple of ``batch_size``, so that the batches are those of a whole pass.
+        progress: called with the number of rows newly written, after they are written.
+        processes: the processes that take turns at the batches; the batches are those of a single process.
     """
     device = device or torch.device("cpu")
     spec = backbone.spec
@@ -59,10 +59,10 @@ def extract_features(
     backbone = backbone.on(device)
     adaptation = adaptation.to(device) if isinstance(adaptation, nn.Module) else adaptation
     bounds = range(start, len(cache), batch_size)
-    rounds = [bounds[first : first + processes.size] for first in range(0, len(bounds), processes.size)]
+    rounds = [bounds[first : first + processes.world_size] for first in range(0, len(bounds), processes.world_size)]
 
     def make(number: int) -> Tensor:
-        turn = min(processes.rank, len(rounds[number]) - 1)  # one that has no batch left does the last one too
+        turn = min(processes.rank, len(rounds[number]) - 1)  # without a batch in this round: the last one again
         begin = rounds[number][turn]
         rows = np.arange(begin, min(begin + batch_size, len(cache)))
         return staged(view(cache, rows), device)
@@ -70,9 +70,9 @@ def extract_features(
     for begins, images in zip(rounds, prefetch(make, len(rounds)), strict=True):
         with torch.inference_mode(), autocast(device, precision):
             found = read(backbone, normalize(moved(images, device), spec.mean, spec.std), adaptation)
-        parts = processes.collect(found, batch_size)
+        parts = processes.gather(found, batch_size)
         for begin, part in zip(begins, parts or (), strict=False):
-            assert out is not None, "the first process writes"
+            assert out is not None, "rank 0 writes"
             out[begin : begin + len(part)] = part.cpu().numpy()
         if progress:
             progress(min(begins[-1] + batch_size, len(cache)) - begins[0])

@@ -1,6 +1,9 @@
-"""The frozen pretrained model: any timm VisionTransformer with a class token.
+"""The frozen pretrained model, any timm VisionTransformer with a class token, and how its blocks are adapted.
 
-Shapes: B batch, T tokens, D width, S image side.
+First comes the backbone, then how it is built and loaded, then one block: the last block needs the class token only,
+and a block with adapted queries and keys cannot be timm's own, so both are written out here (``run_block``).
+
+Shapes: B batch, T tokens, D width, S image side, H attention heads, E width of an attention head.
 """
 
 from __future__ import annotations
@@ -22,11 +25,11 @@ Residuals = Sequence[Residual] | nn.ModuleList
 
 
 class Adaptation(Protocol):
-    """What adapts the backbone: one residual a block, or none at all, in each of two places.
+    """What adapts the backbone: in each of two places one residual a block, or no residual at all.
 
-    ``outputs``: (B, T, D) -> (B, T, D), from a block's output to what is added to it. The last one sees the class token
-    only (T = 1), as nothing else of the last block is read. ``in_context``: (B, T, D) -> (B, T, 2 D), from a block's
-    normed input to what is added to its queries and keys.
+    ``outputs``: (B, T, D) -> (B, T, D), from a block's output to what is added to it. In the last block it gets the
+    class token only (T = 1), since no other token is read after it. ``in_context``: (B, T, D) -> (B, T, 2 D), from a
+    block's normed input to what is added to its queries and keys.
     """
 
     @property
@@ -38,7 +41,11 @@ class Adaptation(Protocol):
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """All it takes to build the architecture and to prepare its input, without any file or network."""
+    """All that is needed to build the architecture and to prepare its input, without any file or network.
+
+    image_size: side of the square input, pixels. crop_fraction: share (0-1) of the shorter side that is shown. mean,
+    std: of the three colors, 0-1. options: further arguments for ``timm.create_model``.
+    """
 
     name: str
     image_size: int
@@ -86,6 +93,12 @@ class Backbone(nn.Module):
                 module.fused_attn = device.type != "cpu"  # type: ignore[assignment]
         return self.to(device)
 
+    def tokens(self, images: Tensor) -> Tensor:
+        """Return the tokens (B, T, D) that the first block gets of (B, 3, S, S) normalised images."""
+        vit: Any = self.vit
+        tokens: Tensor = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        return tokens
+
     def forward(self, images: Tensor, adaptation: Adaptation | None = None) -> Tensor:
         """Embed images.
 
@@ -101,7 +114,7 @@ class Backbone(nn.Module):
         """
         vit: Any = self.vit
         outputs, in_context = ((), ()) if adaptation is None else (adaptation.outputs, adaptation.in_context)
-        hidden_BTD = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        hidden_BTD = self.tokens(images)
         for number, block in enumerate(vit.blocks):
             last = number == len(vit.blocks) - 1
             hidden_BTD = _run(block, hidden_BTD, in_context[number] if len(in_context) else None, last=last)
@@ -109,18 +122,6 @@ class Backbone(nn.Module):
                 hidden_BTD = hidden_BTD + outputs[number](hidden_BTD)
         embedding: Tensor = vit.norm(hidden_BTD[:, 0])
         return embedding
-
-
-def _run(block: nn.Module, hidden_BTD: Tensor, in_context: Residual | None, *, last: bool) -> Tensor:
-    if in_context is None and not (last and is_plain(block)):
-        out: Tensor = block(hidden_BTD)
-        return out
-    if not is_plain(block):
-        raise BackboneError(
-            "in-context adaptors need timm's plain attention, this backbone has blocks of type "
-            f"{type(block).__name__}; set adaptors.kind=bottleneck, or choose another backbone"
-        )
-    return run_block(block, hidden_BTD, in_context, class_token=last)
 
 
 def embed(backbone: Backbone, images: Tensor, adaptation: Adaptation | None = None) -> Tensor:
@@ -224,8 +225,23 @@ def _from_hub(spec: BackboneSpec) -> nn.Module:
         ) from error
 
 
+# ---------------------------------------------------------------- one block
+
+
+def _run(block: nn.Module, hidden_BTD: Tensor, in_context: Residual | None, *, last: bool) -> Tensor:
+    if in_context is None and not (last and is_plain(block)):
+        out: Tensor = block(hidden_BTD)
+        return out
+    if not is_plain(block):
+        raise BackboneError(
+            "in-context adaptors need timm's plain attention, this backbone has blocks of type "
+            f"{type(block).__name__}; set adaptors.kind=bottleneck, or choose another backbone"
+        )
+    return run_block(block, hidden_BTD, in_context, class_token=last)
+
+
 def is_plain(block: nn.Module) -> bool:
-    """Tell whether ``block`` is timm's plain pre-norm block with its plain attention, which this module knows."""
+    """Tell whether ``block`` is timm's plain pre-norm block with plain attention, the kind written out here."""
     attention = getattr(block, "attn", None)
     plain = (type(block).__name__, type(attention).__name__) == ("Block", "Attention")
     return plain and getattr(attention, "gate", None) is None
@@ -234,12 +250,12 @@ def is_plain(block: nn.Module) -> bool:
 def run_block(
     block: Any, hidden_BTD: Tensor, in_context: Callable[[Tensor], Tensor] | None = None, *, class_token: bool = False
 ) -> Tensor:
-    """Return what ``block(hidden_BTD)`` is, (B, T, D), with its queries and keys adapted.
+    """Return the output (B, T, D) of ``block(hidden_BTD)`` with adapted queries and keys.
 
     Args:
         block: one for which ``is_plain`` holds.
         in_context: from the block's normed input (B, T, D) to what is added to its queries and keys, (B, T, 2 D).
-        class_token: the value for the first token only, (B, 1, D): keys and values of all tokens, all the rest for one.
+        class_token: return the output of the first token only, (B, 1, D); keys and values come from all tokens.
     """
     kept = hidden_BTD[:, :1] if class_token else hidden_BTD
     normed_BTD = block.norm1(hidden_BTD)
@@ -259,20 +275,26 @@ def _attend(attention: Any, normed_BTD: Tensor, added: Tensor | None, *, class_t
     if added is not None:
         to_query, to_keys = added.chunk(2, dim=-1)
         query, keys = query + to_query[:, : query.shape[1]], keys + to_keys
-    query_BHTE, keys_BHTE = attention.q_norm(_heads(attention, query)), attention.k_norm(_heads(attention, keys))
-    mixed = _mix(attention, query_BHTE, keys_BHTE, _heads(attention, values)).transpose(1, 2).flatten(2)
+    query_BHTE, keys_BHTE = (
+        attention.q_norm(_split_heads(attention, query)),
+        attention.k_norm(_split_heads(attention, keys)),
+    )
+    mixed = _mix(attention, query_BHTE, keys_BHTE, _split_heads(attention, values)).transpose(1, 2).flatten(2)
     mixed = attention.norm(mixed) if hasattr(attention, "norm") else mixed
     out: Tensor = attention.proj_drop(attention.proj(mixed))
     return out
 
 
 def _mix(attention: Any, query_BHTE: Tensor, keys_BHTE: Tensor, values_BHTE: Tensor) -> Tensor:
-    """One query has nothing to gain from the fused kernel; for all tokens the backbone says which (``on``)."""
+    """Mix the values by attention: for a single query explicitly, else as ``Backbone.on`` has chosen.
+
+    A single query gains nothing from the fused kernel.
+    """
     if attention.fused_attn and query_BHTE.shape[2] > 1:
         return F.scaled_dot_product_attention(query_BHTE, keys_BHTE, values_BHTE)
     shares = (query_BHTE * attention.scale @ keys_BHTE.transpose(-2, -1)).softmax(dim=-1)
     return shares @ values_BHTE
 
 
-def _heads(attention: Any, projected: Tensor) -> Tensor:
+def _split_heads(attention: Any, projected: Tensor) -> Tensor:
     return projected.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)

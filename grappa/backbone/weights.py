@@ -1,4 +1,4 @@
-"""Pretrained weights in files: plain tensors in timm's or DINO's names, made to fit a model."""
+"""Reading pretrained weights from files: plain tensors under timm's or DINO's names, made to fit a model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class BackboneError(ValueError):
 def import_timm() -> Any:
     """Import timm, also where a CPU-only torch stands beside a CUDA-built torchvision.
 
-    There torchvision's compiled operators do not load and its import fails on the missing schema of ``nms``; declaring
-    the two schemas is enough for all that timm needs. Where torchvision loads, this does nothing.
+    There torchvision's compiled operators do not load, and its import fails on the missing schema of ``nms``. To
+    declare two schemas is enough for all that timm needs. Where torchvision loads, nothing is declared.
     """
     try:
         return importlib.import_module("timm")
@@ -38,7 +38,7 @@ def import_timm() -> Any:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from safetensors or a torch file, never unpickling code; float32 tensors, timm's names."""
+    """Read a state dict from safetensors or a torch file, never unpickling code: float32 tensors under timm's names."""
     if not path.is_file():
         raise BackboneError(f"backbone.weights names {path}, which is no file; give an existing file")
     try:
@@ -53,7 +53,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_state(vit: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Load a state dict into a VisionTransformer; a head is ignored, positions are resampled, all else must fit."""
+    """Load a state dict into a VisionTransformer; all tensors must fit.
+
+    A classifier in the file is ignored; positions for another image size are resampled.
+    """
     wanted = vit.state_dict()
     given = {key: value for key, value in state.items() if key in wanted or not _is_head(key)}
     if "pos_embed" in given and given["pos_embed"].shape != wanted["pos_embed"].shape:

@@ -10,7 +10,7 @@ import torch
 
 
 def resolve_device(requested: str) -> torch.device:
-    """Return the torch device for ``auto``, ``cpu`` or ``cuda``; ValueError when ``cuda`` is asked for in vain."""
+    """Return the torch device for ``auto``, ``cpu`` or ``cuda``; ValueError when there is no GPU for ``cuda``."""
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if requested == "cuda" and not torch.cuda.is_available():
@@ -39,7 +39,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
 
 
 def staged(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a batch ready to be ``moved``: for a GPU in page-locked memory, so that the copy runs beside the work."""
+    """Return a batch that is ready to be ``moved``: for a GPU in page-locked memory, so that the copy runs beside the
+    work.
+    """
     return batch.pin_memory() if device.type == "cuda" else batch
 
 

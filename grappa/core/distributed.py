@@ -1,7 +1,7 @@
-"""Several processes that compute one thing: who takes which part, and how the parts come together.
+"""Several processes that compute one result: which part each process takes, and how the parts come together.
 
-The processes share torch.distributed's default group, which the caller has set up. A single process has none: every
-function below then returns its argument, and torch.distributed is never asked for.
+The processes share torch.distributed's default group, which the caller has set up; the words are torch's. A single
+process needs no group: every function below then returns its argument, and torch.distributed is not imported.
 """
 
 from __future__ import annotations
@@ -16,51 +16,55 @@ from torch import Tensor
 
 
 class GroupBrokenError(RuntimeError):
-    """Another process has ended, or can no longer be reached: nothing can be computed together any more."""
+    """Another process has ended or cannot be reached: the processes can compute nothing together any more."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that compute together: number ``rank`` of ``size``. All must make the same calls."""
+    """The processes that compute together, as seen by the one of this ``rank``. All must make the same calls."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
 
     @property
     def leads(self) -> bool:
-        """Whether this is the first process: the one that writes what comes out."""
+        """Whether this is rank 0, the process that writes the result."""
         return self.rank == 0
 
-    def part(self, number: int) -> slice:
-        """Return which of ``number`` items are this process's: contiguous parts that differ by one item at most."""
-        return slice(self.rank * number // self.size, (self.rank + 1) * number // self.size)
+    def own_slice(self, number: int) -> slice:
+        """Return which of ``number`` items this process takes: the slices are contiguous, their lengths differ by one
+        item at most."""
+        return slice(self.rank * number // self.world_size, (self.rank + 1) * number // self.world_size)
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor, of one dtype and device, by its sum over the processes, in one message."""
-        if self.size == 1 or not tensors:
+        if self.world_size == 1 or not tensors:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        self._add(flat)
+        self._sum(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
-    def gather(self, values: Tensor, number: int) -> Tensor:
-        """Return the rows of all processes, (number, ...), where each holds its ``part(number)``; differentiable.
+    def all_gather(self, values: Tensor, number: int) -> Tensor:
+        """Return the rows (number, ...) of all processes; each process gives its ``own_slice(number)`` of them.
 
-        Every process must compute the same from the result and take ``1 / size`` of it as its share of the loss: the
-        gradients summed over the processes are then those of the whole.
+        The result is differentiable. Every process must compute the same loss from these rows and take ``1 /
+        world_size`` of it as its share: the gradients, summed over the processes, are then those of the whole loss.
         """
-        return values if self.size == 1 else _Gather.apply(values, self, number)
+        return values if self.world_size == 1 else _Gather.apply(values, self, number)
 
-    def collect(self, rows: Tensor, capacity: int) -> list[Tensor] | None:
-        """Return every process's (at most ``capacity``) rows on the CPU, in order of rank; None but on the first."""
-        if self.size == 1:
+    def gather(self, rows: Tensor, capacity: int) -> list[Tensor] | None:
+        """Return the rows of every process on the CPU, in order of rank; None on all processes but rank 0.
+
+        capacity: the largest number of rows that a process gives.
+        """
+        if self.world_size == 1:
             return [rows]
         from torch import distributed
 
         sent = rows.new_zeros(capacity, *rows.shape[1:], device="cpu")
         sent[: len(rows)] = rows.cpu()
-        counts, parts = ([torch.empty_like(one) for _ in range(self.size)] for one in (torch.tensor([0]), sent))
+        counts, parts = ([torch.empty_like(one) for _ in range(self.world_size)] for one in (torch.tensor([0]), sent))
         with _one_group():
             distributed.gather(torch.tensor([len(rows)]), counts if self.leads else None)
             distributed.gather(sent, parts if self.leads else None)
@@ -69,8 +73,8 @@ class Processes:
         return [part[: int(count)] for part, count in zip(parts, counts, strict=True)]
 
     def broadcast(self, data: bytes) -> bytes:
-        """Return what the first process gives; what the others give is ignored."""
-        if self.size == 1:
+        """Return the data that rank 0 gives; the data of the other processes is ignored."""
+        if self.world_size == 1:
             return data
         from torch import distributed
 
@@ -84,7 +88,7 @@ class Processes:
             distributed.broadcast(content, 0)
         return content.numpy().tobytes()
 
-    def _add(self, tensor: Tensor) -> None:
+    def _sum(self, tensor: Tensor) -> None:
         from torch import distributed
 
         with _one_group():
@@ -95,19 +99,20 @@ ALONE = Processes()
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all processes, as a sum of tensors in which each has filled its own rows: parts may differ in size."""
+    """The rows of all processes, as the sum of tensors in which each process has filled its slice: torch's own
+    ``all_gather`` wants slices of equal lengths."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, processes: Processes, number: int) -> Tensor:
-        ctx.processes, ctx.part = processes, processes.part(number)
+        ctx.processes, ctx.own = processes, processes.own_slice(number)
         whole = values.new_zeros(number, *values.shape[1:])
-        whole[ctx.part] = values
-        processes._add(whole)
+        whole[ctx.own] = values
+        processes._sum(whole)
         return whole
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0][ctx.part] * ctx.processes.size, None, None
+        return gradients[0][ctx.own] * ctx.processes.world_size, None, None
 
 
 @contextmanager

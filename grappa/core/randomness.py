@@ -1,4 +1,4 @@
-"""Counter-based random numbers: every draw is a function of (seed, stage, instance, epoch, image_id).
+"""Random numbers by counters: every draw is a function of (seed, stage, instance, epoch, image_id).
 
 Workers, processes, batch sizes and restarts therefore change nothing: a draw belongs to an image, not to a position in
 a stream. The generator is splitmix64 (Steele, Lea & Flood 2014), evaluated at hashed counters.

@@ -1,4 +1,4 @@
-"""What every module that compares vectors needs: checks on entry, tensors of arrays, and honest float32 products."""
+"""Vectors that are compared: checks of arguments, rows of a file, tensors of arrays, and full float32 products."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_vectors(name: str, vectors: NDArray[np.float32]) -> NDArray[np.float32
 def read_rows(file: Path, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return the rows (n,) of an ``.npy`` file (N, D), in their order, as float32 (n, D).
 
-    The file is mapped a part at a time: no more of it than that is ever held beside the result.
+    The file is mapped for one part of its rows at a time: no more than this part is held beside the result.
     """
     number, width = np.load(file, mmap_mode="r", allow_pickle=False).shape
     found = np.empty((len(rows), width), dtype=np.float32)
@@ -52,10 +52,11 @@ def read_rows(file: Path, rows: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 def side_by_side(parts: Sequence[NDArray[np.float32]], out: NDArray[np.float32]) -> None:
-    """Write the G parts (N, D) next to each other into ``out`` (N, G * D), each L2-normalised, then their whole.
+    """Write the G parts (N, D), each L2-normalised, next to each other into ``out`` (N, G * D), L2-normalised as a
+    whole.
 
-    A product of two such rows is the mean of the parts' cosines. ValueError unless the parts have the same N, one row
-    of each at least, and are of length 1.
+    A product of two such rows is the mean of the parts' cosines. ValueError unless the parts have the same N, at
+    least one, and rows of length 1.
     """
     lengths = {len(part) for part in parts}
     if len(lengths) != 1:
@@ -72,13 +73,15 @@ def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def as_tensor(array: NDArray[np.float32], device: str) -> torch.Tensor:
-    """Return a float32 tensor on ``device``; a read-only array (a memory map) is copied, any other shared on a CPU."""
+    """Return a float32 tensor on ``device``; a read-only array (a memory map) is copied, a CPU shares the memory of
+    others.
+    """
     return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Switch reduced-precision float32 products (TF32, bfloat16) off for a while: exact results need it."""
+    """Switch reduced-precision float32 products (TF32, bfloat16) off inside the block: exact results need full ones."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""One image file's bytes to RGB pixels, the same on every machine, with a plain reason where that cannot be done."""
+"""From the bytes of an image file to RGB pixels, the same on every machine, or the plain reason against it."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16-bit samples as 8-bit grey, with alpha where one grey value is declared transparent."""
+    """Return a grey image of 16-bit samples as 8-bit grey, with alpha where one grey value is declared transparent."""
     samples = np.asarray(image).astype(np.uint16)
     grey = (samples >> 8).astype(np.uint8)
     if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:

@@ -1,4 +1,4 @@
-"""One listed file: read it, check that it is what was listed, decode it, or say why it cannot be used."""
+"""Reading one listed file: check that it is still the listed one and decode it, or say why it cannot be used."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from grappa.core.arrays import Box
 from grappa.images.decoding import ImageDecodeError, decode_image, shrink
 from grappa.images.table import MISSING, image_file
 
 # More bytes than this cannot be one image within max_pixels: 16-bit RGBA, uncompressed, and generous metadata.
 _BYTES_A_PIXEL, _METADATA_BYTES = 8, 64 * 2**20
-# What an error of the file system says of this one file; anything else (no memory, too many open files) is our trouble.
+# Errors of the file system that concern this one file. Others (no memory, too many open files) end the whole pass.
 _UNREADABLE_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP)
 _MISSING_ERRORS = (errno.ENOENT, errno.ENOTDIR)
 ERRORS_OF_THE_FILE = (*_UNREADABLE_ERRORS, *_MISSING_ERRORS)
-
-Box = tuple[float, float, float, float]
 
 
 class ImagesChangedError(ValueError):

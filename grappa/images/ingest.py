@@ -1,8 +1,9 @@
 """From listed files to the image table and the pixel cache, in one pass over the files.
 
-Files are decoded in shards; beside each shard's pixels a journal of its rows is written last, so that an interrupted
-pass goes on at the first shard that is not whole and ends with the same bytes. Rows are ordered by content (image_id)
-at the end: neither the order of a listing nor the names of its files reach what is computed from the pixels.
+Files are decoded in shards. After a shard's pixels its manifest is written, which records what became of its files, so
+that an interrupted pass goes on at the first shard without a manifest and ends with the same bytes. At the end the rows
+are ordered by content (image_id): neither the order of a listing nor the names of its files has an influence on what is
+computed from the pixels.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from grappa.core.files import write_whole
 from grappa.images.files import DecodedFile, ImagesChangedError, ListedFile, RejectedFileError, decode_file
-from grappa.images.pixels import shard_file, write_index, write_shard, write_whole
+from grappa.images.pixels import shard_file, write_index, write_shard
 from grappa.images.table import BOX_COLUMNS
 
 __all__ = ["ImagesChangedError", "decode_all", "decode_shards"]
 
 _ID_DIGITS = 16
-# A record: {"reason"} of a rejected file, or {"sha256", "height", "width", "box", "place"}.
+Record = dict[str, Any]  # {"reason"} of a rejected file, or {"sha256", "height", "width", "box", "place"}
 
 
 def decode_all(
@@ -36,20 +38,20 @@ def decode_all(
     cache_size: int,
     max_pixels: int,
     shard_size: int,
-    journals: Path | None = None,
+    manifests: Path | None = None,
     num_workers: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Decode every listed file once into the pixel cache in ``folder`` and return the tables of what was found.
+    """Decode every listed file once into the pixel cache in ``folder``, and return the tables of images and rejects.
 
     Args:
         listing, roots: what ``list_images`` gave (the frame and its ``attrs["roots"]``).
         cache_size: shorter side of the cached pixels; smaller images stay as they are.
         max_pixels: an image with more is rejected as a decompression bomb before it is decoded.
         shard_size: files a shard; ``shard_size`` cached images and ``num_workers`` originals are held in memory.
-        journals: where each shard's rows are noted so that a later call can go on; None: in ``folder``.
+        manifests: the folder of the shards' manifests, by which a later call can go on; None: ``folder``.
         num_workers: decoding threads; changes no byte of the result.
-        progress: called with the number of files newly done, those of shards found whole included.
+        progress: called with the number of files newly done; the files of shards that are whole already count too.
 
     Returns:
         ``images`` (image_id, path, root, domain, split, height, width, box_*, sha256, duplicate_of), sorted by
@@ -70,7 +72,7 @@ def decode_all(
         cache_size=cache_size,
         max_pixels=max_pixels,
         shard_size=shard_size,
-        journals=journals,
+        manifests=manifests,
         num_workers=num_workers,
         progress=progress,
     )
@@ -86,17 +88,18 @@ def decode_shards(
     cache_size: int,
     max_pixels: int,
     shard_size: int,
-    journals: Path | None = None,
+    manifests: Path | None = None,
     num_workers: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[Record]:
-    """Decode some of the shards, whole ones excepted, and return the records of their files, in listing order.
+    """Decode the shards of a slice, but for whole ones, and return the records of their files, in listing order.
 
-    Several processes may each decode theirs, such as ``slice(1, None, 2)``, every second one, before one of them calls
-    :func:`decode_all`, which finds them whole. The other arguments and the errors are those of :func:`decode_all`.
+    Several processes may each decode a slice, such as ``slice(1, None, 2)``, before one of them calls
+    :func:`decode_all`, which then has no more to decode. The other arguments and the errors are those of
+    :func:`decode_all`.
     """
-    journals = journals or folder
-    for place in (folder, journals):
+    manifests = manifests or folder
+    for place in (folder, manifests):
         place.mkdir(parents=True, exist_ok=True)
     files = _listed_files(listing)
     load = partial(_load, roots=list(roots), cache_size=cache_size, max_pixels=max_pixels)
@@ -106,31 +109,59 @@ def decode_shards(
         for start in range(0, len(files), shard_size)[shards]:
             part, shard = files[start : start + shard_size], start // shard_size
             mark = fingerprint(settings, part)
-            journal = journals / f"{shard:05d}.json"
-            records += _whole_shard(folder, shard, journal, mark, progress) or _decode_shard(
-                folder, shard, journal, mark, _run(pool, load, part, progress)
+            manifest = manifests / f"{shard:05d}.json"
+            records += _whole_shard(folder, shard, manifest, mark, progress) or _decode_shard(
+                folder, shard, manifest, mark, _run(pool, load, part, progress)
             )
     return records
 
 
-# ---------------------------------------------------------------- shards and their journals
+# ---------------------------------------------------------------- shards and their manifests
+
+
+def fingerprint(settings: Any, part: Any) -> str:
+    """Return the SHA-256 of what a shard is made of: ``settings`` and the files of its ``part``, both as JSON."""
+    return hashlib.sha256(json.dumps([settings, part]).encode()).hexdigest()
+
+
+def write_shard_manifest(folder: Path, shard: int, manifest: Path, mark: str, records: list[Record]) -> None:
+    """Write the manifest of a shard whose pixels have been written before.
+
+    mark: the shard's :func:`fingerprint`. records: what became of each file, in order.
+    """
+    num_bytes = shard_file(folder, shard).stat().st_size
+    text = json.dumps({"mark": mark, "num_bytes": num_bytes, "records": records}, separators=(",", ":"))
+    write_whole(manifest, lambda file: file.write(text.encode()))
+
+
+def read_shard_manifest(folder: Path, shard: int, manifest: Path, mark: str) -> list[Record] | None:
+    """Return the records of a shard that an earlier pass wrote whole, with the same mark; else None."""
+    try:
+        found = json.loads(manifest.read_bytes())
+        num_bytes = shard_file(folder, shard).stat().st_size
+    except (FileNotFoundError, ValueError):
+        return None
+    if (found["mark"], found["num_bytes"]) != (mark, num_bytes):
+        return None
+    records: list[Record] = found["records"]
+    return records
 
 
 def _decode_shard(
-    folder: Path, shard: int, journal: Path, mark: str, results: Iterator[DecodedFile | RejectedFileError]
+    folder: Path, shard: int, manifest: Path, mark: str, results: Iterator[DecodedFile | RejectedFileError]
 ) -> list[Record]:
     outcomes = list(results)
     decoded = [outcome for outcome in outcomes if isinstance(outcome, DecodedFile)]
     places = iter(write_shard(folder, shard, [one.pixels for one in decoded]).tolist())
     records = [_record(outcome, places) for outcome in outcomes]
-    note_shard(folder, shard, journal, mark, records)
+    write_shard_manifest(folder, shard, manifest, mark, records)
     return records
 
 
 def _whole_shard(
-    folder: Path, shard: int, journal: Path, mark: str, progress: Callable[[int], None] | None
+    folder: Path, shard: int, manifest: Path, mark: str, progress: Callable[[int], None] | None
 ) -> list[Record] | None:
-    records = noted_shard(folder, shard, journal, mark)
+    records = read_shard_manifest(folder, shard, manifest, mark)
     if records and progress:
         progress(len(records))
     return records
@@ -196,7 +227,7 @@ def _tables(
 
 
 def _image_ids(digests: list[str]) -> tuple[list[str], list[str]]:
-    """Return each file's image_id and that of the first file with the same bytes ("" for the first itself)."""
+    """Return the image_id of each file, and the image_id of the first file with the same bytes ("" for that file)."""
     copies: dict[str, int] = {}
     ids, originals = [], []
     for digest in digests:
@@ -237,31 +268,3 @@ def _rejected(files: list[ListedFile], reasons: list[str]) -> pd.DataFrame:
             "reason": pd.Series(reasons, dtype="str"),
         }
     )
-
-
-Record = dict[str, Any]
-
-
-def fingerprint(settings: Any, part: Any) -> str:
-    """Return the mark of what a shard is made of and how; both must be something that JSON can say."""
-    return hashlib.sha256(json.dumps([settings, part]).encode()).hexdigest()
-
-
-def note_shard(folder: Path, shard: int, journal: Path, mark: str, records: list[Record]) -> None:
-    """Write a shard's journal; the shard itself has been written before."""
-    num_bytes = shard_file(folder, shard).stat().st_size
-    text = json.dumps({"mark": mark, "num_bytes": num_bytes, "records": records}, separators=(",", ":"))
-    write_whole(journal, lambda file: file.write(text.encode()))
-
-
-def noted_shard(folder: Path, shard: int, journal: Path, mark: str) -> list[Record] | None:
-    """Return the records of a shard that an earlier pass wrote whole, under the same mark; else None."""
-    try:
-        noted = json.loads(journal.read_bytes())
-        num_bytes = shard_file(folder, shard).stat().st_size
-    except (FileNotFoundError, ValueError):
-        return None
-    if (noted["mark"], noted["num_bytes"]) != (mark, num_bytes):
-        return None
-    records: list[Record] = noted["records"]
-    return records

@@ -1,4 +1,4 @@
-"""The pixel cache: every image decoded once, as plain uint8 arrays that are memory-mapped afterwards.
+"""The pixel cache: every image, decoded once and stored in plain uint8 arrays that are memory-mapped.
 
 A folder holds shards ``00000.npy``, ``00001.npy``, ... (flat uint8, the images of a shard one after the other, each
 H x W x 3) and ``index.npy``, (N, 4) int64: row i says in which shard, at which offset, with which height and width
@@ -7,17 +7,17 @@ image i lies.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from grappa.core.files import write_whole
 
 INDEX_FILE = "index.npy"
 
@@ -41,7 +41,7 @@ def write_shard(folder: Path, shard: int, images: Sequence[NDArray[np.uint8]]) -
 
 
 def _write_flat(file: BinaryIO, images: Sequence[NDArray[np.uint8]]) -> None:
-    """What ``np.save`` of all pixels end to end would write, without a second copy in memory."""
+    """Write the bytes that ``np.save`` would write of all pixels end to end, without a second copy in memory."""
     shape = (sum(image.size for image in images),)
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
     for image in images:
@@ -53,32 +53,8 @@ def write_index(folder: Path, index: NDArray[np.int64]) -> None:
     write_whole(folder / INDEX_FILE, lambda file: np.save(file, index.astype(np.int64), allow_pickle=False))
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside its place, flush it to disk and rename it: ``path`` is never half a file."""
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        with open(draft, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 class ImageRows(Protocol):
-    """Images by row of the image table: a pixel cache, or what is made of one at every access."""
+    """Images by row of the image table: a pixel cache, or images that are made from one at every access."""
 
     def __len__(self) -> int: ...
 
@@ -89,7 +65,7 @@ class ImageRows(Protocol):
 
 @dataclass(frozen=True)
 class PixelCache:
-    """Read access to the images of a pixel cache, by row of the image table; nothing is loaded ahead.
+    """Read access to the images of a pixel cache, by row of the image table; no image is loaded ahead.
 
     index: (N, 4) int64 (shard, offset, height, width); shards: flat uint8 memory maps by number.
     """

@@ -1,9 +1,9 @@
-"""The image table: which files a run is about, where they come from, what is said of them.
+"""Listing images: which files a run uses, with the domain, label, split and box that are given for them.
 
-A source is a folder ``DOMAIN/[CLASS/...]file`` or a CSV or Parquet table. Listing opens no image: whether a file can be
-decoded is found out later, and a file that cannot be is reported there with its reason.
+A source is a folder ``DOMAIN/[CLASS/...]file``, or a CSV or Parquet table, which :func:`read_table` reads and checks.
+Listing opens no image: decoding finds out later which files cannot be used, and reports their reasons.
 
-Text that a file system allows and UTF-8 does not (undecodable bytes) is held percent-escaped, see :func:`escape_path`.
+A file name may hold bytes that are not UTF-8; paths stand in tables percent-escaped, see :func:`escape_path`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,23 @@ from typing import NamedTuple
 
 import pandas as pd
 
-__all__ = ["BOX_COLUMNS", "MISSING", "ImageTableError", "list_images"]
+from grappa.core.arrays import Box
+from grappa.core.names import MEAN
 
+BOX_COLUMNS = ("box_x0", "box_y0", "box_x1", "box_y1")
 MISSING = -1  # the size of a listed file that is not there, or is not a regular file
+_COLUMNS = ("path", "domain", "label", "split", *BOX_COLUMNS)
+_SPLITS = ("train", "test")
+_NO_BOX = (float("nan"),) * 4
+# What the escape produces: an undecodable byte (80-FF), or the percent sign of a text that looks like an escape.
+_ESCAPED = re.compile(r"%(25|[89A-F][0-9A-F])")
+_TO_ESCAPE = re.compile(r"%(?=25|[89A-F][0-9A-F])|[\udc80-\udcff]")
+
+Cells = list[str | None]
+
+
+class ImageTableError(ValueError):
+    """The listed images or the table that lists them break a rule; the message says which rule, and what to do."""
 
 
 class _Listed(NamedTuple):
@@ -30,11 +44,8 @@ class _Listed(NamedTuple):
     domain: str
     label: str | None
     split: str | None
-    box: tuple[float, float, float, float]
+    box: Box
     size: int
-
-
-_NO_BOX = (float("nan"),) * 4
 
 
 def list_images(sources: Sequence[Path], *, loose_domain: str | None = None) -> pd.DataFrame:
@@ -116,7 +127,7 @@ def _from_folder(root: str, path: str, size: int, loose_domain: str | None) -> _
     return _Listed(root, path, parts[0], label, None, _NO_BOX, size)
 
 
-# ---------------------------------------------------------------- tables
+# ---------------------------------------------------------------- rows of a table
 
 
 def _list_table(source: Path) -> Iterator[_Listed]:
@@ -130,7 +141,7 @@ def _list_table(source: Path) -> Iterator[_Listed]:
         yield _Listed(root, path, row.domain, row.label, row.split, row.box, _size(os.path.join(root, path)))
 
 
-# ---------------------------------------------------------------- both
+# ---------------------------------------------------------------- folders and tables alike
 
 
 def _size(file: str) -> int:
@@ -149,8 +160,8 @@ def _refuse_repeats(listed: Iterable[_Listed]) -> None:
         file = os.path.normpath(os.path.join(real[row.root], row.path))
         if file in seen:
             raise ImageTableError(f"the file {_show(file)} is listed twice: name every file once, in one domain")
-        if row.domain == "_mean":
-            raise ImageTableError("a domain is named `_mean`, which is the result tables' row of means: rename it")
+        if row.domain == MEAN:
+            raise ImageTableError(f"a domain is named `{MEAN}`, which is the result tables' row of means: rename it")
         seen.add(file)
 
 
@@ -179,16 +190,7 @@ def _show(path: str | Path) -> str:
     return escape_path(str(path))
 
 
-BOX_COLUMNS = ("box_x0", "box_y0", "box_x1", "box_y1")
-_COLUMNS = ("path", "domain", "label", "split", *BOX_COLUMNS)
-_SPLITS = ("train", "test")
-
-Box = tuple[float, float, float, float]
-Cells = list[str | None]
-
-
-class ImageTableError(ValueError):
-    """The listed images or the table that lists them break a rule; the message says which, and what to do."""
+# ---------------------------------------------------------------- reading a table
 
 
 class TableRow(NamedTuple):
@@ -306,9 +308,7 @@ def _number(where: str, name: str, cell: str | None) -> float:
     return value
 
 
-# What the escape produces: an undecodable byte (80-FF), or the percent sign of a text that looks like an escape.
-_ESCAPED = re.compile(r"%(25|[89A-F][0-9A-F])")
-_TO_ESCAPE = re.compile(r"%(?=25|[89A-F][0-9A-F])|[\udc80-\udcff]")
+# ---------------------------------------------------------------- paths as text
 
 
 def escape_path(path: str) -> str:

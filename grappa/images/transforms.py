@@ -1,8 +1,8 @@
-"""Cached pixels to model input: the evaluation crop, the training augmentation, normalization, and reading ahead.
+"""From cached pixels to model input: the evaluation crop, the training augmentation, normalization, reading ahead.
 
 Shapes: B batch, S image size. Crops are resized by PIL (bicubic, antialiased) in threads, unless they have the size
-already; color changes run over several images at once in torch. Nothing here draws a random number: training takes its
-uniforms as an argument, row by row.
+already; color changes run over several images at once in torch. No function here draws a random number: the training
+augmentation takes uniform numbers as an argument, one line of them for each image.
 """
 
 from __future__ import annotations
@@ -18,16 +18,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
+from grappa.core.arrays import Box, Floats, Pixels, Rows
 from grappa.images.pixels import ImageRows
 
 T = TypeVar("T")
-Floats = NDArray[np.float64]
-Pixels = NDArray[np.uint8]
-Rows = Sequence[int] | NDArray[np.int64]
-Box = tuple[float, float, float, float]
 
 # The columns of train_batch's uniforms.
 _SIDE, _LEFT, _TOP, _FLIP, _BRIGHTNESS, _CONTRAST, _SATURATION, _GRAYSCALE = range(8)
@@ -78,7 +74,7 @@ def eval_crop(image: Pixels, *, image_size: int, crop_fraction: float) -> Pixels
 
 def eval_batch(
     cache: ImageRows,
-    rows: Rows,
+    rows: Sequence[int] | Rows,
     *,
     image_size: int,
     crop_fraction: float,
@@ -93,7 +89,7 @@ def eval_batch(
     return _in_parts(crops, len(rows), image_size, num_workers)
 
 
-def whole_batch(cache: ImageRows, rows: Rows, *, image_size: int, num_workers: int = 1) -> torch.Tensor:
+def whole_batch(cache: ImageRows, rows: Sequence[int] | Rows, *, image_size: int, num_workers: int = 1) -> torch.Tensor:
     """Return the cache's ``rows`` (B,) as (B, 3, S, S) uint8, whole: each side is stretched to S by itself."""
 
     def squeezed(part: range) -> torch.Tensor:
@@ -108,7 +104,7 @@ def whole_batch(cache: ImageRows, rows: Rows, *, image_size: int, num_workers: i
 
 def train_batch(
     cache: ImageRows,
-    rows: Rows,
+    rows: Sequence[int] | Rows,
     uniforms: Floats,
     *,
     image_size: int,
@@ -141,10 +137,10 @@ def _train_crop(image: Pixels, draws: Floats, image_size: int, augmentation: Aug
 
 
 def _change_colors(images: torch.Tensor, uniforms: Floats, augmentation: Augmentation) -> torch.Tensor:
-    """Brightness, contrast (around the image's mean gray), saturation, grayscale, in this order, rounded once.
+    """Change brightness, contrast (around the image's mean gray), saturation and grayscale, in this order.
 
-    All four together are x -> a x + b gray(x) + c with three numbers an image. The mean gray is summed exactly and
-    the rest is elementwise, so that no image's result depends on the batch around it.
+    The four changes together are x -> a x + b gray(x) + c, with three numbers for each image, rounded once. The mean
+    gray is summed exactly and all other operations are elementwise, so an image's result does not depend on its batch.
     """
     if not (augmentation.brightness or augmentation.contrast or augmentation.saturation or augmentation.grayscale):
         return images
@@ -163,7 +159,10 @@ def _change_colors(images: torch.Tensor, uniforms: Floats, augmentation: Augment
 
 
 def _mean_gray(pixels: torch.Tensor) -> Floats:
-    """Exact whatever the order of summation: a float32 line sum of integers below 2^24, then float64."""
+    """Return the mean gray of each image (B,), exact in any order of summation.
+
+    A line's sum of integers is below 2^24, which float32 holds exactly; the lines are summed in float64.
+    """
     sums = pixels.sum(dim=3).double().sum(dim=2).numpy()
     red, green, blue = (sums[:, channel] * _GRAY_WEIGHTS[channel] for channel in range(3))
     mean: Floats = (red + green + blue) / (pixels.shape[2] * pixels.shape[3])
@@ -178,7 +177,7 @@ def _per_image(values: Floats) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32))[:, None, None, None]
 
 
-# ---------------------------------------------------------------- both
+# ---------------------------------------------------------------- evaluation and training alike
 
 
 def normalize(batch: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -211,7 +210,7 @@ def _channels_first(images: Sequence[Pixels]) -> torch.Tensor:
 def _in_parts(
     make: Callable[[range], torch.Tensor], num_images: int, image_size: int, num_workers: int
 ) -> torch.Tensor:
-    """Put together (B, 3, S, S) uint8 from ``make(part)``, a few images at a time, in ``num_workers`` threads."""
+    """Return (B, 3, S, S) uint8, made by ``make(part)`` for a few images at a time in ``num_workers`` threads."""
     out = torch.empty((num_images, 3, image_size, image_size), dtype=torch.uint8)
 
     def fill(start: int) -> None:
@@ -226,7 +225,7 @@ def _in_parts(
 
 @remember
 def _pool(num_workers: int) -> ThreadPoolExecutor:
-    """The threads that resize, kept for the life of the process; a forked child starts its own."""
+    """Return the threads that resize; they live as long as the process, and a forked child starts others."""
     return ThreadPoolExecutor(num_workers, "resize")
 
 
@@ -236,8 +235,8 @@ os.register_at_fork(after_in_child=_pool.cache_clear)
 def prefetch(make: Callable[[int], T], num: int, *, depth: int = 2) -> Iterator[T]:
     """Yield make(0), ..., make(num - 1) in order, made up to ``depth`` ahead by one thread.
 
-    An exception of ``make`` is raised where its result would have come. Closing the generator ends the thread after the
-    call it is in.
+    An exception of ``make`` is raised where its result would have come. Closing the generator ends the thread after its
+    present call.
     """
     if depth < 1:
         raise ValueError(f"depth is {depth}: expected at least 1")

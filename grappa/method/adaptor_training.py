@@ -1,4 +1,4 @@
-"""Training an adaptor set on a frozen backbone, from one or several targets, with or without object perception.
+"""Training an adaptor set on a frozen backbone, by one or several targets, with or without object perception.
 
 Shapes: B batch, D width, V kinds of view, H targets, C classes of a target, n train rows.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grappa.backbone.vit import Backbone
+from grappa.core.arrays import Rows
 from grappa.core.devices import autocast, moved, staged
 from grappa.core.randomness import key
 from grappa.images.pixels import ImageRows
@@ -22,7 +23,7 @@ from grappa.images.transforms import normalize
 from grappa.method import losses
 from grappa.method.adaptors import AdaptorSet
 from grappa.objects.backgrounds import Backgrounds
-from grappa.training.batches import BatchOrder, Rows, Run, Views, torch_seed
+from grappa.training.batches import BatchOrder, Run, Views, torch_seed
 from grappa.training.loop import FitResult, Group, Optimization, fit
 from grappa.training.targets import Targets
 
@@ -32,15 +33,16 @@ Classes = Sequence[tuple[Tensor, Tensor]]  # of each target: the proxies (C, D),
 
 
 @dataclass(frozen=True)
-class SetLoss:
-    """What a set is trained by, beside the normalised softmax on the images themselves (all weights 0: nothing).
+class AdaptorLoss:
+    """The loss of an adaptor set: the normalised softmax on the images, and up to three terms on their other views.
 
-    On object views the same softmax, times ``object_weight``; from an image's object view to the image
-    ``losses.perception_transfer`` over the proxies, times ``transfer_weight``, by default only from those object
-    views that are classified better than their image (``transfer_from``); on background views the softmax with one more
-    proxy, that of all backgrounds, times ``background_weight``. Which losses the paper of these views has is known,
-    their forms and weights are not. A background is never pulled to its image's class: on pseudo-labels that would
-    teach the background.
+    - ``object_weight``: the same softmax on the object views.
+    - ``transfer_weight``: ``losses.perception_transfer`` over the proxies, from an image's object view to the image; by
+      default only from object views that are classified better than their image (``transfer_from``).
+    - ``background_weight``: the softmax on the background views, with one more proxy, which all backgrounds share. A
+      background is never pulled to its image's class: with pseudo-labels that would teach the background.
+
+    The paper of these views names its losses; their forms and weights are not known, so these are ours.
     """
 
     temperature: float = 0.05
@@ -54,13 +56,13 @@ class SetLoss:
 
 @dataclass(frozen=True)
 class Perception:
-    """Further views of the cache's rows: object views, and background views of those that have one."""
+    """Further views of the images in the cache: object views, and background views of the images that have one."""
 
     objects: ImageRows | None = None
     backgrounds: Backgrounds | None = None
 
     def sources(self, views: Views) -> dict[str, Views]:
-        """Return the kinds of view that are drawn of each image of a batch, the image itself first."""
+        """Return where the views of each image of a batch come from, by kind; the image itself is the first kind."""
         further = {OBJECT: self.objects, BACKGROUND: self.backgrounds}
         return {
             PLAIN: views,
@@ -86,7 +88,7 @@ def train_adaptor_set(
     *,
     name: str,
     start: AdaptorSet,
-    set_loss: SetLoss,
+    adaptor_loss: AdaptorLoss,
     proxy_learning_rate: float,
     optimization: Optimization,
     seed: int,
@@ -96,15 +98,15 @@ def train_adaptor_set(
     """Train one adaptor set by the normalised softmax over its targets; with several, by the mean of their losses.
 
     Args:
-        rows: (n,) train rows of the cache; each of ``targets`` classifies these n rows: the pseudo-labels of one
-            pseudo-granularity with its centroids, those of all of them, or the labels of the images.
+        rows: (n,) train rows of the cache.
+        targets: classifications of these n rows by pseudo-labels, for one pseudo-granularity or more, or by labels.
         name: the instance (``k00256``), part of every random draw's key.
-        start: the set that training begins with (:func:`new_set`); it is changed in place and returned.
-        perception: the further views that ``set_loss`` uses.
+        start: the adaptor set that training begins with (:func:`new_adaptor_set`); it is changed in place and returned.
+        perception: the further views that ``adaptor_loss`` uses.
 
     Returns:
-        The set, and the metrics ``loss`` and ``accuracy`` (of the class, on augmented views; means over the targets)
-        along the steps; with object views ``object_accuracy`` and ``transfer`` too.
+        The adaptor set, and along the steps the metrics ``loss`` and ``accuracy`` (share of augmented views whose class
+        is right, mean over the targets); with object views ``object_accuracy`` and ``transfer`` too.
     """
     backbone, adaptors = backbone.on(run.device), start.requires_grad_(True)
     perception = perception or Perception()
@@ -126,7 +128,7 @@ def train_adaptor_set(
             embeddings = backbone(normalize(images, backbone.spec.mean, backbone.spec.std), adaptors)
         embedded = dict(zip(sources, embeddings.chunk(len(sources)), strict=True))
         classes = list(zip(classifier["proxies"].split(sizes), labels_BH.unbind(1), strict=True))
-        value, scalars = _loss(embedded, classes, known_B, classifier.get("background"), set_loss)
+        value, scalars = _loss(embedded, classes, known_B, classifier.get("background"), adaptor_loss)
         share = len(labels_BH) / order.batch_size
         return share * value, {what: share * each for what, each in scalars.items()}
 
@@ -140,11 +142,16 @@ def train_adaptor_set(
     return adaptors.cpu(), result
 
 
-def new_set(backbone: Backbone, bottleneck_dim: int, *, in_context_rank: int = 0, name: str, seed: int) -> AdaptorSet:
-    """Return the set that the training of an instance starts from: the backbone unchanged."""
-    set_seed = torch_seed(seed, "adaptors", name)
+def new_adaptor_set(
+    backbone: Backbone, bottleneck_dim: int, *, in_context_rank: int = 0, name: str, seed: int
+) -> AdaptorSet:
+    """Return the adaptor set that the training of instance ``name`` starts from; it leaves the backbone unchanged."""
     return AdaptorSet(
-        backbone.num_blocks, backbone.width, bottleneck_dim, in_context_rank=in_context_rank, seed=set_seed
+        backbone.num_blocks,
+        backbone.width,
+        bottleneck_dim,
+        in_context_rank=in_context_rank,
+        seed=torch_seed(seed, "adaptors", name),
     )
 
 
@@ -154,7 +161,7 @@ def _all_labels(targets: Sequence[Targets]) -> Tensor:
 
 
 def _classifier(targets: Sequence[Targets], perception: Perception, seed: int) -> nn.ParameterDict:
-    """Return the proxies of all targets as one table, (sum of C, D), and where asked for the backgrounds', (1, D)."""
+    """Return the proxies of all targets as one table (sum of C, D), and with background views their proxy (1, D)."""
     proxies = np.concatenate([np.array(each.proxies, dtype=np.float32) for each in targets])
     classifier = nn.ParameterDict({"proxies": nn.Parameter(torch.from_numpy(proxies))})
     if perception.backgrounds is not None:
@@ -164,11 +171,12 @@ def _classifier(targets: Sequence[Targets], perception: Perception, seed: int) -
 
 
 def _loss(
-    embedded: Mapping[str, Tensor], classes: Classes, known_B: Tensor, background: Tensor | None, options: SetLoss
+    embedded: Mapping[str, Tensor], classes: Classes, known_B: Tensor, background: Tensor | None, options: AdaptorLoss
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of a batch, whose views are embedded (B, D) by kind, and what is told of it.
+    """Return the loss of a batch and the scalars to record.
 
-    ``known_B``: which images have a background view. ``background``: the backgrounds' proxy (1, D).
+    embedded: the embeddings (B, D) of each kind of view. known_B: which images have a background view. background: the
+    proxy of the backgrounds (1, D).
     """
     value, accuracy = _classify(embedded[PLAIN], classes, options.temperature)
     scalars = {"accuracy": accuracy}
@@ -183,7 +191,7 @@ def _loss(
 
 
 def _classify(embeddings_BD: Tensor, classes: Classes, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the loss and the share of the batch whose nearest proxy is its class's: means over the targets."""
+    """Return the loss, and the share of the batch whose nearest proxy is that of its class: means over the targets."""
     values, accuracies = [], []
     units_BD = F.normalize(embeddings_BD.detach().float(), dim=-1)
     for proxies_CD, labels_B in classes:
@@ -193,9 +201,11 @@ def _classify(embeddings_BD: Tensor, classes: Classes, temperature: float) -> tu
     return torch.stack(values).mean(), torch.stack(accuracies).mean()
 
 
-def _transfer(plain_BD: Tensor, object_BD: Tensor, classes: Classes, options: SetLoss) -> Tensor:
-    """Return the perception transfer from the object views, which get no gradient by it, to the images: the mean over
-    the batch, 0 for an image that its object view does not teach."""
+def _transfer(plain_BD: Tensor, object_BD: Tensor, classes: Classes, options: AdaptorLoss) -> Tensor:
+    """Return the perception transfer from the object views to the images, mean over the batch.
+
+    It is 0 for an image that its object view does not teach. Object views get no gradient.
+    """
     how = {
         "temperature": options.temperature,
         "softening": options.softening,
@@ -213,8 +223,8 @@ def _transfer(plain_BD: Tensor, object_BD: Tensor, classes: Classes, options: Se
     return torch.stack(values).mean()
 
 
-def _taught(plain_BD: Tensor, object_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, options: SetLoss) -> Tensor:
-    """Return which images their object views teach, (B,) bool: see ``SetLoss.transfer_from``."""
+def _taught(plain_BD: Tensor, object_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, options: AdaptorLoss) -> Tensor:
+    """Return which images their object views teach, (B,) bool: see ``AdaptorLoss.transfer_from``."""
     if options.transfer_from == "all":
         return torch.ones_like(labels_B, dtype=torch.bool)
     proxies_DC = F.normalize(proxies_CD.detach().float(), dim=-1).T
@@ -227,11 +237,11 @@ def _taught(plain_BD: Tensor, object_BD: Tensor, proxies_CD: Tensor, labels_B: T
 
 
 def _on_backgrounds(
-    embeddings_BD: Tensor, known_B: Tensor, classes: Classes, background: Tensor, options: SetLoss
+    embeddings_BD: Tensor, known_B: Tensor, classes: Classes, background: Tensor, options: AdaptorLoss
 ) -> Tensor:
-    """Return the loss by which backgrounds come to lie at their own proxy, and away from the classes'.
+    """Return the loss that pulls backgrounds to their proxy, and away from the proxies of the classes.
 
-    It is summed over the images that have a background view and divided by B: with few of them it weighs little.
+    It is summed over the images that have a background view and divided by B: where few images have one it is small.
     """
     kept_BD = embeddings_BD[known_B]
     if not len(kept_BD):

@@ -1,4 +1,5 @@
-"""Adaptors: what is trained in the blocks of a frozen backbone, beside a block's output or its queries and keys.
+"""Adaptors: small modules, trained in the blocks of a frozen backbone, that add to a block's output or its queries and
+keys.
 
 Shapes: B batch, T tokens, D width, R bottleneck (of in-context adaptors: rank), G pseudo-granularities.
 """
@@ -20,7 +21,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class Adaptor(nn.Module):
-    """A(h) = U gelu(D h + b) (Houlsby et al. 2019), D (R, D), U (D, R); U = 0 at birth, so a new adaptor adds nothing.
+    """A(h) = U gelu(D h + b) (Houlsby et al. 2019), D (R, D), U (D, R); U starts at 0, so a new adaptor adds nothing.
 
     Differs from Houlsby in having no bias in U and one adaptor a block (Pfeiffer et al. 2021), on the block's output.
     """
@@ -46,11 +47,11 @@ class Adaptor(nn.Module):
 
 
 class InContextAdaptor(nn.Module):
-    """What is added to a block's queries, ``Uq Dq h``, and keys, ``Uk Dk h``, from its normed input h (DVA's in-context
-    adaptation); all D (R, D), all U (D, R) and 0 at birth.
+    """DVA's in-context adaptation: adds ``Uq Dq h`` to a block's queries and ``Uk Dk h`` to its keys, for its normed
+    input h; every D is (R, D), every U is (D, R) and starts at 0.
 
-    Activation, scale and rank are not known of the paper. Ours has the identity and 1, so that it folds into the frozen
-    projections (:func:`folded`), like a low-rank update (Hu et al. 2022); the values stay as they are.
+    The paper's activation, scale and rank are not known. Ours has no activation and the scale 1, so that it folds into
+    the frozen projections (:func:`folded`) like a low-rank update (Hu et al. 2022). The block's values are not adapted.
     """
 
     activation: Activation = staticmethod(lambda stacked: stacked)
@@ -69,25 +70,28 @@ class InContextAdaptor(nn.Module):
         return torch.cat(both, dim=-1)
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``down`` (2 R, D), its bias (2 R,), zeros, and ``up`` (2 R, 2 D), as an adaptor's."""
+        """Return ``down`` (2 R, D), its bias (2 R,), which is zero, and ``up`` (2 R, 2 D): see ``Adaptor.parts``."""
         down = torch.cat([self.query_down.weight, self.key_down.weight]).detach()
         up = torch.block_diag(self.query_up.weight.T, self.key_up.weight.T).detach()
         return down, torch.zeros(len(down)).to(down), up
 
     def update(self) -> Tensor:
-        """Return what it adds to the weight of the queries and keys, (2 D, D)."""
+        """Return the sum that this adaptor adds to the weights of queries and keys, (2 D, D)."""
         query = self.query_up.weight @ self.query_down.weight
         return torch.cat([query, self.key_up.weight @ self.key_down.weight]).detach()
 
 
 class AdaptorSet(nn.Module):
-    """One adaptor a block, trained together for one pseudo-granularity: bottlenecks beside the blocks' outputs,
-    in-context adaptors beside their queries and keys, or both."""
+    """The adaptors of all blocks for one pseudo-granularity, trained together.
+
+    A block has a bottleneck on its output (``adaptors``), an in-context adaptor on its queries and keys
+    (``in_context``), or both.
+    """
 
     def __init__(
         self, num_blocks: int, width: int, bottleneck_dim: int, *, in_context_rank: int = 0, seed: int = 0
     ) -> None:
-        """``bottleneck_dim`` or ``in_context_rank`` may be 0: none of that kind."""
+        """Make new adaptors; a ``bottleneck_dim`` or an ``in_context_rank`` of 0 stands for no adaptor of that kind."""
         super().__init__()
         generator, blocks = torch.Generator().manual_seed(seed), range(num_blocks)
         self.adaptors = nn.ModuleList(
@@ -107,7 +111,7 @@ class AdaptorSet(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> AdaptorSet:
-        """Rebuild a set from its tensors; ValueError when the names are not those of a set."""
+        """Rebuild an adaptor set from its tensors; ValueError when the names are not those of an adaptor set."""
         downs = {name: value for name, value in state.items() if name.endswith("down.weight")}
         first, beside = downs.get("adaptors.0.down.weight"), downs.get("in_context.0.query_down.weight")
         if first is None and beside is None:
@@ -119,8 +123,9 @@ class AdaptorSet(nn.Module):
         return adaptors
 
 
-def set_sizes(kind: AdaptorKind, bottleneck_dim: int, in_context_rank: int) -> tuple[int, int]:
-    """Return the bottleneck and the rank of a set of a kind: ``both`` has half of each, at least 1."""
+def adaptor_set_sizes(kind: AdaptorKind, bottleneck_dim: int, in_context_rank: int) -> tuple[int, int]:
+    """Return bottleneck and rank of an adaptor set of a kind; ``both`` has half the bottleneck and half the rank, at
+    least 1."""
     half = max(1, bottleneck_dim // 2), max(1, in_context_rank // 2)
     return {"bottleneck": (bottleneck_dim, 0), "in_context": (0, in_context_rank), "both": half}[kind]
 
@@ -131,10 +136,12 @@ def automatic_rank(width: int) -> int:
 
 
 def folded(backbone: Backbone, adaptors: AdaptorSet) -> tuple[Backbone, AdaptorSet]:
-    """Return the inference form: a backbone whose query and key weights hold the in-context adaptors, and the rest.
+    """Return the inference form: a backbone whose query and key weights include the in-context adaptors, and an adaptor
+    set of the bottlenecks that remain.
 
-    Modules and number of parameters are those of the plain backbone, the value rows of its weights the same bits; the
-    embeddings are equal up to rounding. Without in-context adaptors the arguments are returned.
+    The backbone has the modules and the number of parameters of the plain one, and the rows of its weights that make
+    values are the same bits. The embeddings are equal up to rounding. Without in-context adaptors the arguments are
+    returned.
     """
     if not len(adaptors.in_context):
         return backbone, adaptors

@@ -2,8 +2,9 @@
 
 For each token h: ``u_g = A_g(h)``, ``a = softmax_g(<Wq h, Wk u_g> / temperature)``, residual ``sum_g a_g u_g``. As in
 the paper keys come from adaptor outputs without the residual and there is no 1/sqrt(D); ours differs in having no value
-matrix, no bias, and Wk = 0 at birth, so an untrained fusion is the mean over sets. In-context adaptors are fused in the
-same way (ours too): h is then a block's normed input and u_g what an adaptor adds to its queries and keys.
+matrix, no bias, and Wk = 0 at the start, so an untrained fusion is the mean over the adaptor sets. In-context adaptors
+are fused in the same way, which is ours too: h is then a block's normed input, and u_g is what adaptor g adds to the
+block's queries and keys.
 
 Shapes: B batch, T tokens, D width, R bottleneck, G pseudo-granularities, L blocks.
 """
@@ -25,7 +26,7 @@ AttentionLevel = Literal["token", "cls"]
 
 
 class FusionLayer(nn.Module):
-    """Attention over the G adaptors of one block, all of one kind; O is D, of in-context adaptors 2 D.
+    """Attention over the G adaptors of one block, all of one kind; O is D for bottlenecks, 2 D for in-context adaptors.
 
     The adaptors are frozen copies: ``down`` (G*R, D), ``bias`` (G*R,), ``up`` (G*R, O). Only ``query`` (D, D) and
     ``key`` (D, O) are trained. No (B, T, G, O) tensor is made: <Wq h, Wk U_g v_g> = <U_g^T Wk^T Wq h, v_g>.
@@ -115,7 +116,9 @@ class FoldedFusionLayer(nn.Module):
 
 
 class Fusion(nn.Module):
-    """One fusion layer a block over G adaptor sets of one kind; two where the sets adapt outputs, queries and keys."""
+    """One fusion layer a block over G adaptor sets of one kind; two layers a block where the adaptor sets have both
+    kinds.
+    """
 
     def __init__(
         self, sets: Sequence[AdaptorSet], *, level: AttentionLevel = "token", temperature: float = 1.0
@@ -157,7 +160,7 @@ class Fusion(nn.Module):
         self.load_state_dict(state, strict=False)
 
     def start(self, *, query_std: float, key_std: float, generator: torch.Generator) -> None:
-        """Draw the starting point of training: with equal attention every attention loss has a zero gradient."""
+        """Draw the starting point of training; from equal attention every attention loss would have a zero gradient."""
         for layer in [*self.layers, *self.in_context]:
             nn.init.normal_(layer.query, std=query_std, generator=generator)
             nn.init.normal_(layer.key, std=key_std, generator=generator)
@@ -180,7 +183,7 @@ class FoldedFusion(nn.Module):
 
 @dataclass(frozen=True)
 class _Attending:
-    """The layers of a fusion, which note the class token's attention at every call, in ``attentions``."""
+    """The layers of a fusion; every call of a layer appends the class token's attention to ``attentions``."""
 
     fusion: Adaptation
     attentions: list[Tensor]
@@ -205,8 +208,8 @@ class _Attending:
 def fused_forward(backbone: Backbone, fusion: Adaptation, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return the embeddings (B, D), not normalised, and the class token's attention (B, L, G) of normalised images.
 
-    ``fusion`` may be a folded one. Of sets of both kinds a block attends twice and counts as two, first over the
-    in-context adaptors: (B, 2 L, G).
+    ``fusion`` may be a folded one. With adaptor sets of both kinds a block attends twice, first over the in-context
+    adaptors, and counts as two: (B, 2 L, G).
     """
     noting = _Attending(fusion, [])
     embeddings = backbone(images, noting)
@@ -214,6 +217,6 @@ def fused_forward(backbone: Backbone, fusion: Adaptation, images: Tensor) -> tup
 
 
 def class_token_attention(backbone: Backbone, images: Tensor, fusion: Adaptation | None) -> Tensor:
-    """Return (B, L, G) float32, the class token's granularity attention; read like ``grappa.backbone.vit.embed``."""
+    """Return (B, L, G) float32, the class token's granularity attention; called like ``grappa.backbone.vit.embed``."""
     assert fusion is not None, "without a fusion nothing attends"
     return fused_forward(backbone, fusion, images)[1].float()

@@ -1,11 +1,11 @@
-"""Training the fusion over all adaptor sets, by propagating granularity attention across neighbours.
+"""Training the fusion over all adaptor sets, by propagating granularity attention between neighbours.
 
 Shapes: B batch, D width, K neighbours, L blocks, G pseudo-granularities, n train rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from grappa.backbone.vit import Backbone
+from grappa.core.arrays import Rows
 from grappa.core.devices import autocast, moved, staged
 from grappa.core.randomness import key, uniforms
 from grappa.images.transforms import normalize
 from grappa.method import losses
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.fusion import AttentionLevel, Fusion, fused_forward
-from grappa.training.batches import BatchOrder, Rows, Run, Views, torch_seed
+from grappa.training.batches import BatchOrder, Run, Views, torch_seed
 from grappa.training.loop import FitResult, Group, Optimization, fit
 
 
@@ -51,11 +52,11 @@ def train_fusion(
     seed: int,
     run: Run,
 ) -> tuple[Fusion, FitResult]:
-    """Train the fusion layers by attention propagation; backbone and sets stay frozen.
+    """Train the fusion layers by attention propagation; backbone and adaptor sets stay frozen.
 
     Args:
-        rows: (n,) the train rows; ``neighbors``: (n, K) cache rows, the candidates for each row's partner, or None: the
-            partner is a second view of the same image (the ablation).
+        rows: (n,) the train rows of the cache.
+        neighbors: (n, K) cache rows, the candidates for a row's partner; None: a second view of the image (ablation).
 
     Returns:
         The fusion, and the metrics along the steps: ``loss``, ``entropy`` (mean of an image's attention, nats),
@@ -85,8 +86,8 @@ def train_fusion(
             projected = projector(embeddings) if propagation.barlow_weight else None
         attention_BLG = _whole_batch(attention_BLG, order)
         projected = None if projected is None else _whole_batch(projected, order)
-        value, scalars = propagation_loss(attention_BLG, projected, propagation), _attention_metrics(attention_BLG)
-        return value / run.processes.size, {name: each / run.processes.size for name, each in scalars.items()}
+        value = propagation_loss(attention_BLG, projected, propagation)
+        return _shares(value, _attention_metrics(attention_BLG), run.processes.world_size)
 
     groups = [
         Group(list(fusion.parameters()), optimization.learning_rate, optimization.weight_decay),
@@ -98,8 +99,13 @@ def train_fusion(
     return fusion.cpu(), result
 
 
+def _shares(value: Tensor, scalars: Mapping[str, Tensor], world_size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return this process's share of a loss and of scalars that every process has computed for the whole batch."""
+    return value / world_size, {name: each / world_size for name, each in scalars.items()}
+
+
 def propagation_loss(attention_BLG: Tensor, projected_BD: Tensor | None, options: PropagationLoss) -> Tensor:
-    """Return the loss of a batch whose second half are the partners of the first; ValueError when nothing is asked."""
+    """Return the loss of a batch whose second half are the partners of its first; ValueError without any loss."""
     first, second = attention_BLG.chunk(2)
     terms = []
     if options.attention_loss == "mutual_information":
@@ -118,10 +124,10 @@ def propagation_loss(attention_BLG: Tensor, projected_BD: Tensor | None, options
 
 
 def _whole_batch(own: Tensor, order: BatchOrder) -> Tensor:
-    """Return the rows of all processes, first the images, then their partners, as a single process has them."""
-    if order.processes.size == 1:
+    """Return the rows of all processes as a single process has them: first the images, then their partners."""
+    if order.processes.world_size == 1:
         return own
-    return torch.cat([order.processes.gather(half, order.batch_size) for half in own.chunk(2)])
+    return torch.cat([order.processes.all_gather(half, order.batch_size) for half in own.chunk(2)])
 
 
 def _partners(neighbors_BK: Rows, ids_B: NDArray[np.uint64], seed: int, epoch: int) -> Rows:

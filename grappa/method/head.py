@@ -1,4 +1,4 @@
-"""Embedding heads: a label-free last step, fitted in closed form on a model's own train embeddings (not the paper's).
+"""Embedding heads: a label-free last step of a model, fitted in closed form on its train embeddings (not the paper's).
 
 ``neighborhood`` splits an embedding into where it lies and how it differs from what lies there, and weighs the two
 anew. z is the L2-normalised embedding, c_m the M unit centroids of spherical k-means on the train embeddings:
@@ -16,12 +16,14 @@ No label and no domain is read.
 
 ``whitening`` is PCA whitening (``grappa.metrics.whitening``), ``none`` passes embeddings on unchanged.
 
-Fitting is in float64 and in the order of the ids, so that the order of the rows changes nothing.
+Fitting is in float64 and in the order of the ids, so that the order of the rows changes nothing. First come the heads
+and how they are applied, then how they are fitted.
 """
+
+# B rows of a block, D width, N rows, n train rows, M centroids
 
 from __future__ import annotations
 
-# B rows of a block, D width, N rows, M centroids
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -32,12 +34,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grappa.core.memory import DOUBLE, FLOAT, WORK
 from grappa.core.vectors import as_tensor, check_unit_vectors, full_float32
 from grappa.metrics.whitening import MIN_VARIANCE, fit_whitening
-
-# B rows of a block, D width, n train rows, M centroids
+from grappa.search import kmeans
 from grappa.search.assignment import BLOCK_ELEMENTS, Progress
 from grappa.search.kmeans import cluster, count_distinct
+
+IMAGES_PER_CENTROID, MAX_CENTROIDS = 3, 4096
+MIN_EIGENVALUE_SHARE = 1e-4
+MAX_SAMPLE, NUM_HALVINGS = 2048, 40  # embeddings on which the temperature is fitted, and steps of its bisection
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-8, 1e2
+MEAN_ROWS = 65536  # rows of a block whose sum is made at once
 
 
 class IdentityHead(nn.Module):
@@ -136,7 +144,7 @@ Head = IdentityHead | WhiteningHead | NeighborhoodHead
 
 
 def open_head(form: Mapping[str, Any], state: Mapping[str, Tensor]) -> Head:
-    """Return the head of a ``form()`` and its state dict; ValueError (TypeError) where they are not one head's."""
+    """Return the head that had this ``form()`` and this state dict; ValueError or TypeError where the two disagree."""
     settings: dict[str, Any] = {name: value for name, value in form.items() if name not in ("kind", "num_centroids")}
     tensors: dict[str, Any] = dict(state)
     if form["kind"] == "none":
@@ -149,9 +157,9 @@ def open_head(form: Mapping[str, Any], state: Mapping[str, Tensor]) -> Head:
 
 
 def apply_head(head: Head, embeddings: NDArray[np.float32], *, device: str = "cpu") -> NDArray[np.float32]:
-    """Return embeddings (N, D), L2-normalised, through a head: (N, D) float32, L2-normalised.
+    """Return the head's output for embeddings (N, D), L2-normalised: (N, D) float32, L2-normalised.
 
-    ValueError for a row of which nothing is left: it equals the means, and has no direction to keep.
+    ValueError when an embedding equals the means that the head subtracts: the rest is 0 and has no direction.
     """
     embeddings = check_unit_vectors("embeddings", embeddings)
     head, out = head.to(device), np.empty_like(embeddings)
@@ -183,6 +191,7 @@ def mean_perplexity(closeness_BM: Tensor, temperature: float) -> float:
 
 
 def block_rows(num_columns: int, device: str) -> int:
+    """Return how many rows a block of products with ``num_columns`` columns has on a device."""
     return max(1, BLOCK_ELEMENTS[torch.device(device).type] // num_columns)
 
 
@@ -190,13 +199,6 @@ def _check_shapes(width: int, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if set(tensor.shape) != {width} or tensor.ndim > 2:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the head's width is {width}; fit the head again")
-
-
-IMAGES_PER_CENTROID, MAX_CENTROIDS = 3, 4096
-MIN_EIGENVALUE_SHARE = 1e-4
-MAX_SAMPLE, NUM_HALVINGS = 2048, 40
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-8, 1e2
-MEAN_ROWS = 65536
 
 
 def fit_whitening_head(
@@ -214,6 +216,17 @@ def automatic_num_centroids(embeddings: NDArray[np.float32]) -> int:
     return max(2, min(round(number / IMAGES_PER_CENTROID), most))
 
 
+def memory_needed(num_images: int, num_train: int, width: int, num_centroids: int) -> int:
+    """Return the bytes that fitting a neighborhood head and applying it take at their peak.
+
+    Counted are all embeddings before and after, the train embeddings as given and clustered, and the sample on which
+    the temperature is fitted.
+    """
+    sample = 5 * min(MAX_SAMPLE, num_train) * num_centroids * DOUBLE
+    images = (2 * num_images + num_train) * width * FLOAT
+    return images + kmeans.memory_needed(num_train, width, num_centroids) + sample + WORK
+
+
 def fit_neighborhood_head(
     embeddings: NDArray[np.float32],
     ids: NDArray[np.uint64],
@@ -229,11 +242,14 @@ def fit_neighborhood_head(
 ) -> NeighborhoodHead:
     """Fit the head on train embeddings (n, D) float32, L2-normalised, with unique ids (n,) uint64; float64 inside.
 
-    ``num_centroids`` None: :func:`automatic_num_centroids`. A ``perplexity`` above (M + 1) / 2, the middle of what M
-    centroids allow, is lowered to that; where even a temperature of 1e-8 leaves more (embeddings that hardly differ)
-    it stays above. The one reached is kept in the head. ``progress`` is told of the clustering, as
-    :func:`grappa.search.kmeans.cluster` does.
-    ValueError for fewer than 4 embeddings, for ones that do not differ, and for values out of their ranges.
+    Args:
+        num_centroids: M; None: :func:`automatic_num_centroids`.
+        perplexity: at most (M + 1) / 2, the middle of what M centroids allow; a larger one is lowered to that. Where
+            embeddings hardly differ, even a temperature of 1e-8 leaves more. The perplexity reached stands in the head.
+        progress: called as by :func:`grappa.search.kmeans.cluster`.
+
+    Raises:
+        ValueError: fewer than 4 embeddings, embeddings that do not differ, or a value out of its range.
     """
     _check_settings(num_centroids, perplexity, deviation_power, neighborhood_weight)
     ordered, ids = _in_order(embeddings, ids), np.sort(ids)
@@ -257,7 +273,7 @@ def fit_neighborhood_head(
 def _fit_around(
     points_nD: Tensor, centroids_MD: Tensor, perplexity: float, power: float, weight: float
 ) -> NeighborhoodHead:
-    """Return the head with the given centroids (float64); ``perplexity`` is one that so many centroids allow."""
+    """Return the head around the given centroids (float64); M centroids must allow the ``perplexity``."""
     mean = _mean(points_nD)
     centered_MD = centroids_MD - mean
     near = (centered_MD, centered_MD @ mean)
@@ -283,8 +299,10 @@ def _mean(points_nD: Tensor) -> Tensor:
 
 
 def _fit_temperature(centered_BD: Tensor, centroids_MD: Tensor, biases_M: Tensor, wanted: float) -> tuple[float, float]:
-    """Bisect the temperature's logarithm (entropy grows with it) on at most 2,048 images, those of the smallest ids;
-    return it and the perplexity reached."""
+    """Return the temperature at which the embeddings have the wanted perplexity, and the perplexity reached.
+
+    Entropy grows with the temperature, whose logarithm is bisected.
+    """
     near_BM = closeness(centered_BD, centroids_MD, biases_M)
     low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
     for _ in range(NUM_HALVINGS):

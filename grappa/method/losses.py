@@ -1,11 +1,10 @@
-"""The losses: pure functions of tensors.
+"""The losses, pure functions of tensors, each with its equation; the softmax over many classes is computed in chunks.
 
-Shapes: B batch (pairs), D width, C classes, M rows of a bank, L blocks, G pseudo-granularities.
+Shapes: B batch (pairs), D width, C classes, K classes of a chunk, M rows of a bank, L blocks, G pseudo-granularities.
 """
 
 from __future__ import annotations
 
-# B batch, D width, C classes, K classes of a chunk
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,14 +13,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-LARGE = 2**22
+LARGE = 2**22  # products of a batch with the proxies from which on they are computed in chunks
+CHUNK = 4096  # classes of a chunk
+MIN_LENGTH = 1e-12  # as in torch's normalize
 
 
 def norm_softmax(embeddings_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, *, temperature: float) -> Tensor:
     """Return the normalised softmax loss, mean over B (Zhai & Wu 2019; no bias).
 
     ``-log softmax_c(<x, p_c> / temperature)[y]`` with x and every p_c L2-normalised. ``labels_B`` int64 in 0..C-1. From
-    ``LARGE`` products on it is computed in chunks of classes: the same in float32, but for its rounding.
+    ``LARGE`` products on it is computed in chunks of classes, with the same result up to the rounding of float32.
     """
     if len(embeddings_BD) * len(proxies_CD) >= LARGE and embeddings_BD.dtype != torch.float64:
         units_BD = F.normalize(_full(embeddings_BD), dim=-1)
@@ -113,17 +114,15 @@ def _standardised(columns_BD: Tensor) -> Tensor:
     return columns / columns.square().mean(0).add(1e-6).sqrt()
 
 
-CHUNK = 4096
-MIN_LENGTH = 1e-12  # as in torch's normalize
-
-
 def large_norm_softmax(units_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, temperature: float) -> Tensor:
-    """Return what ``grappa.method.losses.norm_softmax`` does of L2-normalised embeddings; once differentiable."""
+    """Return the loss of :func:`norm_softmax` for L2-normalised embeddings; it can be differentiated once."""
     loss: Tensor = _LargeNormSoftmax.apply(units_BD, proxies_CD, labels_B, temperature)
     return loss
 
 
 class _LargeNormSoftmax(torch.autograd.Function):
+    """The softmax in chunks of classes, without a (B, C) tensor of gradients or a normalised copy of the proxies."""
+
     @staticmethod
     def forward(ctx: Any, units_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, temperature: float) -> Tensor:
         scales_C = proxies_CD.norm(dim=1).clamp_min_(MIN_LENGTH).reciprocal_()
@@ -165,6 +164,6 @@ def _chunks(num_classes: int) -> Iterator[slice]:
 
 
 def _inside(labels_B: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-    """Return the rows whose class lies in the chunk, and where there."""
+    """Return the rows whose class lies in the chunk, and the columns of these classes in it."""
     rows = torch.nonzero((labels_B >= chunk.start) & (labels_B < chunk.stop))[:, 0]
     return rows, labels_B[rows] - chunk.start

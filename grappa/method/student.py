@@ -1,9 +1,9 @@
-"""The student: the backbone with one adaptor set, taught to embed as the fused model does, at the cost of one set.
+"""The student: the backbone with one adaptor set, trained to embed like the fused model at the cost of one adaptor set.
 
-Teacher and student see the same augmented view, or, for a share of the loss, the teacher sees the image's object view
-(DVA's perception transfer, with the fused model as teacher); what passes over is ``losses.perception_transfer``.
-No label and no pseudo-label is read. The bank of reference points are the teacher's embeddings of some train images,
-where the paper of the loss has the proxies of a classifier, which a fused model lacks.
+The loss is ``losses.perception_transfer``. Teacher and student see the same augmented view; for a share of the loss the
+teacher sees the image's object view instead (DVA's perception transfer, with the fused model as teacher). No label and
+no pseudo-label is read. The bank of reference points holds the teacher's embeddings of some train images; the paper of
+the loss uses the proxies of a classifier instead, which a fused model does not have.
 
 Shapes: B batch, D width, S image side, M bank, n train rows.
 """
@@ -19,20 +19,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grappa.backbone.vit import Adaptation, Backbone, embed
+from grappa.core.arrays import Rows
 from grappa.core.devices import autocast, moved, staged
 from grappa.core.randomness import key, shuffled
 from grappa.images.pixels import ImageRows
 from grappa.images.transforms import eval_batch, normalize
 from grappa.method import losses
 from grappa.method.adaptors import AdaptorSet
-from grappa.training.batches import BatchOrder, Rows, Run, Views
+from grappa.training.batches import BatchOrder, Run, Views
 from grappa.training.loop import FitResult, Group, Optimization, fit
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """How perception is transferred (``losses.perception_transfer`` has the equation), over a bank of at most
-    ``bank_size`` train images; ``object_share``: of the loss whose teacher sees the object view, 0 to 1."""
+    """The settings of ``losses.perception_transfer``, which has the equation.
+
+    bank_size: train images in the bank, at most. object_share: share (0-1) of the loss whose teacher sees object views.
+    """
 
     temperature: float = 0.1
     softening: float = 2.0
@@ -42,7 +45,7 @@ class Transfer:
 
 
 def new_student(backbone: Backbone, bottleneck_dim: int, *, in_context_rank: int = 0, seed: int) -> AdaptorSet:
-    """Return the set that a student starts from: the backbone unchanged."""
+    """Return the adaptor set that a student starts from; it leaves the backbone unchanged."""
     return AdaptorSet(
         backbone.num_blocks,
         backbone.width,
@@ -106,7 +109,9 @@ def train_student(
 
 
 def _transferred(learned_BD: Tensor, taught: Sequence[Tensor], bank_MD: Tensor, transfer: Transfer) -> Tensor:
-    """Return the loss; ``taught``: the teacher's embeddings (B, D) of the images, and of object views if asked."""
+    """Return the loss; taught: the teacher's embeddings (B, D) of the images, then of their object views if there are
+    any.
+    """
     how = {
         "temperature": transfer.temperature,
         "softening": transfer.softening,

@@ -1,4 +1,4 @@
-"""What a fusion's granularity attention depends on: the image, and the domain it comes from.
+"""How much a fusion's granularity attention depends on the image, and on the domain of the image.
 
 Shapes: N images, L blocks, G pseudo-granularities, M domains.
 """
@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-MEAN = "_mean"
-Floats = NDArray[np.floating]
+from grappa.core.names import MEAN
+
+Weights = NDArray[np.floating]
 
 
-def entropy(attention: Floats) -> NDArray[np.float64]:
+def entropy(attention: Weights) -> NDArray[np.float64]:
     """Return the entropy over the last dimension in nats, 0 .. log G, of weights that sum to 1 over it."""
     weights = np.asarray(attention, dtype=np.float64)
     return -(weights * np.log(np.maximum(weights, 1e-30))).sum(-1)
@@ -96,7 +97,7 @@ def _divergence(means_MG: NDArray[np.float64], mean_G: NDArray[np.float64]) -> N
     return (means_MG * np.log(ratios)).sum(1)
 
 
-def _check(attention: Floats, domains: NDArray[np.object_], granularities: Sequence[str] | None = None) -> None:
+def _check(attention: Weights, domains: NDArray[np.object_], granularities: Sequence[str] | None = None) -> None:
     wanted = f"({len(domains)}, blocks, {'granularities' if granularities is None else len(granularities)})"
     fits = attention.ndim == 3 and len(attention) == len(domains) and len(domains) > 0
     if not fits or (granularities is not None and attention.shape[2] != len(granularities)):

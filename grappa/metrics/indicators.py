@@ -1,9 +1,9 @@
 """A label-free indicator of retrieval quality: how often two images choose each other as neighbours.
 
-Where neighbourhoods agree, most of an image's K nearest have it among their own K nearest; hubs, images near to
-everything, break this. It needs no label, so it can rank configurations where no image has one. That it does is an
-observation, not a law: README "Choosing without labels" says on what. It compares spaces of like kind and says nothing
-of how images lie within a class.
+Where neighbourhoods agree, most of an image's K nearest neighbours have the image among their K nearest; hubs, images
+that are near to everything, break this. The indicator needs no label, so it can rank configurations where no image has
+one. That it ranks them well is an observation, not a law: RESULTS.md, "Choosing without labels", names the data. It
+compares spaces of one kind, and says nothing about how images lie within a class.
 
 Shapes: N images, D width, K neighbours.
 """
@@ -14,17 +14,18 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from grappa.core.names import MEAN
 from grappa.search.neighbors import nearest_neighbors
 
 NUM_NEIGHBORS = 10
 BLOCK_ROWS = 65536
-MEAN_DOMAIN = "_mean"
 
 
 def reciprocity(embeddings: NDArray[np.float32], *, num_neighbors: int = NUM_NEIGHBORS) -> NDArray[np.float64]:
-    """Return for each row of embeddings (N, D), L2-normalised, the share of its K nearest that have it among theirs.
+    """Return for each row of embeddings (N, D), L2-normalised, the share of its K neighbours that have it as a
+    neighbour.
 
-    (N,) in [0, 1]. Fewer than K + 1 rows: all the others are neighbours, and everything is mutual; NaN for a lone row.
+    (N,) in [0, 1]. With fewer than K + 1 rows all other rows are neighbours, and every share is 1; NaN for a lone row.
     """
     own = np.arange(len(embeddings))
     number = min(num_neighbors, len(own) - 1)
@@ -52,4 +53,4 @@ def reciprocity_table(
         means = [float(shares[domains == name].mean()) for name in names]
     else:
         means = [float(reciprocity(embeddings[domains == name], num_neighbors=num_neighbors).mean()) for name in names]
-    return pd.DataFrame({"domain": [*names, MEAN_DOMAIN], "reciprocity": [*means, float(np.nanmean(means))]})
+    return pd.DataFrame({"domain": [*names, MEAN], "reciprocity": [*means, float(np.nanmean(means))]})

@@ -15,15 +15,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from grappa.core.memory import FLOAT, INTEGER, WORK
+from grappa.core.names import GALLERIES, MEAN, ORACLE
 from grappa.core.randomness import key, shuffled
 from grappa.core.vectors import check_unit_vectors
 
 RECALL_AT = (1, 2, 4, 8)
 METRICS = ["average_precision", "r_precision", "map_at_r", *(f"recall_at_{depth}" for depth in RECALL_AT)]
-GALLERIES = ("domain", "merged")
-BLOCK_ELEMENTS = 2**22
-MEAN_DOMAIN = "_mean"
-ORACLE = "oracle"
+QUERY_BLOCK, BLOCK_ELEMENTS = 256, 2**22
 SUMMARY_COLUMNS = ["model", "domain", "gallery", "num_queries", "map", "map_se", "r_precision", "map_at_r"]
 SUMMARY_COLUMNS += ["recall_at_1", "recall_at_1_se", "recall_at_2", "recall_at_4", "recall_at_8"]
 
@@ -36,7 +35,7 @@ def evaluate(
     ids: NDArray[np.uint64],
     gallery: str,
     seed: int = 0,
-    block_size: int = 256,
+    block_size: int = QUERY_BLOCK,
     progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """Score every labelled row of embeddings (N, D), L2-normalised, as a query against all other labelled rows.
@@ -63,6 +62,19 @@ def evaluate(
     frame = frame[["row", "domain", "num_positives", *METRICS]].sort_values("row", ignore_index=True)
     frame.attrs["num_unlabeled"] = len(embeddings) - len(labelled)
     return frame
+
+
+def memory_needed(num_images: int, width: int, num_models: int) -> int:
+    """Return the bytes that the evaluation of ``num_models`` models takes at its peak.
+
+    Counted are one model's embeddings in their file, as given and in order, two tables of every model (one a gallery,
+    twice while they are put together), and a block of rankings.
+    """
+    num_columns = len(["row", "domain", "num_positives", *METRICS, "model", "gallery"])
+    embeddings = 3 * num_images * width * FLOAT
+    tables = 2 * len(GALLERIES) * num_models * num_images * num_columns * INTEGER
+    block = min(BLOCK_ELEMENTS, QUERY_BLOCK * num_images)
+    return embeddings + tables + block * (4 * INTEGER + 3 * FLOAT) + WORK
 
 
 def _check(
@@ -177,7 +189,7 @@ def _mean_summary(domains: pd.DataFrame) -> dict[str, Any]:
     means = numbers.mean(skipna=False) if len(scored) else numbers.mean()
     for name in ("map_se", "recall_at_1_se"):
         means[name] = np.sqrt((scored[name] ** 2).sum(skipna=False)) / len(scored) if len(scored) else np.nan
-    return {"domain": MEAN_DOMAIN, "num_queries": int(scored["num_queries"].sum()), **dict(means)}
+    return {"domain": MEAN, "num_queries": int(scored["num_queries"].sum()), **dict(means)}
 
 
 def oracle(per_query: pd.DataFrame, granularities: Sequence[str]) -> pd.DataFrame:

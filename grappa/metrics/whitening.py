@@ -1,4 +1,4 @@
-"""PCA whitening: the free competitor of adaptation. Learned on some rows, applied to all, then L2-normalised again."""
+"""PCA whitening, which costs no training: learned on some rows, applied to all, and L2-normalised again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Whitening:
     matrix: NDArray[np.float64]
 
     def apply(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return features (N, D) whitened and L2-normalised, (N, D) float32; ValueError where nothing is left."""
+        """Return features (N, D) whitened and L2-normalised, (N, D) float32; ValueError for a row equal to the mean."""
         features = check_vectors("features", features)
         if features.shape[1] != len(self.mean):
             raise ValueError(f"features are {features.shape[1]} wide, the whitening {len(self.mean)}; fit it again")

@@ -15,8 +15,8 @@ from grappa.objects.boxes import background_view, scaled_box
 class Backgrounds:
     """The background views of a cache's images, made at every access.
 
-    ``boxes`` (N, 4) float64 in pixels of the originals, whose height and width are ``sizes`` (N, 2); a box with NaN is
-    none: that image has no background view and is shown as it is.
+    ``boxes``: (N, 4) float64 in pixels of the originals. ``sizes``: (N, 2) height and width of the originals. An image
+    whose box holds NaN has no background view and is shown as it is.
     """
 
     cache: PixelCache

@@ -1,8 +1,9 @@
-"""Object perception: which box is believed, and the two views it gives, of the object and of all but it.
+"""Object perception: which boxes are accepted, and the two views of a box: the object, and the background without it.
 
-DVA (arXiv 2506.16273) looks at a critical object beside the whole image; how it is found and framed is not known, so
-all of this is ours: a box is accepted by its confidence and its share of the image, enlarged, kept from being a strip,
-and cut out; what lies outside the image gets the image's mean color.
+DVA (arXiv 2506.16273) looks at a critical object beside the whole image. How the paper finds and frames the object is
+not known, so all of this is ours: a box is accepted by its confidence and by its share of the image. The accepted box
+is enlarged, a narrow one is widened, and it is cut out; where it reaches beyond the image it shows the image's mean
+color.
 
 A box is (x0, y0, x1, y1) in pixels, 0 <= x0 < x1 <= width and the same for y; four NaN: there is none. Pixels are
 (H, W, 3) uint8, sizes are (height, width). Shapes: N images.
@@ -18,12 +19,9 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from grappa.core.arrays import Box, Floats, Pixels, Rows
 from grappa.core.randomness import uniforms
 
-Pixels = NDArray[np.uint8]
-Floats = NDArray[np.float64]
-Rows = NDArray[np.int64]
-Box = tuple[float, float, float, float]
 Window = tuple[int, int, int, int]
 
 ACCEPTED = ""
@@ -32,7 +30,7 @@ NO_BOX, UNSURE, SMALL, LARGE = "no box", "low confidence", "too small", "too lar
 
 @dataclass(frozen=True)
 class Gate:
-    """When a box is believed: a confidence of at least so much, and a share of the image's area in a range; all 0-1."""
+    """When a box is accepted: by its confidence and its share of the image's area, all from 0 to 1."""
 
     min_confidence: float = 0.0
     min_area: float = 0.0
@@ -40,7 +38,8 @@ class Gate:
 
 
 def refusals(boxes: Floats, confidences: Floats, sizes: NDArray[np.int64], gate: Gate) -> NDArray[np.str_]:
-    """Return why each box is refused, (N,) text: "no box", "low confidence", "too small", "too large"; "": accepted.
+    """Return the reason why each box is refused, (N,) text: "no box", "low confidence", "too small", "too large", or ""
+    for an accepted box.
 
     Args:
         boxes: (N, 4); confidences: (N,) in 0-1; sizes: (N, 2) of the images whose pixels the boxes are in.
@@ -167,16 +166,16 @@ def background_view(image: Pixels, box: ArrayLike) -> Pixels:
 
 
 def random_boxes(boxes: Floats, sizes: NDArray[np.int64], ids: NDArray[np.uint64], key: int) -> tuple[Floats, Rows]:
-    """Return boxes of the same distribution of sizes anywhere in the image: the control of what a provider finds.
+    """Return random boxes whose sizes are distributed like those of given boxes: a control for a provider of boxes.
 
-    Image i gets the sides, as shares of the image's, of the box of a drawn image (or no box, if that has none), at a
-    place that is drawn too. Both depend on ``key``, ``ids[i]`` and the found boxes.
+    Image i gets a box at a drawn place. Its sides, as shares of the image's sides, are those of the given box of a
+    drawn image; if that image has no box, image i gets none. Both draws depend on ``key`` and ``ids[i]``.
 
     Args:
-        boxes, sizes: (N, 4) and (N, 2), the boxes that were found. ids: (N,) uint64 numbers of the images.
+        boxes: (N, 4) the given boxes. sizes: (N, 2) of the images. ids: (N,) uint64 numbers of the images.
 
     Returns:
-        (N, 4) boxes, and (N,) the rows whose sides they have.
+        (N, 4) boxes, and (N,) the row of the drawn image of each.
     """
     draws = uniforms(key, ids, 3)
     rows = np.minimum((draws[:, 0] * len(boxes)).astype(np.int64), len(boxes) - 1)
@@ -187,7 +186,7 @@ def random_boxes(boxes: Floats, sizes: NDArray[np.int64], ids: NDArray[np.uint64
 
 
 def acceptance(domains: NDArray[np.object_], reasons: NDArray[np.str_]) -> pd.DataFrame:
-    """Return how many boxes were accepted, one row a (domain, outcome): domain, outcome, num_images, share (0-1).
+    """Return how many boxes had each outcome, one row a (domain, outcome): domain, outcome, num_images, share (0-1).
 
     outcome: "accepted" or a reason of ``refusals``; share: of the domain's images.
     """

@@ -1,6 +1,6 @@
-"""The backbone's own idea of what is in front: from its patch tokens, without labels and without the domain.
+"""What lies in front, as the backbone's patch tokens tell it, without labels and without the domain.
 
-Which tokens, and what is asked of them, was chosen by the overlap with boxes drawn by hand (README, Results).
+Which tokens are compared, and how, was chosen by the overlap with boxes drawn by hand (RESULTS.md).
 
 Shapes: B batch, T tokens, D width, P patches in a grid of rows x columns, N images.
 """
@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
 from grappa.backbone.vit import Adaptation, Backbone, build_backbone
 from grappa.backbone.weights import load_state
+from grappa.core.arrays import Floats
 
-Floats = NDArray[np.float64]
+_BY_SIDES = np.zeros((3, 3, 3), dtype=bool)  # patches of one image that share a side belong together
+_BY_SIDES[1] = ndimage.generate_binary_structure(2, 1)
 _BLOCK = 4096  # images whose boxes are found at once
 MIN_GRID = 16  # patches a side; a box is as fine as they are
 
@@ -46,13 +49,13 @@ def foreground(backbone: Backbone, images: Tensor, adaptation: Adaptation | None
     """Return how much each patch differs from the border, (B, P) float32 in 0-2, large in front.
 
     The value is 1 - the cosine between the patch's token and the mean of the (L2-normalised) tokens at the border of
-    the image, after two thirds of the blocks: what lies at all four sides is taken for the background.
+    the image, after two thirds of the blocks: the four sides of the image are taken for background.
 
     Args:
         images: (B, 3, S, S) float, normalised; the whole image, not its center.
     """
     vit: Any = backbone.vit
-    hidden_BTD = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+    hidden_BTD = backbone.tokens(images)
     for block in vit.blocks[: max(1, 2 * len(vit.blocks) // 3)]:
         hidden_BTD = block(hidden_BTD)
     tokens_BPD = F.normalize(hidden_BTD[:, vit.num_prefix_tokens :].float(), dim=-1)
@@ -69,10 +72,10 @@ def _border(grid: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def boxes_of(values: NDArray[np.float32], sizes: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Return a box around the largest part of each image that stands out, and how clearly it does.
+    """Return a box around the part of each image that stands out most, and how clearly it stands out.
 
-    A patch is in front if it lies above Otsu's threshold of its image; of the connected parts (by sides) the one with
-    the largest sum above the threshold counts.
+    A patch is in front if its value is above Otsu's threshold of its image. Patches in front that share a side form a
+    part; the box is around the part with the largest sum of values above the threshold.
 
     Args:
         values: (N, rows, columns) foreground values; sizes: (N, 2) height and width of the images.
@@ -101,7 +104,7 @@ def _block(values: NDArray[np.float32], sizes: NDArray[np.int64]) -> tuple[Float
 
 
 def _otsu(values: Floats) -> tuple[Floats, Floats]:
-    """Return the threshold of each line of (N, P) that leaves most variance between both sides, and its share (N,)."""
+    """Return for each line of (N, P) the threshold with most variance between its two sides, and its share."""
     ordered = np.sort(values, axis=1)
     number = values.shape[1]
     low = np.arange(1, number)
@@ -116,26 +119,19 @@ def _otsu(values: Floats) -> tuple[Floats, Floats]:
 
 
 def _largest_part(above: Floats) -> NDArray[np.bool_]:
-    """Return the connected part of each (rows, columns) of positive values whose sum is the largest, (N, ...) bool."""
+    """Return the connected part of each (rows, columns) of positive values whose sum is the largest, (N, ...) bool.
+
+    Of parts with equal sums it is the one whose last patch, row by row, comes first.
+    """
     mask = above > 0
-    labels = np.where(mask, np.arange(1, mask[0].size + 1).reshape(mask.shape[1:]), 0)
-    while True:
-        spread = np.where(mask, _largest_nearby(labels), 0)
-        if (spread == labels).all():
-            break
-        labels = spread
-    sums = np.zeros((len(above), mask[0].size + 1))
-    np.add.at(sums, (np.arange(len(above))[:, None, None], labels), np.maximum(above, 0))
-    best = sums[:, 1:].argmax(axis=1) + 1
-    return mask & (labels == best[:, None, None])
-
-
-def _largest_nearby(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the largest of each label and its four neighbors."""
-    padded = np.pad(labels, ((0, 0), (1, 1), (1, 1)))
-    up, down, left, right = padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]
-    nearby: NDArray[np.int64] = np.maximum.reduce([labels, up, down, left, right])
-    return nearby
+    parts, number = ndimage.label(mask, structure=_BY_SIDES)
+    sums = np.bincount(parts.ravel(), weights=np.where(mask, above, 0).ravel(), minlength=number + 1)
+    last = np.zeros(number + 1, dtype=np.int64)
+    np.maximum.at(last, parts.ravel(), np.arange(parts.size))
+    strength = np.where(mask, sums[parts], 0)
+    strongest = mask & (strength == strength.max(axis=(1, 2), keepdims=True))
+    first = np.where(strongest, last[parts], parts.size).min(axis=(1, 2), keepdims=True)
+    return strongest & (last[parts] == first)
 
 
 def _extent(lines: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,6 +1,6 @@
-"""Grounding DINO (Liu et al., ECCV 2024), the detector that finds what a text names, through ``transformers``.
+"""Grounding DINO (Liu et al., ECCV 2024), a detector that finds what a text names, by the package ``transformers``.
 
-An optional extra: nothing here is imported unless ``objects.provider`` asks for it. Weights are read from safetensors
+It is an optional extra, imported only where ``objects.provider`` asks for it. Weights are read from safetensors
 only, and no code that comes with a model is run.
 """
 
@@ -21,7 +21,7 @@ INSTALL = "pip install 'grappa[objects]'"
 
 
 class DetectorError(ValueError):
-    """A detector that cannot be had; the sentence says what to do."""
+    """A detector that cannot be loaded; the sentence says what to do."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def detect(detector: Detector, image: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return the surest box of an image, (5,) float32: x0, y0, x1, y1 as shares of its sides (0-1), and confidence.
 
     The confidence is the sigmoid of the box's largest logit over the words of the prompt, as in the detector's own
-    post-processing. One image at a time: what it gets does not depend on others. Five NaN where the box has no area.
+    post-processing. Images are given one at a time, so that a result does not depend on other images. Five NaN where
+    the box has no area.
 
     Args:
         image: (H, W, 3) uint8.

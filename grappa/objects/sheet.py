@@ -1,4 +1,4 @@
-"""A sheet of images with their boxes, to look at: some of each domain, accepted and refused ones apart."""
+"""A sheet of images with their boxes, to look at: some images of each domain, accepted and refused boxes apart."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def contact_sheet(
 
 
 def _tile(row: pd.Series, pixels: NDArray[np.uint8]) -> Image.Image:
-    """Return an image, its box and what is said of it, below."""
+    """Return an image with its box, and below it the confidence and the reason of a refusal."""
     tile = Image.new("RGB", (_TILE, _TILE + _TITLE), _PAPER)
     scale = _TILE / max(pixels.shape[:2])
     size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))

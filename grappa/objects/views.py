@@ -1,7 +1,7 @@
-"""The object views of all images, cut from the original files, each decoded once, into a pixel cache of their own.
+"""The object views of all images, cut from the original files into a pixel cache of their own.
 
-Rows are those of the image table. An interrupted pass goes on at the first shard that is not whole and ends with the
-same bytes (``grappa.images.ingest``). Shapes: N images.
+Every original is decoded once. Row i of the cache is row i of the image table. An interrupted pass goes on at the first
+shard that is not whole and ends with the same bytes (``grappa.images.ingest``). Shapes: N images.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from grappa.core.arrays import Box, Pixels
 from grappa.images.decoding import ImageDecodeError, decode_image
 from grappa.images.files import ERRORS_OF_THE_FILE, ImagesChangedError
-from grappa.images.ingest import Record, fingerprint, note_shard, noted_shard
+from grappa.images.ingest import Record, fingerprint, read_shard_manifest, write_shard_manifest
 from grappa.images.pixels import PixelCache, write_index, write_shard
 from grappa.images.table import escape_path, image_file
-from grappa.objects.boxes import Box, object_view
-
-Pixels = NDArray[np.uint8]
+from grappa.objects.boxes import object_view
 
 
 @dataclass(frozen=True)
 class Framing:
-    """How an object view is cut (``boxes.view_window``) and kept; cache_size: its shorter side at most."""
+    """How an object view is cut (``boxes.view_window``) and stored; cache_size: the largest shorter side, in pixels."""
 
     enlargement: float
     max_aspect: float
@@ -38,7 +37,7 @@ class Framing:
 
 
 class Original(NamedTuple):
-    """Where an image's file lies, which bytes it had when it was decoded, and the box to cut out (four NaN: none)."""
+    """The file of an image, the SHA-256 of its bytes when it was decoded, and the box to cut out (four NaN: none)."""
 
     path: str
     root: int
@@ -56,7 +55,7 @@ def write_object_views(
     framing: Framing,
     max_pixels: int,
     shard_size: int,
-    journals: Path,
+    manifests: Path,
     num_workers: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> None:
@@ -66,13 +65,13 @@ def write_object_views(
         images: the image table (path, root, sha256); roots: the folders that its column ``root`` numbers.
         boxes: (N, 4) accepted boxes in pixels of the oriented original; four NaN: the image keeps its own pixels.
         cache: those pixels; row i is row i of the table.
-        max_pixels, shard_size, journals, num_workers, progress: as ``grappa.images.ingest.decode_all`` has them.
+        max_pixels, shard_size, manifests, num_workers, progress: those of ``grappa.images.ingest.decode_all``.
 
     Raises:
-        ImagesChangedError: an original is gone, cannot be read, or has other bytes than were decoded; what is whole
-            stays for the next call.
+        ImagesChangedError: an original is gone, cannot be read, or has other bytes than were decoded; the shards that
+            are whole stay for the next call.
     """
-    for place in (folder, journals):
+    for place in (folder, manifests):
         place.mkdir(parents=True, exist_ok=True)
     columns = (images[name].tolist() for name in ("path", "root", "sha256"))
     originals = [Original(*each) for each in zip(*columns, map(tuple, boxes.tolist()), strict=True)]
@@ -82,19 +81,19 @@ def write_object_views(
         for start in range(0, len(originals), shard_size):
             rows = range(start, min(start + shard_size, len(originals)))
             shard, mark = start // shard_size, _mark(originals[rows.start : rows.stop], framing)
-            journal = journals / f"{shard:05d}.json"
-            noted = noted_shard(folder, shard, journal, mark)
-            if noted is None:
-                noted = _write(folder, shard, journal, mark, _counted(pool.map(view, rows), progress))
+            manifest = manifests / f"{shard:05d}.json"
+            records = read_shard_manifest(folder, shard, manifest, mark)
+            if records is None:
+                records = _write(folder, shard, manifest, mark, _counted(pool.map(view, rows), progress))
             elif progress:
-                progress(len(noted))
-            lines += [record["place"] for record in noted]
+                progress(len(records))
+            lines += [record["place"] for record in records]
     write_index(folder, np.array(lines, dtype=np.int64).reshape(-1, 4))
 
 
-def _write(folder: Path, shard: int, journal: Path, mark: str, views: Iterator[Pixels]) -> list[Record]:
+def _write(folder: Path, shard: int, manifest: Path, mark: str, views: Iterator[Pixels]) -> list[Record]:
     records: list[Record] = [{"place": place} for place in write_shard(folder, shard, list(views)).tolist()]
-    note_shard(folder, shard, journal, mark, records)
+    write_shard_manifest(folder, shard, manifest, mark, records)
     return records
 
 

@@ -1,6 +1,6 @@
 """Which centroid is nearest to each point: the exact answer in blocks, and its update when few centroids have changed.
 
-On a CPU with bfloat16 products these propose the centroids that may be nearest, and float32 products decide.
+A CPU that multiplies bfloat16 numbers screens with them which centroids may be nearest; float32 products decide.
 """
 
 # B points of a block, D width, N points, C centroids, P pairs of a point and a centroid
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grappa.search import screening as proposals
+from grappa.search import screening
 
 Progress = Callable[[int], None]
 Search = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -49,8 +49,9 @@ def reassign(
 ) -> None:
     """Bring ``found`` up to date in place after the centroids ``changed_C`` (C,) bool have moved.
 
-    No centroid that stayed can win a point from one that stayed, nor from one that has come nearer. So only points
-    whose own centroid went away are compared with all, the others with those that moved: exact, and less and less work.
+    A centroid that stayed cannot win a point from a centroid that stayed, nor from one that has come nearer. So only
+    points whose centroid moved away from them are compared with all centroids, and the other points with the moved
+    centroids. The result is exact, and the work becomes less from iteration to iteration.
     """
     moved = torch.nonzero(changed_C)[:, 0]
     if len(centroids_CD) < MIN_CENTROIDS or 2 * len(moved) > len(centroids_CD):
@@ -68,10 +69,12 @@ def reassign(
 def _split(
     found: Assignment, points_ND: torch.Tensor, centroids_CD: torch.Tensor, changed_C: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the points that keep their centroid unless a moved one is nearer, and those whose own one went away; the
-    cosines of points with a moved centroid are brought up to date, those of the latter to -inf."""
+    """Return the points that keep their centroid unless a moved one is nearer, and those whose centroid moved away.
+
+    The cosines of points with a moved centroid are brought up to date in place; where it moved away they become -inf.
+    """
     own = torch.nonzero(changed_C[found.labels])[:, 0]
-    cosines = proposals.pair_products(points_ND, centroids_CD, (own, found.labels[own]))
+    cosines = screening.pair_products(points_ND, centroids_CD, (own, found.labels[own]))
     lost = own[cosines < found.cosines[own]]
     found.cosines[own] = cosines
     found.cosines[lost] = -torch.inf
@@ -87,9 +90,9 @@ def improve(
     rows: torch.Tensor | None = None,
     progress: Progress = lambda _: None,
 ) -> None:
-    """Give each point, in place, the nearest of these centroids if it is nearer than the point's own.
+    """Give each point, in place, the nearest of these centroids if it is nearer than the point's present centroid.
 
-    ``names`` (C,) are the labels of the centroids, without it 0..C-1; ``rows``: only these points.
+    names: (C,) the labels of the centroids; None: 0..C-1. rows: the points to look at; None: all.
     """
     number = len(points_ND) if rows is None else len(rows)
     num_rows = max(1, min(BLOCK_ELEMENTS[points_ND.device.type] // len(centroids_CD), number, MAX_BLOCK_ROWS))
@@ -115,22 +118,22 @@ def _search(centroids_CD: torch.Tensor, num_rows: int) -> Search:
         labels = _argmax(block_BC)
         return labels, block_BC.gather(1, labels[:, None])[:, 0]
 
-    if not proposals.worthwhile(centroids_CD.device, len(centroids_CD)):
+    if not screening.worthwhile(centroids_CD.device, len(centroids_CD)):
         return multiply
-    proposing = proposals.Proposer(centroids_CD, num_rows)
+    screen = screening.Screen(centroids_CD, num_rows)
 
-    def propose(points_BD: torch.Tensor, before_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = proposing.largest(points_BD, before_B)
+    def screened(points_BD: torch.Tensor, before_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs = screen.largest(points_BD, before_B)
         if pairs is None:
             return multiply(points_BD, before_B)
-        cosines_P = proposals.pair_products(points_BD, centroids_CD, pairs)
+        cosines_P = screening.pair_products(points_BD, centroids_CD, pairs)
         return _first_largest(*pairs, cosines_P, len(points_BD))
 
-    return propose
+    return screened
 
 
 def _argmax(products_BC: torch.Tensor) -> torch.Tensor:
-    """The first largest column of each row; on a CPU numpy finds it ten times faster than torch does."""
+    """Return the first largest column of each row; on a CPU numpy does it ten times faster than torch."""
     if products_BC.device.type == "cpu":
         return torch.from_numpy(products_BC.numpy().argmax(1))
     return products_BC.argmax(1)

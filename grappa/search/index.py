@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from grappa.core.memory import FLOAT, INTEGER
 from grappa.core.vectors import check_unit_vectors
 
 INDEX_FILE, IDS_FILE, ID_COLUMN = "index.faiss", "ids.parquet", "image_id"
@@ -20,7 +21,7 @@ BLOCK_ROWS = 65536
 
 @dataclass(frozen=True)
 class SearchIndex:
-    """``faiss_index`` holds one vector an image, ``ids`` (N,) their image ids in the same order."""
+    """``faiss_index`` holds the vectors of N images, ``ids`` (N,) the ids of these images in the same order."""
 
     faiss_index: Any
     ids: NDArray[np.object_]
@@ -80,6 +81,12 @@ class SearchIndex:
         return self.ids[rows], similarities
 
 
+def memory_needed(num_images: int, width: int) -> int:
+    """Return the bytes that building takes at its peak: the embeddings in their file, as given and in the index, and
+    the ids."""
+    return 3 * num_images * width * FLOAT + num_images * 16 * INTEGER
+
+
 def _flat(width: int) -> Any:
     import faiss
 
@@ -87,7 +94,7 @@ def _flat(width: int) -> Any:
 
 
 def _ivf(embeddings: NDArray[np.float32]) -> Any:
-    """A trained, empty inverted file; faiss trains on at most 256 images a list, drawn with a fixed seed."""
+    """Return a trained, empty inverted file; faiss trains on at most 256 images a list, drawn with a fixed seed."""
     import faiss
 
     width, num_lists = embeddings.shape[1], max(1, int(4 * len(embeddings) ** 0.5))

@@ -2,12 +2,16 @@
 
 Lloyd's iterations on unit vectors: an image belongs to the centroid of largest cosine, a centroid is the normalised
 mean of its images. Every image is used (no sub-sampling), rows are handled in blocks (never an N x k array), and images
-are put in the order of their ids first: the order of the rows changes nothing. A result depends on its own k only.
+are put in the order of their ids first: the order of the rows changes nothing. A result for one k does not depend on
+the other k's. The module reads from the outside in: clustering at several k, at one k, then the steps of an iteration:
+the start (``start``), the means (``means``) and the re-seeding of empty clusters (``fill_empty``).
 """
+
+# B points of a block, D width, N points (images), C clusters or centroids (the argument num_clusters, "k"),
+# L candidates of a round of the start
 
 from __future__ import annotations
 
-# B images of a block, D width, N images, C clusters (the argument num_clusters, "k")
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,21 +19,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from grappa.core.memory import FLOAT, INTEGER, WORK
 from grappa.core.randomness import key, uniforms
 from grappa.core.vectors import as_tensor, check_unit_vectors, full_float32
-
-# B points of a block, D width, N points, C centroids, L candidates of a round of the start
-from grappa.search import screening as proposals
+from grappa.search import screening
 from grappa.search.assignment import BLOCK_ELEMENTS, Assignment, Progress, improve, nearest, reassign
 
 MAX_STARTS, STARTS_BUDGET = 4, 256
+GROWTH, MAX_ROUND = 8, 512  # a round of the start draws an eighth of the centroids so far, at most 512
+NUM_TRIALS = 4  # candidates of a round for each centroid that it keeps
+MIN_SAMPLE, SAMPLE_PER_CENTROID = 4096, 16  # points on which a round compares its candidates
+SAME_POINT = 1e-6
 
 
 @dataclass(frozen=True)
 class Clustering:
-    """One partition: pseudo_labels (N,) int64 in [0, k), centroids (k, D) float32 unit, distances (N,) float32 = 1 -
-    cosine to the own centroid in [0, 2], sizes (k,) int64, objective = mean cosine, num_reseeded = re-seeded
-    clusters."""
+    """One partition of N images into k clusters.
+
+    pseudo_labels: (N,) int64 in [0, k). centroids: (k, D) float32, of length 1. distances: (N,) float32 in [0, 2], 1 -
+    the cosine between an image and its centroid. sizes: (k,) int64. objective: the mean cosine. num_reseeded: how many
+    empty clusters were re-seeded.
+    """
 
     pseudo_labels: NDArray[np.int64]
     centroids: NDArray[np.float32]
@@ -41,7 +51,7 @@ class Clustering:
 
 @dataclass(frozen=True)
 class ClusterHealth:
-    """What is wrong with a partition's sizes: empty, singleton and dominating clusters (share in [0, 1])."""
+    """How even a partition is: its empty and singleton clusters, the largest cluster's share of the images (0-1)."""
 
     num_clusters: int
     num_empty: int
@@ -76,9 +86,10 @@ def cluster_many(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[Clustering]:
-    """Cluster features (N, D) float32, L2-normalised, once for each k of ``num_clusters``; each equals its own call.
+    """Cluster features (N, D) float32, L2-normalised, once for each k of ``num_clusters``.
 
-    ids (N,) uint64, unique, name the images: every draw is a function of (seed, k, id). At most ``num_iterations`` of
+    The result for a k equals that of a call with this k alone. ids (N,) uint64, unique, name the images: every draw is
+    a function of (seed, k, id). At most ``num_iterations`` of
     Lloyd's iterations are made, fewer when no label changes; empty clusters are re-seeded on the worst-served images
     after each. The labels returned are those of the nearest centroids. Rows in the order of their ids are not copied.
     ``progress`` is called with images newly assigned, :func:`num_assignments` in all. ValueError when k < 1, k > N/2,
@@ -112,7 +123,7 @@ def assign(
 
 
 def cluster_health(sizes: NDArray[np.int64]) -> ClusterHealth:
-    """Count what is wrong with the sizes (k,) of a partition."""
+    """Return the health of a partition with these sizes (k,)."""
     return ClusterHealth(
         num_clusters=len(sizes),
         num_empty=int((sizes == 0).sum()),
@@ -120,6 +131,34 @@ def cluster_health(sizes: NDArray[np.int64]) -> ClusterHealth:
         largest_share=float(sizes.max() / sizes.sum()),
         median_size=float(np.median(sizes)),
     )
+
+
+def num_assignments(num_images: int, num_clusters: Sequence[int], num_iterations: int) -> int:
+    """Return the sum of all that :func:`cluster_many` tells its progress: the images assigned in all iterations."""
+    return sum(_num_starts(k) for k in num_clusters) * num_images * (num_iterations + 1)
+
+
+def memory_needed(num_images: int, width: int, num_clusters: int) -> int:
+    """Return the bytes that clustering takes at its peak, and the assignment of all images after it.
+
+    Counted are the images in the order of their ids (or all images in their file), labels and centroids before and
+    after an iteration, and the products among the candidates of a round of the start.
+    """
+    points = num_images * width * FLOAT
+    labels = num_images * (4 * INTEGER + 3 * FLOAT)
+    centroids = 5 * num_clusters * width * FLOAT
+    candidates = NUM_TRIALS * min(MAX_ROUND, num_clusters / GROWTH)
+    return points + labels + centroids + int(candidates) ** 2 * (FLOAT + 1) + WORK // 2
+
+
+def count_distinct(features: NDArray[np.float32], enough: int) -> int:
+    """Count the different rows, but stop as soon as there are ``enough``."""
+    seen: set[int] = set()
+    for row in features:
+        seen.add(hash(row.tobytes()))
+        if len(seen) >= enough:
+            break
+    return len(seen)
 
 
 def _silent(_: int) -> None:
@@ -145,16 +184,6 @@ def _check(
         raise ValueError(f"num_clusters is {high}, but only {distinct} of {number} images differ; ask for fewer")
 
 
-def count_distinct(features: NDArray[np.float32], enough: int) -> int:
-    """Count different rows, stopping as soon as there are ``enough``."""
-    seen: set[int] = set()
-    for row in features:
-        seen.add(hash(row.tobytes()))
-        if len(seen) >= enough:
-            break
-    return len(seen)
-
-
 def _in_rows(result: Clustering, order: NDArray[np.int64]) -> Clustering:
     """Bring what was computed in the order of ids back to the caller's rows."""
     labels, distances = np.empty_like(result.pseudo_labels), np.empty_like(result.distances)
@@ -162,13 +191,11 @@ def _in_rows(result: Clustering, order: NDArray[np.int64]) -> Clustering:
     return Clustering(labels, result.centroids, distances, result.sizes, result.objective, result.num_reseeded)
 
 
-def num_assignments(num_images: int, num_clusters: Sequence[int], num_iterations: int) -> int:
-    """Return what the progress of :func:`cluster_many` sums to: images assigned, over all k, starts and iterations."""
-    return sum(_num_starts(k) for k in num_clusters) * num_images * (num_iterations + 1)
-
-
 def _num_starts(num_clusters: int) -> int:
-    """A small k costs little and ends in poor local optima often: up to four starts, the best is kept."""
+    """Return how many starts a k gets, of which the best is kept.
+
+    A small k costs little and often ends in a poor local optimum: it gets up to four.
+    """
     return min(max(STARTS_BUDGET // num_clusters, 1), MAX_STARTS)
 
 
@@ -216,11 +243,6 @@ def _distances(cosines: torch.Tensor) -> NDArray[np.float32]:
     return distances
 
 
-SAME_POINT = 1e-6
-GROWTH, MAX_ROUND = 8, 512
-NUM_TRIALS, MIN_SAMPLE, SAMPLE_PER_CENTROID = 4, 4096, 16
-
-
 def start(
     points_ND: torch.Tensor, ids: NDArray[np.uint64], num_clusters: int, start_key: int
 ) -> tuple[torch.Tensor, Assignment]:
@@ -228,7 +250,7 @@ def start(
 
     Each round draws candidates in proportion to their distance to the nearest centroid so far, and keeps the quarter
     that serves a sample of the points best, no two in one place. A draw is a function of ``start_key`` and an id.
-    Returns centroids (k, D) and the assignment to them that comes out of it for free.
+    Returns centroids (k, D), and the assignment of the points to them, which costs nothing more.
     """
     found = Assignment.none(points_ND)
     near_N = torch.zeros_like(found.cosines)
@@ -263,9 +285,11 @@ def _draw(
 def _best(
     points_ND: torch.Tensor, sample_ND: torch.Tensor, cosines: torch.Tensor, drawn: NDArray[np.int64], number: int
 ) -> NDArray[np.int64]:
-    """Return which ``number`` of the drawn points to keep: those that raise the cosines of the sample most, passing
-    over one that a kept one of this round would serve better than any earlier centroid does, unless too few are
-    left."""
+    """Return which ``number`` of the drawn points to keep: those that raise the cosines of the sample most.
+
+    A point is passed over if a kept point of this round is nearer to it than any earlier centroid, unless too few
+    points are left.
+    """
     candidates_LD = _rows(points_ND, drawn)
     gains_L = _gains(sample_ND, cosines[: len(sample_ND)], candidates_LD)
     ranking = gains_L.argsort(descending=True, stable=True).cpu().numpy()
@@ -277,15 +301,15 @@ def _gains(points_ND: torch.Tensor, cosines: torch.Tensor, candidates_LD: torch.
     """Return by how much each candidate as a further centroid would raise the sum of the points' cosines, (L,)."""
     gains_L = torch.zeros(len(candidates_LD), device=candidates_LD.device)
     num_rows = max(1, BLOCK_ELEMENTS[candidates_LD.device.type] // len(candidates_LD))
-    proposer = None
-    if proposals.worthwhile(candidates_LD.device, len(candidates_LD)):
-        proposer = proposals.Proposer(candidates_LD, num_rows)
+    screen = None
+    if screening.worthwhile(candidates_LD.device, len(candidates_LD)):
+        screen = screening.Screen(candidates_LD, num_rows)
     for rows, near in zip(points_ND.split(num_rows), cosines.split(num_rows), strict=True):
-        pairs = proposer.larger(rows, near) if proposer else None
+        pairs = screen.larger(rows, near) if screen else None
         if pairs is None:
             gains_L += (rows @ candidates_LD.T).sub_(near[:, None]).clamp_min_(0.0).sum(0)
         else:
-            products_P = proposals.pair_products(rows, candidates_LD, pairs)
+            products_P = screening.pair_products(rows, candidates_LD, pairs)
             gains_L.index_add_(0, pairs[1], products_P.sub_(near[pairs[0]]).clamp_min_(0.0))
     return gains_L
 
@@ -302,7 +326,10 @@ def _apart(ranking: NDArray[np.int64], taken_LL: NDArray[np.bool_], number: int)
 
 
 def means(points_ND: torch.Tensor, labels: torch.Tensor, centroids_CD: torch.Tensor) -> torch.Tensor:
-    """Return the normalised mean of each cluster's points; a cluster without points, or of mean zero, keeps its own."""
+    """Return the normalised mean of each cluster's points.
+
+    A cluster without points, or whose mean is zero, keeps its centroid.
+    """
     add = _sums if points_ND.device.type == "cpu" else _sums_by_segment
     sums_CD = add(points_ND, labels, len(centroids_CD))
     norms = sums_CD.norm(dim=1, keepdim=True)
@@ -314,7 +341,7 @@ def _sums(points_ND: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> t
 
 
 def _sums_by_segment(points_ND: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """The same sums, in an order that does not vary from run to run on a GPU (atomic additions would)."""
+    """Return the same sums, added in an order that does not vary from run to run (atomic additions on a GPU do)."""
     order = torch.argsort(labels, stable=True)
     lengths = torch.bincount(labels, minlength=num_clusters)
     return torch.segment_reduce(points_ND[order], "sum", lengths=lengths)
@@ -342,7 +369,10 @@ def fill_empty(points_ND: torch.Tensor, found: Assignment, centroids_CD: torch.T
 def _worst_served(
     points_ND: torch.Tensor, labels: torch.Tensor, cosines: torch.Tensor, sizes: torch.Tensor, number: int
 ) -> torch.Tensor:
-    """Return at most ``number`` different points, furthest from their centroid first, none alone in its cluster."""
+    """Return at most ``number`` different points, those furthest from their centroid first.
+
+    A point that is alone in its cluster is not taken.
+    """
     left = sizes.cpu().numpy().copy()
     seeds: list[int] = []
     seen: set[bytes] = set()

@@ -1,13 +1,14 @@
 """Exact nearest neighbors by cosine similarity, in blocks: never an N x M array, the image itself removed by its id.
 
-A quicker product proposes more candidates than asked for; these are compared again in float64. A bfloat16 product (on a
-CPU that has them) proposes whatever its error bound leaves open, a float32 product a few more than asked for: where
-these cannot be told apart from what was left out (many duplicates, ties), the row is searched once more in full. The
-result is exact whatever the block size, the device or the number of threads.
+A quick product picks more candidates than asked for, and float64 products decide among them. On a CPU that has bfloat16
+products these pick every candidate that their error bound leaves open; otherwise float32 products pick a few more
+candidates than asked for. Where the last picked candidates cannot be told apart from those left out (many duplicates,
+ties), the query is searched once more in full. The result is exact whatever the block size, the device or the number of
+threads.
 """
 
 # B queries of a block, C candidates of a block, D width, F fetched candidates, K neighbors, N queries, M candidates,
-# P proposed pairs of a query and a candidate
+# P pairs of a query and a candidate that the screening leaves
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from grappa.core.memory import FLOAT, HALF, INTEGER, WORK
 from grappa.core.vectors import as_tensor, check_unit_vectors, full_float32
-from grappa.search import screening as proposals
+from grappa.search import screening
 from grappa.search.screening import Pairs, Rounded
 
-CANDIDATE_BLOCK = 16384
+QUERY_BLOCK, CANDIDATE_BLOCK = 1024, 16384
 GROUP = 16
 TIE_BLOCK = 16
 RESCORE_BLOCK = 128
@@ -34,7 +36,7 @@ def nearest_neighbors(
     num_neighbors: int,
     query_ids: NDArray[np.int64],
     candidate_ids: NDArray[np.int64],
-    block_size: int = 1024,
+    block_size: int = QUERY_BLOCK,
     device: str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -61,12 +63,23 @@ def nearest_neighbors(
         for start in range(0, len(queries), block_size):
             rows = slice(start, start + block_size)
             asked = as_tensor(queries[rows], device)
-            found = _search_proposed(asked, points, blocks, own[rows], num_neighbors, scratch)
+            found = _search_screened(asked, points, blocks, own[rows], num_neighbors, scratch)
             found = found or _search(asked, points, own[rows], num_neighbors, scratch)
             neighbors[rows], similarities[rows] = candidate_ids[found[0].cpu().numpy()], found[1].cpu().numpy()
             if progress is not None:
                 progress(len(found[0]))
     return neighbors, np.clip(similarities, -1.0, 1.0)
+
+
+def memory_needed(num_images: int, num_candidates: int, width: int, num_neighbors: int) -> int:
+    """Return the bytes that the search takes at its peak.
+
+    Counted are all images, the candidates as given and in bfloat16, the result, and a block of products with its mask.
+    """
+    vectors = num_images * width * FLOAT + num_candidates * width * (FLOAT + HALF)
+    found = num_images * num_neighbors * (INTEGER + FLOAT)
+    products = min(QUERY_BLOCK, num_images) * min(CANDIDATE_BLOCK, num_candidates)
+    return vectors + found + products * (FLOAT + 1) + WORK // 2
 
 
 def _check(
@@ -94,20 +107,20 @@ def _check(
 
 
 def _own_positions(query_ids: NDArray[np.int64], candidate_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each query stands among the (sorted) candidates, -1 where it is none of them."""
+    """Return the position of each query among the (sorted) candidates, -1 for a query that is no candidate."""
     positions = np.minimum(np.searchsorted(candidate_ids, query_ids), len(candidate_ids) - 1)
     return np.where(candidate_ids[positions] == query_ids, positions, -1).astype(np.int64)
 
 
 def _rounded_blocks(points_MD: torch.Tensor, num_neighbors: int) -> list[Rounded]:
-    """Return the candidates in bfloat16, or nothing where proposing by them does not pay."""
+    """Return the candidates in bfloat16, or no block where screening by them saves no time."""
     enough = min(CANDIDATE_BLOCK, len(points_MD)) // GROUP >= 4 * num_neighbors
-    if not enough or not proposals.worthwhile(points_MD.device, len(points_MD)):
+    if not enough or not screening.worthwhile(points_MD.device, len(points_MD)):
         return []
-    return [proposals.rounded(block) for block in points_MD.split(CANDIDATE_BLOCK)]
+    return [screening.rounded(block) for block in points_MD.split(CANDIDATE_BLOCK)]
 
 
-def _search_proposed(
+def _search_screened(
     queries_BD: torch.Tensor,
     points_MD: torch.Tensor,
     blocks: list[Rounded],
@@ -116,11 +129,11 @@ def _search_proposed(
     scratch: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return what ``_search`` does, or None without blocks or where too many candidates are equally close."""
-    pairs = _propose(queries_BD, blocks, own_B, num_neighbors, scratch.view(torch.bfloat16)) if blocks else None
+    pairs = _screened_pairs(queries_BD, blocks, own_B, num_neighbors, scratch.view(torch.bfloat16)) if blocks else None
     if pairs is None:
         return None
     rows_P, positions_P = pairs
-    parts = zip(rows_P.split(proposals.PAIR_BLOCK), positions_P.split(proposals.PAIR_BLOCK), strict=True)
+    parts = zip(rows_P.split(screening.PAIR_BLOCK), positions_P.split(screening.PAIR_BLOCK), strict=True)
     exact_P = torch.cat([torch.linalg.vecdot(queries_BD[r].double(), points_MD[p].double()) for r, p in parts]).float()
     order = np.lexsort((positions_P.numpy(), -exact_P.numpy(), rows_P.numpy()))
     firsts_B = np.searchsorted(rows_P.numpy(), np.arange(len(queries_BD)))
@@ -128,14 +141,14 @@ def _search_proposed(
     return positions_P[chosen_BK], exact_P[chosen_BK]
 
 
-def _propose(
+def _screened_pairs(
     queries_BD: torch.Tensor, blocks: list[Rounded], own_B: torch.Tensor, num_neighbors: int, scratch: torch.Tensor
 ) -> Pairs | None:
     """Return rows and positions (P,), by row, of all candidates that can be among the K most similar.
 
     The K-th largest of the maxima of groups of candidates is a value that K candidates reach.
     """
-    queries, start = proposals.rounded(queries_BD), 0
+    queries, start = screening.rounded(queries_BD), 0
     reached_BK = torch.empty(len(queries_BD), 0)
     found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for block in blocks:
@@ -143,23 +156,23 @@ def _propose(
         torch.mm(queries.vectors, block.vectors.T, out=products_BC)
         _hide_own(products_BC, own_B - start)
         reached_BK = torch.cat([reached_BK, _group_maxima(products_BC)], 1).topk(num_neighbors, 1).values
-        floors_B = _floors(reached_BK, proposals.error_of(queries, block))
-        pairs = proposals.reaching(products_BC, floors_B)
+        floors_B = _floors(reached_BK, screening.error_of(queries, block))
+        pairs = screening.reaching(products_BC, floors_B)
         if pairs is None:
             return None
         found.append((pairs[0], pairs[1] + start, products_BC[pairs].float()))
         start += len(block.vectors)
     rows_P, positions_P, products_P = (torch.cat(parts) for parts in zip(*found, strict=True))
-    floors_B = _floors(reached_BK, max(proposals.error_of(queries, block) for block in blocks))
+    floors_B = _floors(reached_BK, max(screening.error_of(queries, block) for block in blocks))
     left = torch.nonzero(products_P >= floors_B[rows_P])[:, 0]
     left = left[rows_P[left].argsort(stable=True)]
     return rows_P[left], positions_P[left]
 
 
 def _floors(reached_BK: torch.Tensor, error: float) -> torch.Tensor:
-    """Return what the product of one of the K most similar candidates reaches at least."""
+    """Return the least bfloat16 product that one of the K most similar candidates can have, (B,)."""
     least_B = reached_BK[:, -1]
-    return least_B - 2.0 * (error + proposals.half_step(least_B))
+    return least_B - 2.0 * (error + screening.half_step(least_B))
 
 
 def _group_maxima(products_BC: torch.Tensor) -> torch.Tensor:
@@ -201,7 +214,7 @@ def _fetch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each query's largest float32 products, unsorted: values (B, F), -inf for the query itself, positions.
 
-    ``scratch`` holds the products of a block: memory is asked for once, which spares a CPU 12-20 % of the time.
+    ``scratch`` holds the products of a block. To ask for its memory once only saves a CPU 12-20 % of the time.
     """
     values: list[torch.Tensor] = []
     positions: list[torch.Tensor] = []
@@ -226,8 +239,8 @@ def _hide_own(products_BC: torch.Tensor, own_B: torch.Tensor) -> None:
 def largest(values_BC: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ``number`` (at most C) largest values of each row and their columns, in no order.
 
-    They lie in the groups of 16 columns with the largest maxima, so only these are looked at: several times faster on a
-    CPU than a plain top-k, and the same values.
+    They lie in the groups of 16 columns with the largest maxima, so only these groups are looked at. The values are the
+    same as those of a plain top-k, in a fraction of its time on a CPU.
     """
     num_columns = values_BC.shape[1]
     num_groups = num_columns // GROUP

@@ -1,10 +1,11 @@
 """Which products of unit vectors can matter, by bfloat16: half the time of float32 products, and none is missed.
 
-A product of rounded vectors is off by at most a known error. What cannot reach a floor by more than that is left out,
-the rest is computed again in float32 by the caller: results are those of float32 alone, up to its own rounding.
+A product of rounded vectors is off by at most a known error. A pair whose product cannot reach a floor, even with this
+error, is left out; the caller computes the products of the other pairs again in float32. The results are those of
+float32 alone, up to the rounding of float32.
 """
 
-# B rows of a block, C columns, D width, P proposed pairs
+# B rows of a block, C columns, D width, P pairs that are left
 
 from __future__ import annotations
 
@@ -19,19 +20,19 @@ MIN_COLUMNS = 256
 MAX_SHARE = 64
 PAIR_BLOCK = 512
 MANTISSA_BITS = 8
-SLACK = 1e-4  # the sums of a product are kept in float32; far above their rounding
+SLACK = 1e-4  # a product is summed up in float32; this is far above the rounding of these sums
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Vectors in bfloat16 and how far the furthest of them was moved (Euclidean)."""
+    """Vectors in bfloat16, and the largest Euclidean distance from a vector to its rounded form."""
 
     vectors: torch.Tensor
     moved: float
 
 
 def worthwhile(device: torch.device, num_columns: int) -> bool:
-    """Tell whether proposing pays: the CPU multiplies bfloat16 in hardware, and there are columns enough."""
+    """Tell whether screening saves time: the CPU multiplies bfloat16 in hardware, and there are columns enough."""
     return device.type == "cpu" and num_columns >= MIN_COLUMNS and has_bfloat16_products()
 
 
@@ -42,8 +43,8 @@ def rounded(vectors_CD: torch.Tensor) -> Rounded:
     return Rounded(vectors, max(float((exact - near).norm(dim=1).max()) for exact, near in parts))
 
 
-class Proposer:
-    """Finds the pairs of points and the same columns (C, D) that can be a point's largest product."""
+class Screen:
+    """Finds the pairs of a point and one of the columns (C, D) whose product can be the point's largest."""
 
     def __init__(self, columns_CD: torch.Tensor, num_rows: int) -> None:
         self.columns = rounded(columns_CD)
@@ -58,7 +59,7 @@ class Proposer:
         return reaching(products_BC, before_B - error - half_step(row_maxima(products_BC)))
 
     def largest(self, points_BD: torch.Tensor, before_B: torch.Tensor) -> Pairs | None:
-        """Return of the pairs of ``larger`` those that may be largest in their row."""
+        """Return the pairs of ``larger`` whose product may be the largest of its row."""
         products_BC, error = self.products(points_BD)
         largest_B = row_maxima(products_BC)
         step_B = half_step(largest_B)
@@ -66,7 +67,7 @@ class Proposer:
         return reaching(products_BC, floors_B)
 
     def products(self, points_BD: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return bfloat16 products (B, C) and how far one may lie from the true one before its own rounding."""
+        """Return bfloat16 products (B, C), and how far a product may lie from the true one before it is rounded."""
         points = rounded(points_BD)
         products_BC = self._products[: len(points_BD)]
         torch.mm(points.vectors, self.columns.vectors.T, out=products_BC)
@@ -79,8 +80,10 @@ def error_of(left: Rounded, right: Rounded) -> float:
 
 
 def pair_products(left_BD: torch.Tensor, right_CD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """Return the float32 products (P,) of pairs, a few at a time: in the same two blocks of memory, as new ones cost
-    several times more than the products."""
+    """Return the float32 products (P,) of pairs, a few at a time.
+
+    Two blocks of memory serve for all of them: to ask for new memory would cost several times the products' time.
+    """
     found = torch.empty(len(pairs[0]), device=left_BD.device)
     blocks = torch.empty(2, min(PAIR_BLOCK, len(found)), left_BD.shape[1], device=left_BD.device)
     for rows, columns, out in zip(*(each.split(PAIR_BLOCK) for each in (*pairs, found)), strict=True):

@@ -1,7 +1,7 @@
-"""What every training on cached images shares: views, the order of the batches, where and how it runs.
+"""What all trainings on cached images share: the views, the order of the batches, and the settings of a run.
 
-Order and views are functions of (seed, stage, instance, epoch, image_id); a checkpoint therefore holds tensors and a
-step number only, and a resumed training equals an undisturbed one bit for bit on a CPU.
+Order and views are functions of (seed, stage, instance, epoch, image_id). A checkpoint therefore holds tensors and a
+step number only, and a resumed training equals an uninterrupted one, on a CPU bit for bit.
 
 Shapes: B batch, S image side, N images, n train rows.
 """
@@ -16,18 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from grappa.core.arrays import Rows
 from grappa.core.distributed import ALONE, Processes
 from grappa.core.randomness import key, shuffled, uniforms
 from grappa.images.pixels import ImageRows
 from grappa.images.transforms import NUM_DRAWS, Augmentation, train_batch
 from grappa.training.loop import Checkpointer
 
-Rows = NDArray[np.int64]
-
 
 @dataclass(frozen=True)
 class Views:
-    """Augmented views of the cached images: ``ids`` (N,) uint64 belong to the cache's rows."""
+    """Augmented views of the cached images; ids: (N,) uint64, one for each row of the cache."""
 
     cache: ImageRows
     ids: NDArray[np.uint64]
@@ -50,7 +49,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how a training runs, who is told, and which processes share each batch."""
+    """Where and how a training runs: device, precision, checkpoint, progress, and the processes that share a batch."""
 
     device: torch.device
     precision: str
@@ -60,9 +59,9 @@ class Run:
 
 
 class BatchOrder:
-    """Which train rows a step sees: each epoch a new order, drawn from the ids; an epoch's remainder is left out.
+    """Which train rows a step sees: every epoch has a new order, drawn from the ids, and its remainder is left out.
 
-    Several ``processes`` share each batch; its size and the order do not depend on how many they are.
+    Several ``processes`` share a batch; its size and the order do not depend on their number.
     """
 
     def __init__(
@@ -75,15 +74,18 @@ class BatchOrder:
         self.ids, self.parts, self.processes = ids, parts, processes
         self.batch_size = min(batch_size, len(ids))
         self.steps_per_epoch = len(ids) // self.batch_size
-        if self.batch_size < processes.size:
+        if self.batch_size < processes.world_size:
             raise ValueError(
-                f"a batch of {self.batch_size} images cannot be shared by {processes.size} processes; start fewer"
+                f"a batch of {self.batch_size} images cannot be shared by {processes.world_size} processes; start fewer"
             )
-        self._own = processes.part(self.batch_size)
+        self._own = processes.own_slice(self.batch_size)
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def at(self, step: int) -> tuple[Rows, int]:
-        """Return this process's part of the batch, positions among the train rows, (B,) if it is alone; the epoch."""
+        """Return the batch of a step, positions (B,) among the train rows, and its epoch.
+
+        Of several processes each gets its slice of the batch.
+        """
         epoch, number = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, shuffled(key(*self.parts, epoch, "order"), self.ids)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from grappa.core.arrays import below
 from grappa.core.distributed import ALONE, Processes
 from grappa.images.transforms import prefetch
 
@@ -19,7 +20,7 @@ NUM_RECORDS = 100
 
 @dataclass(frozen=True)
 class Optimization:
-    """How long and how fast: ``warmup`` is the share of steps in which the rate rises linearly from 0."""
+    """How long and how fast to train; warmup: the share (0-1) of steps in which the rate rises linearly from 0."""
 
     num_epochs: int
     batch_size: int
@@ -39,13 +40,15 @@ class Group:
 
 @dataclass(frozen=True)
 class FitResult:
-    """The metrics along the steps, means since the record before: dicts with step, epoch, learning_rate, loss, ..."""
+    """The metrics along the steps: dicts with step, epoch, learning_rate and the means since the last record (loss,
+    ...).
+    """
 
     metrics: list[dict[str, float]]
 
 
 class Checkpointer(Protocol):
-    """Where a training keeps its state; ``save`` is called when ``due`` says so."""
+    """Where a training saves its state; ``save`` is called when ``due`` returns True."""
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None: ...
 
@@ -73,14 +76,14 @@ def fit(
     progress: Callable[[int], None] | None = None,
     processes: Processes = ALONE,
 ) -> FitResult:
-    """Train ``module`` in place; several processes each hold the same module and end with the same one.
+    """Train ``module`` in place; several processes begin and end with equal modules.
 
     Args:
-        module: holds every trained tensor; its names are the checkpoint's.
-        batch: the batch of a step, made ahead by a thread; a pure function of the step.
-        progress: told the steps newly done, not those that a checkpoint brought.
-        loss: the batch's loss and further scalars to record, all on the device. Of several processes each makes its
-            part of the batch and returns its share of every scalar: the shares add up to those of the whole batch.
+        module: holds every trained tensor; its names are those of the checkpoint.
+        batch: from a step to its batch, which a thread makes ahead; a pure function of the step.
+        progress: called with the number of steps newly done; steps that a checkpoint brought are not counted.
+        loss: from a batch to its loss and to further scalars to record, all on the device. Of several processes each
+            makes its slice of the batch and returns its share of every scalar: the shares add up to the batch's scalar.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -123,7 +126,7 @@ def _step(
     value.backward()
     shares = {name: scalar.detach() for name, scalar in {"loss": value, **scalars}.items()}
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    processes.add([*(each.grad for each in parameters if each.grad is not None), *shares.values()])
+    processes.all_reduce([*(each.grad for each in parameters if each.grad is not None), *shares.values()])
     optimizer.step()
     for name, share in shares.items():
         total = share.double()
@@ -161,10 +164,10 @@ def _resume(
     tensors, record = loaded
     if record["num_steps"] != num_steps:
         raise ValueError(f"the checkpoint is of a training of {record['num_steps']} steps, this one has {num_steps}")
-    module.load_state_dict(_below(tensors, "module."))
-    _load_moments(optimizer, _below(tensors, "optimizer."))
+    module.load_state_dict(below(tensors, "module."))
+    _load_moments(optimizer, below(tensors, "optimizer."))
     device = next(module.parameters()).device
-    totals = {name: value.to(device) for name, value in _below(tensors, "total.").items()}
+    totals = {name: value.to(device) for name, value in below(tensors, "total.").items()}
     return _State(record["step"], list(record["metrics"]), totals, record["since"])
 
 
@@ -174,7 +177,3 @@ def _load_moments(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) 
         number, _, kind = name.partition(".")
         state.setdefault(int(number), {})[kind] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""What an adaptor set is trained to tell apart: one classification of the train rows, or several at once.
+"""The targets of training an adaptor set: classifications of the train rows, each with a proxy for every class.
 
 Shapes: n train rows, D width, C classes.
 """
@@ -18,7 +18,9 @@ from grappa.search.kmeans import means
 
 @dataclass(frozen=True)
 class Targets:
-    """labels (n,) int64 in 0..C-1, and where each class's proxy starts: proxies (C, D) float32."""
+    """One classification: labels (n,) int64 in 0..C-1, and the first value of every class's proxy, proxies (C, D)
+    float32.
+    """
 
     labels: NDArray[np.int64]
     proxies: NDArray[np.float32]
@@ -38,8 +40,8 @@ def label_targets(
     """Return the targets of labelled rows: a class is a (domain, label) pair, its proxy starts at its features' mean.
 
     features (n, D) L2-normalised; domains, labels and ids (n,), none of them null. Classes are numbered in the order of
-    (domain, label), features are added in the order of the ids: the order of the rows changes nothing but theirs.
-    ValueError when the labels name fewer than two classes.
+    (domain, label), and features are added in the order of the ids, so the order of the rows does not change the
+    proxies. ValueError when the labels name fewer than two classes.
     """
     features = check_unit_vectors("features", features)
     pairs = pd.MultiIndex.from_arrays([domains.astype(str), labels.astype(str)])

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
+from grappa.core.names import MEAN
 from grappa.pipeline.engine.execution import Say, Selection, planned, run_stages, selected, spent
 from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.graph.models import FREE, SUPERVISED
 from grappa.pipeline.store.artifacts import RunFolder
-
-MEAN = "_mean"
 
 
 def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, say: Say) -> None:

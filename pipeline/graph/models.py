@@ -12,6 +12,7 @@ from dataclasses import KW_ONLY, dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from grappa.core.names import ORACLE
 from grappa.pipeline.config.schema import Config, ExtraModel
 from grappa.pipeline.graph.node import Node
 
@@ -25,7 +26,7 @@ Making = Literal[
     "student", "on_objects",
 ]
 # fmt: on
-ORACLE, SUPERVISED, MULTI_HEAD = "oracle", "supervised", "multi_head"
+SUPERVISED, MULTI_HEAD = "supervised", "multi_head"
 
 
 def _always(config: Config) -> bool:

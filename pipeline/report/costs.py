@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from grappa.core.names import ORACLE
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.execution import spent
-from grappa.pipeline.graph.models import ORACLE, evaluated_models
+from grappa.pipeline.graph.models import evaluated_models
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import STAGES, upstream
 from grappa.pipeline.report.summary import Table

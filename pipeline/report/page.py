@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from grappa.metrics.attention import MEAN
+from grappa.core.names import MEAN
 from grappa.pipeline import tables
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.status import read_config, states

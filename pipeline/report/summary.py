@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from grappa.pipeline.commands.run import MEAN
+from grappa.core.names import MEAN
 from grappa.pipeline.graph.models import FREE, MODELS, saw_labels
 
 GALLERIES = {"domain": "each domain's own gallery", "merged": "the merged gallery"}

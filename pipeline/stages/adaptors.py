@@ -17,7 +17,7 @@ from grappa.backbone.vit import Backbone
 from grappa.core import memory
 from grappa.core.randomness import id_numbers
 from grappa.images.splits import train_rows
-from grappa.method.adaptor_training import Perception, SetLoss, new_set, train_adaptor_set
+from grappa.method.adaptor_training import AdaptorLoss, Perception, new_adaptor_set, train_adaptor_set
 from grappa.method.adaptors import AdaptorSet
 from grappa.pipeline.config.schema import Adaptors
 from grappa.pipeline.engine.context import StageContext
@@ -52,7 +52,7 @@ def run(context: StageContext) -> str:
             targets,
             name=str(context.instance),
             start=start,
-            set_loss=set_loss(settings),
+            adaptor_loss=adaptor_loss(settings),
             proxy_learning_rate=settings.proxy_learning_rate,
             optimization=optimization(settings),
             seed=settings.seed,
@@ -70,11 +70,13 @@ def run(context: StageContext) -> str:
 def _start(context: StageContext, backbone: Backbone) -> AdaptorSet:
     settings = context.config.adaptors
     bottleneck_dim, rank = sizes_of_set(settings, backbone.width)
-    return new_set(backbone, bottleneck_dim, in_context_rank=rank, name=str(context.instance), seed=settings.seed)
+    return new_adaptor_set(
+        backbone, bottleneck_dim, in_context_rank=rank, name=str(context.instance), seed=settings.seed
+    )
 
 
-def set_loss(settings: Adaptors) -> SetLoss:
-    return SetLoss(
+def adaptor_loss(settings: Adaptors) -> AdaptorLoss:
+    return AdaptorLoss(
         temperature=settings.temperature,
         object_weight=settings.object_weight,
         transfer_weight=settings.transfer_weight,

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from grappa.core import memory
 from grappa.core.randomness import id_numbers
 from grappa.core.vectors import read_rows
 from grappa.images.splits import train_rows
@@ -14,7 +13,7 @@ from grappa.pipeline.config.schema import num_clusters_of
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.stages import clustered_stage
 from grappa.pipeline.opening import read_images, settle_device
-from grappa.search.kmeans import Clustering, assign, cluster, cluster_health, num_assignments
+from grappa.search.kmeans import Clustering, assign, cluster, cluster_health, memory_needed, num_assignments
 
 
 def run(context: StageContext) -> str:
@@ -23,7 +22,7 @@ def run(context: StageContext) -> str:
     features = np.load(file, mmap_mode="c", allow_pickle=False)  # c: never written to, and not copied by torch
     rows, ids = _in_order(images)
     num_clusters = num_clusters_of(str(context.instance))
-    context.need_memory(memory.clustering(len(features), features.shape[1], num_clusters))
+    context.need_memory(memory_needed(len(features), features.shape[1], num_clusters))
     device = str(settle_device(context))
     total = num_assignments(len(rows), [num_clusters], settings.num_iterations)
     with context.task("clustering", total, unit="assignments") as advance:

@@ -12,17 +12,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from grappa.core import memory
+from grappa.core.names import GALLERIES, MEAN
 from grappa.core.randomness import id_numbers
 from grappa.images.splits import test_rows
 from grappa.metrics.indicators import reciprocity_table
-from grappa.metrics.retrieval import SUMMARY_COLUMNS, evaluate, oracle, summarize
+from grappa.metrics.retrieval import SUMMARY_COLUMNS, evaluate, memory_needed, oracle, summarize
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import FREE, deployed_model, evaluated_models
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.opening import read_images
-
-GALLERIES = ("domain", "merged")
 
 
 def run(context: StageContext) -> str:
@@ -43,7 +41,7 @@ def _evaluate_all(
 ) -> pd.DataFrame:
     ids, nodes = images["image_id"].to_numpy(), evaluated_models(context.config)
     width = max(_embeddings(context, node).shape[1] for node in nodes.values())
-    context.need_memory(memory.evaluation(len(rows), width, len(nodes)))
+    context.need_memory(memory_needed(len(rows), width, len(nodes)))
     parts = []
     with context.task("evaluating", len(nodes) * len(GALLERIES), unit="tables") as advance:
         for name, node in nodes.items():
@@ -105,7 +103,7 @@ def _write(context: StageContext, per_query: pd.DataFrame, reciprocity: pd.DataF
 
 
 def _headline(metrics: pd.DataFrame, deployed: str) -> str:
-    means = metrics[(metrics["domain"] == "_mean") & (metrics["gallery"] == "domain")].set_index("model")["map"]
+    means = metrics[(metrics["domain"] == MEAN) & (metrics["gallery"] == "domain")].set_index("model")["map"]
     free = max(means[name] for name in FREE if name in means)
     ours = (name for name in ("mean", "fused", deployed) if name in means)
     found = ", ".join(f"{means[name]:.3f} {name}" for name in dict.fromkeys(ours))

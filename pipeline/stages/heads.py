@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from grappa.core import memory
 from grappa.core.randomness import id_numbers
 from grappa.images.splits import train_rows
 from grappa.method.head import (
@@ -25,6 +24,7 @@ from grappa.method.head import (
     automatic_num_centroids,
     fit_neighborhood_head,
     fit_whitening_head,
+    memory_needed,
 )
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.opening import read_images, settle_device
@@ -64,7 +64,7 @@ def _fit_neighborhood(
     settings = context.config.heads
     number = settings.num_centroids
     number = automatic_num_centroids(embeddings) if number == "auto" else number
-    context.need_memory(memory.head(len(embeddings), len(ids), embeddings.shape[1], number))
+    context.need_memory(memory_needed(len(embeddings), len(ids), embeddings.shape[1], number))
     total = num_assignments(len(ids), [number], settings.num_iterations)
     with context.task("clustering", total, unit="assignments") as advance:
         return fit_neighborhood_head(

@@ -23,7 +23,7 @@ def run(context: StageContext) -> str:
         "cache_size": settings.cache_size,
         "max_pixels": settings.max_pixels,
         "shard_size": settings.shard_size,
-        "journals": context.path / SCRATCH_FOLDER,
+        "manifests": context.path / SCRATCH_FOLDER,
         "num_workers": context.num_workers,
     }
     if context.team.size > 1:

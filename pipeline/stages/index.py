@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from grappa.core import memory
 from grappa.images.splits import chosen_rows
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import deployed_model
 from grappa.pipeline.opening import read_images
-from grappa.search.index import SearchIndex
+from grappa.search.index import SearchIndex, memory_needed
 
 
 def run(context: StageContext) -> str:
@@ -18,7 +17,7 @@ def run(context: StageContext) -> str:
     embeddings = np.load(
         context.input("heads", deployed_model(context.config)) / "embeddings.npy", mmap_mode="r", allow_pickle=False
     )
-    context.need_memory(memory.index(len(rows), embeddings.shape[1]))
+    context.need_memory(memory_needed(len(rows), embeddings.shape[1]))
     ids = images["image_id"].iloc[rows].tolist()
     SearchIndex.build(np.asarray(embeddings[rows]), ids, ivf_above=settings.ivf_above).save(context.path)
     return f"{len(rows)} images can be found"

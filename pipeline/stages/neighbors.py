@@ -9,19 +9,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grappa.core import memory
 from grappa.images.splits import train_rows
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.opening import read_images, settle_device
-from grappa.search.neighbors import nearest_neighbors
+from grappa.search.neighbors import memory_needed, nearest_neighbors
 
 
 def run(context: StageContext) -> str:
     features = np.load(context.input("features") / "features.npy", mmap_mode="r", allow_pickle=False)
     rows = train_rows(read_images(context.input("images")))
     number = min(context.config.neighbors.num_neighbors, len(rows) - 1)
-    own = np.arange(len(features))[context.processes.part(len(features))]
-    context.need_memory(memory.neighbors(len(own), len(rows), features.shape[1], number))
+    own = np.arange(len(features))[context.processes.own_slice(len(features))]
+    context.need_memory(memory_needed(len(own), len(rows), features.shape[1], number))
     with context.task("searching", len(own)) as advance:
         found = nearest_neighbors(
             features[own],
@@ -42,5 +41,5 @@ def run(context: StageContext) -> str:
 
 def _collected(context: StageContext, own: NDArray[Any], number: int) -> NDArray[Any]:
     """Return all ``number`` rows in the first process; another process gets back its part, ``own``."""
-    parts = context.processes.collect(torch.from_numpy(own), math.ceil(number / context.team.size))
+    parts = context.processes.gather(torch.from_numpy(own), math.ceil(number / context.team.size))
     return torch.cat(parts).numpy() if parts else own

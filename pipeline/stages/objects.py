@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from grappa.core.files import write_whole
 from grappa.core.randomness import id_numbers, key
-from grappa.images.pixels import write_whole
 from grappa.images.table import BOX_COLUMNS
 from grappa.images.transforms import whole_batch
 from grappa.objects.boxes import Gate, acceptance, random_boxes, refusals
@@ -130,7 +130,7 @@ def _write_views(context: StageContext, images: pd.DataFrame, table: pd.DataFram
             framing=Framing(config.objects.enlargement, config.objects.max_aspect, config.images.cache_size),
             max_pixels=config.images.max_pixels,
             shard_size=config.images.shard_size,
-            journals=context.path / SCRATCH_FOLDER,
+            manifests=context.path / SCRATCH_FOLDER,
             num_workers=context.num_workers,
             progress=advance,
         )

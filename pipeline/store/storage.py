@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from grappa.core.files import write_whole
+
 
 class StorageError(OSError):
     """The disk is full or a folder cannot be written; `str()` is one sentence for the user, `errno` the cause."""
@@ -32,16 +34,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Writes the whole file or, on any error or crash, leaves the former one; StorageError when it cannot."""
     draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with storage_errors(path):
-        try:
-            with draft.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-        fsync_folder(path.parent)
+        write_whole(path, lambda file: file.write(data), draft=draft)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -57,18 +50,6 @@ def atomic_write_json(path: Path, content: object) -> None:
 def is_scratch(name: str) -> bool:
     """Whether a file name is that of an unfinished atomic write."""
     return name.startswith(".") and name.endswith(".tmp")
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable; file systems that cannot sync folders (EINVAL) are let off."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def refuse_existing(folder: Path) -> None:

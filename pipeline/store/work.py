@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from grappa.core.files import fsync_folder
 from grappa.pipeline.store.artifacts import (
     CHECKPOINT_FILES,
     FINGERPRINT_FILE,
@@ -32,7 +33,6 @@ from grappa.pipeline.store.locks import Lock, LockedError, acquire
 from grappa.pipeline.store.storage import (
     atomic_write_json,
     file_digest,
-    fsync_folder,
     is_disk_full,
     is_scratch,
     storage_errors,

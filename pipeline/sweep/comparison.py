@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grappa.core.names import MEAN
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import flow
 from grappa.pipeline.engine.execution import Selection, selected
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CSV_FILE, PARQUET_FILE = "sweep.csv", "sweep.parquet"
-MEAN = "_mean"
 
 
 def result_rows(folder: RunFolder, config: Config, file: SweepFile, columns: Mapping[str, Any]) -> pd.DataFrame | None:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grappa.core.names import ORACLE
 from grappa.pipeline.commands.init import check_weights, fitted, given_images, layered
 from grappa.pipeline.config.schema import Config, Images
 from grappa.pipeline.config.yaml_file import (
@@ -20,7 +21,7 @@ from grappa.pipeline.config.yaml_file import (
 )
 from grappa.pipeline.engine.execution import Selection, selected
 from grappa.pipeline.engine.sources import list_sources
-from grappa.pipeline.graph.models import ORACLE, evaluated_models
+from grappa.pipeline.graph.models import evaluated_models
 from grappa.pipeline.store.artifacts import RUN_FILE, RunFolder
 from grappa.pipeline.sweep.spec import SweepFile, nested, points, read_sweep
 

@@ -4,7 +4,7 @@
 
 Each point is a fresh process with one thread, of which the CPU time is counted: a busy machine changes little. Written
 are scaling.csv (measured), scaling.svg and scaling.md: the fitted exponents, and what 10^6 to 10^8 images would take by
-them: hours of one core of this CPU, and memory as ``grappa.core.memory`` states it (both computed, not measured).
+them: hours of one core of this CPU, and memory as the steps state it (both computed, not measured).
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from grappa.core import memory
 from grappa.core.devices import resolve_precision
 from grappa.images.pixels import PixelCache, write_index, write_shard
 from grappa.images.transforms import Augmentation
-from grappa.method.adaptor_training import SetLoss, new_set, train_adaptor_set
+from grappa.method.adaptor_training import AdaptorLoss, new_adaptor_set, train_adaptor_set
+from grappa.metrics import retrieval
+from grappa.search import kmeans as clustering
+from grappa.search import neighbors as neighborhoods
 from grappa.search.kmeans import cluster
 from grappa.search.neighbors import nearest_neighbors
 from grappa.training.batches import Run, Views
@@ -116,8 +119,8 @@ def training(number: int, num_sets: int = 1) -> Callable[[], object]:
         np.arange(number),
         [Targets(np.arange(number) % 16, proxies)],
         name="k00016",
-        start=new_set(backbone, BOTTLENECK, name="k00016", seed=0),
-        set_loss=SetLoss(),
+        start=new_adaptor_set(backbone, BOTTLENECK, name="k00016", seed=0),
+        adaptor_loss=AdaptorLoss(),
         proxy_learning_rate=0.01,
         optimization=Optimization(num_epochs=1, batch_size=32, learning_rate=1e-3, weight_decay=0.0, warmup=0.1),
         seed=0,
@@ -145,7 +148,7 @@ CURVES = (
         "images",
         (8_000, 16_000, 32_000, 64_000),
         kmeans,
-        lambda number: memory.clustering(number, WIDTH, 256),
+        lambda number: clustering.memory_needed(number, WIDTH, 256),
     ),
     Curve("kmeans-k", "k-means of 20,000 images, d = 384", "clusters", (256, 512, 1024, 2048), kmeans_over_k),
     Curve(
@@ -154,7 +157,7 @@ CURVES = (
         "images",
         (8_000, 16_000, 32_000, 64_000),
         neighbors,
-        lambda number: memory.neighbors(number, number, WIDTH, 20),
+        lambda number: neighborhoods.memory_needed(number, number, WIDTH, 20),
     ),
     Curve(
         "training",
@@ -171,7 +174,7 @@ CURVES = (
         "images",
         (2_000, 4_000, 8_000, 16_000),
         evaluation,
-        lambda number: memory.evaluation(number, WIDTH, 1),
+        lambda number: retrieval.memory_needed(number, WIDTH, 1),
     ),
 )
 

@@ -16,7 +16,7 @@ from grappa.core.distributed import ALONE, Processes
 from grappa.core.randomness import id_numbers
 from grappa.images.transforms import Augmentation
 from grappa.method import losses
-from grappa.method.adaptor_training import SetLoss, new_set, train_adaptor_set
+from grappa.method.adaptor_training import AdaptorLoss, new_adaptor_set, train_adaptor_set
 from grappa.method.fusion_training import PropagationLoss, train_fusion
 from grappa.method.student import Transfer, new_student, train_student
 from grappa.training.batches import Run, Views
@@ -53,10 +53,10 @@ def _gradient(processes: Processes) -> np.ndarray[Any, Any]:
     generator = torch.Generator().manual_seed(0)
     images, weight = torch.randn(2, 10, 6, generator=generator), torch.randn(6, 4, generator=generator)
     weight.requires_grad_()
-    halves = (processes.gather(half[processes.part(10)] @ weight, 10) for half in images)
-    (losses.barlow_twins(*halves, off_diagonal=0.1) / processes.size).backward()
+    halves = (processes.all_gather(half[processes.own_slice(10)] @ weight, 10) for half in images)
+    (losses.barlow_twins(*halves, off_diagonal=0.1) / processes.world_size).backward()
     assert weight.grad is not None
-    processes.add([weight.grad])
+    processes.all_reduce([weight.grad])
     return weight.grad.numpy()
 
 
@@ -69,8 +69,8 @@ def _set(views: Views, run: Run, num_targets: int) -> Any:
         ROWS,
         targets,
         name="k00004",
-        start=new_set(tiny_backbone(), 4, name="k00004", seed=0),
-        set_loss=SetLoss(temperature=0.1),
+        start=new_adaptor_set(tiny_backbone(), 4, name="k00004", seed=0),
+        adaptor_loss=AdaptorLoss(temperature=0.1),
         proxy_learning_rate=3e-3,
         optimization=OPTIMIZATION,
         seed=0,

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from grappa.images.transforms import Augmentation
-from grappa.method.adaptor_training import SetLoss
+from grappa.method.adaptor_training import AdaptorLoss
 from grappa.method.fusion_training import PropagationLoss
 from grappa.method.student import Transfer
 from grappa.pipeline.config.schema import Adaptors, Fusion, Section, Student
 from grappa.pipeline.learning import augmentation, optimization, sizes_of_set
-from grappa.pipeline.stages.adaptors import set_loss
+from grappa.pipeline.stages.adaptors import adaptor_loss
 from grappa.pipeline.stages.fusion import propagation_loss
 from grappa.pipeline.stages.student import transfer
 from grappa.training.loop import Optimization
@@ -35,7 +35,7 @@ STUDENT = Student(temperature=0.27, softening=0.28, cosine_weight=0.29, bank_siz
     [
         (optimization, ADAPTORS, Optimization),
         (augmentation, ADAPTORS, Augmentation),
-        (set_loss, ADAPTORS, SetLoss),
+        (adaptor_loss, ADAPTORS, AdaptorLoss),
         (propagation_loss, FUSION, PropagationLoss),
         (transfer, STUDENT, Transfer),
     ],

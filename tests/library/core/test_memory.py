@@ -15,13 +15,18 @@ from grappa.backbone.vit import Backbone, BackboneSpec, build_backbone
 from grappa.core import memory
 from grappa.core.vectors import read_rows
 from grappa.images.transforms import normalize
-from grappa.method.adaptor_training import new_set
+from grappa.method import head as heads
+from grappa.method.adaptor_training import new_adaptor_set
 from grappa.method.head import apply_head, fit_neighborhood_head
 from grappa.method.losses import norm_softmax
+from grappa.metrics import retrieval
 from grappa.metrics.retrieval import evaluate
 from grappa.pipeline.engine import memory_limit as machine
 from grappa.pipeline.engine.memory_limit import NotEnoughMemoryError, available_memory, require_memory
 from grappa.pipeline.opening import vit_shape
+from grappa.search import index as indexes
+from grappa.search import kmeans
+from grappa.search import neighbors as neighborhoods
 from grappa.search.index import SearchIndex
 from grappa.search.kmeans import assign, cluster
 from grappa.search.neighbors import nearest_neighbors
@@ -60,11 +65,11 @@ def index(features: np.ndarray, ids: np.ndarray) -> object:
 
 
 STEPS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], object], int]] = {
-    "clustering": (clustering, memory.clustering(NUM, WIDTH, NUM_CLUSTERS)),
-    "neighbors": (neighbors, memory.neighbors(NUM, NUM, WIDTH, NUM_NEIGHBORS)),
-    "evaluation": (evaluation, memory.evaluation(NUM, WIDTH, 1)),
-    "head": (head, memory.head(NUM, NUM, WIDTH, NUM_CLUSTERS)),
-    "index": (index, memory.index(NUM, WIDTH)),
+    "clustering": (clustering, kmeans.memory_needed(NUM, WIDTH, NUM_CLUSTERS)),
+    "neighbors": (neighbors, neighborhoods.memory_needed(NUM, NUM, WIDTH, NUM_NEIGHBORS)),
+    "evaluation": (evaluation, retrieval.memory_needed(NUM, WIDTH, 1)),
+    "head": (head, heads.memory_needed(NUM, NUM, WIDTH, NUM_CLUSTERS)),
+    "index": (index, indexes.memory_needed(NUM, WIDTH)),
 }
 
 
@@ -86,7 +91,7 @@ def training(batch_size: int) -> Callable[[], object]:
     """The same with a set's step."""
     torch.set_num_threads(1)
     backbone = small_vit()
-    adaptors = new_set(backbone, VIT.adapted, name="k00016", seed=0)
+    adaptors = new_adaptor_set(backbone, VIT.adapted, name="k00016", seed=0)
     proxies = torch.zeros(64, backbone.width, requires_grad=True)
 
     def run(number: int) -> object:
@@ -104,7 +109,7 @@ def small_vit() -> Backbone:
 
 
 def test_batches_take_what_they_say() -> None:
-    assert vit_shape(small_vit(), [new_set(small_vit(), VIT.adapted, name="k00016", seed=0)]) == VIT
+    assert vit_shape(small_vit(), [new_adaptor_set(small_vit(), VIT.adapted, name="k00016", seed=0)]) == VIT
     for step, said in ((embedding, memory.embedding), (training, memory.training)):
         measured = peak_growth(step, 32)
         assert measured <= 1.2 * said(VIT, 32, "float32")
@@ -134,8 +139,9 @@ def test_a_step_takes_what_it_says(name: str, tmp_path: Path) -> None:
 
 
 def test_the_need_grows_with_the_images() -> None:
-    assert memory.clustering(10**7, 384, 65536) > 10**7 * 384 * 4
-    assert memory.neighbors(10**6, 10**6, 384, 50) > 10 * memory.neighbors(10**4, 10**4, 384, 50)
+    assert kmeans.memory_needed(10**7, 384, 65536) > 10**7 * 384 * 4
+    needs = [neighborhoods.memory_needed(number, number, 384, 50) for number in (10**6, 10**4)]
+    assert needs[0] > 10 * needs[1]
 
 
 def test_too_little_memory_is_refused_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,7 +269,7 @@ def ingest_until_killed(source: Path, folder: Path, num_writes: int) -> None:
     ingest(source, folder)
 
 
-@pytest.mark.parametrize("num_writes", range(9))  # 4 shards and 4 journals in turn, then the index
+@pytest.mark.parametrize("num_writes", range(9))  # 4 shards and 4 manifests in turn, then the index
 def test_killed_before_any_rename_it_goes_on(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_writes: int
 ) -> None:
@@ -286,7 +286,7 @@ def test_killed_before_any_rename_it_goes_on(
     assert contents(tmp_path / "whole") == contents(tmp_path / "resumed")
 
 
-@pytest.mark.parametrize("damage", ["pixels cut", "journal cut", "other settings", "other files"])
+@pytest.mark.parametrize("damage", ["pixels cut", "manifest cut", "other settings", "other files"])
 def test_a_shard_that_is_not_whole_or_not_ours_is_decoded_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -294,7 +294,7 @@ def test_a_shard_that_is_not_whole_or_not_ours_is_decoded_again(
     changes: dict[str, Any] = {}
     if damage == "pixels cut":
         shard_file(tmp_path / "pixels", 1).write_bytes(b"")
-    elif damage == "journal cut":
+    elif damage == "manifest cut":
         (tmp_path / "pixels/00001.json").write_bytes(b"{")
     elif damage == "other settings":
         changes = {"cache_size": 8}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from grappa.images.pixels import PixelCache, shard_file, write_index, write_shard, write_whole
+from grappa.images.pixels import PixelCache, shard_file, write_index, write_shard
 
 
 def images(num: int, seed: int = 0) -> list[np.ndarray]:
@@ -75,17 +73,3 @@ def test_files_that_disagree_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "index.npy", np.zeros((3, 2)))
     with pytest.raises(ValueError, match=r"expected int64 \(N, 4\)"):
         PixelCache.open(tmp_path)
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_whole(tmp_path / "x", lambda file: file.write(b"old"))
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(tmp_path / "x", lambda file: file.write(b"new"))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x": b"old"}

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from grappa.backbone.vit import BackboneSpec, build_backbone
 from grappa.backbone.weights import BackboneError
-from grappa.method.adaptors import AdaptorKind, AdaptorSet, automatic_rank, folded, set_sizes
+from grappa.method.adaptors import AdaptorKind, AdaptorSet, adaptor_set_sizes, automatic_rank, folded
 from tests.helpers.tiny import tiny_backbone, tiny_set
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -109,7 +109,7 @@ def test_sixteen_ranks_on_vit_b_are_0_68_percent_of_it() -> None:
 
 @pytest.mark.parametrize(("kind", "sizes"), [("bottleneck", (48, 0)), ("in_context", (0, 5)), ("both", (24, 2))])
 def test_the_kinds_sizes(kind: AdaptorKind, sizes: tuple[int, int]) -> None:
-    assert set_sizes(kind, 48, 5) == sizes
+    assert adaptor_set_sizes(kind, 48, 5) == sizes
 
 
 @pytest.mark.parametrize("bottleneck_dim", [0, 4])

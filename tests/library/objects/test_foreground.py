@@ -14,7 +14,7 @@ from grappa.backbone.vit import BackboneSpec, build_backbone
 from grappa.images.pixels import PixelCache, write_index, write_shard
 from grappa.images.transforms import normalize, whole_batch
 from grappa.objects.boxes import Gate, object_view, refusals
-from grappa.objects.foreground import boxes_of, foreground, grid_of, seeing_finely
+from grappa.objects.foreground import _largest_part, boxes_of, foreground, grid_of, seeing_finely
 from tests.helpers.tiny import HALF, OPTIONS, tiny_backbone
 
 
@@ -42,6 +42,38 @@ def test_a_winding_part_is_followed_to_its_end() -> None:
         (slice(0, 1), slice(0, 8)), (slice(0, 8), slice(7, 8)), (slice(7, 8), slice(2, 8)), (slice(4, 8), slice(2, 3))
     )
     assert boxes_of(values, np.array([[8, 8]]))[0].tolist() == [[0, 0, 8, 8]]
+
+
+def test_of_equal_parts_the_one_that_ends_first_counts() -> None:
+    values = grids((slice(1, 7), slice(1, 2)), (slice(2, 4), slice(4, 7)))
+    assert boxes_of(values, np.array([[8, 8]]))[0].tolist() == [[4, 2, 7, 4]]
+
+
+def places(mask: np.ndarray) -> set[tuple[int, int]]:
+    return {(row, column) for row, column in np.argwhere(mask).tolist()}
+
+
+def strongest_by_hand(above: np.ndarray) -> set[tuple[int, int]]:
+    """Follow each part from patch to patch."""
+    left = places(above > 0)
+    parts: list[set[tuple[int, int]]] = []
+    while left:
+        part, reached = set(), {left.pop()}
+        while reached:
+            part |= reached
+            near = {(row + y, column + x) for row, column in reached for y, x in ((0, 1), (1, 0), (0, -1), (-1, 0))}
+            reached = near & left
+            left -= reached
+        parts.append(part)
+    return max(parts, key=lambda part: (sum(above[place] for place in part), [-at for at in max(part)]), default=set())
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10_000))
+def test_the_strongest_part_is_that_of_a_plain_search(seed: int) -> None:
+    above = np.random.default_rng(seed).integers(-2, 3, size=(4, 7, 6)).astype(np.float64)
+    for image, found in zip(above, _largest_part(above), strict=True):
+        assert places(found) == strongest_by_hand(image)
 
 
 def test_an_image_of_equal_values_has_no_box() -> None:

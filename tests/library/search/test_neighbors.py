@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from grappa.search import screening as proposals
+from grappa.search import screening
 from grappa.search.neighbors import largest, nearest_neighbors
 
 
 @pytest.fixture(params=["float32", "bfloat16"], autouse=True)
-def proposing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything holds with either kind of product, whatever this CPU prefers."""
-    monkeypatch.setattr(proposals, "worthwhile", lambda device, num_columns: request.param == "bfloat16")
+    monkeypatch.setattr(screening, "worthwhile", lambda device, num_columns: request.param == "bfloat16")
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -56,7 +56,7 @@ def test_equals_the_exhaustive_search_across_candidate_blocks(monkeypatch: pytes
 
 def test_equals_the_exhaustive_search_where_all_are_about_as_close(monkeypatch: pytest.MonkeyPatch) -> None:
     """Similarities differ by less than a bfloat16 product is off by."""
-    monkeypatch.setattr(proposals, "MAX_SHARE", 1)
+    monkeypatch.setattr(screening, "MAX_SHARE", 1)
     ids = np.arange(2000)
     features = unit(np.eye(1, 24) + 0.3 * points(2000, width=24))
     found = nearest_neighbors(features[:300], features, num_neighbors=1, query_ids=ids[:300], candidate_ids=ids)

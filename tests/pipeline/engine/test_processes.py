@@ -39,7 +39,7 @@ EXACT = ("backbone", "images", "features", "neighbors", "clusters")
 @pytest.mark.parametrize("size", [2, 4])
 def test_parts_are_contiguous_and_share_everything(size: int) -> None:
     items = list(range(11))
-    parts = [items[Processes(rank, size).part(len(items))] for rank in range(size)]
+    parts = [items[Processes(rank, size).own_slice(len(items))] for rank in range(size)]
     assert [item for part in parts for item in part] == items
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     order = BatchOrder(np.arange(11, dtype=np.uint64), 5, (0, "adaptors"))
@@ -51,10 +51,10 @@ def test_parts_are_contiguous_and_share_everything(size: int) -> None:
 
 def test_alone_everything_is_what_it_was() -> None:
     values = torch.arange(6.0).view(3, 2)
-    assert ALONE.gather(values, 3) is values
-    assert ALONE.collect(values, 3) == [values]
+    assert ALONE.all_gather(values, 3) is values
+    assert ALONE.gather(values, 3) == [values]
     assert ALONE.broadcast(b"kept") == b"kept"
-    ALONE.add([values])
+    ALONE.all_reduce([values])
     assert torch.equal(values, torch.arange(6.0).view(3, 2))
 
 

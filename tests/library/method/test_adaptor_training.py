@@ -16,10 +16,10 @@ from grappa.method.adaptor_training import (
     BACKGROUND,
     OBJECT,
     PLAIN,
+    AdaptorLoss,
     Perception,
-    SetLoss,
     _loss,
-    new_set,
+    new_adaptor_set,
     train_adaptor_set,
 )
 from grappa.method.fusion_training import PropagationLoss, train_fusion
@@ -73,8 +73,8 @@ def views(tmp_path_factory: pytest.TempPathFactory) -> Views:
 def _train_set(views: Views, checkpoint: Any = None, *, targets: tuple[Targets, ...] = TARGETS, **changes: Any) -> Any:
     arguments: dict[str, Any] = {
         "name": "k00004",
-        "start": new_set(tiny_backbone(), 4, name="k00004", seed=0),
-        "set_loss": SetLoss(temperature=0.1),
+        "start": new_adaptor_set(tiny_backbone(), 4, name="k00004", seed=0),
+        "adaptor_loss": AdaptorLoss(temperature=0.1),
         "proxy_learning_rate": 3e-3,
         "optimization": OPTIMIZATION,
         "seed": 0,
@@ -100,14 +100,14 @@ def _train_fusion(views: Views, checkpoint: Any = None, **changes: Any) -> Any:
 
 def test_a_set_learns_its_pseudo_labels(views: Views) -> None:
     longer = Optimization(num_epochs=12, batch_size=8, learning_rate=1e-2, weight_decay=0.0, warmup=0.1)
-    _, result = _train_set(views, optimization=longer, proxy_learning_rate=1e-2, set_loss=SetLoss(0.02))
+    _, result = _train_set(views, optimization=longer, proxy_learning_rate=1e-2, adaptor_loss=AdaptorLoss(0.02))
     assert result.metrics[-1]["loss"] < 0.7 * result.metrics[0]["loss"]
     assert result.metrics[-1]["step"] == 12 * (len(ROWS) // 8)
 
 
 def test_several_targets_are_one_training_on_the_mean_of_their_losses(views: Views) -> None:
     coarse = Targets(ROWS % 2, np.random.default_rng(1).normal(size=(2, 32)).astype(np.float32))
-    one_step = {"optimization": Optimization(1, len(ROWS), 3e-3, 0.01, 0.0), "set_loss": SetLoss(0.5)}
+    one_step = {"optimization": Optimization(1, len(ROWS), 3e-3, 0.01, 0.0), "adaptor_loss": AdaptorLoss(0.5)}
     together, *apart = (
         _train_set(views, targets=targets, **one_step)[1].metrics[0]
         for targets in ((*TARGETS, coarse), TARGETS, (coarse,))
@@ -129,8 +129,11 @@ def _train_on_two(views: Views, checkpoint: Any = None) -> Any:
 
 
 def _train_on_views(views: Views, checkpoint: Any = None, **changes: Any) -> Any:
-    set_loss = SetLoss(0.1, object_weight=1.0, transfer_weight=0.5, background_weight=0.5)
-    arguments: dict[str, Any] = {"set_loss": set_loss, "perception": Perception(_Mirrored(views), _Mirrored(views))}
+    adaptor_loss = AdaptorLoss(0.1, object_weight=1.0, transfer_weight=0.5, background_weight=0.5)
+    arguments: dict[str, Any] = {
+        "adaptor_loss": adaptor_loss,
+        "perception": Perception(_Mirrored(views), _Mirrored(views)),
+    }
     return _train_set(views, checkpoint, **{**arguments, **changes})
 
 
@@ -242,7 +245,7 @@ def test_seeds_and_names_matter_worker_counts_do_not(views: Views) -> None:
 
 def test_a_diverging_loss_stops_with_a_sentence(views: Views) -> None:
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        _train_set(views, set_loss=SetLoss(float("nan")))
+        _train_set(views, adaptor_loss=AdaptorLoss(float("nan")))
 
 
 def test_an_epoch_sees_each_row_once_in_an_order_of_its_own() -> None:
@@ -267,7 +270,7 @@ def _digest(module: torch.nn.Module) -> str:
 
 def test_weights_of_zero_leave_the_training_as_it_is_without_object_views(views: Views) -> None:
     plain, _ = _train_set(views)
-    unused, result = _train_on_views(views, set_loss=SetLoss(0.1), perception=Perception(_Mirrored(views)))
+    unused, result = _train_on_views(views, adaptor_loss=AdaptorLoss(0.1), perception=Perception(_Mirrored(views)))
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(unused.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
     assert set(result.metrics[0]) >= {"accuracy", "object_accuracy", "transfer"}
@@ -277,10 +280,11 @@ def test_the_loss_is_its_parts_as_written(views: Views) -> None:
     """One batch of all rows, one step: the loss told is that of the untrained set."""
     once = Optimization(1, len(ROWS), 1e-3, 0.0, 0.0)
     weights = {"object_weight": 0.7, "transfer_weight": 0.3, "background_weight": 0.2}
-    told = _train_on_views(views, optimization=once, set_loss=SetLoss(0.1, **weights))[1].metrics[0]["loss"]
+    told = _train_on_views(views, optimization=once, adaptor_loss=AdaptorLoss(0.1, **weights))[1].metrics[0]["loss"]
+    only = {name: AdaptorLoss(0.1, **{name: 1.0}) for name in weights}
     parts = {
-        name: _train_on_views(views, optimization=once, set_loss=SetLoss(0.1, **{name: 1.0}))[1].metrics[0]["loss"]
-        for name in weights
+        name: _train_on_views(views, optimization=once, adaptor_loss=each)[1].metrics[0]["loss"]
+        for name, each in only.items()
     }
     plain = _train_set(views, optimization=once)[1].metrics[0]["loss"]
     assert told == pytest.approx(plain + sum(weights[name] * (parts[name] - plain) for name in weights), rel=1e-5)
@@ -292,7 +296,7 @@ def test_the_parts_equal_their_formulas_in_float64(transfer_from: Literal["bette
     rng = np.random.default_rng(0)
     plain, seen, back, proxies, extra = (rng.normal(size=(n, 8)) for n in (5, 5, 5, 3, 1))
     labels, tau, soft = np.array([0, 1, 2, 2, 0]), 0.2, 2.0
-    options = SetLoss(
+    options = AdaptorLoss(
         tau,
         object_weight=0.7,
         transfer_weight=0.3,
@@ -326,7 +330,7 @@ def test_the_parts_equal_their_formulas_in_float64(transfer_from: Literal["bette
     classes = [(torch.from_numpy(proxies), torch.from_numpy(labels))]
     found, _ = _loss(tensors, classes, torch.from_numpy(known), torch.from_numpy(extra), options)
     assert float(found.detach()) == pytest.approx(expected, rel=1e-9)
-    only_transfer = SetLoss(tau, transfer_weight=1.0)
+    only_transfer = AdaptorLoss(tau, transfer_weight=1.0)
     _loss(tensors, classes, torch.from_numpy(known), None, only_transfer)[0].backward()
     assert tensors[OBJECT].grad is None or not tensors[OBJECT].grad.any(), "the teacher gets no gradient"
 
@@ -334,7 +338,7 @@ def test_the_parts_equal_their_formulas_in_float64(transfer_from: Literal["bette
 def test_where_no_object_view_is_better_nothing_is_transferred() -> None:
     proxies, labels = torch.eye(3), torch.tensor([0, 1, 2])
     embedded = {PLAIN: torch.eye(3).requires_grad_(), OBJECT: torch.eye(3)[[1, 2, 0]]}
-    options = SetLoss(0.1, transfer_weight=5.0)
+    options = AdaptorLoss(0.1, transfer_weight=5.0)
     value, scalars = _loss(embedded, [(proxies, labels)], torch.zeros(3, dtype=torch.bool), None, options)
     alone, _ = _loss({PLAIN: embedded[PLAIN]}, [(proxies, labels)], torch.zeros(3, dtype=torch.bool), None, options)
     assert float(scalars["transfer"]) == 0.0 and torch.equal(value, alone)
@@ -342,7 +346,7 @@ def test_where_no_object_view_is_better_nothing_is_transferred() -> None:
 
 @pytest.mark.parametrize("bottleneck_dim", [0, 4])
 def test_in_context_adaptors_learn_too(views: Views, bottleneck_dim: int) -> None:
-    start = new_set(tiny_backbone(), bottleneck_dim, in_context_rank=3, name="k00004", seed=0)
+    start = new_adaptor_set(tiny_backbone(), bottleneck_dim, in_context_rank=3, name="k00004", seed=0)
     before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
     after = _train_set(views, start=start)[0].state_dict()
     assert all(not torch.equal(before[name], after[name]) for name in before)

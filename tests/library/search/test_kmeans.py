@@ -7,9 +7,8 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
 from grappa.core.randomness import id_numbers
-from grappa.search import assignment
+from grappa.search import assignment, screening
 from grappa.search import kmeans as cluster_steps
-from grappa.search import screening as proposals
 from grappa.search.assignment import Assignment
 from grappa.search.kmeans import assign, cluster, cluster_health, cluster_many, num_assignments
 
@@ -118,41 +117,41 @@ def test_empty_clusters_are_seeded_on_the_worst_served_points() -> None:
     assert (found.cosines >= cosines).all()
 
 
-def propose_always(monkeypatch: pytest.MonkeyPatch, *, share: int = 1) -> None:
-    """Use bfloat16 proposals on any CPU, however few centroids; one pair in ``share`` at most is looked at again."""
-    monkeypatch.setattr(proposals, "worthwhile", lambda device, num_columns: True)
-    monkeypatch.setattr(proposals, "MAX_SHARE", share)
+def screen_always(monkeypatch: pytest.MonkeyPatch, *, share: int = 1) -> None:
+    """Use bfloat16 screening on any CPU, however few centroids; one pair in ``share`` at most is looked at again."""
+    monkeypatch.setattr(screening, "worthwhile", lambda device, num_columns: True)
+    monkeypatch.setattr(screening, "MAX_SHARE", share)
 
 
 @pytest.mark.parametrize("name", list(DATA))
 @pytest.mark.parametrize("share", [1, 64])
-def test_proposals_change_no_result(name: str, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_screening_changes_no_result(name: str, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     features = DATA[name]
     plain = cluster(features, num_clusters=30, ids=names(len(features)))
-    propose_always(monkeypatch, share=share)
-    proposed = cluster(features, num_clusters=30, ids=names(len(features)))
-    np.testing.assert_array_equal(proposed.pseudo_labels, plain.pseudo_labels)
-    np.testing.assert_allclose(proposed.distances, plain.distances, atol=1e-6)
-    np.testing.assert_allclose(proposed.centroids, plain.centroids, atol=1e-6)
+    screen_always(monkeypatch, share=share)
+    screened = cluster(features, num_clusters=30, ids=names(len(features)))
+    np.testing.assert_array_equal(screened.pseudo_labels, plain.pseudo_labels)
+    np.testing.assert_allclose(screened.distances, plain.distances, atol=1e-6)
+    np.testing.assert_allclose(screened.centroids, plain.centroids, atol=1e-6)
 
 
-def test_proposals_miss_no_nearest_centroid_among_near_ties(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_screening_misses_no_nearest_centroid_among_near_ties(monkeypatch: pytest.MonkeyPatch) -> None:
     """All centroids lie within the error of a bfloat16 product, on both sides of 0."""
     random = np.random.default_rng(0)
     centroids = unit(np.eye(1, 48) + 3e-3 * random.normal(size=(200, 48)))
     features = unit(np.concatenate([centroids[:100], -centroids[100:]]) + 1e-3 * random.normal(size=(200, 48)))
     exact = features.astype(np.float64) @ centroids.astype(np.float64).T
-    propose_always(monkeypatch)
+    screen_always(monkeypatch)
     labels, distances = assign(features, centroids)
     np.testing.assert_allclose(1.0 - distances, exact.max(1), atol=2e-7)
     np.testing.assert_allclose(exact[np.arange(200), labels], exact.max(1), atol=2e-7)
 
 
-def test_gains_of_a_further_centroid_are_the_same_by_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gains_of_a_further_centroid_are_the_same_by_screening(monkeypatch: pytest.MonkeyPatch) -> None:
     points = torch.from_numpy(DATA["noise"].copy())
     near = (points @ points[:20].T).amax(1)
     plain = cluster_steps._gains(points, near, points[100:300])
-    propose_always(monkeypatch)
+    screen_always(monkeypatch)
     torch.testing.assert_close(cluster_steps._gains(points, near, points[100:300]), plain, rtol=1e-5, atol=1e-5)
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from grappa.search import screening as proposals
-from grappa.search.screening import Proposer, half_step, reaching
+from grappa.search import screening
+from grappa.search.screening import Screen, half_step, reaching
 
 
 @pytest.fixture(autouse=True)
 def look_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proposals, "MAX_SHARE", 1)
+    monkeypatch.setattr(screening, "MAX_SHARE", 1)
 
 
 def rounded_down(width: int = 63) -> torch.Tensor:
@@ -22,7 +22,7 @@ def rounded_down(width: int = 63) -> torch.Tensor:
 
 def test_the_error_bound_holds_in_the_worst_case_and_is_needed_there() -> None:
     vector = rounded_down()
-    products, error = Proposer(vector, 1).products(vector)
+    products, error = Screen(vector, 1).products(vector)
     away = float(vector[0].double() @ vector[0].double()) - float(products)
     step = float(half_step(products.float())[0, 0])
     assert step + 0.003 < away <= error + step
@@ -31,7 +31,7 @@ def test_the_error_bound_holds_in_the_worst_case_and_is_needed_there() -> None:
 def test_a_larger_product_is_found_where_rounding_hides_it() -> None:
     vector = rounded_down()
     true = float(vector[0].double() @ vector[0].double())
-    found = Proposer(vector, 1).larger(vector, torch.tensor([true - 1e-4]))
+    found = Screen(vector, 1).larger(vector, torch.tensor([true - 1e-4]))
     assert found is not None and [part.tolist() for part in found] == [[0], [0]]
 
 
@@ -43,8 +43,8 @@ def test_all_larger_and_all_largest_products_are_found(seed: int) -> None:
     points, columns = units[:200], units[200:]
     exact = points.double() @ columns.double().T
     floors = exact.float().quantile(0.99, dim=1)
-    proposer = Proposer(columns, 200)
-    larger, largest = proposer.larger(points, floors), proposer.largest(points, floors)
+    screen = Screen(columns, 200)
+    larger, largest = screen.larger(points, floors), screen.largest(points, floors)
     assert larger is not None and largest is not None
     wanted = set(zip(*torch.nonzero(exact > floors[:, None]).T.tolist(), strict=True))
     assert wanted <= set(zip(*(part.tolist() for part in larger), strict=True))
@@ -67,5 +67,5 @@ def test_a_row_is_returned_whole_when_its_floor_is_not_positive() -> None:
 
 
 def test_too_many_close_products_are_left_to_a_plain_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proposals, "MAX_SHARE", 64)
+    monkeypatch.setattr(screening, "MAX_SHARE", 64)
     assert reaching(torch.ones(4, 100).bfloat16(), torch.full((4,), 0.5)) is None

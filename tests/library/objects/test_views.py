@@ -52,7 +52,7 @@ class Material:
     def write(self, name: str, **changes: Any) -> PixelCache:
         how: dict[str, Any] = {"framing": FRAMING, "max_pixels": 10_000, "shard_size": 3, "num_workers": 2}
         folder = self.folder / name
-        how["journals"] = self.folder / f"{name}.journals"
+        how["manifests"] = self.folder / f"{name}.manifests"
         write_object_views(self.images, self.boxes, self.roots, self.cache, folder, **{**how, **changes})
         return PixelCache.open(folder)
 
