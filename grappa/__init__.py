@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from grappa.model import GrappaModel
 
 __all__ = ["load_model"]
+__version__ = "0.1.0"
 
 
 def load_model(folder: str | Path) -> GrappaModel:
