@@ -11,12 +11,13 @@ def main() -> None:
     """Run the command line; where a package of it is not installed, say in one sentence how to install it."""
     try:
         from grappa.pipeline.cli import main as command_line
+
+        command_line()
     except ModuleNotFoundError as error:
         sentence = missing_sentence(error.name)
-        if sentence is None:
+        if sentence is None or "--debug" in sys.argv:
             raise
         sys.exit(f"grappa: {sentence}")
-    command_line()
 
 
 if __name__ == "__main__":
