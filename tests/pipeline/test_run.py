@@ -104,7 +104,7 @@ def test_wrong_use_is_a_sentence(run: grappa.Run, material: Path, tmp_path: Path
         ({"images": tmp_path / "nowhere"}, "no such folder or table"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            grappa.run(tmp_path / "run", progress=False, **arguments)  # type: ignore[arg-type]
+            grappa.run(tmp_path / "run", progress=False, **arguments)
     with pytest.raises(ValueError, match="no stage is called 'indexes'"):
         grappa.run(run.root, until="indexes")
     with pytest.raises(ValueError, match="is not a run folder"):
