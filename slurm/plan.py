@@ -9,6 +9,7 @@ from grappa.pipeline.config.schema import Config, identity_settings
 from grappa.pipeline.config.yaml_file import load_config
 from grappa.pipeline.engine.execution import NotReadyError, Selection, selected
 from grappa.pipeline.engine.fingerprints import expected_fingerprint
+from grappa.pipeline.engine.packages import refuse_missing_packages
 from grappa.pipeline.engine.status import Judge
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage, upstream
@@ -48,6 +49,7 @@ def plan(
     """
     judge = Judge(run, config)
     due = [node for node in selected(config, selection) if selection.force or judge.state(node).kind != "fresh"]
+    refuse_missing_packages(config, (node.stage for node in due))
     _refuse_other_settings(config, due, live, run)
     due = [node for node in due if node.name not in live]
     coming = {*due, *map(Node.parse, live)}

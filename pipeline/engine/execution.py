@@ -16,6 +16,7 @@ from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.context import LeadersWork, StageContext
 from grappa.pipeline.engine.fingerprints import expected_fingerprint
 from grappa.pipeline.engine.freshness import Problem, State, compare_fingerprints
+from grappa.pipeline.engine.packages import refuse_missing_packages
 from grappa.pipeline.engine.progress import Progress, duration
 from grappa.pipeline.engine.status import Judge
 from grappa.pipeline.engine.team import ALONE, Team, joined
@@ -87,6 +88,9 @@ def lead(
         recover(run.artifact(node))
     if selection.stage:
         _refuse_unready(run, Judge(run, config), chosen, force=selection.force)
+    before = Judge(run, config)
+    due = (node.stage for node in chosen if selection.force or before.state(node).kind != "fresh")
+    refuse_missing_packages(config, due)
     judge, report = Judge(run, config), Report()
     for node in chosen:
         if judge.state(node).kind == "fresh" and not selection.force:
