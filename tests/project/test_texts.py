@@ -23,7 +23,7 @@ import grappa
 from grappa.pipeline.cli import app
 from grappa.pipeline.config.schema import Config
 from tests.helpers.tiny import draw_images, make_run, run_all, write_weights
-from tests.project.test_packaging import ROOT, project
+from tests.project.test_packaging import PACKAGES, ROOT, project
 
 README_BYTES = 12_288
 TEXTS = sorted(
@@ -222,6 +222,15 @@ def test_the_blocks_and_tables_of_a_text_are_whole(name: str) -> None:
     for table in re.findall(r"(?:^\|.*\n)+", prose(name), flags=re.MULTILINE):
         columns = {len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line))) for line in table.splitlines()}
         assert len(columns) == 1, table
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_map_of_a_package_is_whole(package: str) -> None:
+    """Every file that lies in the package's own folder is named there, and every folder."""
+    known = set(CODE.findall(text(f"{package}/README.md")))
+    entries = [entry for entry in (ROOT / package).iterdir() if not entry.is_symlink() and entry.name[0] not in "_."]
+    wanted = {f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries if entry.suffix in ("", ".py")}
+    assert wanted <= known
 
 
 def test_the_readme_is_short() -> None:
