@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; say which: make PYTHON=python3.12 install")'
 	@echo 'Installing into $(VENV) with the $(EXTRA) build of faiss (a minute or two) ...'
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRA),dev]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,$(EXTRA),dev]'
 	@touch $@
 
 demo: install

@@ -1,18 +1,61 @@
-"""Grappa: adapt one pretrained vision model to several retrieval domains at once, without labels."""
+"""Grappa: adapt one pretrained vision model to several retrieval domains at once, without labels.
+
+``load_model`` opens a model, ``open_run`` a run folder, and ``run`` makes one. Nothing heavy is imported before use.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from grappa.core.extras import missing_sentence
 
 if TYPE_CHECKING:
     from grappa.model import GrappaModel
+    from grappa.pipeline.notebook import run
+    from grappa.pipeline.run import Run, open_run
 
-__all__ = ["load_model"]
+__all__ = ["GrappaModel", "Run", "load_model", "open_run", "run"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GrappaModel": "grappa.model",
+    "Run": "grappa.pipeline.run",
+    "open_run": "grappa.pipeline.run",
+    "run": "grappa.pipeline.notebook",
+}
 
 
 def load_model(folder: str | Path) -> GrappaModel:
-    """Open an exported model folder; see :func:`grappa.model.load_model`. Nothing heavy is imported before the call."""
-    from grappa.model import load_model as open_folder
+    """Open an exported model folder, or the deployed model of a run folder, as a torch module for images.
 
-    return open_folder(folder)
+    The model is in evaluation mode on the CPU. ValueError where ``folder`` is neither, or is damaged; of a run also
+    where its model was not made yet.
+    """
+    path = Path(folder)
+    if (path / "run.json").exists():
+        from grappa.pipeline.commands.search import load_run_model
+
+        return load_run_model(path)
+    from grappa.model import load_model as load_exported
+
+    return load_exported(path)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        sentence = missing_sentence(error.name)
+        if sentence is None:
+            raise
+        raise ModuleNotFoundError(f"grappa.{name}: {sentence}", name=error.name) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

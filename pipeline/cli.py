@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 
+from grappa import __version__
 from grappa.pipeline.errors import guarded
 
 app = typer.Typer(
     name="grappa",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -25,9 +25,18 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="the run folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        say(f"grappa {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of every error")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_say_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Adapt one pretrained vision model to several retrieval domains at once, without labels."""
 

@@ -10,6 +10,8 @@ from typing import ParamSpec
 
 import typer
 
+from grappa.core.extras import missing_sentence
+
 P = ParamSpec("P")
 PIPE_CLOSED = 128 + 13  # what a shell tells of a command that SIGPIPE ended
 
@@ -43,15 +45,25 @@ def _silence() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-EXPECTED = (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError, KeyboardInterrupt)
+EXPECTED = (
+    ValueError,
+    FloatingPointError,
+    OSError,
+    RuntimeError,
+    MemoryError,
+    KeyboardInterrupt,
+    ModuleNotFoundError,
+)
 
 
 def explained(error: BaseException) -> tuple[str | None, int]:
     """Return an error's sentence and exit code.
 
-    The sentence is None for what deserves a traceback: what is not expected, and a RuntimeError that is neither a lost
-    race for a lock nor lack of memory.
+    The sentence is None for what deserves a traceback: what is not expected, a RuntimeError that is neither a lost
+    race for a lock nor lack of memory, and a module that is missing and that no extra of the distribution brings.
     """
+    if isinstance(error, ModuleNotFoundError):
+        return missing_sentence(error.name), 1
     if isinstance(error, KeyboardInterrupt):
         return "stopped; the same command resumes", 130
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

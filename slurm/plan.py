@@ -9,6 +9,7 @@ from grappa.pipeline.config.schema import Config, identity_settings
 from grappa.pipeline.config.yaml_file import load_config
 from grappa.pipeline.engine.execution import NotReadyError, Selection, Step, selected
 from grappa.pipeline.engine.fingerprints import expected_recipe
+from grappa.pipeline.engine.packages import refuse_missing_packages
 from grappa.pipeline.engine.status import Judge
 from grappa.pipeline.graph.stages import artifact_name, find_stage
 from grappa.pipeline.store.artifacts import RunFolder, quoted
@@ -47,6 +48,7 @@ def plan(
     """
     judge = Judge(run, config)
     steps = [step for step in selected(config, selection) if selection.force or judge.state(*step).kind != "fresh"]
+    refuse_missing_packages(config, (stage.name for stage, _ in steps))
     _refuse_other_settings(config, steps, live, run)
     steps = [step for step in steps if _name(step) not in live]
     coming = {*map(_name, steps), *live}

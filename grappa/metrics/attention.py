@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-MEAN = "_mean"
+MEAN, MEAN_BLOCK = "_mean", -1  # the domain and the block of rows that hold means
 Floats = NDArray[np.floating]
 
 
@@ -42,8 +42,8 @@ def attention_by_domain(
 def summarize_attention(attention: NDArray[np.float32], domains: NDArray[np.object_]) -> pd.DataFrame:
     """Return how peaked the attention is and whether it differs by image and by domain, one row a (domain, block).
 
-    attention (N, L, G) sums to 1 over G, domains (N,). Rows ``block`` "_mean" are means over blocks, rows ``domain``
-    "_mean" means over domains, each domain counting the same; ``block`` is text ("0" .. "L - 1"), in order.
+    attention (N, L, G) sums to 1 over G, domains (N,). Rows of the block -1 are means over blocks, rows of the
+    domain "_mean" means over domains, each domain counting the same; ``block`` (int64) is 0 .. L - 1, then -1.
 
     Columns, with a an image's attention, m_d a domain's mean of a, m the mean of m_d over domains:
         num_images
@@ -59,11 +59,11 @@ def summarize_attention(attention: NDArray[np.float32], domains: NDArray[np.obje
     """
     _check(attention, domains)
     names = sorted(set(domains))
-    parts = [
-        _block(attention[:, block], domains, names).assign(block=str(block)) for block in range(attention.shape[1])
-    ]
+    parts = [_block(attention[:, block], domains, names).assign(block=block) for block in range(attention.shape[1])]
     table = pd.concat(parts)
-    over_blocks = table.drop(columns="block").groupby("domain", sort=False).mean().reset_index().assign(block=MEAN)
+    over_blocks = (
+        table.drop(columns="block").groupby("domain", sort=False).mean().reset_index().assign(block=MEAN_BLOCK)
+    )
     table = pd.concat([table, over_blocks], ignore_index=True)
     with np.errstate(invalid="ignore"):
         table["eta_squared"] = table["domain_variance"] / (table["domain_variance"] + table["variance"])

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from grappa.backbone.weights import import_timm
+from grappa.core.extras import install_command
 
-INSTALL = "pip install 'grappa[objects]'"
+INSTALL = install_command("objects")
 
 
 class DetectorError(ValueError):

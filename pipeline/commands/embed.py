@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grappa.pipeline.commands.search import MAX_PIXELS, load_model
-from grappa.pipeline.store.artifacts import RUN_FILE
+from grappa import load_model
+from grappa.pipeline.commands.search import MAX_PIXELS
 from grappa.pipeline.store.storage import new_folder, refuse_existing
 
 if TYPE_CHECKING:
@@ -32,17 +32,10 @@ def embed(run_or_model: Path, images: Path, out: Path, progress: Callable[[int, 
     from grappa.images.table import list_images
 
     refuse_existing(out)
-    model, listing = _open_model(run_or_model), list_images([images], loose_domain="")
+    model, listing = load_model(run_or_model), list_images([images], loose_domain="")
     with new_folder(out) as draft:
         sentence = _write(model, listing, draft, progress)
     return f"{sentence} in {out}"
-
-
-def _open_model(path: Path) -> GrappaModel:
-    from grappa.model import load_model as open_folder
-
-    model: GrappaModel = load_model(path) if (path / RUN_FILE).exists() else open_folder(path)
-    return model
 
 
 def _write(model: GrappaModel, listing: pd.DataFrame, folder: Path, progress: Callable[[int, int], None] | None) -> str:

@@ -21,6 +21,7 @@ from grappa.pipeline.config.yaml_file import (
 )
 from grappa.pipeline.engine.externals import detector_digests, is_hub_name
 from grappa.pipeline.engine.fingerprints import read_manifest
+from grappa.pipeline.engine.packages import missing_packages
 from grappa.pipeline.engine.reuse import take_over
 from grappa.pipeline.engine.sources import list_sources, publish_listing, published_listing
 from grappa.pipeline.engine.status import read_config, states
@@ -61,6 +62,8 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     say_images(listing, former, say)
     if "supervised" in adaptor_sets(config):
         _say_lone_classes(listing, say)
+    for sentence in missing_packages(config).values():
+        say(f"warning: {sentence}")
     if other:
         take_over(other, run, config, say=say)
     _say_states(run, config, say)

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, published, quoted
+from grappa.pipeline.store.storage import new_folder, refuse_existing
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from grappa.model import GrappaModel
 
-
-import shutil
-
-from grappa.pipeline.store.storage import new_folder, refuse_existing
-
+FILES = ("model.json", "weights.safetensors")
 MAX_PIXELS = 100_000_000  # a larger image is refused as a decompression bomb
 
 
-def load_model(run: str | Path) -> GrappaModel:
+def load_run_model(run: str | Path) -> GrappaModel:
     """Return the adapted model of a run as a torch module (``grappa.model.GrappaModel``), in evaluation mode."""
-    from grappa.model import load_model as open_folder
+    from grappa.model import load_model
 
-    return open_folder(published(RunFolder.open(Path(run)), "model"))
+    return load_model(published(RunFolder.open(Path(run)), "model"))
 
 
 def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
@@ -38,7 +36,7 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
     from grappa.search.index import SearchIndex
 
     folder = RunFolder.open(run)
-    model = load_model(run)
+    model = load_run_model(run)
     source = _source(folder)
     check_same_origin(folder, "index", "images", f"heads/{source}", f"embeddings/{source}", "model")
     index = SearchIndex.load(published(folder, "index"))
@@ -77,9 +75,6 @@ def open_image(path: Path) -> Image.Image:
         return Image.fromarray(decode_image(path.read_bytes(), max_pixels=MAX_PIXELS))
     except ImageDecodeError as error:
         raise ValueError(f"{path} cannot be searched with: {error}") from error
-
-
-FILES = ("model.json", "weights.safetensors")
 
 
 def export(run: Path, folder: Path) -> str:

@@ -16,6 +16,7 @@ from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.context import LeadersWork, StageContext
 from grappa.pipeline.engine.fingerprints import expected_recipe
 from grappa.pipeline.engine.freshness import State, compare_recipes
+from grappa.pipeline.engine.packages import refuse_missing_packages
 from grappa.pipeline.engine.progress import Progress, duration
 from grappa.pipeline.engine.status import Judge, instances
 from grappa.pipeline.engine.team import ALONE, Team, joined
@@ -87,6 +88,9 @@ def lead(
         recover(run.artifact(stage.name, instance))
     if selection.stage:
         _refuse_unready(run, Judge(run, config), steps, force=selection.force)
+    judge = Judge(run, config)
+    due = (stage.name for stage, instance in steps if selection.force or judge.state(stage, instance).kind != "fresh")
+    refuse_missing_packages(config, due)
     judge, report = Judge(run, config), Report()
     for stage, instance in steps:
         if judge.state(stage, instance).kind == "fresh" and not selection.force:

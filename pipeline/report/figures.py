@@ -44,14 +44,14 @@ def learning_curves(curves: pd.DataFrame) -> Figure:
     """
     panels = [
         (stage, metric)
-        for stage, own in curves.groupby("stage", sort=False)
+        for stage, own in curves.groupby("stage", sort=False, observed=True)
         for metric in own.columns
         if metric not in NO_METRICS and own[metric].notna().any()
     ]
     figure, axes = _grid(len(panels), 3, 3.4, 2.4)
     for axis, (stage, metric) in zip(axes, panels, strict=True):
         own = curves[curves["stage"] == stage]
-        for number, (instance, part) in enumerate(own.groupby("instance", sort=False)):
+        for number, (instance, part) in enumerate(own.groupby("instance", sort=False, observed=True)):
             smooth = part[metric].rolling(max(1, len(part) // 15), center=True, min_periods=1).mean()
             axis.plot(part["epoch"], part[metric], color=f"C{number}", alpha=0.25, linewidth=0.7)
             axis.plot(part["epoch"], smooth, color=f"C{number}", label=str(instance))
@@ -64,7 +64,7 @@ def learning_curves(curves: pd.DataFrame) -> Figure:
 def cluster_sizes(sizes: pd.DataFrame) -> Figure:
     """Return the train images of each cluster, largest first, one line a granularity (``tables.cluster_sizes``)."""
     figure, (axis,) = _grid(1, 1, 6.5, 3.0)
-    for name, own in sizes.groupby("granularity", sort=False):
+    for name, own in sizes.groupby("granularity", sort=False, observed=True):
         falling = own["num_train"].sort_values(ascending=False).to_numpy()
         edges = np.linspace(0, 1, len(falling) + 1)
         axis.stairs(falling, edges, baseline=None, label=str(name), linewidth=1.5)

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from grappa.metrics.attention import MEAN
+from grappa.metrics.attention import MEAN, MEAN_BLOCK
 from grappa.pipeline import tables
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.status import instances, read_config, states
@@ -97,7 +97,7 @@ def _facts(run: RunFolder, config: Config) -> list[tuple[str, str]]:
     listing = tables.load_assignments(run.root)
     num_test = int((listing["split"] == "test").sum())
     split = f"{len(listing) - num_test:,} to learn from, {num_test:,} to test"
-    counts = ", ".join(f"{domain} {len(own):,}" for domain, own in listing.groupby("domain"))
+    counts = ", ".join(f"{domain} {len(own):,}" for domain, own in listing.groupby("domain", observed=True))
     origin = [run.artifact(stage.name, instance).manifest() for stage, instance in instances(config)]
     made = [each.provenance for each in origin if each is not None]
     backbone = config.backbone.name + (f" at {config.backbone.image_size} px" if config.backbone.image_size else "")
@@ -126,7 +126,7 @@ def _several(values: Any) -> str:
 def _attention(run: RunFolder, config: Config) -> dict[str, Any]:
     """Return the attention's tables, and what they say of all blocks together."""
     found = tables.attention_summary(run.root)
-    whole = found[(found["domain"] == MEAN) & (found["block"] == MEAN)].iloc[0]
+    whole = found[(found["domain"] == MEAN) & (found["block"] == MEAN_BLOCK)].iloc[0]
     names = ["entropy", "entropy_share", "variance", "eta_squared", "image_information", "domain_information"]
     header = ["entropy", "of log G", "variance", "between domains", "image tells", "domain tells"]
 
@@ -135,7 +135,7 @@ def _attention(run: RunFolder, config: Config) -> dict[str, Any]:
         return Table(by, [by, *header], cells)
 
     return {
-        "by_domain": table("domain", found[found["block"] == MEAN]),
+        "by_domain": table("domain", found[found["block"] == MEAN_BLOCK]),
         "by_block": table("block", found[found["domain"] == MEAN]),
         "whole": {name: number(float(whole[name])) for name in names},
         "between": f"{whole['eta_squared']:.0%}" if whole["eta_squared"] == whole["eta_squared"] else "none",
@@ -143,14 +143,14 @@ def _attention(run: RunFolder, config: Config) -> dict[str, Any]:
     }
 
 
-def _named(text: str) -> str:
-    return "mean" if text == MEAN else text
+def _named(place: str | int) -> str:
+    return "mean" if place in (MEAN, MEAN_BLOCK) else str(place)
 
 
 def _clusters(run: RunFolder) -> Table:
     """Return one row a granularity: how large its clusters are, and how pure of domain."""
     sizes, mix, rows = tables.cluster_sizes(run.root), tables.domain_mix(run.root), []
-    for name, own in sizes.groupby("granularity", sort=False):
+    for name, own in sizes.groupby("granularity", sort=False, observed=True):
         part = mix[mix["granularity"] == name]
         purity = (part["share"] * part["num_images"]).sum() / part["num_images"].sum()
         train = own["num_train"]

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 import grappa
-import grappa.pipeline
 from grappa.pipeline import tables
 from grappa.pipeline.commands.embed import embed
 from grappa.pipeline.commands.init import Request, initialize
@@ -114,7 +113,7 @@ def test_attention_is_recorded_for_every_image_and_told_by_domain(run: RunFolder
     found = table[(table["domain"] == "discs") & (table["granularity"] == "k00008")].sort_values("block")
     np.testing.assert_allclose(found["mean"], discs[:, :, 1].mean(0), rtol=1e-5)
     summary = tables.attention_summary(run.root, rows="all")
-    whole = summary[(summary["domain"] == "_mean") & (summary["block"] == "_mean")].iloc[0]
+    whole = summary[(summary["domain"] == "_mean") & (summary["block"] == -1)].iloc[0]
     assert whole["num_images"] == 60
     assert 0 <= whole["domain_information"] <= whole["image_information"] <= np.log(2)
     with pytest.raises(ValueError, match="rows is 'some'; expected test, train or all"):
@@ -153,7 +152,7 @@ def test_the_stored_embeddings_are_the_models(
 ) -> None:
     make_run(copy.root, [], material / "weights.safetensors", embeddings__precision=precision)
     run_all(copy, until="model")
-    model = grappa.pipeline.load_model(copy.root)
+    model = grappa.load_model(copy.root)
     images = pd.read_parquet(copy.root / "images" / "images.parquet")
     stored = np.load(copy.root / "heads" / "fused" / "embeddings.npy")
     chosen = [0, 17, 41]
@@ -193,7 +192,7 @@ def test_without_heads_the_embeddings_pass_unchanged(copy: RunFolder, material: 
         head = (copy.root / "heads" / row / "embeddings.npy").read_bytes()
         assert head == (copy.root / "embeddings" / row / "embeddings.npy").read_bytes()
     assert json.loads((copy.root / "heads" / "fused" / "head.json").read_text()) == {"kind": "none"}
-    assert grappa.pipeline.load_model(copy.root).head.form() == {"kind": "none"}
+    assert grappa.load_model(copy.root).head.form() == {"kind": "none"}
 
 
 def test_a_head_is_recorded_and_makes_the_rows_what_they_are(run: RunFolder) -> None:

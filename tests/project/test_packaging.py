@@ -18,6 +18,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import grappa
+from grappa.core.extras import DISTRIBUTION, EXTRAS
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("grappa", "pipeline", "slurm")  # their folders; the last two are installed below the first
 PROVIDED_BY = {
@@ -27,6 +30,7 @@ PROVIDED_BY = {
     "faiss": "faiss-cpu",
     "rattler": "py-rattler",
 }
+TEXTS = {".py", ".yaml", ".md", ".j2"}
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 
 
@@ -37,10 +41,14 @@ def project() -> dict[str, Any]:
 
 @cache
 def requirements(*extras: str) -> dict[str, Requirement]:
-    """Return the direct dependencies, with those of some extras, by canonical name."""
+    """Return the direct dependencies, with those of some extras, by canonical name; an extra may name others."""
     table = project()["project"]
     lines = chain(table["dependencies"], *(table["optional-dependencies"][extra] for extra in extras))
-    return {canonicalize_name(each.name): each for each in map(Requirement, lines)}
+    found: dict[str, Requirement] = {}
+    for each in map(Requirement, lines):
+        itself = each.name == table["name"]
+        found |= requirements(*sorted(each.extras)) if itself else {canonicalize_name(each.name): each}
+    return found
 
 
 @cache
@@ -76,8 +84,29 @@ def imported_packages(folder: str) -> set[str]:
 
 def test_every_import_is_a_declared_dependency() -> None:
     product = set[str]().union(*map(imported_packages, PACKAGES))
-    assert product <= set(requirements("cpu"))
-    assert imported_packages("tests") <= set(requirements("cpu", "dev"))
+    assert product <= set(requirements("all", "cpu"))
+    assert imported_packages("tests") <= set(requirements("all", "cpu", "dev"))
+
+
+def test_every_package_of_an_extra_is_named_with_it() -> None:
+    for module, extra in EXTRAS.items():
+        assert canonicalize_name(PROVIDED_BY.get(module, module)) in requirements(extra), module
+    known = {canonicalize_name(PROVIDED_BY.get(module, module)) for module in EXTRAS}
+    assert set(requirements("all", "cpu", "objects")) - set(requirements()) == known
+    assert project()["project"]["name"] == DISTRIBUTION
+
+
+def test_each_layer_needs_its_own_extra_only() -> None:
+    assert imported_packages("pipeline") - {"jinja2", "matplotlib"} <= set(requirements("pipeline"))
+    assert imported_packages("slurm") <= set(requirements("slurm"))
+    assert imported_packages("grappa") <= set(requirements("pipeline", "cpu"))
+
+
+def test_no_text_installs_the_other_project_of_that_name() -> None:
+    texts = [file for folder in (*PACKAGES, "tests") for file in (ROOT / folder).rglob("*") if file.suffix in TEXTS]
+    texts += [ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "environment.yml", *ROOT.glob("*.md")]
+    wrong = [file for file in texts if re.search(r"pip install ['\"]?grappa\b(?!-)", file.read_text(encoding="utf-8"))]
+    assert not wrong
 
 
 def test_both_faiss_builds_are_extras_only() -> None:
@@ -87,7 +116,7 @@ def test_both_faiss_builds_are_extras_only() -> None:
 
 
 def test_every_dependency_is_pinned_within_its_range() -> None:
-    for name, requirement in requirements("cpu", "gpu", "dev").items():
+    for name, requirement in requirements("all", "cpu", "gpu", "objects", "dev").items():
         assert name in pins(), f"constraints.txt does not pin {name}"
         assert requirement.specifier.contains(pins()[name]), f"{requirement} excludes the tested {pins()[name]}"
 
@@ -103,13 +132,13 @@ def test_pins_name_public_versions_only() -> None:
 
 def test_the_conda_environment_names_what_the_project_needs() -> None:
     found = {canonicalize_name(spec.split()[0]) for spec in conda_specs()}
-    wanted = {CONDA_NAMES.get(name, name) for name in requirements("gpu")}
+    wanted = {CONDA_NAMES.get(name, name) for name in requirements("all", "gpu")}
     assert found == wanted | {"python", "pip"}
     assert {"pip": ["--editable ."]} in environment()["dependencies"]
 
 
 def test_the_conda_environment_has_the_projects_ranges() -> None:
-    lower = {name: str(requirement.specifier) for name, requirement in requirements().items()}
+    lower = {name: str(requirement.specifier) for name, requirement in requirements("all").items()}
     ranges = {spec.split()[0]: spec.split()[1] for spec in conda_specs() if " " in spec}
     for name, wanted in lower.items():
         assert ranges[CONDA_NAMES.get(name, name)] == wanted, name
@@ -142,7 +171,8 @@ def test_the_changelog_starts_with_the_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     newest = re.search(r"^## \[(.+?)\]", text, flags=re.MULTILINE)
     assert newest is not None
-    assert newest[1] == project()["project"]["version"]
+    assert newest[1] == grappa.__version__
+    assert project()["project"]["dynamic"] == ["version"]
 
 
 def test_the_license_is_whole() -> None:

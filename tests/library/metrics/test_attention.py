@@ -39,7 +39,7 @@ def test_attention_by_domain_has_means_and_deviations() -> None:
     [(BY_DOMAIN, 1.0, LN2, LN2), (BY_IMAGE, 0.0, LN2, 0.0), (EQUAL, np.nan, 0.0, 0.0)],
 )
 def test_what_the_attention_depends_on(block: list[list[float]], eta: float, image: float, domain: float) -> None:
-    row = summarize_attention(_blocks(block), DOMAINS).set_index(["domain", "block"]).loc[("_mean", "0")]
+    row = summarize_attention(_blocks(block), DOMAINS).set_index(["domain", "block"]).loc[("_mean", 0)]
     np.testing.assert_allclose(row["eta_squared"], eta)
     np.testing.assert_allclose(row["image_information"], image, atol=1e-12)
     np.testing.assert_allclose(row["domain_information"], domain, atol=1e-12)
@@ -49,7 +49,7 @@ def test_what_the_attention_depends_on(block: list[list[float]], eta: float, ima
 
 def test_means_over_blocks_and_domains() -> None:
     table = summarize_attention(_blocks(BY_DOMAIN, BY_IMAGE), DOMAINS).set_index(["domain", "block"])
-    assert list(table.index.get_level_values("block").unique()) == ["0", "1", "_mean"]
+    assert list(table.index.get_level_values("block").unique()) == [0, 1, -1]
     whole = table.loc[("_mean", "_mean")]
     # Each block has all its variance (0.25 a granularity) in one of the two kinds.
     assert (whole["variance"], whole["domain_variance"], whole["eta_squared"]) == (0.125, 0.125, 0.5)
@@ -61,7 +61,7 @@ def test_means_over_blocks_and_domains() -> None:
 def test_every_domain_counts_the_same() -> None:
     domains = np.array(["birds"] * 99 + ["cars"], dtype=object)
     attention = _blocks([[1, 0]] * 99 + [[0, 1]])
-    row = summarize_attention(attention, domains).set_index(["domain", "block"]).loc[("_mean", "0")]
+    row = summarize_attention(attention, domains).set_index(["domain", "block"]).loc[("_mean", 0)]
     assert row["domain_information"] == pytest.approx(LN2)
 
 

@@ -90,5 +90,5 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(grounding.importlib, "import_module", fail)
     monkeypatch.setattr(grounding, "import_timm", lambda: None)
-    with pytest.raises(DetectorError, match=r"needs the package transformers; install it by `pip install 'grappa\[obj"):
+    with pytest.raises(DetectorError, match=r"needs the package transformers; install it by `pip install 'grappa-retr"):
         load_detector("anything", "bird.")

@@ -1,0 +1,40 @@
+"""Packages that only some of the work needs: the extra of the distribution that brings each of them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+DISTRIBUTION = "grappa-retrieval"
+EXTRAS = {
+    "faiss": "cpu",
+    "jinja2": "report",
+    "matplotlib": "report",
+    "pandas": "pipeline",
+    "pyarrow": "pipeline",
+    "pydantic": "pipeline",
+    "rich": "pipeline",
+    "sklearn": "pipeline",
+    "submitit": "slurm",
+    "transformers": "objects",
+    "typer": "pipeline",
+    "yaml": "pipeline",
+}
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra, such as ``pip install 'grappa-retrieval[report]'``."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
+
+
+def missing_sentence(module: str | None) -> str | None:
+    """Return how to install what ``import module`` did not find; None where no extra brings it."""
+    package = (module or "").partition(".")[0]
+    if package not in EXTRAS:
+        return None
+    or_gpu = f" (or {install_command('gpu')})" if package == "faiss" else ""
+    return f"the package {package} is missing; install it by `{install_command(EXTRAS[package])}`{or_gpu}"
+
+
+def is_installed(package: str) -> bool:
+    """Tell whether a package can be imported, without importing it."""
+    return find_spec(package) is not None

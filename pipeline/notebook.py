@@ -1,0 +1,92 @@
+"""``grappa.run``: what ``grappa init`` and ``grappa run`` do, as one call in Python."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from grappa.pipeline.commands.init import Request, initialize
+from grappa.pipeline.commands.run import run_and_report
+from grappa.pipeline.engine.execution import Selection, run_stages
+from grappa.pipeline.engine.progress import Progress
+from grappa.pipeline.engine.status import read_config
+from grappa.pipeline.run import Run, open_run
+from grappa.pipeline.store.artifacts import RUN_FILE, RunFolder
+
+Source = str | os.PathLike[str]
+Changes = Mapping[str, Any] | Sequence[str]
+
+
+def run(
+    folder: str | Path,
+    *,
+    images: Source | Sequence[Source] = (),
+    config: Source | None = None,
+    settings: Changes = (),
+    stage: str | None = None,
+    until: str | None = None,
+    progress: bool = True,
+) -> Run:
+    """Make or change a run folder, run what is not fresh, and return the run. The same call resumes and is idempotent.
+
+    Args:
+        folder: the run folder, made if it is not there.
+        images: folders ``DOMAIN/...`` or tables (.csv, .parquet), one or several; nothing given keeps those of the run.
+        config: a preset such as ``small`` or ``grappa``, or a YAML file; None keeps the configuration of the run.
+        settings: values to change: ``{"fusion.learning_rate": 0.001}``, ``{"fusion": {"learning_rate": 0.001}}`` or
+            ``["fusion.learning_rate=0.001"]``.
+        stage: run this stage only; ``until``: run all stages up to this one.
+        progress: whether to say what is done, with speed, time left and at the end the result table.
+
+    Raises:
+        ValueError: wrong images, settings or names, in one sentence with what to do, as on the command line.
+    """
+    root = Path(folder)
+    say = print if progress else _silent
+    changes = Request(_sources(images), None if config is None else os.fspath(config), assignments(settings))
+    if changes != Request() or not (root / RUN_FILE).exists():
+        initialize(root, changes, say=say)
+    opened, selection = RunFolder.open(root, writable=True), Selection(stage=stage, until=until)
+    if progress:
+        run_and_report(opened, selection, progress=Progress(), say=say)
+    else:
+        silent = Progress(StringIO(), terminal=False)
+        run_stages(opened, read_config(opened), selection, progress=silent, say=say)
+    return open_run(root)
+
+
+def assignments(settings: Changes) -> tuple[str, ...]:
+    """Return settings as ``section.key=value`` texts."""
+    if isinstance(settings, str):
+        raise ValueError(f"settings is {settings!r}; give a dict, or a list of section.key=value texts")
+    if not isinstance(settings, Mapping):
+        return tuple(settings)
+    return tuple(f"{name}={_text(value)}" for name, value in _fields(settings))
+
+
+def _fields(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if "." not in name and isinstance(value, Mapping):
+            yield from ((f"{name}.{key}", inner) for key, inner in value.items())
+        else:
+            yield name, value
+
+
+def _text(value: Any) -> str:
+    """Return a value as YAML, of which JSON is a part; text as it is, since fields that hold text take it so."""
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    return json.dumps(value, default=lambda other: other.item() if hasattr(other, "item") else os.fspath(other))
+
+
+def _sources(images: Source | Sequence[Source]) -> tuple[str, ...]:
+    several = (images,) if isinstance(images, str | os.PathLike) else images
+    return tuple(os.fspath(each) for each in several)
+
+
+def _silent(line: str) -> None:
+    """Say nothing."""

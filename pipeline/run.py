@@ -1,0 +1,292 @@
+"""A run folder, opened for pandas and numpy: its images, clusters, training, embeddings and results.
+
+``open_run(folder)`` returns a :class:`Run`. Its methods read published artifacts only and change nothing; a missing
+artifact is a ValueError that names the command which makes it. Columns with few different texts (domain, split, model,
+granularity ...) are categorical.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pandas as pd
+
+from grappa.pipeline.config.schema import Config, num_clusters_of
+from grappa.pipeline.config.yaml_file import load_config
+from grappa.pipeline.graph.models import deployed_row, evaluated_rows
+from grappa.pipeline.graph.stages import find_stage
+from grappa.pipeline.opening import chosen_rows, read_images
+from grappa.pipeline.store.artifacts import MANIFEST_FILE, Manifest, RunFolder, check_same_origin, published, quoted
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Which = Literal["test", "train", "all"]
+BLOCK_ROWS = 65536
+
+
+def open_run(folder: str | Path) -> Run:
+    """Open a run folder, finished or not; ValueError where it is none."""
+    return Run(RunFolder.open(Path(folder)).root)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder; row i of every array is row i of ``images()``."""
+
+    root: Path
+
+    @property
+    def config(self) -> Config:
+        """The configuration as ``config.yaml`` has it now."""
+        return load_config(self._folder.config_path)
+
+    # ---------------------------------------------------------------- images
+
+    def images(self) -> pd.DataFrame:
+        """Return the images that are used: index image_id.
+
+        Columns: file (str, the absolute path that opens), path (relative to its image root), domain, split and label
+        (missing where not given), height and width (int64 pixels of the EXIF-oriented original), box_x0 .. box_y1
+        (float64 pixels, NaN: none), sha256, duplicate_of (image_id of the first image with the same bytes, or "").
+        """
+        from grappa.images.table import image_file
+
+        check_same_origin(self._folder, "images", "sources")
+        manifest = self._folder.artifact("sources").manifest()
+        assert manifest is not None, "the images were listed before they were decoded"
+        roots, table = manifest.provenance["roots"], self._image_table()
+        files = [image_file(roots[root], path) for root, path in zip(table["root"], table["path"], strict=True)]
+        table.insert(0, "file", pd.Series(files, index=table.index, dtype=object))  # text that is no UTF-8 too
+        table.insert(list(table.columns).index("split") + 1, "label", self._labels())
+        return _categorical(table.drop(columns="root"), "domain", "split", "label")
+
+    def rejected(self) -> pd.DataFrame:
+        """Return the files that could not be used: path, root (number of the image root), domain, reason."""
+        return _categorical(pd.read_parquet(self._published("images") / "rejected.parquet"), "domain")
+
+    def objects(self) -> pd.DataFrame:
+        """Return the objects' boxes: index image_id.
+
+        Columns: path, domain, split, box_x0 .. box_y1 (float64 pixels of the original, NaN: none), confidence (0-1),
+        provider, accepted (bool), reason (why a box was refused, or "").
+        """
+        check_same_origin(self._folder, "images", "objects")
+        boxes = pd.read_parquet(self._published("objects") / "objects.parquet").set_index("image_id")
+        table = self._image_table()[["path", "domain", "split"]].join(boxes, validate="one_to_one")
+        return _categorical(table, "domain", "split", "provider", "reason")
+
+    # ---------------------------------------------------------------- clusters
+
+    def assignments(self) -> pd.DataFrame:
+        """Return which image is in which cluster: index image_id.
+
+        Columns: path, domain, split, label, and for each granularity ``k00256`` (int64, the pseudo-label) and
+        ``k00256_distance`` (float32, 1 - cosine to the cluster's centroid, 0 to 2).
+        """
+        names = self.config.granularities
+        table = self._image_table()[["path", "domain", "split"]]
+        check_same_origin(self._folder, "images", *(f"clusters/{name}" for name in names))
+        table["label"] = self._labels()
+        for name in names:
+            cluster = pd.read_parquet(self._published("clusters", name) / "assignments.parquet").set_index("image_id")
+            table[name], table[f"{name}_distance"] = cluster["pseudo_label"], cluster["distance"]
+        return _categorical(table, "domain", "split", "label")
+
+    def cluster_sizes(self) -> pd.DataFrame:
+        """Return one row a cluster, the empty ones too: granularity, pseudo_label, num_train, num_images (int64)."""
+        table, parts = self.assignments(), []
+        for name in self._granularities():
+            everyone = pd.RangeIndex(num_clusters_of(name))
+            counts = table[name].value_counts().reindex(everyone, fill_value=0)
+            train = table.loc[table["split"] != "test", name].value_counts().reindex(everyone, fill_value=0)
+            part = {"granularity": name, "pseudo_label": everyone, "num_train": train.array, "num_images": counts.array}
+            parts.append(pd.DataFrame(part))
+        return _categorical(pd.concat(parts, ignore_index=True), "granularity")
+
+    def domain_mix(self) -> pd.DataFrame:
+        """Return how domains share clusters: granularity, pseudo_label, domain, num_images, share (of the cluster)."""
+        table, parts = self.assignments(), []
+        for name in self._granularities():
+            counts = table.groupby([name, "domain"], observed=True).size().rename("num_images").reset_index()
+            counts = counts.rename(columns={name: "pseudo_label"})
+            counts["share"] = counts["num_images"] / counts.groupby("pseudo_label")["num_images"].transform("sum")
+            counts.insert(0, "granularity", name)
+            parts.append(counts)
+        return _categorical(pd.concat(parts, ignore_index=True), "granularity", "domain")
+
+    def centroids(self, granularity: str) -> NDArray[np.float32]:
+        """Return the L2-normalised centroids (k, D) of a granularity such as ``k00256``; row c is pseudo-label c."""
+        import numpy as np
+
+        names = self._granularities()
+        if granularity not in names:
+            raise ValueError(f"there is no granularity {granularity!r}; the run has {', '.join(names)}")
+        return np.load(self._published("clusters", granularity) / "centroids.npy", allow_pickle=False)
+
+    # ---------------------------------------------------------------- training and results
+
+    def learning_curves(self) -> pd.DataFrame:
+        """Return the metrics along training: stage, instance, step, epoch, learning_rate, loss and the stage's own."""
+        parts, config = [], self.config
+        for stage in ("adaptors", "fusion", "student"):
+            for instance in find_stage(stage).instances(config):
+                lines = (self._published(stage, instance) / "metrics.jsonl").read_text().splitlines()
+                part = pd.DataFrame([json.loads(line) for line in lines])
+                part.insert(0, "stage", stage)
+                part.insert(1, "instance", instance or stage)
+                parts.append(part)
+        return _categorical(pd.concat(parts, ignore_index=True), "stage", "instance")
+
+    def metrics(self) -> pd.DataFrame:
+        """Return the result table: model, domain (``_mean``: over all domains), gallery (domain | merged), metrics."""
+        names = ("model", "domain", "gallery")  # read as they are: a domain may be called NA
+        table = pd.read_csv(self._published("evaluation") / "metrics.csv", converters=dict.fromkeys(names, str))
+        return _categorical(table, *names)
+
+    def per_query(self) -> pd.DataFrame:
+        """Return the metrics of every query: image_id, domain, model, gallery, num_positives, average_precision, ..."""
+        table = pd.read_parquet(self._published("evaluation") / "per_query.parquet")
+        return _categorical(table, "domain", "model", "gallery")
+
+    def jobs(self) -> pd.DataFrame:
+        """Return the jobs of a run, one row an artifact and job, in the order of submission.
+
+        Columns: artifact, job_id, job_name, state (submitted, running, stopped, made, failed, not begun: as the job
+        itself said), submitted, started, ended (UTC), seconds, restarts, node, peak_memory_bytes (of the first
+        process), exit, recipe (sha256 of the artifact's fingerprint), error, outcome (accounting's word on a job that
+        ended without one), log.
+        """
+        path = self.root / "jobs" / "jobs.csv"
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: no job was submitted; do it by `grappa submit {quoted(self.root)}`")
+        texts = dict.fromkeys(("job_id", "recipe", "error", "outcome"), "string")
+        numbers = dict.fromkeys(("restarts", "peak_memory_bytes", "exit"), "Int64")
+        dates = ["submitted", "started", "ended"]
+        return _categorical(pd.read_csv(path, dtype={**texts, **numbers}, parse_dates=dates), "state", "node")
+
+    # ---------------------------------------------------------------- attention
+
+    def attention(self, *, rows: Which = "test", pairs: str = "neighbors") -> pd.DataFrame:
+        """Return each domain's mean granularity attention: domain, block (int64), granularity, num_images, mean, std.
+
+        ``rows``: the images counted, by default those that are evaluated; ``pairs``: the fusion, neighbors or views.
+        ``std`` is that of the domain's images.
+        """
+        from grappa.metrics.attention import attention_by_domain
+
+        return _categorical(attention_by_domain(*self._attention(rows, pairs)), "domain", "granularity")
+
+    def attention_summary(self, *, rows: Which = "test", pairs: str = "neighbors") -> pd.DataFrame:
+        """Return whether the attention differs by image and by domain, one row a (domain, block).
+
+        The domain ``_mean`` and the block -1 are means over domains and over blocks. Columns: num_images, entropy
+        (nats), entropy_share (of log G), variance, domain_variance, eta_squared, image_information, domain_information;
+        ``grappa.metrics.attention.summarize_attention`` has their formulas.
+        """
+        from grappa.metrics.attention import summarize_attention
+
+        attention, domains, _ = self._attention(rows, pairs)
+        return _categorical(summarize_attention(attention, domains), "domain")
+
+    # ---------------------------------------------------------------- embeddings
+
+    @property
+    def deployed(self) -> str:
+        """The model that is exported, indexed and searched: ``fused``, ``student`` or a single adaptor set."""
+        return deployed_row(self.config)
+
+    def embeddings(
+        self, model: str | None = None, *, head: bool = True
+    ) -> tuple[NDArray[np.float32], NDArray[np.object_]]:
+        """Return the L2-normalised embeddings (N, D) of all images by a model, and their image ids (N,).
+
+        Args:
+            model: a model of the result table but the oracle, such as ``zero_shot``, ``k00256`` or ``fused``; None: the
+                deployed one.
+            head: whether the embedding head is applied, as in the result table; models without one have the same
+                embeddings with and without.
+
+        The array is mapped from the file and read-only: copy it to change it.
+        """
+        import numpy as np
+
+        model, sources = model or self.deployed, evaluated_rows(self.config)
+        if model not in sources:
+            raise ValueError(f"there are no embeddings of a model {model!r}; the run has {', '.join(sources)}")
+        stage, instance = sources[model] if head else ("embeddings", sources[model][1])
+        folder = self._published(stage, instance)
+        check_same_origin(self._folder, "images", f"{stage}/{instance}")
+        embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+        return embeddings, self._image_table().index.to_numpy(dtype=object)
+
+    def neighbors(self, image_id: str, k: int = 10, *, model: str | None = None) -> pd.DataFrame:
+        """Return the ``k`` images nearest to one of the run's, itself excluded, the nearest first: index image_id.
+
+        Columns: similarity (cosine, -1 to 1), then those of ``images()``. ``model`` as in ``embeddings``; the search is
+        exact. ValueError for an unknown image.
+        """
+        import numpy as np
+
+        embeddings, ids = self.embeddings(model)
+        (rows,) = np.nonzero(ids == image_id)
+        if len(rows) != 1:
+            raise ValueError(f"there is no image {image_id!r}; images() lists the ids of the run")
+        starts = range(0, len(ids), BLOCK_ROWS)
+        query = np.asarray(embeddings[rows[0]])
+        similarities = np.concatenate([embeddings[start : start + BLOCK_ROWS] @ query for start in starts])
+        nearest = np.argsort(-similarities, kind="stable")
+        nearest = nearest[nearest != rows[0]][:k]
+        table = self.images().iloc[nearest]
+        table.insert(0, "similarity", similarities[nearest])
+        return table
+
+    # ---------------------------------------------------------------- inside
+
+    @property
+    def _folder(self) -> RunFolder:
+        return RunFolder.open(self.root)
+
+    def _published(self, stage: str, instance: str | None = None) -> Path:
+        return published(self._folder, stage, instance)
+
+    def _granularities(self) -> tuple[str, ...]:
+        names = self.config.granularities
+        if not names:
+            raise ValueError("the run has no clusters: its adaptors are trained on labels (adaptors.supervision)")
+        return names
+
+    def _image_table(self) -> pd.DataFrame:
+        return read_images(self._published("images")).set_index("image_id")
+
+    def _labels(self) -> pd.Series[str]:
+        return pd.read_parquet(self._published("images") / "labels.parquet").set_index("image_id")["label"]
+
+    def _attention(self, rows: str, pairs: str) -> tuple[NDArray[np.float32], NDArray[np.object_], list[str]]:
+        """Return the attention of the chosen images (n, L, G), their domains (n,) and the granularities' names."""
+        import numpy as np
+
+        check_same_origin(self._folder, "images", f"attention/{pairs}")
+        folder = self._published("attention", pairs)
+        images = read_images(self._published("images"))
+        chosen = chosen_rows(images, rows)
+        inputs = Manifest.read(folder / MANIFEST_FILE).recipe["inputs"]
+        names = [name.removeprefix("adaptors/") for name in inputs if name.startswith("adaptors/")]
+        attention = np.load(folder / "attention.npy", mmap_mode="r", allow_pickle=False)
+        return attention[chosen], images["domain"].to_numpy()[chosen], sorted(names, key=num_clusters_of)
+
+
+def _categorical(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Return the table with these columns, where it has them, as categories: in the order of appearance, domains and
+    labels sorted."""
+    kinds = {name: _categories(name, table[name].dropna().unique()) for name in columns if name in table}
+    return table.astype(kinds)
+
+
+def _categories(name: str, values: Iterable[str]) -> pd.CategoricalDtype:
+    return pd.CategoricalDtype(sorted(values) if name in ("domain", "label") else list(values))

@@ -1,0 +1,218 @@
+"""The public API: a run made by `grappa.run`, opened by `grappa.open_run`, its model opened by `grappa.load_model`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import grappa
+from grappa.pipeline import notebook, tables
+from grappa.pipeline.commands.search import export
+from grappa.pipeline.config.yaml_file import parse_assignments
+from grappa.pipeline.engine.status import states
+from grappa.pipeline.store.artifacts import RunFolder
+from tests.helpers.tiny import draw_images, settings, split_of, write_table, write_weights
+
+CATEGORICAL = {
+    "images": ["domain", "split", "label"],
+    "rejected": ["domain"],
+    "assignments": ["domain", "split", "label"],
+    "cluster_sizes": ["granularity"],
+    "domain_mix": ["granularity", "domain"],
+    "learning_curves": ["stage", "instance"],
+    "metrics": ["model", "domain", "gallery"],
+    "per_query": ["model", "domain", "gallery"],
+    "attention": ["domain", "granularity"],
+    "attention_summary": ["domain"],
+}
+NAMES = {
+    "assignments": "load_assignments",
+    "metrics": "load_metrics",
+    "per_query": "load_per_query",
+    "rejected": "load_rejected",
+    "attention": "load_attention",
+}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, of which one cannot be decoded, their table and the weights of the tiny backbone."""
+    folder = tmp_path_factory.mktemp("material")
+    draw_images(folder / "images")
+    write_weights(folder / "weights.safetensors")
+    (folder / "images" / "discs" / "class_3" / "broken.png").write_bytes(b"no image")
+    write_table(folder / "images", folder / "table.csv", label=lambda path: path.parent.name, split=split_of)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(material: Path, tmp_path_factory: pytest.TempPathFactory) -> grappa.Run:
+    """A finished run, made as a notebook makes it."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    changes = settings(material / "weights.safetensors", images__max_rejected=0.1, embeddings__precision="float32")
+    return grappa.run(folder, images=material / "table.csv", settings=changes, progress=False)
+
+
+def test_a_notebook_makes_a_run_and_goes_on_with_it(run: grappa.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {each.state.kind for each in states(RunFolder.open(run.root), run.config)} == {"fresh"}
+    assert capsys.readouterr().out == ""
+    assert grappa.run(run.root) == run
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("fresh; --force runs them again")
+    assert [line for line in lines if line.startswith("fused ")]
+
+
+def test_a_notebook_changes_a_setting_and_runs_some_stages(
+    run: grappa.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(run.root, tmp_path / "copy"))
+    changed = grappa.run(copy, settings={"clusters": {"num_iterations": np.int64(3)}}, until="clusters")
+    assert changed.config.clusters.num_iterations == 3
+    lines = capsys.readouterr().out.splitlines()
+    made = [line.partition(":")[0] for line in lines if line.startswith("clusters/") and " is stale" not in line]
+    assert made == ["clusters/k00004", "clusters/k00008"]
+    assert "clusters/k00004 is stale: config clusters.num_iterations: 20 -> 3" in lines
+
+
+def test_settings_are_a_mapping_or_texts() -> None:
+    nested = {"backbone": {"weights": Path("a b.pt")}, "clusters.num_clusters": (4, 8), "images.max_rejected": 0.5}
+    expected = {
+        "backbone": {"weights": "a b.pt"},
+        "clusters": {"num_clusters": [4, 8]},
+        "images": {"max_rejected": 0.5},
+    }
+    assert parse_assignments(notebook.assignments(nested)) == expected
+    assert notebook.assignments(["clusters.seed=1"]) == ("clusters.seed=1",)
+    assert parse_assignments(notebook.assignments({"backbone.weights": None})) == {"backbone": {"weights": None}}
+    with pytest.raises(ValueError, match="give a dict, or a list of section.key=value texts"):
+        notebook.assignments("clusters.seed=1")
+
+
+def test_wrong_use_is_a_sentence(run: grappa.Run, material: Path, tmp_path: Path) -> None:
+    images = [material / "images"]
+    for arguments, sentence in (
+        ({}, "no images given"),
+        ({"images": images, "settings": {"clusters.sead": 1}}, "did you mean clusters.seed"),
+        ({"images": images, "config": "nothing"}, "no such file"),
+        ({"images": tmp_path / "nowhere"}, "no such folder or table"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            grappa.run(tmp_path / "run", progress=False, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no stage is called 'indexes'"):
+        grappa.run(run.root, until="indexes")
+    with pytest.raises(ValueError, match="is not a run folder"):
+        grappa.open_run(tmp_path)
+
+
+def test_images_can_be_opened(run: grappa.Run) -> None:
+    images = run.images()
+    assert list(images.columns[:7]) == ["file", "path", "domain", "split", "label", "height", "width"]
+    for file, height, width in zip(images["file"], images["height"], images["width"], strict=True):
+        assert os.path.isabs(file)
+        with Image.open(file) as image:
+            assert image.size == (width, height)
+    assert len(images) == 60
+    assert images["label"].iloc[0] in images["file"].iloc[0]
+    assert run.rejected()["path"].str.endswith("broken.png").tolist() == [True]
+
+
+def test_images_listed_anew_are_not_mixed_up_with_the_old_ones(run: grappa.Run, material: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run.root, tmp_path / "copy"))
+    shutil.copytree(material / "images", tmp_path / "more")
+    more = [material / "table.csv", tmp_path / "more"]
+    changed = grappa.run(copy, images=more, settings=["images.max_rejected=0.1"], until="backbone", progress=False)
+    with pytest.raises(ValueError, match="images, sources in .* do not belong together"):
+        changed.images()
+
+
+def test_what_few_texts_fill_is_categorical(run: grappa.Run) -> None:
+    for method, columns in CATEGORICAL.items():
+        table = getattr(run, method)()
+        others = [name for name in table.columns if isinstance(table[name].dtype, pd.CategoricalDtype)]
+        assert sorted(others) == sorted(columns), method
+        if method != "images":
+            pd.testing.assert_frame_equal(table, getattr(tables, NAMES.get(method, method))(run.root))
+    assert list(run.metrics()["domain"].cat.categories) == ["_mean", "checks", "discs", "stripes"]
+    assert list(run.cluster_sizes()["granularity"].cat.categories) == ["k00004", "k00008"]
+
+
+def test_a_block_is_a_number(run: grappa.Run) -> None:
+    for table in (run.attention(), run.attention_summary()):
+        assert table["block"].dtype == np.int64
+    assert run.attention_summary()["block"].unique().tolist() == [0, 1, -1]
+
+
+def test_embeddings_are_those_that_are_evaluated(run: grappa.Run) -> None:
+    embeddings, ids = run.embeddings()
+    assert (embeddings.shape, embeddings.dtype) == ((60, 32), np.float32)
+    assert ids.tolist() == run.images().index.tolist()
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
+    assert run.deployed == "fused"
+    np.testing.assert_array_equal(embeddings, np.load(run.root / "heads" / "fused" / "embeddings.npy"))
+    raw = np.load(run.root / "embeddings" / "fused" / "embeddings.npy")
+    np.testing.assert_array_equal(run.embeddings("fused", head=False)[0], raw)
+    np.testing.assert_array_equal(run.embeddings("fused_raw")[0], raw)
+    for model in run.metrics()["model"].cat.categories.drop("oracle"):
+        assert run.embeddings(model)[0].shape == (60, 32)
+    with pytest.raises(ValueError, match="no embeddings of a model 'oracle'; the run has zero_shot, "):
+        run.embeddings("oracle")
+
+
+def test_neighbors_are_the_nearest_images(run: grappa.Run) -> None:
+    embeddings, ids = run.embeddings("student")
+    similarities = embeddings @ embeddings[7]
+    similarities[7] = -np.inf
+    found = run.neighbors(ids[7], 5, model="student")
+    order = np.argsort(-similarities)[:5]
+    np.testing.assert_allclose(found["similarity"], similarities[order], rtol=1e-5)
+    assert ids[7] not in found.index
+    assert len(run.neighbors(ids[7], 1000)) == 59
+    assert {"path", "domain", "file", "similarity"} <= set(found.columns)
+    assert all(Path(file).is_file() for file in found["file"])
+    with pytest.raises(ValueError, match="there is no image 'nothing'"):
+        run.neighbors("nothing")
+
+
+def test_an_image_belongs_to_its_nearest_centroid(run: grappa.Run) -> None:
+    centroids = run.centroids("k00008")
+    features = np.load(run.root / "features" / "features.npy")
+    assert (centroids.shape, centroids.dtype) == ((8, 32), np.float32)
+    assert (features @ centroids.T).argmax(1).tolist() == run.assignments()["k00008"].tolist()
+    with pytest.raises(ValueError, match="no granularity 'k00009'; the run has k00004, k00008"):
+        run.centroids("k00009")
+
+
+def test_what_is_not_made_yet_names_the_command(material: Path, tmp_path: Path) -> None:
+    made = grappa.run(
+        tmp_path / "run",
+        images=material / "table.csv",
+        settings=settings(material / "weights.safetensors", images__max_rejected=0.1),
+        until="backbone",
+        progress=False,
+    )
+    for call in (made.images, made.metrics, made.embeddings, made.assignments, lambda: grappa.load_model(made.root)):
+        with pytest.raises(ValueError, match=r"is missing in .*; run `grappa run .* --until"):
+            call()
+    with pytest.raises(ValueError, match="no job was submitted; do it by `grappa submit"):
+        made.jobs()
+    with pytest.raises(ValueError, match="objects is missing"):
+        made.objects()
+
+
+def test_the_model_of_a_run_is_the_exported_one(run: grappa.Run, tmp_path: Path) -> None:
+    export(run.root, tmp_path / "model")
+    images = run.images()
+    of_run, exported = grappa.load_model(run.root), grappa.load_model(tmp_path / "model")
+    with Image.open(images["file"].iloc[0]) as image:
+        batch = exported.preprocess(image).unsqueeze(0)
+    with torch.inference_mode():
+        embedding = of_run(batch)
+        torch.testing.assert_close(embedding, exported(batch), rtol=0, atol=0)
+    np.testing.assert_allclose(embedding[0].numpy(), run.embeddings()[0][0], atol=1e-4)
