@@ -2,8 +2,8 @@
 
 Where neighbourhoods agree, most of an image's K nearest have it among their own K nearest; hubs, images near to
 everything, break this. It needs no label, so it can rank configurations where no image has one. That it does is an
-observation, not a law; RESULTS.md, "Choosing without labels", says on which data. It compares spaces of like kind and
-says nothing of how images lie within a class.
+observation, not a law: README "Choosing without labels" says on what. It compares spaces of like kind and says nothing
+of how images lie within a class.
 
 Shapes: N images, D width, K neighbours.
 """

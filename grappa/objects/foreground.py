@@ -1,6 +1,6 @@
 """The backbone's own idea of what is in front: from its patch tokens, without labels and without the domain.
 
-Which tokens, and what is asked of them, was chosen by the overlap with boxes drawn by hand (RESULTS.md).
+Which tokens, and what is asked of them, was chosen by the overlap with boxes drawn by hand (README, Results).
 
 Shapes: B batch, T tokens, D width, P patches in a grid of rows x columns, N images.
 """
