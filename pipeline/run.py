@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Literal
 import pandas as pd
 
 from grappa.pipeline.config.schema import Config, num_clusters_of
-from grappa.pipeline.config.yaml_file import load_config
+from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.graph.models import deployed_row, evaluated_rows
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage
 from grappa.pipeline.opening import chosen_rows, read_images
 from grappa.pipeline.store.artifacts import MANIFEST_FILE, Manifest, RunFolder, check_same_origin, published, quoted
@@ -44,7 +45,7 @@ class Run:
     @property
     def config(self) -> Config:
         """The configuration as ``config.yaml`` has it now."""
-        return load_config(self._folder.config_path)
+        return read_config(self._folder)
 
     # ---------------------------------------------------------------- images
 
@@ -94,7 +95,7 @@ class Run:
         check_same_origin(self._folder, "images", *(f"clusters/{name}" for name in names))
         table["label"] = self._labels()
         for name in names:
-            cluster = pd.read_parquet(self._published("clusters", name) / "assignments.parquet").set_index("image_id")
+            cluster = pd.read_parquet(self._published(f"clusters/{name}") / "assignments.parquet").set_index("image_id")
             table[name], table[f"{name}_distance"] = cluster["pseudo_label"], cluster["distance"]
         return _categorical(table, "domain", "split", "label")
 
@@ -127,7 +128,7 @@ class Run:
         names = self._granularities()
         if granularity not in names:
             raise ValueError(f"there is no granularity {granularity!r}; the run has {', '.join(names)}")
-        return np.load(self._published("clusters", granularity) / "centroids.npy", allow_pickle=False)
+        return np.load(self._published(f"clusters/{granularity}") / "centroids.npy", allow_pickle=False)
 
     # ---------------------------------------------------------------- training and results
 
@@ -136,7 +137,7 @@ class Run:
         parts, config = [], self.config
         for stage in ("adaptors", "fusion", "student"):
             for instance in find_stage(stage).instances(config):
-                lines = (self._published(stage, instance) / "metrics.jsonl").read_text().splitlines()
+                lines = (self._published(Node(stage, instance)) / "metrics.jsonl").read_text().splitlines()
                 part = pd.DataFrame([json.loads(line) for line in lines])
                 part.insert(0, "stage", stage)
                 part.insert(1, "instance", instance or stage)
@@ -220,7 +221,7 @@ class Run:
         if model not in sources:
             raise ValueError(f"there are no embeddings of a model {model!r}; the run has {', '.join(sources)}")
         stage, instance = sources[model] if head else ("embeddings", sources[model][1])
-        folder = self._published(stage, instance)
+        folder = self._published(Node(stage, instance))
         check_same_origin(self._folder, "images", f"{stage}/{instance}")
         embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
         return embeddings, self._image_table().index.to_numpy(dtype=object)
@@ -252,8 +253,8 @@ class Run:
     def _folder(self) -> RunFolder:
         return RunFolder.open(self.root)
 
-    def _published(self, stage: str, instance: str | None = None) -> Path:
-        return published(self._folder, stage, instance)
+    def _published(self, node: Node | str) -> Path:
+        return published(self._folder, node)
 
     def _granularities(self) -> tuple[str, ...]:
         names = self.config.granularities
@@ -272,10 +273,10 @@ class Run:
         import numpy as np
 
         check_same_origin(self._folder, "images", f"attention/{pairs}")
-        folder = self._published("attention", pairs)
+        folder = self._published(f"attention/{pairs}")
         images = read_images(self._published("images"))
         chosen = chosen_rows(images, rows)
-        inputs = Manifest.read(folder / MANIFEST_FILE).recipe["inputs"]
+        inputs = Manifest.read(folder / MANIFEST_FILE).fingerprint["inputs"]
         names = [name.removeprefix("adaptors/") for name in inputs if name.startswith("adaptors/")]
         attention = np.load(folder / "attention.npy", mmap_mode="r", allow_pickle=False)
         return attention[chosen], images["domain"].to_numpy()[chosen], sorted(names, key=num_clusters_of)

@@ -19,7 +19,7 @@ from grappa.pipeline.config.yaml_file import flow
 from grappa.pipeline.engine.execution import Selection, selected
 from grappa.pipeline.engine.fingerprints import read_manifest
 from grappa.pipeline.engine.status import Judge
-from grappa.pipeline.graph.stages import find_stage
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.storage import atomic_write_bytes
 from grappa.pipeline.sweep.spec import SweepFile
@@ -35,7 +35,7 @@ def result_rows(folder: RunFolder, config: Config, file: SweepFile, columns: Map
     """Return a run's rows of the table, ``columns`` first; None while its evaluation is not fresh."""
     import pandas as pd
 
-    if Judge(folder, config).state(find_stage("evaluation"), None).kind != "fresh":
+    if Judge(folder, config).state(Node("evaluation")).kind != "fresh":
         return None
     metrics = pd.read_csv(folder.artifact("evaluation").home / "metrics.csv")
     chosen = [any(fnmatchcase(model, pattern) for pattern in file.rows) for model in metrics["model"]]
@@ -57,12 +57,12 @@ def _seconds(folder: RunFolder, config: Config, until: str) -> dict[str, float |
     from grappa.pipeline.report.costs import cost_of
 
     seconds, here, partly = dict[str, float](), 0.0, False
-    for stage, instance in selected(config, Selection(until=until)):
-        manifest, cost = read_manifest(folder, stage.name, instance), cost_of(folder, stage.name, instance)
+    for node in selected(config, Selection(until=until)):
+        manifest, cost = read_manifest(folder, node), cost_of(folder, node)
         if manifest is None or cost is None:
             partly = True
             continue
-        seconds[stage.name] = seconds.get(stage.name, 0.0) + cost.seconds
+        seconds[node.stage] = seconds.get(node.stage, 0.0) + cost.seconds
         here += 0.0 if "taken_from" in manifest.provenance else cost.seconds
         partly |= cost.partly
     columns = {f"seconds_{name}": value for name, value in seconds.items()}

@@ -19,8 +19,8 @@ from grappa.pipeline.config.yaml_file import ConfigError
 from grappa.pipeline.engine.execution import Selection, selected
 from grappa.pipeline.engine.externals import MissingInputError, detector_digests, weights_digest
 from grappa.pipeline.engine.sources import same_listing
-from grappa.pipeline.engine.status import Judge, instances, read_config
-from grappa.pipeline.graph.stages import artifact_name
+from grappa.pipeline.engine.status import Judge, read_config
+from grappa.pipeline.graph.stages import find_stage, inputs_of, nodes
 from grappa.pipeline.store.artifacts import RUN_FILE, RunFolder
 from grappa.pipeline.sweep.runs import Sweep, SweepRun
 
@@ -73,8 +73,8 @@ def braced(names: Iterable[str]) -> str:
 
 def _plan_one(run: SweepRun, until: str, mine: Keys, found: dict[str, str], weights: _Weights) -> Planned:
     planned, wanted = Planned(run.name), _keys(run.config, _listed(run), weights)
-    for stage, instance in selected(run.config, Selection(until=until)):
-        name = artifact_name(stage.name, instance)
+    for node in selected(run.config, Selection(until=until)):
+        name = node.name
         key = wanted[name]
         if mine.get(name) == key:
             planned.fresh.append(name)
@@ -105,21 +105,18 @@ def _fresh_keys(folder: RunFolder | None, run: SweepRun, weights: _Weights) -> K
         return {}
     listed = _listed(run) if same_listing(folder, run.listing) else f"listed in {folder.root}"
     keys, judge = _keys(config, listed, weights), Judge(folder, config)
-    steps = [
-        (artifact_name(stage.name, instance), judge.state(stage, instance)) for stage, instance in instances(config)
-    ]
-    return {name: keys[name] for name, state in steps if state.kind == "fresh"}
+    return {node.name: keys[node.name] for node in nodes(config) if judge.state(node).kind == "fresh"}
 
 
 def _keys(config: Config, listed: str, weights: _Weights) -> Keys:
     """Return the key of every instance by the artifact's name."""
     keys: Keys = {}
-    for stage, instance in instances(config):
-        name = artifact_name(stage.name, instance)
-        inputs = [[each.name, list(each.files), keys[each.name]] for each in stage.inputs(config, instance)]
+    for node in nodes(config):
+        name, stage = node.name, find_stage(node.stage)
+        inputs = [[each.node.name, list(each.files), keys[each.node.name]] for each in inputs_of(node, config)]
         outside = {"sources": listed, "originals": listed, "weights": weights.digest(config)}
         outside["detector"] = weights.detector(config)
-        parts: list[Any] = [name, stage.version, identity_settings(config, stage.settings(instance)), inputs]
+        parts: list[Any] = [name, stage.version, identity_settings(config, stage.settings(node.instance)), inputs]
         parts += [outside[external] for external in stage.externals]
         keys[name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return keys

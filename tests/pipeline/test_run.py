@@ -81,6 +81,12 @@ def test_a_notebook_changes_a_setting_and_runs_some_stages(
     assert "clusters/k00004 is stale: config clusters.num_iterations: 20 -> 3" in lines
 
 
+def test_every_public_name_is_there_and_explained() -> None:
+    for name in grappa.__all__:
+        assert getattr(grappa, name).__doc__, name
+    assert grappa.run is notebook.run
+
+
 def test_settings_are_a_mapping_or_texts() -> None:
     nested = {"backbone": {"weights": Path("a b.pt")}, "clusters.num_clusters": (4, 8), "images.max_rejected": 0.5}
     expected = {
@@ -104,7 +110,7 @@ def test_wrong_use_is_a_sentence(run: grappa.Run, material: Path, tmp_path: Path
         ({"images": tmp_path / "nowhere"}, "no such folder or table"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            grappa.run(tmp_path / "run", progress=False, **arguments)  # type: ignore[arg-type]
+            grappa.run(tmp_path / "run", progress=False, **arguments)
     with pytest.raises(ValueError, match="no stage is called 'indexes'"):
         grappa.run(run.root, until="indexes")
     with pytest.raises(ValueError, match="is not a run folder"):

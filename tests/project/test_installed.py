@@ -158,7 +158,7 @@ def test_the_wheel_works_from_anywhere(wheel: Path, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     code = """
 import grappa.pipeline.config.yaml_file as config, grappa.slurm.profiles as profiles, grappa, json
-presets = sorted(path.stem for path in config.RECIPES.glob('*.yaml'))
+presets = sorted(path.stem for path in config.PRESETS.glob('*.yaml'))
 print(json.dumps([grappa.__file__, presets, sorted(path.stem for path in profiles.CLUSTERS.glob('*.yaml'))]))
 """
     done = subprocess.run(

@@ -50,12 +50,12 @@ def test_what_the_attention_depends_on(block: list[list[float]], eta: float, ima
 def test_means_over_blocks_and_domains() -> None:
     table = summarize_attention(_blocks(BY_DOMAIN, BY_IMAGE), DOMAINS).set_index(["domain", "block"])
     assert list(table.index.get_level_values("block").unique()) == [0, 1, -1]
-    whole = table.loc[("_mean", "_mean")]
+    whole = table.loc[("_mean", -1)]
     # Each block has all its variance (0.25 a granularity) in one of the two kinds.
     assert (whole["variance"], whole["domain_variance"], whole["eta_squared"]) == (0.125, 0.125, 0.5)
     assert whole["domain_information"] == pytest.approx(LN2 / 2)
     assert whole["num_images"] == 4
-    assert table.loc[("birds", "_mean"), "num_images"] == 2
+    assert table.loc[("birds", -1), "num_images"] == 2
 
 
 def test_every_domain_counts_the_same() -> None:
