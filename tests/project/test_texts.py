@@ -88,7 +88,9 @@ def _grappa(line: str) -> Iterator[list[str]]:
 def paths(name: str) -> Iterator[str]:
     """Yield what stands in backticks and names a file or a folder of the repository."""
     for code in CODE.findall(prose(name)):
-        if re.fullmatch(r"[\w.\-]+(/[\w.\-]+)*/?", code) and (_in_tree(code) or code.endswith((".py", ".sh", ".svg"))):
+        if "..." in code or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)*/?", code):
+            continue
+        if _in_tree(code) or code.endswith((".py", ".sh", ".svg")):
             yield code
 
 
