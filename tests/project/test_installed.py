@@ -148,9 +148,9 @@ def test_the_wheel_has_one_name_and_every_file(wheel: Path) -> None:
 
 
 def product(folder: Path) -> list[str]:
-    """Return the files of a folder but those that Python writes; links are not followed."""
+    """Return the files of a folder but its text and those that Python writes; links are not followed."""
     files = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    return [file.relative_to(folder).as_posix() for file in files if file.suffix != ".pyc"]
+    return [file.relative_to(folder).as_posix() for file in files if file.suffix != ".pyc" and file.name != "README.md"]
 
 
 def test_the_wheel_works_from_anywhere(wheel: Path, tmp_path: Path) -> None:
