@@ -13,7 +13,7 @@ from grappa.core.extras import missing_sentence
 
 if TYPE_CHECKING:
     from grappa.model import GrappaModel
-    from grappa.pipeline.notebook import run
+    from grappa.pipeline.commands.notebook import run
     from grappa.pipeline.run import Run, open_run
 
 __all__ = ["GrappaModel", "Run", "load_model", "open_run", "run"]
@@ -23,7 +23,7 @@ _HOMES = {
     "GrappaModel": "grappa.model",
     "Run": "grappa.pipeline.run",
     "open_run": "grappa.pipeline.run",
-    "run": "grappa.pipeline.notebook",
+    "run": "grappa.pipeline.commands.notebook",
 }
 
 

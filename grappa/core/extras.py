@@ -13,6 +13,7 @@ EXTRAS = {
     "pyarrow": "pipeline",
     "pydantic": "pipeline",
     "rich": "pipeline",
+    "scipy": "pipeline",
     "sklearn": "pipeline",
     "submitit": "slurm",
     "transformers": "objects",

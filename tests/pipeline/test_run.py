@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import grappa
-from grappa.pipeline import notebook, tables
+from grappa.pipeline import tables
+from grappa.pipeline.commands import notebook
 from grappa.pipeline.commands.search import export
 from grappa.pipeline.config.yaml_file import parse_assignments
 from grappa.pipeline.engine.status import states
