@@ -40,13 +40,13 @@ def init(
         list[str] | None, typer.Option(metavar="DIR_OR_TABLE", help="DOMAIN/... or .csv, .parquet")
     ] = None,
     config: Annotated[
-        str | None, typer.Option(metavar="NAME_OR_FILE", help="a recipe: grappa, small, or a file")
+        str | None, typer.Option(metavar="NAME_OR_FILE", help="a preset (grappa, small ...) or a file")
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change one value")
     ] = None,
     other: Annotated[
-        Path | None, typer.Option("--from", metavar="OTHER_RUN", help="take over artifacts with the same recipe")
+        Path | None, typer.Option("--from", metavar="OTHER_RUN", help="take over artifacts with the same fingerprint")
     ] = None,
 ) -> None:
     """Make a run folder, or change one: keeps what is not given, adds new images, says what becomes stale."""
@@ -221,7 +221,7 @@ def sweep(
     images: Annotated[
         list[str] | None, typer.Option(metavar="DIR_OR_TABLE", help="in place of the file's images")
     ] = None,
-    config: Annotated[str | None, typer.Option(metavar="NAME_OR_FILE", help="in place of the file's recipe")] = None,
+    config: Annotated[str | None, typer.Option(metavar="NAME_OR_FILE", help="in place of the file's preset")] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change one value of the base")
     ] = None,

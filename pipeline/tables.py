@@ -14,6 +14,7 @@ import pandas as pd
 
 from grappa.pipeline.config.schema import Config, num_clusters_of
 from grappa.pipeline.config.yaml_file import load_config
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage
 from grappa.pipeline.opening import chosen_rows
 from grappa.pipeline.store.artifacts import MANIFEST_FILE, Manifest, RunFolder, check_same_origin, published, quoted
@@ -34,7 +35,7 @@ def load_assignments(run: str | Path) -> pd.DataFrame:
     table = pd.read_parquet(images / "images.parquet").set_index("image_id")[["path", "domain", "split"]]
     table["label"] = pd.read_parquet(images / "labels.parquet").set_index("image_id")["label"]
     for name in config.granularities:
-        found = pd.read_parquet(published(folder, "clusters", name) / "assignments.parquet").set_index("image_id")
+        found = pd.read_parquet(published(folder, Node("clusters", name)) / "assignments.parquet").set_index("image_id")
         table[name], table[f"{name}_distance"] = found["pseudo_label"], found["distance"]
     return table
 
@@ -69,7 +70,7 @@ def learning_curves(run: str | Path) -> pd.DataFrame:
     parts = []
     for stage in ("adaptors", "fusion", "student"):
         for instance in find_stage(stage).instances(config):
-            lines = (published(folder, stage, instance) / "metrics.jsonl").read_text().splitlines()
+            lines = (published(folder, Node(stage, instance)) / "metrics.jsonl").read_text().splitlines()
             part = pd.DataFrame([json.loads(line) for line in lines])
             part.insert(0, "stage", stage)
             part.insert(1, "instance", instance or stage)
@@ -102,7 +103,8 @@ def load_jobs(run: str | Path) -> pd.DataFrame:
 
     Columns: artifact, job_id, job_name, state (submitted, running, stopped, made, failed, not begun: as the job itself
     said), submitted, started, ended (UTC), seconds, restarts, node, peak_memory_bytes (of the first process), exit,
-    recipe (sha256 of the artifact's recipe), error, outcome (accounting's word on a job that ended without one), log.
+    recipe (sha256 of the artifact's fingerprint), error, outcome (accounting's word on a job that ended without one),
+    log.
     """
     path = Path(run) / "jobs" / "jobs.csv"
     if not path.is_file():
@@ -156,10 +158,10 @@ def _attention(run: str | Path, rows: str, pairs: str) -> tuple[NDArray[np.float
 
     folder, _ = _open(run)
     check_same_origin(folder, "images", f"attention/{pairs}")
-    home = published(folder, "attention", pairs)
+    home = published(folder, Node("attention", pairs))
     images = pd.read_parquet(published(folder, "images") / "images.parquet")
     chosen = chosen_rows(images, rows)
-    inputs = Manifest.read(home / MANIFEST_FILE).recipe["inputs"]
+    inputs = Manifest.read(home / MANIFEST_FILE).fingerprint["inputs"]
     names = [name.removeprefix("adaptors/") for name in inputs if name.startswith("adaptors/")]
     attention = np.load(home / "attention.npy", mmap_mode="r", allow_pickle=False)
     return attention[chosen], images["domain"].to_numpy()[chosen], sorted(names, key=num_clusters_of)

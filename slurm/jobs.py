@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -27,9 +27,9 @@ from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import load_config
 from grappa.pipeline.engine.execution import Selection, follow, lead
 from grappa.pipeline.engine.externals import MissingInputError
-from grappa.pipeline.engine.fingerprints import expected_recipe
-from grappa.pipeline.engine.freshness import compare_recipes
-from grappa.pipeline.engine.progress import Progress
+from grappa.pipeline.engine.fingerprints import expected_fingerprint
+from grappa.pipeline.engine.freshness import compare_fingerprints
+from grappa.pipeline.engine.progress import Progress, Snapshot
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.team import Team, joined
 from grappa.pipeline.errors import EXPECTED, explained
@@ -38,9 +38,9 @@ from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.checkpoints import Stopped, refuse_if_stopped, request_stop, withdraw_stop
 from grappa.pipeline.store.locks import LockedError, read_holder
 from grappa.pipeline.store.provenance import code_commit, peak_memory
-from grappa.pipeline.store.storage import StorageError
-from grappa.slurm.jobs_table import recipe_digest, write_jobs_table
-from grappa.slurm.records import PINNED_CONFIG, Pin, append_event, read_events
+from grappa.pipeline.store.storage import StorageError, atomic_write_json
+from grappa.slurm.jobs_table import fingerprint_digest, write_jobs_table
+from grappa.slurm.records import PINNED_CONFIG, Pin, append_event, progress_file, read_events
 
 PATIENCE_SECONDS = 10.0  # from the signal to the checkpoint; later the job goes without, to the one before
 LOCKED_SECONDS = 600.0
@@ -62,7 +62,7 @@ class Code:
 
 @dataclass(frozen=True)
 class StageJob(submitit.helpers.Checkpointable):
-    """A job's call. ``code``: what it was submitted with; ``cpus``: threads, where the configuration says 0."""
+    """What a job calls. ``code``: what it was submitted with; ``cpus``: the threads where the configuration says 0."""
 
     run: str
     submission: str
@@ -96,7 +96,7 @@ class StageJob(submitit.helpers.Checkpointable):
         return submitit.helpers.DelayedSubmission(self)
 
     def _help(self) -> None:
-        """Compute beside the first task, as long as it goes on; signals are left to it."""
+        """Compute beside the first task until that ends; the first task alone handles signals."""
         try:
             with suppress(Stopped), joined() as team:
                 refuse_other_code(self.code)
@@ -119,20 +119,21 @@ class StageJob(submitit.helpers.Checkpointable):
                     self._make(pin, team)
 
     def _make(self, pin: Pin, team: Team) -> None:
-        run, (stage, _, instance) = RunFolder.open(Path(self.run), writable=True), pin.name.partition("/")
+        run, node = RunFolder.open(Path(self.run), writable=True), pin.node
         config = _with_threads(load_config(Path(self.submission) / PINNED_CONFIG), self.cpus)
-        refuse_other_recipe(run, config, pin)
+        refuse_other_fingerprint(run, config, pin)
         self._tell("artifact", artifact=pin.name)
-        selection, begin = Selection(stage, instance or None, force=pin.force), time.monotonic()
+        selection, begin = Selection(node.stage, node.instance, force=pin.force), time.monotonic()
 
         def make() -> None:
-            lead(run, config, selection, progress=Progress(), say=lambda line: print(line, flush=True), team=team)
+            progress = Progress(listener=self._note_progress)
+            lead(run, config, selection, progress=progress, say=lambda line: print(line, flush=True), team=team)
 
-        patiently(make, run.artifact(stage, instance or None).lock)
-        manifest = run.artifact(stage, instance or None).manifest()
+        patiently(make, run.artifact(node).lock)
+        manifest = run.artifact(node).manifest()
         assert manifest is not None, f"{pin.name} was just published"
         seconds = round(time.monotonic() - begin, 3)
-        self._tell("made", artifact=pin.name, recipe=recipe_digest(manifest.recipe), seconds=seconds)
+        self._tell("made", artifact=pin.name, recipe=fingerprint_digest(manifest.fingerprint), seconds=seconds)
 
     def _end(self, error: BaseException) -> None:
         words = explained(error)[0] or f"{type(error).__name__}: {error}"
@@ -147,11 +148,19 @@ class StageJob(submitit.helpers.Checkpointable):
         raise SystemExit(1) from None
 
     @property
+    def _task_id(self) -> str:
+        return self.task or str(submitit.JobEnvironment().job_id)
+
+    @property
     def _events_file(self) -> Path:
-        return Path(self.submission) / "events" / f"{self.task or submitit.JobEnvironment().job_id}.jsonl"
+        return Path(self.submission) / "events" / f"{self._task_id}.jsonl"
+
+    def _note_progress(self, snapshot: Snapshot) -> None:
+        with suppress(StorageError):  # a full disk: only `grappa status` reads it
+            atomic_write_json(progress_file(Path(self.submission), self._task_id), asdict(snapshot))
 
     def _tell(self, event: str, **fields: object) -> None:
-        """Note an event; the table follows."""
+        """Append an event, then write the table of jobs anew."""
         with suppress(StorageError):  # a full disk: what matters is the artifact, and Slurm tells the end
             append_event(self._events_file, event, **fields)
             if event != "stop":  # perhaps in a signal handler: as little as possible
@@ -180,10 +189,10 @@ def take_place() -> int:
 
 @contextmanager
 def _stopping(tell: Callable[[], None]) -> Iterator[None]:
-    """At the signal: let the stage keep its state, then requeue, by submitit's own handler.
+    """At a signal, let the stage keep its state, then requeue the job by submitit's own handler.
 
-    SIGUSR2 announces a preemption or the time limit. SIGTERM is the end (scancel), or a preemption of a cluster that
-    sends nothing else: the state is kept, and Slurm itself decides what becomes of the job.
+    SIGUSR2 announces a preemption or the time limit. SIGTERM means the end (scancel), or a preemption on a cluster
+    that sends nothing else: the state is kept, and Slurm decides what becomes of the job.
     """
     requeue = signal.getsignal(signal.SIGUSR2)
     if not callable(requeue):  # in process: no job to put anywhere
@@ -221,8 +230,8 @@ def _stopping(tell: Callable[[], None]) -> Iterator[None]:
 def patiently(make: Callable[[], None], lock: Path) -> None:
     """Call ``make`` again while another process writes the artifact, for ten minutes.
 
-    A former start of this very job may still be at work (on a node that Slurm took for dead): it is waited for as long
-    as it lives, and when it has published, there is nothing left to do.
+    A former start of this very job may still be at work (on a node that Slurm took for dead). This start waits for it
+    as long as it lives; when the former one has published, nothing is left to do.
     """
     end = time.monotonic() + LOCKED_SECONDS
     while True:
@@ -262,15 +271,14 @@ def refuse_other_code(submitted: Code) -> None:
         )
 
 
-def refuse_other_recipe(run: RunFolder, config: Config, pin: Pin) -> None:
+def refuse_other_fingerprint(run: RunFolder, config: Config, pin: Pin) -> None:
     """Raise JobRefusedError when version, settings or inputs of an artifact are not those that were submitted."""
-    stage, _, instance = pin.name.partition("/")
-    found = find_stage(stage)
-    changes = [f"stage version: {pin.version} -> {found.version}"] if found.version != pin.version else []
+    version = find_stage(pin.node.stage).version
+    changes = [f"stage version: {pin.version} -> {version}"] if version != pin.version else []
     try:
-        now = expected_recipe(run, config, found, instance or None).recipe
-        changes += compare_recipes(pin.recipe, now) if pin.recipe is not None else []
-        changes += compare_recipes(now, expected_recipe(run, read_config(run), found, instance or None).recipe)
+        now = expected_fingerprint(run, config, pin.node).fingerprint
+        changes += compare_fingerprints(pin.fingerprint, now) if pin.fingerprint is not None else []
+        changes += compare_fingerprints(now, expected_fingerprint(run, read_config(run), pin.node).fingerprint)
     except MissingInputError:
         pass  # running the stage says which input is missing, and the command that makes it
     if changes:

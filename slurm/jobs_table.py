@@ -22,9 +22,9 @@ COLUMNS = (
 ).split()
 
 
-def recipe_digest(recipe: Mapping[str, Any]) -> str:
-    """Return the sha256 of a recipe's canonical JSON."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:
+    """Return the sha256 of a fingerprint's canonical JSON."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
 def write_jobs_table(run: RunFolder) -> None:

@@ -1,6 +1,6 @@
 """Profiles: what jobs ask of a cluster. One YAML file a cluster, checked before anything is submitted.
 
-Resources are never part of a recipe: another profile gives the same result.
+Resources are never part of a fingerprint: another profile gives the same result.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ OWN_OPTIONS = (
     "mail-type mail-user mem nodes ntasks-per-node open-mode output partition qos requeue signal time wrap"
 ).split()
 
-ALONE: dict[str, tuple[str, ...]] = {"slurm": (), "local": ("nodes",), "debug": ("nodes", "tasks")}  # what must be 1
+# By kind of cluster: the numbers that must be 1.
+SINGLE: dict[str, tuple[str, ...]] = {"slurm": (), "local": ("nodes",), "debug": ("nodes", "tasks")}
 
 
 def minutes(text: Any) -> int:
@@ -100,7 +101,7 @@ class Profile(Resources):
         _refuse_unknown("stages", self.stages, (stage.name for stage in STAGES))
         for stage in self.stages:
             self._check_processes(stage, self.resources((stage,)))
-        for name in ALONE[self.cluster]:
+        for name in SINGLE[self.cluster]:
             if any(getattr(self.resources((stage.name,)), name) > 1 for stage in STAGES):
                 raise ValueError(f"{name}: found more than 1, expected 1 with `cluster: {self.cluster}`")
         for group in self.shared:
@@ -113,7 +114,7 @@ class Profile(Resources):
         return self
 
     def _check_processes(self, stage: str, found: Resources) -> None:
-        """Refuse what could only be ignored; without a word of its own such a stage gets one process."""
+        """Refuse a number of processes for a stage that one process computes; without such a number it gets one."""
         for name in ("nodes", "tasks"):
             if self.stages[stage].get(name, 1) > getattr(found, name):
                 raise ValueError(

@@ -1,7 +1,8 @@
 """What was submitted and what became of it, in ``RUN/jobs``: read from any folder, host and user.
 
 One folder a submission: ``submission.json`` (what was asked, pinned), ``config.yaml`` (the configuration then),
-``events/TASK.jsonl`` (what the job itself says), ``outcomes.json`` (how Slurm says that silent jobs ended), the logs.
+``events/TASK.jsonl`` (what the job itself says), ``progress/TASK.json`` (how far it was ten seconds ago),
+``outcomes.json`` (how Slurm says that silent jobs ended), the logs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from grappa.pipeline.engine.progress import Snapshot
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.storage import atomic_write_json, storage_errors
 
@@ -24,12 +27,16 @@ JOBS_FOLDER, SUBMISSION_FILE, PINNED_CONFIG, OUTCOMES_FILE = "jobs", "submission
 
 @dataclass(frozen=True)
 class Pin:
-    """One artifact that a job makes: ``recipe`` is None while what it reads was not made yet."""
+    """One artifact that a job makes: ``fingerprint`` is None while what it reads was not made yet."""
 
     name: str
     version: int
     force: bool
-    recipe: Mapping[str, Any] | None
+    fingerprint: Mapping[str, Any] | None
+
+    @property
+    def node(self) -> Node:
+        return Node.parse(self.name)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,14 @@ class Task:
     def events_file(self) -> Path:
         return self.submission / "events" / f"{self.id}.jsonl"
 
+    @property
+    def progress(self) -> Snapshot | None:
+        """How far the job's last task was when it said so last; None where it said nothing."""
+        try:
+            return Snapshot(**json.loads(progress_file(self.submission, self.id).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
     @cached_property
     def events(self) -> list[dict[str, Any]]:
         """What the job said: dicts with event (start, artifact, stop, end), time and more; a torn line is left out."""
@@ -74,6 +89,10 @@ class Task:
 
 def jobs_folder(run: RunFolder) -> Path:
     return run.root / JOBS_FOLDER
+
+
+def progress_file(submission: Path, task: str) -> Path:
+    return submission / "progress" / f"{task}.json"
 
 
 def now() -> str:
@@ -117,8 +136,13 @@ class JobRecord:
 
 def write_submission(folder: Path, jobs: Sequence[JobRecord], general: Mapping[str, Any]) -> None:
     """Write what was submitted so far; whole or not at all."""
-    content = {"format": FORMAT, **general, "jobs": [asdict(job) for job in jobs]}
+    content = {"format": FORMAT, **general, "jobs": [asdict(job, dict_factory=_on_disk) for job in jobs]}
     atomic_write_json(folder / SUBMISSION_FILE, content)
+
+
+def _on_disk(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """On disk a fingerprint has the key ``recipe``, as it has in a manifest."""
+    return {"recipe" if name == "fingerprint" else name: value for name, value in fields}
 
 
 def read_submission(folder: Path) -> dict[str, Any] | None:

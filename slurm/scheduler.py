@@ -1,4 +1,4 @@
-"""What is asked of Slurm, and how little: one squeue and at most one sacct for any number of jobs, each with an end."""
+"""Questions to Slurm: one squeue and at most one sacct for any number of jobs, and no call waits for ever."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 SECONDS = 20.0
-Key = tuple[
-    str, str
-]  # a task's id and its job's name, which holds a mark of its own: ids are used again, names are not
+# A task's id and its job's name. Slurm gives an id again after a while; a name holds a random mark and never recurs.
+Key = tuple[str, str]
 
 
 class SchedulerError(ValueError):

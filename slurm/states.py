@@ -1,4 +1,4 @@
-"""What has become of the jobs of a run: Slurm's queue, the jobs' own words, and accounting where both are silent."""
+"""What became of a run's jobs: by Slurm's queue, by what the jobs wrote, and by accounting where both say nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grappa.slurm.scheduler import Queued, SchedulerError
 
 @dataclass(frozen=True)
 class Jobs:
-    """The newest task of each artifact and what is known of it; ``warning``: what Slurm would not say."""
+    """The newest task of each artifact and what is known of it; ``warning``: why Slurm did not answer."""
 
     tasks: Mapping[str, Task]
     queue: Mapping[scheduler.Key, Queued] | None = None
@@ -33,7 +33,7 @@ class Jobs:
 def read_jobs(run: RunFolder) -> Jobs:
     """Return what is known of a run's jobs, by at most two calls of Slurm, however many jobs there are."""
     tasks = newest_by_artifact(all_tasks(run))
-    known = {key: outcome for task in _distinct(tasks.values()) for key, outcome in _kept(task)}
+    known = {key: outcome for task in _distinct(tasks.values()) for key, outcome in _known_outcome(task)}
     unsettled = [
         task
         for task in _distinct(tasks.values())
@@ -48,7 +48,7 @@ def read_jobs(run: RunFolder) -> Jobs:
         found = scheduler.outcomes([(task.id, task.job_name) for task in silent])
     except SchedulerError:  # no accounting here: nothing more can be known
         found = {}
-    _keep(silent, found)
+    _write_outcomes(silent, found)
     return Jobs(tasks, queue, {**known, **found})
 
 
@@ -79,13 +79,14 @@ def _distinct(tasks: Iterable[Task]) -> list[Task]:
     return list({(task.submission, task.id): task for task in tasks}.values())
 
 
-def _kept(task: Task) -> list[tuple[scheduler.Key, str]]:
+def _known_outcome(task: Task) -> list[tuple[scheduler.Key, str]]:
+    """Return the outcome that accounting gave at an earlier call, with its key; nothing where there is none."""
     outcome = read_outcomes(task.submission).get(task.id)
     return [((task.id, task.job_name), outcome)] if outcome else []
 
 
-def _keep(tasks: Sequence[Task], found: Mapping[scheduler.Key, str]) -> None:
-    """Write down how jobs ended, so that accounting is asked once; a state that is not the last one is left out."""
+def _write_outcomes(tasks: Sequence[Task], found: Mapping[scheduler.Key, str]) -> None:
+    """Write down how jobs ended, so that accounting is asked only once; a state that may still change is left out."""
     for folder in {task.submission for task in tasks}:
         new = {
             task.id: found[task.id, task.job_name]

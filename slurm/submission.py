@@ -29,7 +29,7 @@ class Submission:
     code: Code
 
     def job_name(self, job: PlannedJob) -> str:
-        """Return a name that no other job has, now or later: ids are used again, this tells whose one is."""
+        """Return a name that no other job has or will have: Slurm gives ids again, a name never recurs."""
         return f"grappa-{job.stages[0]}-{self.mark}"
 
     def calls(self, job: PlannedJob) -> list[StageJob]:
@@ -40,7 +40,8 @@ class Submission:
     def prepare(self) -> None:
         """Make the folder, with the configuration as it is now."""
         with storage_errors(self.folder):
-            (self.folder / "events").mkdir(parents=True)
+            for name in ("events", "progress"):
+                (self.folder / name).mkdir(parents=True)
         atomic_write_text(self.folder / PINNED_CONFIG, dump_config(self.config))
 
     def record(self, job: PlannedJob, ids: tuple[str, ...], after: tuple[str, ...]) -> JobRecord:

@@ -131,12 +131,8 @@ def _alone(run: RunFolder) -> Iterator[None]:
 
 
 def _refuse_odd_name(root: Path) -> None:
-    """Slurm gives these characters a meaning in the names of logs."""
-    found = re.search(
-        r"[%\
-]",
-        str(root),
-    )
+    """Slurm gives ``%`` and the backslash a meaning in the names of logs, and a script cannot hold a line break."""
+    found = re.search(r"[%\\\n]", str(root))
     if found:
         raise ValueError(f"{root} has {found[0]!r} in its name, which Slurm cannot have in a log's; rename the folder")
 

@@ -16,8 +16,8 @@ from grappa.pipeline.config.yaml_file import (
     merged,
     parse_assignments,
     parse_settings,
+    preset_path,
     read_settings,
-    recipe_path,
 )
 from grappa.pipeline.engine.externals import detector_digests, is_hub_name
 from grappa.pipeline.engine.fingerprints import read_manifest
@@ -48,7 +48,7 @@ class Request:
 def initialize(root: Path, request: Request, *, say: Say) -> Config:
     """Make or change the run folder ``root``; ``say`` gets what was found, what changed and what becomes stale.
 
-    A new run begins with the defaults, or with the configuration of ``request.other`` if no recipe is named, an
+    A new run begins with the defaults, or with the configuration of ``request.other`` if no preset is named, an
     existing one with its ``config.yaml`` as it is now. Everything is checked before anything is written.
     """
     known = RunFolder.open(root, writable=True) if (root / RUN_FILE).exists() else None
@@ -101,10 +101,10 @@ def resolve_num_clusters(config: Config, num_train: int) -> Config:
 
 
 def _requested(known: RunFolder | None, request: Request) -> Config:
-    """Return the configuration to begin with, under the recipe, under the assignments, under the images given."""
+    """Return the configuration to begin with, under the preset, under the assignments, under the images given."""
     layers = [(str(known.config_path) if known else "the defaults", _base(known, request))]
     if request.config:
-        layers.append((f"--config {request.config}", read_settings(recipe_path(request.config))))
+        layers.append((f"--config {request.config}", read_settings(preset_path(request.config))))
     if request.assignments:
         layers.append(("--set", parse_assignments(request.assignments)))
     if request.images:

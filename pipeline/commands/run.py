@@ -26,7 +26,7 @@ def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, 
     if not report.seconds:
         say(f"{report.num_fresh} fresh; --force runs {'it' if report.num_fresh == 1 else 'them'} again")
     metrics = run.artifact("evaluation").path / "metrics.csv"
-    if metrics.exists() and any(stage.name == "evaluation" for stage, _ in selected(config, selection)):
+    if metrics.exists() and any(node.stage == "evaluation" for node in selected(config, selection)):
         print_table(metrics)
     if report.seconds:
         say(times_line(report.seconds))

@@ -58,7 +58,7 @@ def _source(folder: RunFolder) -> str:
         published(folder, name)
         manifest = folder.artifact(name).manifest()
         assert manifest is not None, "it is published"
-        heads[name] = next(each for each in manifest.recipe["inputs"] if each.startswith("heads/"))
+        heads[name] = next(each for each in manifest.fingerprint["inputs"] if each.startswith("heads/"))
     model, index = (heads[name].removeprefix("heads/") for name in ("model", "index"))
     if model != index:
         raise ValueError(

@@ -1,7 +1,7 @@
 """The configuration: one frozen section a stage, checked before anything runs.
 
-A field whose ``identity`` is False (paths, worker counts) never enters a recipe; every other field does, for the stages
-that list it in ``grappa.pipeline.graph.stages``.
+A field whose ``identity`` is False (a path, a worker count) never enters a fingerprint. Every other field enters that
+of the stages which list it in ``grappa.pipeline.graph.stages``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Section(BaseModel):
 
 
 def provenance(default: Any, description: str) -> Any:
-    """Return a field that is written down but is no part of any recipe."""
+    """Return a field that is written down but is no part of any fingerprint."""
     return Field(default=default, description=description, json_schema_extra={"identity": False})
 
 
@@ -275,7 +275,7 @@ class Index(Section):
 
 
 class Compute(Section):
-    """Where and how fast, never what: no field here is part of a recipe."""
+    """Where and how fast, never what: no field here is part of a fingerprint."""
 
     device: Literal["auto", "cpu", "cuda"] = provenance("auto", "auto: a GPU if there is one")
     num_threads: NonNegativeInt = provenance(0, "CPU threads of torch; 0: all cores (shared by the processes of a run)")
@@ -399,6 +399,6 @@ def identity_settings(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def is_identity(section: Section, field: str) -> bool:
-    """Tell whether a field may enter a recipe."""
+    """Tell whether a field may enter a fingerprint."""
     extra = type(section).model_fields[field].json_schema_extra
     return not (isinstance(extra, dict) and extra.get("identity") is False)

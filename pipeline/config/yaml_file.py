@@ -1,4 +1,4 @@
-"""The configuration as YAML: read with one-sentence errors, changed by recipes and ``--set``, written with comments."""
+"""The configuration as YAML: read with one-sentence errors, changed by presets and ``--set``, written with comments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEADER = """\
 # The resolved configuration of this run, every value with its meaning. Edit it, or change values by
 # `grappa init RUN --set section.key=value`; `grappa status RUN` then says what became stale and why.
 """
-RECIPES = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parent / "presets"
 LINE_LENGTH = 120
 
 Settings = dict[str, dict[str, Any]]
@@ -71,9 +71,9 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: not valid YAML ({_one_line(error)}); correct it or restore the file") from None
 
 
-def recipe_path(name_or_file: str) -> Path:
-    """Return the file behind ``--config``: a recipe that comes with the package, or a file."""
-    return shipped_or_file(name_or_file, RECIPES, f"--config {name_or_file}", "recipe")
+def preset_path(name_or_file: str) -> Path:
+    """Return the file behind ``--config``: a preset that comes with the package, or a file."""
+    return shipped_or_file(name_or_file, PRESETS, f"--config {name_or_file}", "preset")
 
 
 def shipped_or_file(name_or_file: str, folder: Path, where: str, kind: str) -> Path:

@@ -1,4 +1,4 @@
-"""What a stage's ``run(context)`` gets: where its inputs lie, where its outputs go, how it shows that it lives."""
+"""What a stage's ``run(context)`` gets: its settings, the folders of its inputs and outputs, progress, processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.memory_limit import require_memory
 from grappa.pipeline.engine.progress import Advance, Progress
 from grappa.pipeline.engine.team import ALONE, Team
-from grappa.pipeline.graph.stages import Input, Stage, artifact_name
+from grappa.pipeline.graph.node import Node
+from grappa.pipeline.graph.stages import Stage, find_stage, upstream
 from grappa.pipeline.store.artifacts import LOG_FILE, RunFolder
 from grappa.pipeline.store.work import Work
 
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LeadersWork:
-    """The work in progress as a follower sees it: the leader holds the lock, logs and publishes."""
+    """The work in progress as a follower sees it. The leader holds the lock, writes the log and publishes."""
 
     path: Path
     resumed: bool
@@ -36,14 +37,13 @@ class LeadersWork:
 class StageContext:
     """One instance of a stage at work. A stage reads what it declares, and writes below ``path``.
 
-    Where several processes are at it (``team``), only the one that ``leads`` writes, and the others return when their
-    part is done.
+    Where several processes compute it (``team``), only the one that ``leads`` writes; the others return when they have
+    computed their part.
     """
 
     run: RunFolder
     config: Config
-    stage: Stage
-    instance: str | None
+    node: Node
     work: Work | LeadersWork
     progress: Progress
     resolved: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +52,17 @@ class StageContext:
     @property
     def name(self) -> str:
         """The artifact's name, such as ``clusters/k00256``."""
-        return artifact_name(self.stage.name, self.instance)
+        return self.node.name
+
+    @property
+    def stage(self) -> Stage:
+        """The stage, as the graph declares it."""
+        return find_stage(self.node.stage)
+
+    @property
+    def instance(self) -> str | None:
+        """The instance's name, such as ``k00256``; None where the stage has only one."""
+        return self.node.instance
 
     @property
     def path(self) -> Path:
@@ -61,7 +71,7 @@ class StageContext:
 
     @property
     def resumed(self) -> bool:
-        """Whether ``path`` holds the unfinished work of the same recipe."""
+        """Whether ``path`` holds the unfinished work of the same fingerprint."""
         return self.work.resumed
 
     @property
@@ -86,11 +96,9 @@ class StageContext:
 
     def input(self, stage: str, instance: str | None = None) -> Path:
         """Return the published folder of a declared upstream artifact."""
-        declared: tuple[Input, ...] = self.stage.inputs(self.config, self.instance)
-        names = [each.name for each in declared]
-        wanted = artifact_name(stage, instance)
-        assert wanted in names, f"{self.name} reads {wanted}, but grappa.pipeline.graph.stages declares {names}"
-        return self.run.artifact(stage, instance).home
+        wanted, declared = Node(stage, instance), upstream(self.node, self.config)
+        assert wanted in declared, f"{self.name} reads {wanted}, but the graph declares {[*map(str, declared)]}"
+        return self.run.artifact(wanted).home
 
     def sources(self) -> tuple[Path, list[str]]:
         """Return the table of the listed images and the root folders that its column ``root`` numbers."""
@@ -108,7 +116,7 @@ class StageContext:
 
     def _roots(self) -> list[str]:
         manifest = self.run.artifact("sources").manifest()
-        assert manifest is not None, "the recipe could not have been made without the sources"
+        assert manifest is not None, "the fingerprint could not have been made without the sources"
         return list(manifest.provenance["roots"])
 
     @contextmanager
@@ -117,7 +125,7 @@ class StageContext:
 
         ``advance`` also raises what ended another process of the team.
         """
-        with self.progress.task(f"{self.name}: {description}", total, unit=unit, done=done) as (show, meter):
+        with self.progress.task(description, total, artifact=self.name, unit=unit, done=done) as (show, meter):
 
             def advance(number: int) -> None:
                 show(number)
@@ -140,17 +148,19 @@ class StageContext:
     def resolve(self, name: str, value: T) -> T:
         """Note what an ``auto`` became, for the provenance; resumed work gets back the value that it began with.
 
-        All processes of a team get the leader's, but for the device.
+        All processes of a team get the leader's value, except for the device.
         """
         kept = value
         if name != "device":
-            kept = self.team.agree(name, self._kept().get(name, value) if self.resumed and self.leads else value)
+            kept = self.team.agree(
+                name, self._resolved_before().get(name, value) if self.resumed and self.leads else value
+            )
         if self.resolved.get(name) != kept:
             self.resolved[name] = kept
             self.log({"resolved": {name: kept}})
         return kept
 
-    def _kept(self) -> dict[str, Any]:
+    def _resolved_before(self) -> dict[str, Any]:
         """Return what the log says was resolved when this work began."""
         log = self.path / LOG_FILE
         records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -161,7 +171,7 @@ class StageContext:
 
 
 def num_cores() -> int:
-    """Return the CPU cores that this process may use: its part where several on one host are bound to none."""
+    """Return the number of CPU cores for this process: a share, where several processes of a host see all cores."""
     everything = os.cpu_count() or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everything
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if cores == everything else 1

@@ -1,4 +1,4 @@
-"""Running stages: in the order of the graph, each judged just before, each published whole or not at all."""
+"""Running stages in the order of the graph: a node is judged just before it runs, and published whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from io import StringIO
 
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.context import LeadersWork, StageContext
-from grappa.pipeline.engine.fingerprints import expected_recipe
-from grappa.pipeline.engine.freshness import State, compare_recipes
+from grappa.pipeline.engine.fingerprints import expected_fingerprint
+from grappa.pipeline.engine.freshness import Problem, State, compare_fingerprints
 from grappa.pipeline.engine.progress import Progress, duration
-from grappa.pipeline.engine.status import Judge, instances
+from grappa.pipeline.engine.status import Judge
 from grappa.pipeline.engine.team import ALONE, Team, joined
-from grappa.pipeline.graph.stages import STAGES, Stage, artifact_name, find_stage
+from grappa.pipeline.graph.node import Node
+from grappa.pipeline.graph.stages import STAGES, find_stage, nodes
 from grappa.pipeline.store.artifacts import RunFolder, quoted
 from grappa.pipeline.store.provenance import provenance
 from grappa.pipeline.store.work import Work, open_work, recover
 
-Step = tuple[Stage, str | None]
 Say = Callable[[str], None]
-Take = Callable[[Stage, str | None], bool]
+Take = Callable[[Node], bool]
 
 
 class NotReadyError(ValueError):
@@ -45,7 +45,7 @@ class Selection:
 
 @dataclass
 class Report:
-    """What was run: seconds a stage, in order; ``leads``: by this process, which is no other one's follower."""
+    """What was run: seconds a stage, in order; ``leads``: this process ran it, as the only one or as the leader."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     num_fresh: int = 0
@@ -55,9 +55,9 @@ class Report:
 def run_stages(
     run: RunFolder, config: Config, selection: Selection, *, progress: Progress, say: Say, take: Take | None = None
 ) -> Report:
-    """Run every selected instance that is not fresh; ``say`` gets one line for each.
+    """Run every selected node that is not fresh; ``say`` gets one line for each.
 
-    ``take`` is asked before an instance is computed; True means that it has put a finished artifact in its place.
+    ``take`` is asked before a node is computed; True means that it has put a finished artifact in its place.
     Several processes (see ``engine.team``) make the same call: the first runs the stages, the others help it.
 
     Raises NotReadyError when one stage was selected and what it reads is not fresh, LockedError when another process
@@ -82,48 +82,53 @@ def lead(
     team: Team,
 ) -> Report:
     """Run the stages as ``run_stages`` does, as the first process of a team that exists already."""
-    steps = selected(config, selection)
-    for stage, instance in instances(config):
-        recover(run.artifact(stage.name, instance))
+    chosen = selected(config, selection)
+    for node in nodes(config):
+        recover(run.artifact(node))
     if selection.stage:
-        _refuse_unready(run, Judge(run, config), steps, force=selection.force)
+        _refuse_unready(run, Judge(run, config), chosen, force=selection.force)
     judge, report = Judge(run, config), Report()
-    for stage, instance in steps:
-        if judge.state(stage, instance).kind == "fresh" and not selection.force:
+    for node in chosen:
+        if judge.state(node).kind == "fresh" and not selection.force:
             report.num_fresh += 1
             continue
-        _refuse_unready(run, judge, [(stage, instance)], force=True)
-        if not (take and take(stage, instance)):
-            seconds = execute(run, config, stage, instance, progress=progress, say=say, team=team)
-            report.seconds[stage.name] = report.seconds.get(stage.name, 0.0) + seconds
-        judge.forget(stage, instance)
+        _refuse_unready(run, judge, [node], force=True)
+        if not (take and take(node)):
+            seconds = execute(run, config, node, progress=progress, say=say, team=team)
+            report.seconds[node.stage] = report.seconds.get(node.stage, 0.0) + seconds
+        judge.forget(node)
     return report
 
 
 def follow(run: RunFolder, team: Team) -> None:
     """Take part in the stages that the leader announces, until it has finished."""
     for step in team.steps():
-        stage, config = find_stage(step["stage"]), Config.model_validate(step["config"])
-        work = LeadersWork(run.artifact(stage.name, step["instance"]).partial, step["resumed"])
-        silent = Progress(StringIO(), terminal=False)
-        context = StageContext(run, config, stage, step["instance"], work, silent, team=team)
-        importlib.import_module(stage.module).run(context)
+        node, config = Node.parse(step["node"]), Config.model_validate(step["config"])
+        work = LeadersWork(run.artifact(node).partial, step["resumed"])
+        context = StageContext(run, config, node, work, Progress(StringIO(), terminal=False), team=team)
+        _compute(context)
+
+
+def _compute(context: StageContext) -> str:
+    """Call the stage's ``run``; its module, with all that it imports, is loaded now and not before."""
+    sentence: str = importlib.import_module(context.stage.module).run(context)
+    return sentence
 
 
 def planned(run: RunFolder, config: Config, selection: Selection) -> list[tuple[str, State]]:
-    """Return the instances that ``run_stages`` would run as things are now, with their states; nothing is changed.
+    """Return the nodes that ``run_stages`` would run as things are now, with their states; nothing is changed.
 
     What only has stale inputs may turn out to be fresh, when these come out with the same bytes.
     """
-    steps, judge = selected(config, selection), Judge(run, config)
+    chosen, judge = selected(config, selection), Judge(run, config)
     if selection.stage:
-        _refuse_unready(run, judge, steps, force=selection.force)
-    found = [(artifact_name(stage.name, instance), judge.state(stage, instance)) for stage, instance in steps]
+        _refuse_unready(run, judge, chosen, force=selection.force)
+    found = [(node.name, judge.state(node)) for node in chosen]
     return [(name, state) for name, state in found if selection.force or state.kind != "fresh"]
 
 
-def selected(config: Config, selection: Selection) -> list[Step]:
-    """Return the selected instances in the order of the graph; ValueError for names that do not exist."""
+def selected(config: Config, selection: Selection) -> list[Node]:
+    """Return the selected nodes in the order of the graph; ValueError for names that do not exist."""
     if selection.stage and selection.until:
         raise ValueError("--stage and --until exclude each other: give one of them")
     if selection.instance and not selection.stage:
@@ -133,61 +138,56 @@ def selected(config: Config, selection: Selection) -> list[Step]:
         names = names[: names.index(find_stage(selection.until).name) + 1]
     if selection.stage:
         names = [find_stage(selection.stage).name]
-    steps = [(stage, instance) for stage, instance in instances(config) if stage.name in names]
-    if selection.stage and not steps:
+    chosen = [node for node in nodes(config) if node.stage in names]
+    if selection.stage and not chosen:
         raise ValueError(f"nothing to run: {selection.stage} has no artifact with this configuration")
     if selection.instance is None:
-        return steps
-    known = [str(instance) for _, instance in steps if instance]
+        return chosen
+    known = [node.instance for node in chosen if node.instance]
     if selection.instance not in known:
         listed = ", ".join(known) or "none"
         raise ValueError(f"{selection.stage} has no instance {selection.instance!r}; it has: {listed}")
-    return [(stage, instance) for stage, instance in steps if instance == selection.instance]
+    return [node for node in chosen if node.instance == selection.instance]
 
 
 def execute(
     run: RunFolder,
     config: Config,
-    stage: Stage,
-    instance: str | None,
+    node: Node,
     *,
     progress: Progress,
     say: Say,
     team: Team = ALONE,
 ) -> float:
-    """Run one instance whose inputs are fresh and publish its artifact; return the seconds it took."""
-    name, job = artifact_name(stage.name, instance), os.environ.get("SLURM_JOB_ID")
-    expected = expected_recipe(run, config, stage, instance)
+    """Run one node whose inputs are fresh and publish its artifact; return the seconds it took."""
+    job, expected = os.environ.get("SLURM_JOB_ID"), expected_fingerprint(run, config, node)
     started, start = datetime.now(UTC), time.monotonic()
-    with open_work(run.artifact(stage.name, instance), expected.recipe, job=job) as work:
+    with open_work(run.artifact(node), expected.fingerprint, job=job) as work:
         if work.finished:
             shutil.rmtree(work.path)
-            say(f"{name}: was finished, its interrupted publication is completed")
+            say(f"{node}: was finished, its interrupted publication is completed")
             return 0.0
-        team = team if stage.parallel else ALONE
-        settings = config.model_dump(mode="json")
-        team.announce({"stage": stage.name, "instance": instance, "config": settings, "resumed": work.resumed})
-        context = StageContext(run, config, stage, instance, work, progress, team=team)
-        sentence: str = importlib.import_module(stage.module).run(context)
+        team = team if find_stage(node.stage).parallel else ALONE
+        team.announce({"node": node.name, "config": config.model_dump(mode="json"), "resumed": work.resumed})
+        context = StageContext(run, config, node, work, progress, team=team)
+        sentence = _compute(context)
         seconds = time.monotonic() - start
-        _refuse_changed_inputs(run, config, stage, instance, work)
+        _refuse_changed_inputs(run, config, node, work)
         work.log({"result": sentence, "seconds": round(seconds, 3), "resumed": work.resumed})
         origin = provenance(started=started, device=context.resolved.get("device", "cpu"), job=job)
         origin["processes"] = team.size
         work.publish({**origin, "seconds": round(seconds, 3), "resolved": context.resolved, **expected.notes})
-    say(f"{name}: {sentence} ({spent(seconds)})")
+    say(f"{node}: {sentence} ({spent(seconds)})")
     return seconds
 
 
-def _refuse_changed_inputs(run: RunFolder, config: Config, stage: Stage, instance: str | None, work: Work) -> None:
-    """Another process may have published an input while this one was read: such a mixture is never published."""
-    now = json.loads(json.dumps(expected_recipe(run, config, stage, instance).recipe))
-    changes = compare_recipes(work.recipe, now)
+def _refuse_changed_inputs(run: RunFolder, config: Config, node: Node, work: Work) -> None:
+    """Refuse a mixture: another process may have published an input anew while this one was reading it."""
+    now = json.loads(json.dumps(expected_fingerprint(run, config, node).fingerprint))
+    changes = compare_fingerprints(work.fingerprint, now)
     if changes:
         work.start_over()
-        raise NotReadyError(
-            f"{artifact_name(stage.name, instance)}: {'; '.join(changes)} while it was made; give the command again"
-        )
+        raise NotReadyError(f"{node}: {'; '.join(changes)} while it was made; give the command again")
 
 
 def spent(seconds: float) -> str:
@@ -195,29 +195,18 @@ def spent(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
 
-def _refuse_unready(run: RunFolder, judge: Judge, steps: list[Step], *, force: bool) -> None:
-    """Refuse steps that read what is not fresh, unless another of the steps makes it."""
-    made = {artifact_name(stage.name, instance) for stage, instance in steps}
-    for stage, instance in steps:
-        problems = [line for line in judge.upstream_problems(stage, instance) if _upstream_name(line) not in made]
-        if problems and (force or judge.state(stage, instance).kind != "fresh"):
-            raise NotReadyError(f"{artifact_name(stage.name, instance)} cannot run: {_advice(run, judge, problems)}")
+def _refuse_unready(run: RunFolder, judge: Judge, chosen: list[Node], *, force: bool) -> None:
+    """Refuse nodes that read what is not fresh, unless another of the chosen ones makes it."""
+    for node in chosen:
+        problems = [problem for problem in judge.upstream_problems(node) if problem.node not in chosen]
+        if problems and (force or judge.state(node).kind != "fresh"):
+            raise NotReadyError(f"{node} cannot run: {_advice(run, judge, problems[0])}")
 
 
-def _upstream_name(problem: str) -> str | None:
-    """Return ``clusters/k00004`` of ``upstream clusters/k00004 is stale``; None for a line that is no such."""
-    if not problem.startswith("upstream ") or " is " not in problem or "sources" in problem:
-        return None
-    return problem.removeprefix("upstream ").partition(" is ")[0]
-
-
-def _advice(run: RunFolder, judge: Judge, problems: list[str]) -> str:
-    """Return the first problem, the reason behind it and the command that mends it."""
-    first = problems[0]
-    name = _upstream_name(first)
-    if name is None:
-        return first
-    stage, _, instance = name.partition("/")
-    reasons = judge.state(find_stage(stage), instance or None).reasons
+def _advice(run: RunFolder, judge: Judge, problem: Problem) -> str:
+    """Return the problem, the reason behind it and the command that mends it."""
+    if problem.text:
+        return problem.text
+    reasons = judge.state(problem.node).reasons
     why = f" ({'; '.join(reasons)})" if reasons else ""
-    return f"{first}{why}; run `grappa run {quoted(run.root)} --until {stage}` first"
+    return f"{problem}{why}; run `grappa run {quoted(run.root)} --until {problem.node.stage}` first"

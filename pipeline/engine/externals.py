@@ -1,4 +1,4 @@
-"""What a run reads from outside: the backbone's weights and the detector of objects, by the digests of their files."""
+"""What a run reads from outside its folder: the backbone's weights and the detector of objects, as digests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SUFFIXES = (".json", ".safetensors", ".txt")  # all that is ever read of a detec
 
 
 class MissingInputError(ValueError):
-    """An input has no usable manifest or file, so that a recipe cannot be known; the message is a reason line."""
+    """An input has no usable manifest or file, so that a fingerprint cannot be known; the message is a reason line."""
 
 
 def weights_digest(path: Path, known: Any = None) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def is_hub_name(model: str) -> bool:
 
 
 def detector_digests(config: Config, known: Mapping[str, Any] | None) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the recipe's input and the provenance of the detector; nothing where none is used.
+    """Return the fingerprint's input and the provenance of the detector; nothing where none is used.
 
     ``known``: the provenance of an earlier look; a folder that is gone counts as unchanged when it was that one.
     """

@@ -1,4 +1,4 @@
-"""The recipe an instance has now: from the configuration, upstream manifests and what lies outside the run."""
+"""The fingerprint an instance has now: from the configuration, upstream manifests and what lies outside the run."""
 
 from __future__ import annotations
 
@@ -10,53 +10,56 @@ from typing import Any
 
 from grappa.pipeline.config.schema import Config, identity_settings
 from grappa.pipeline.engine.externals import MissingInputError, detector_digests, weights_digest
-from grappa.pipeline.graph.stages import Input, Stage
+from grappa.pipeline.graph.node import Node
+from grappa.pipeline.graph.stages import Input, find_stage
 from grappa.pipeline.store.artifacts import CorruptManifest, Manifest, RunFolder, quoted
 
-SOURCES_FILE = "sources.parquet"
-SOURCES_RECIPE: dict[str, Any] = {"stage": "sources", "instance": None, "version": 1, "config": {}, "inputs": {}}
+SOURCES, SOURCES_FILE = Node("sources"), "sources.parquet"
+SOURCES_FINGERPRINT: dict[str, Any] = {"stage": "sources", "instance": None, "version": 1, "config": {}, "inputs": {}}
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A recipe, and notes for the provenance (where the weights lay)."""
+    """A fingerprint, and notes for the provenance (where the weights lay)."""
 
-    recipe: dict[str, Any]
+    fingerprint: dict[str, Any]
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def expected_recipe(run: RunFolder, config: Config, stage: Stage, instance: str | None) -> Expected:
-    """Return the recipe of an instance; only manifests are read, and weights that changed since they were.
+def expected_fingerprint(run: RunFolder, config: Config, node: Node) -> Expected:
+    """Return the fingerprint of a node; only manifests are read, and weights that changed since they were.
 
     Raises MissingInputError when an input is missing: a line such as ``upstream features is missing``.
     """
+    stage = find_stage(node.stage)
     inputs: dict[str, dict[str, str]] = {}
     notes: dict[str, Any] = {}
-    for each in stage.inputs(config, instance):
-        inputs.setdefault(each.name, {}).update(_input_digests(run, each))
+    for each in stage.inputs(config, node.instance):
+        inputs.setdefault(each.node.name, {}).update(_input_digests(run, each))
     if "sources" in stage.externals:
         inputs["sources"] = {SOURCES_FILE: sources_manifest(run).outputs[SOURCES_FILE]["sha256"]}
     if "weights" in stage.externals:
-        inputs["weights"], notes = _weights(run, config, stage)
+        inputs["weights"], notes = _weights(run, config, node)
     if "detector" in stage.externals and config.objects.provider == "grounding_dino":
-        manifest = read_manifest(run, stage.name, instance)
+        manifest = read_manifest(run, node)
         inputs["detector"], found = detector_digests(config, manifest.provenance.get("detector") if manifest else None)
         notes = {"detector": found}
-    recipe = {"stage": stage.name, "instance": instance, "version": stage.version}
-    return Expected(recipe | {"config": identity_settings(config, stage.settings(instance)), "inputs": inputs}, notes)
+    fingerprint = {"stage": node.stage, "instance": node.instance, "version": stage.version}
+    settings = identity_settings(config, stage.settings(node.instance))
+    return Expected(fingerprint | {"config": settings, "inputs": inputs}, notes)
 
 
-def read_manifest(run: RunFolder, stage: str, instance: str | None = None) -> Manifest | None:
+def read_manifest(run: RunFolder, node: Node | str) -> Manifest | None:
     """Return a manifest, None when it is missing or corrupt."""
     try:
-        return run.artifact(stage, instance).manifest()
+        return run.artifact(node).manifest()
     except CorruptManifest:
         return None
 
 
 def sources_manifest(run: RunFolder) -> Manifest:
     """Return the manifest of the listed images; MissingInputError when there is none."""
-    manifest = read_manifest(run, "sources")
+    manifest = read_manifest(run, SOURCES)
     if manifest is None or SOURCES_FILE not in manifest.outputs:
         raise MissingInputError(f"upstream sources is missing: run `grappa init {quoted(run.root)}`")
     return manifest
@@ -71,21 +74,21 @@ def digest_of(outputs: Mapping[str, Any], name: str) -> str | None:
 
 
 def _input_digests(run: RunFolder, source: Input) -> dict[str, str]:
-    manifest = read_manifest(run, source.stage, source.instance)
+    manifest = read_manifest(run, source.node)
     if manifest is None:
-        raise MissingInputError(f"upstream {source.name} is missing")
+        raise MissingInputError(f"upstream {source.node} is missing")
     digests = {name: digest_of(manifest.outputs, name) for name in source.files}
     lacking = [name for name, digest in digests.items() if digest is None]
     if lacking:
-        raise MissingInputError(f"upstream {source.name} has no {lacking[0]}")
+        raise MissingInputError(f"upstream {source.node} has no {lacking[0]}")
     return {name: digest for name, digest in digests.items() if digest is not None}
 
 
-def _weights(run: RunFolder, config: Config, stage: Stage) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the recipe's input and the provenance of the backbone's weights."""
+def _weights(run: RunFolder, config: Config, node: Node) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the fingerprint's input and the provenance of the backbone's weights."""
     if config.backbone.weights is None:
         return {"hub": config.backbone.name}, {}
-    manifest = read_manifest(run, stage.name)
+    manifest = read_manifest(run, node)
     known = manifest.provenance.get("weights") if manifest else None
     found = weights_digest(Path(config.backbone.weights), known)
     return {"sha256": found["sha256"]}, {"weights": found}

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from grappa.pipeline.store.artifacts import Artifact, CorruptManifest, Recipe
+from grappa.pipeline.graph.node import Node
+from grappa.pipeline.store.artifacts import Artifact, CorruptManifest, Fingerprint
 
 Kind = Literal["missing", "fresh", "stale", "corrupt"]
 _ABSENT = object()
@@ -24,7 +25,22 @@ class State:
         return f"{self.kind}: {'; '.join(self.reasons)}" if self.reasons else self.kind
 
 
-def compare_recipes(old: Recipe, new: Recipe) -> list[str]:
+@dataclass(frozen=True)
+class Problem:
+    """Something that a node reads and that is not fresh.
+
+    ``text``: what people are told, with the command that mends it; without one the node's own stage mends it.
+    """
+
+    node: Node
+    kind: Kind
+    text: str = ""
+
+    def __str__(self) -> str:
+        return self.text or f"upstream {self.node} is {self.kind}"
+
+
+def compare_fingerprints(old: Fingerprint, new: Fingerprint) -> list[str]:
     """What differs, a line each: stage version, then config, then inputs, by name; empty when they are the same."""
     lines = [
         f"{label}: {_text(old[field])} -> {_text(new[field])}"
@@ -54,14 +70,14 @@ def _text(value: object) -> str:
 
 
 def artifact_state(
-    artifact: Artifact, expected_recipe: Recipe | None, upstream_problems: Sequence[str] = (), verify: bool = False
+    artifact: Artifact, expected: Fingerprint | None, upstream_problems: Sequence[str] = (), verify: bool = False
 ) -> State:
     """The state of one artifact; nothing on disk is changed.
 
-    `expected_recipe` is None when an input is missing, so that the recipe cannot be known: then `upstream_problems`
-    (such as `upstream clusters/k01024 is stale`) must say why. With `verify` every byte is hashed again.
+    `expected` is None where an input is missing, so that the fingerprint cannot be known; `upstream_problems` (such as
+    `upstream clusters/k01024 is stale`) must then say why. With `verify` every byte is hashed again.
     """
-    assert expected_recipe is not None or upstream_problems, "without a recipe an upstream problem must be named"
+    assert expected is not None or upstream_problems, "without a fingerprint an upstream problem must be named"
     try:
         manifest = artifact.manifest()
     except CorruptManifest as error:
@@ -71,6 +87,6 @@ def artifact_state(
     problems = artifact.check(verify)
     if problems:
         return State("corrupt", problems)
-    reasons = compare_recipes(manifest.recipe, expected_recipe) if expected_recipe is not None else []
+    reasons = [] if expected is None else compare_fingerprints(manifest.fingerprint, expected)
     reasons += [line for line in upstream_problems if line not in reasons]
     return State("stale" if reasons else "fresh", reasons)

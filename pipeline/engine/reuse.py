@@ -1,4 +1,4 @@
-"""Taking artifacts over from other runs: those that are whole there and have the recipe that is expected here."""
+"""Taking artifacts over from other runs: those that are whole there and have the fingerprint that is expected here."""
 
 from __future__ import annotations
 
@@ -9,51 +9,50 @@ from pathlib import Path
 
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.externals import MissingInputError
-from grappa.pipeline.engine.fingerprints import expected_recipe, read_manifest
+from grappa.pipeline.engine.fingerprints import expected_fingerprint, read_manifest
 from grappa.pipeline.engine.freshness import artifact_state
-from grappa.pipeline.engine.status import instances
-from grappa.pipeline.graph.stages import Stage
-from grappa.pipeline.store.artifacts import LOG_FILE, Artifact, Manifest, Recipe, RunFolder
+from grappa.pipeline.graph.node import Node
+from grappa.pipeline.graph.stages import nodes
+from grappa.pipeline.store.artifacts import LOG_FILE, Artifact, Fingerprint, Manifest, RunFolder
 from grappa.pipeline.store.work import open_work, recover
 
 
 def take_over(other: RunFolder, run: RunFolder, config: Config, *, say: Callable[[str], None]) -> None:
-    """Link or copy each artifact of ``other`` that is not fresh here and has the recipe wanted here."""
+    """Link or copy each artifact of ``other`` that is not fresh here and has the fingerprint wanted here."""
     taken = []
-    for stage, instance in instances(config):
-        recover(run.artifact(stage.name, instance))
-        if take_over_one([other], run, config, stage, instance):
-            taken.append(run.artifact(stage.name, instance).name)
-    say(f"taken over from {other.root}: {', '.join(taken) or 'nothing, no other artifact has a recipe of this run'}")
+    for node in nodes(config):
+        recover(run.artifact(node))
+        if take_over_one([other], run, config, node):
+            taken.append(node.name)
+    nothing = "nothing, no other artifact has a fingerprint of this run"
+    say(f"taken over from {other.root}: {', '.join(taken) or nothing}")
 
 
-def take_over_one(
-    others: Iterable[RunFolder], run: RunFolder, config: Config, stage: Stage, instance: str | None
-) -> RunFolder | None:
+def take_over_one(others: Iterable[RunFolder], run: RunFolder, config: Config, node: Node) -> RunFolder | None:
     """Link or copy one artifact that is not fresh here from the first run that has it; return that run, or None.
 
-    Whether it is stale there does not matter: the recipe says what it was made of.
+    Whether it is stale there does not matter: the fingerprint says what it was made of.
     """
-    wanted, target = _wanted(run, config, stage, instance), run.artifact(stage.name, instance)
+    wanted, target = _wanted(run, config, node), run.artifact(node)
     if wanted is None or artifact_state(target, wanted).kind == "fresh":
         return None
     for other in others:
-        source, manifest = other.artifact(stage.name, instance), read_manifest(other, stage.name, instance)
-        if manifest and manifest.recipe == wanted and not source.check():
+        source, manifest = other.artifact(node), read_manifest(other, node)
+        if manifest and manifest.fingerprint == wanted and not source.check():
             _copy(source, manifest, target)
             return other
     return None
 
 
-def _wanted(run: RunFolder, config: Config, stage: Stage, instance: str | None) -> Recipe | None:
+def _wanted(run: RunFolder, config: Config, node: Node) -> Fingerprint | None:
     try:
-        return expected_recipe(run, config, stage, instance).recipe
+        return expected_fingerprint(run, config, node).fingerprint
     except MissingInputError:
         return None
 
 
 def _copy(source: Artifact, manifest: Manifest, target: Artifact) -> None:
-    with open_work(target, manifest.recipe) as work:
+    with open_work(target, manifest.fingerprint) as work:
         work.start_over()  # linked files are the other run's: a stage must never write into them
         for name in (*manifest.outputs, LOG_FILE):
             if (source.home / name).exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grappa.pipeline.config.schema import Images
-from grappa.pipeline.engine.fingerprints import SOURCES_FILE, SOURCES_RECIPE, read_manifest
+from grappa.pipeline.engine.fingerprints import SOURCES_FILE, SOURCES_FINGERPRINT, read_manifest
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.provenance import provenance
 from grappa.pipeline.store.storage import atomic_write_bytes, file_digest
@@ -58,7 +58,7 @@ def publish_listing(run: RunFolder, listing: pd.DataFrame, sources: Sequence[str
         return
     started = datetime.now(UTC)
     data = (run.artifact("sources").home / SOURCES_FILE).read_bytes() if same else None
-    with open_work(run.artifact("sources"), SOURCES_RECIPE) as work:
+    with open_work(run.artifact("sources"), SOURCES_FINGERPRINT) as work:
         if data is None:
             _plain(listing).to_parquet(work.path / SOURCES_FILE, index=False)
         else:

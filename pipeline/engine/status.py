@@ -1,37 +1,37 @@
-"""The state of every instance of every stage, and why: what `grappa status` prints and `grappa run` acts upon."""
+"""The state of every node of the graph, and why: what `grappa status` prints and `grappa run` acts upon."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import ConfigError, load_config
 from grappa.pipeline.engine.externals import MissingInputError
-from grappa.pipeline.engine.fingerprints import expected_recipe, read_manifest
-from grappa.pipeline.engine.freshness import State, artifact_state
-from grappa.pipeline.graph.stages import STAGES, Stage, artifact_name, find_stage
+from grappa.pipeline.engine.fingerprints import SOURCES, expected_fingerprint, read_manifest
+from grappa.pipeline.engine.freshness import Problem, State, artifact_state
+from grappa.pipeline.graph.node import Node
+from grappa.pipeline.graph.stages import find_stage, nodes, upstream
 from grappa.pipeline.store.artifacts import RunFolder, quoted
 
 
 @dataclass(frozen=True)
-class InstanceState:
-    """One instance (None: the stage's only one) and its state."""
+class NodeState:
+    """A node and the state of its artifact."""
 
-    stage: str
-    instance: str | None
+    node: Node
     state: State
 
     @property
     def name(self) -> str:
-        return artifact_name(self.stage, self.instance)
+        return self.node.name
 
     def to_json(self) -> dict[str, Any]:
         """Return what `grappa status --json` lists."""
         return {
-            "stage": self.stage,
-            "instance": self.instance,
+            "stage": self.node.stage,
+            "instance": self.node.instance,
             "state": self.state.kind,
             "reasons": list(self.state.reasons),
         }
@@ -44,79 +44,73 @@ def read_config(run: RunFolder) -> Config:
     return load_config(run.config_path)
 
 
-def instances(config: Config) -> Iterator[tuple[Stage, str | None]]:
-    """Yield every instance of every stage in the order of the graph."""
-    for stage in STAGES:
-        for instance in stage.instances(config):
-            yield stage, instance
-
-
 class Judge:
-    """Judges instances on demand and remembers: each artifact is looked at once, whatever hangs on it."""
+    """Judges nodes on demand and remembers: every artifact is looked at once, whatever hangs on it."""
 
     def __init__(self, run: RunFolder, config: Config, *, verify: bool = False) -> None:
         self._run, self._config, self._verify = run, config, verify
-        self._states: dict[str, State] = {}
+        self._states: dict[Node, State] = {}
 
-    def state(self, stage: Stage, instance: str | None) -> State:
-        """Return the state of an instance; what it reads is judged first."""
-        name = artifact_name(stage.name, instance)
-        if name not in self._states:
-            self._states[name] = self._judge(stage, instance)
-        return self._states[name]
+    def state(self, node: Node) -> State:
+        """Return the state of a node; what it reads is judged first."""
+        if node not in self._states:
+            self._states[node] = self._judge(node)
+        return self._states[node]
 
-    def forget(self, stage: Stage, instance: str | None) -> None:
-        """Look at an instance again when asked the next time; those that read it must not have been judged yet."""
-        self._states.pop(artifact_name(stage.name, instance), None)
+    def forget(self, node: Node) -> None:
+        """Look at a node again when asked the next time; those that read it must not have been judged yet."""
+        self._states.pop(node, None)
 
-    def upstream_problems(self, stage: Stage, instance: str | None) -> list[str]:
-        """Return a line for each thing that an instance reads and that is not fresh."""
-        lines = self._sources_problems() if "sources" in stage.externals else []
-        for each in dict.fromkeys((x.stage, x.instance) for x in stage.inputs(self._config, instance)):
-            kind = self.state(find_stage(each[0]), each[1]).kind
-            if kind != "fresh":
-                lines.append(f"upstream {artifact_name(*each)} is {kind}")
-        return lines
+    def upstream_problems(self, node: Node) -> list[Problem]:
+        """Return a problem for everything that a node reads and that is not fresh."""
+        problems = self._sources_problems() if "sources" in find_stage(node.stage).externals else []
+        kinds = {each: self.state(each).kind for each in upstream(node, self._config)}
+        return problems + [Problem(each, kind) for each, kind in kinds.items() if kind != "fresh"]
 
-    def _judge(self, stage: Stage, instance: str | None) -> State:
-        problems = self.upstream_problems(stage, instance)
-        recipe = None
+    def _judge(self, node: Node) -> State:
+        problems = [str(problem) for problem in self.upstream_problems(node)]
+        fingerprint = None
         try:
-            recipe = expected_recipe(self._run, self._config, stage, instance).recipe
+            fingerprint = expected_fingerprint(self._run, self._config, node).fingerprint
         except MissingInputError as error:
-            problems += [] if problems else [str(error)]
-        return artifact_state(self._run.artifact(stage.name, instance), recipe, problems, self._verify)
+            problems = problems or [str(error)]
+        return artifact_state(self._run.artifact(node), fingerprint, problems, self._verify)
 
-    def _sources_problems(self) -> list[str]:
-        manifest = read_manifest(self._run, "sources")
+    def _sources_problems(self) -> list[Problem]:
+        """Return what is wrong with the listed images; `grappa init` mends it."""
         advice = f"run `grappa init {quoted(self._run.root)}`"
-        sources = self._run.artifact("sources")
+        manifest, sources = read_manifest(self._run, SOURCES), self._run.artifact(SOURCES)
         if not sources.home.exists():
-            return [f"upstream sources is missing: {advice}"]
-        problems = [f"upstream sources is corrupt: {line}; {advice}" for line in sources.check(self._verify)]
+            return [Problem(SOURCES, "missing", f"upstream sources is missing: {advice}")]
+        problems = [
+            Problem(SOURCES, "corrupt", f"upstream sources is corrupt: {line}; {advice}")
+            for line in sources.check(self._verify)
+        ]
         if manifest and manifest.provenance.get("sources") != list(self._config.images.sources):
-            problems.append(f"images.sources was edited since the images were listed: {advice}")
+            text = f"images.sources was edited since the images were listed: {advice}"
+            problems.append(Problem(SOURCES, "stale", text))
         if self._verify and not problems:
             problems += self._changed_images(advice)
         return problems
 
-    def _changed_images(self, advice: str) -> list[str]:
+    def _changed_images(self, advice: str) -> list[Problem]:
         from grappa.pipeline.engine.sources import changed_files
 
         changed = changed_files(self._run)
         if not changed:
             return []
-        return [f"images changed since init: {len(changed)} files, first {changed[0]}; {advice}"]
+        text = f"images changed since init: {len(changed)} files, first {changed[0]}; {advice}"
+        return [Problem(SOURCES, "stale", text)]
 
 
-def states(run: RunFolder, config: Config, *, verify: bool = False) -> list[InstanceState]:
-    """Return the state of every instance in the order of the graph; ``verify`` re-hashes outputs, re-sizes images."""
+def states(run: RunFolder, config: Config, *, verify: bool = False) -> list[NodeState]:
+    """Return the state of every node in the order of the graph; ``verify`` re-hashes outputs, re-sizes images."""
     judge = Judge(run, config, verify=verify)
-    return [InstanceState(stage.name, instance, judge.state(stage, instance)) for stage, instance in instances(config)]
+    return [NodeState(node, judge.state(node)) for node in nodes(config)]
 
 
-def status_lines(found: list[InstanceState], notes: Mapping[str, str] | None = None) -> list[str]:
-    """Return the text of `grappa status`: a line an instance, with its note if any, a line below for each reason."""
+def status_lines(found: Sequence[NodeState], notes: Mapping[str, str] | None = None) -> list[str]:
+    """Return the text of `grappa status`: a line for a node, with its note, and a line below for each reason."""
     width = max(len(each.name) for each in found)
     lines = []
     for each in found:

@@ -1,12 +1,12 @@
 """The graph as data: what each stage reads, which instances it has, and where its code lives.
 
-A stage's *recipe* is its version, the configuration it lists here and the digests of the files it lists here: nothing
-else can change its result. Bump ``version`` when the same recipe would give another result.
+The *fingerprint* of a result is its stage's version, the settings and the digests of the files that the stage lists
+here: nothing else can change the result. Bump ``version`` when the same fingerprint would give another result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from grappa.pipeline.config.schema import Config
@@ -21,6 +21,7 @@ from grappa.pipeline.graph.models import (
     fusions,
     head_rows,
 )
+from grappa.pipeline.graph.node import Node
 
 PIXELS = ("images.parquet", "pixels/")
 WEIGHTS = ("weights.safetensors", "backbone.json")
@@ -35,8 +36,8 @@ class Input:
     instance: str | None = None
 
     @property
-    def name(self) -> str:
-        return artifact_name(self.stage, self.instance)
+    def node(self) -> Node:
+        return Node(self.stage, self.instance)
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,6 @@ class Stage:
     @property
     def module(self) -> str:
         return f"grappa.pipeline.stages.{self.name}"
-
-
-def artifact_name(stage: str, instance: str | None) -> str:
-    """Return ``features`` or ``clusters/k00256``."""
-    return stage if instance is None else f"{stage}/{instance}"
 
 
 def _settings(*names: str) -> Callable[[str | None], tuple[str, ...]]:
@@ -264,6 +260,23 @@ STAGES: tuple[Stage, ...] = (
         parallel=True,
     ),
 )
+
+
+def nodes(config: Config) -> Iterator[Node]:
+    """Yield every instance of every stage in the order of the graph."""
+    for stage in STAGES:
+        for instance in stage.instances(config):
+            yield Node(stage.name, instance)
+
+
+def inputs_of(node: Node, config: Config) -> tuple[Input, ...]:
+    """Return the files that a node reads."""
+    return find_stage(node.stage).inputs(config, node.instance)
+
+
+def upstream(node: Node, config: Config) -> list[Node]:
+    """Return the nodes that a node reads, each once."""
+    return list(dict.fromkeys(each.node for each in inputs_of(node, config)))
 
 
 def find_stage(name: str) -> Stage:

@@ -11,11 +11,10 @@ from grappa.pipeline.commands.run import ORACLE
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.execution import spent
 from grappa.pipeline.graph.models import evaluated_rows
-from grappa.pipeline.graph.stages import STAGES, artifact_name, find_stage
+from grappa.pipeline.graph.node import Node
+from grappa.pipeline.graph.stages import STAGES, upstream
 from grappa.pipeline.report.summary import Table
 from grappa.pipeline.store.artifacts import LOG_FILE, RunFolder
-
-Step = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -27,29 +26,29 @@ class Cost:
     images_per_second: float | None
 
 
-def needed(config: Config, stage: str, instance: str | None) -> set[Step]:
-    """Return a stage's instance and all that it hangs on."""
-    steps: set[Step] = set()
-    waiting: list[Step] = [(stage, instance)]
+def needed(config: Config, node: Node) -> set[Node]:
+    """Return a node and all that it hangs on."""
+    found: set[Node] = set()
+    waiting = [node]
     while waiting:
-        step = waiting.pop()
-        if step not in steps:
-            steps.add(step)
-            waiting += [(each.stage, each.instance) for each in find_stage(step[0]).inputs(config, step[1])]
-    return steps
+        here = waiting.pop()
+        if here not in found:
+            found.add(here)
+            waiting += upstream(here, config)
+    return found
 
 
-def row_steps(config: Config) -> dict[str, set[Step]]:
+def row_steps(config: Config) -> dict[str, set[Node]]:
     """Return what each row of the result table hangs on, by row; the oracle's are those of every granularity."""
-    rows = {row: needed(config, *source) for row, source in evaluated_rows(config).items()}
+    rows = {row: needed(config, Node(*source)) for row, source in evaluated_rows(config).items()}
     if config.model.source == "single":
         return rows
     return rows | {ORACLE: set().union(*(rows[name] for name in config.granularities))}
 
 
-def cost_of(run: RunFolder, stage: str, instance: str | None) -> Cost | None:
+def cost_of(run: RunFolder, node: Node) -> Cost | None:
     """Return what a published artifact's manifest and log say it cost; None where they say nothing."""
-    artifact = run.artifact(stage, instance)
+    artifact = run.artifact(node)
     manifest = artifact.manifest()
     if manifest is None or "seconds" not in manifest.provenance:
         return None
@@ -65,10 +64,10 @@ def load_costs(run: RunFolder, config: Config) -> pd.DataFrame:
     order = [stage.name for stage in STAGES]
     records = []
     for row, steps in row_steps(config).items():
-        for stage, instance in sorted(steps, key=lambda step: (order.index(step[0]), str(step[1]))):
-            cost = cost_of(run, stage, instance)
+        for node in sorted(steps, key=lambda node: (order.index(node.stage), str(node.instance))):
+            cost = cost_of(run, node)
             found = (cost.seconds, cost.partly, cost.images_per_second) if cost else (float("nan"), True, None)
-            records.append((row, stage, instance, *found))
+            records.append((row, node.stage, node.instance, *found))
     return pd.DataFrame(records, columns=["row", "stage", "instance", "seconds", "partly", "images_per_second"])
 
 
@@ -88,9 +87,7 @@ def cost_table(costs: pd.DataFrame, models: list[str]) -> Table:
 def partly_known(costs: pd.DataFrame) -> list[str]:
     """Return the artifacts whose time is that of the last try only."""
     own = costs[costs["partly"]]
-    return sorted(
-        {artifact_name(stage, instance) for stage, instance in zip(own["stage"], own["instance"], strict=True)}
-    )
+    return sorted({Node(*pair).name for pair in zip(own["stage"], own["instance"], strict=True)})
 
 
 def _spent(own: pd.DataFrame) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from grappa.core.randomness import id_numbers, key, shuffled
 from grappa.images.pixels import PixelCache
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.opening import read_images, test_rows
 from grappa.pipeline.store.artifacts import RunFolder, published
 
@@ -74,7 +75,7 @@ def load_examples(
     precision = _precision(table, list(models), per_query)
     chosen = choose(table, precision, seed=seed)
     places = [place for _, place in chosen]
-    found = {model: _nearest(published(run, *source), rows, np.array(places)) for model, source in models.items()}
+    found = {model: _nearest(published(run, Node(*source)), rows, np.array(places)) for model, source in models.items()}
     return [_example(table, precision, found, why, place, number) for number, (why, place) in enumerate(chosen)]
 
 

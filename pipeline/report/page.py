@@ -11,8 +11,10 @@ import pandas as pd
 from grappa.metrics.attention import MEAN
 from grappa.pipeline import tables
 from grappa.pipeline.config.schema import Config
-from grappa.pipeline.engine.status import instances, read_config, states
+from grappa.pipeline.engine.status import read_config, states
 from grappa.pipeline.graph.models import deployed_row, evaluated_rows, fusions
+from grappa.pipeline.graph.node import Node
+from grappa.pipeline.graph.stages import nodes
 from grappa.pipeline.report import costs, examples, figures, summary
 from grappa.pipeline.report.summary import Table, number
 from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, quoted
@@ -31,9 +33,9 @@ def write_report(run: Path, folder: Path) -> str:
     source = RunFolder.open(run)
     config = read_config(source)
     metrics, per_query = tables.load_metrics(run), tables.load_per_query(run)
-    made = [(stage.name, instance) for stage, instance in instances(config) if _is_made(source, stage.name, instance)]
-    check_same_origin(source, *(source.artifact(*each).name for each in made))
-    content = _content(source, config, metrics, per_query, attention=("attention", "neighbors") in made)
+    made = [node for node in nodes(config) if _is_made(source, node)]
+    check_same_origin(source, *(node.name for node in made))
+    content = _content(source, config, metrics, per_query, attention=Node("attention", "neighbors") in made)
     with new_folder(folder) as draft:
         _write_figures(
             run, draft / FIGURES, attention=content["attention"] is not None, clusters=bool(config.granularities)
@@ -45,8 +47,8 @@ def write_report(run: Path, folder: Path) -> str:
     return f"wrote the report to {folder / PAGE}; its tables for a README are in {folder / MARKDOWN}"
 
 
-def _is_made(run: RunFolder, stage: str, instance: str | None) -> bool:
-    return run.artifact(stage, instance).manifest() is not None
+def _is_made(run: RunFolder, node: Node) -> bool:
+    return run.artifact(node).manifest() is not None
 
 
 def _content(
@@ -56,7 +58,7 @@ def _content(
     models = list(dict.fromkeys(metrics["model"])) if metrics["map"].notna().any() else []
     sources = evaluated_rows(config)
     shown_rows = dict.fromkeys([*examples.MODELS, deployed_row(config)])
-    shown = {each: sources[each] for each in shown_rows if each in sources and _is_made(run, *sources[each])}
+    shown = {each: sources[each] for each in shown_rows if each in sources and _is_made(run, Node(*sources[each]))}
     spent = costs.load_costs(run, config)
     return {
         "name": run.root.resolve().name,
@@ -98,7 +100,7 @@ def _facts(run: RunFolder, config: Config) -> list[tuple[str, str]]:
     num_test = int((listing["split"] == "test").sum())
     split = f"{len(listing) - num_test:,} to learn from, {num_test:,} to test"
     counts = ", ".join(f"{domain} {len(own):,}" for domain, own in listing.groupby("domain"))
-    origin = [run.artifact(stage.name, instance).manifest() for stage, instance in instances(config)]
+    origin = [run.artifact(node).manifest() for node in nodes(config)]
     made = [each.provenance for each in origin if each is not None]
     backbone = config.backbone.name + (f" at {config.backbone.image_size} px" if config.backbone.image_size else "")
     return [

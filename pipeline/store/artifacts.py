@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import STAGES
 from grappa.pipeline.store.storage import (
     StorageError,
@@ -28,11 +29,11 @@ from grappa.pipeline.store.storage import (
 
 FORMAT = 1
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
-MANIFEST_FILE, RECIPE_FILE, LOG_FILE = "manifest.json", "recipe.json", "log.jsonl"
+MANIFEST_FILE, FINGERPRINT_FILE, LOG_FILE = "manifest.json", "recipe.json", "log.jsonl"
 CHECKPOINT_FILES = ("checkpoint.safetensors", "checkpoint.json")
 SCRATCH_FOLDER = "scratch"  # in a partial folder: what a stage needs to go on after a crash, dropped when published
 
-Recipe = Mapping[str, Any]
+Fingerprint = Mapping[str, Any]
 
 
 def quoted(path: Path) -> str:
@@ -57,15 +58,15 @@ class FileDigest(TypedDict):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is: recipe and outputs are its identity, provenance says where it came from."""
+    """What an artifact is: fingerprint and outputs are its identity, provenance says where it came from."""
 
-    recipe: Recipe
+    fingerprint: Fingerprint
     outputs: Mapping[str, FileDigest]
     provenance: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as written to disk, with its format version."""
-        parts = {"recipe": self.recipe, "outputs": self.outputs, "provenance": self.provenance}
+        parts = {"recipe": self.fingerprint, "outputs": self.outputs, "provenance": self.provenance}
         return {"format": FORMAT, **{name: dict(part) for name, part in parts.items()}}
 
     @classmethod
@@ -111,20 +112,20 @@ def _manifest_problem(content: object) -> str | None:
     for field in ("recipe", "outputs", "provenance"):
         if not isinstance(content[field], dict):
             return f"field {field} is not an object"
-    return _recipe_problem(content["recipe"]) or _outputs_problem(content["outputs"])
+    return _fingerprint_problem(content["recipe"]) or _outputs_problem(content["outputs"])
 
 
-def _recipe_problem(recipe: dict[str, Any]) -> str | None:
+def _fingerprint_problem(fingerprint: dict[str, Any]) -> str | None:
     expected = {"stage", "instance", "version", "config", "inputs"}
-    if set(recipe) != expected:
-        return f"fields of recipe are {sorted(recipe)}, expected {sorted(expected)}"
+    if set(fingerprint) != expected:
+        return f"fields of recipe are {sorted(fingerprint)}, expected {sorted(expected)}"
     right = (
-        isinstance(recipe["stage"], str)
-        and isinstance(recipe["instance"], str | None)
-        and _is_count(recipe["version"])
-        and isinstance(recipe["config"], dict)
-        and isinstance(recipe["inputs"], dict)
-        and all(isinstance(files, dict) for files in recipe["inputs"].values())
+        isinstance(fingerprint["stage"], str)
+        and isinstance(fingerprint["instance"], str | None)
+        and _is_count(fingerprint["version"])
+        and isinstance(fingerprint["config"], dict)
+        and isinstance(fingerprint["inputs"], dict)
+        and all(isinstance(files, dict) for files in fingerprint["inputs"].values())
     )
     return None if right else "a field of recipe has the wrong type"
 
@@ -145,18 +146,12 @@ class Artifact:
     """One stage's (instance's) folder in a run, and the folders beside it while it is being made."""
 
     root: Path
-    stage: str
-    instance: str | None = None
-
-    def __post_init__(self) -> None:
-        for part in (self.stage, self.instance):
-            if part is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", part):
-                raise ValueError(f"Artifact name {part!r} may hold letters, digits, '_' and '-' only.")
+    node: Node
 
     @property
     def name(self) -> str:
-        """For people and recipes: `features`, `clusters/k00256`."""
-        return self.stage if self.instance is None else f"{self.stage}/{self.instance}"
+        """For people and fingerprints: `features`, `clusters/k00256`."""
+        return self.node.name
 
     @property
     def path(self) -> Path:
@@ -227,9 +222,9 @@ class RunFolder:
         """The resolved configuration."""
         return self.root / CONFIG_FILE
 
-    def artifact(self, stage: str, instance: str | None = None) -> Artifact:
-        """The artifact of a stage (instance), whether it exists or not."""
-        return Artifact(self.root, stage, instance)
+    def artifact(self, node: Node | str) -> Artifact:
+        """The artifact of a node, or of that name (`clusters/k00256`), whether it exists or not."""
+        return Artifact(self.root, Node.parse(node) if isinstance(node, str) else node)
 
     @classmethod
     def create(cls, root: Path) -> RunFolder:
@@ -273,11 +268,11 @@ def _check_run_format(path: Path) -> None:
         raise RunFolderError(f"{path.parent} has run format {version}, {advice}.")
 
 
-def published(folder: RunFolder, stage: str, instance: str | None = None) -> Path:
+def published(folder: RunFolder, node: Node | str) -> Path:
     """Return the folder of a published artifact; ValueError naming the command when it is missing."""
-    artifact = folder.artifact(stage, instance)
+    artifact = folder.artifact(node)
     if artifact.manifest() is None:
-        command = f"grappa run {quoted(folder.root)} --until {stage}"
+        command = f"grappa run {quoted(folder.root)} --until {artifact.node.stage}"
         raise ValueError(f"{artifact.name} is missing in {folder.root}; run `{command}`")
     return artifact.home
 
@@ -291,8 +286,7 @@ def check_same_origin(folder: RunFolder, *names: str) -> None:
     seen: dict[tuple[str, str], str] = {}
     differing: set[str] = set()
     for name in names:
-        stage, _, instance = name.partition("/")
-        manifest = folder.artifact(stage, instance or None).manifest()
+        manifest = folder.artifact(name).manifest()
         for place, digest in _digests(name, manifest).items() if manifest else ():
             if seen.setdefault(place, digest) != digest:
                 differing.add(place[0])
@@ -312,6 +306,6 @@ def _place_in_graph(name: str) -> tuple[int, str]:
 
 def _digests(name: str, manifest: Manifest) -> dict[tuple[str, str], str]:
     inputs = {
-        (each, file): digest for each, files in manifest.recipe["inputs"].items() for file, digest in files.items()
+        (each, file): digest for each, files in manifest.fingerprint["inputs"].items() for file, digest in files.items()
     }
     return inputs | {(name, file): str(entry["sha256"]) for file, entry in manifest.outputs.items()}

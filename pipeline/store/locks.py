@@ -1,4 +1,4 @@
-"""One writer an artifact: a lock file that says who holds it, and that outlives no holder.
+"""One writer for an artifact: a lock file says who holds it, and a dead holder loses it.
 
 The file appears whole (a hard link of a written draft: atomic, also between hosts) and its content never changes while
 held; a heartbeat renews its modification time, which needs no disk space. Silence is measured against the

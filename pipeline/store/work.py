@@ -18,14 +18,14 @@ from typing import Any
 
 from grappa.pipeline.store.artifacts import (
     CHECKPOINT_FILES,
+    FINGERPRINT_FILE,
     LOG_FILE,
     MANIFEST_FILE,
-    RECIPE_FILE,
     SCRATCH_FOLDER,
     Artifact,
     FileDigest,
+    Fingerprint,
     Manifest,
-    Recipe,
     folder_problems,
 )
 from grappa.pipeline.store.locks import Lock, LockedError, acquire
@@ -38,20 +38,21 @@ from grappa.pipeline.store.storage import (
     storage_errors,
 )
 
-DROPPED_FILES = (RECIPE_FILE, *CHECKPOINT_FILES)
+DROPPED_FILES = (FINGERPRINT_FILE, *CHECKPOINT_FILES)
 
 
 class Work:
     """A locked artifact in the making; use as a context manager, write outputs below `path`, then `publish`.
 
-    `resumed`: `path` holds the unfinished work of the same recipe. `finished`: the manifest of this very recipe whose
-    publish a crash had interrupted and `open_work` completed, else None. An exception leaves `path` for the next try.
+    `resumed`: `path` holds unfinished work with the same fingerprint. `finished`: the manifest, where a crash had
+    interrupted a publish with this fingerprint and `open_work` has completed it; else None. An exception leaves `path`
+    as it is, for the next try.
     """
 
     def __init__(
-        self, artifact: Artifact, recipe: Recipe, lock: Lock, *, resumed: bool, finished: Manifest | None
+        self, artifact: Artifact, fingerprint: Fingerprint, lock: Lock, *, resumed: bool, finished: Manifest | None
     ) -> None:
-        self.artifact, self.recipe, self.path = artifact, recipe, artifact.partial
+        self.artifact, self.fingerprint, self.path = artifact, fingerprint, artifact.partial
         self.resumed, self.finished = resumed, finished
         self._lock = lock
 
@@ -66,7 +67,7 @@ class Work:
         self._lock.check()
         with storage_errors(self.path):
             _remove_drafts(self.path)
-            manifest = Manifest(self.recipe, _seal_outputs(self.path), provenance)
+            manifest = Manifest(self.fingerprint, _seal_outputs(self.path), provenance)
             atomic_write_json(self.path / MANIFEST_FILE, manifest.to_json())
             _swap(self.artifact)
         return manifest
@@ -76,7 +77,7 @@ class Work:
         with storage_errors(self.path):
             _remove_folder(self.path)
             self.path.mkdir()
-            atomic_write_json(self.path / RECIPE_FILE, {"resumable": False})
+            atomic_write_json(self.path / FINGERPRINT_FILE, {"resumable": False})
 
     def close(self) -> None:
         """Gives the lock back."""
@@ -94,19 +95,19 @@ class Work:
                 raise error
 
 
-def open_work(artifact: Artifact, recipe: Recipe, *, job: str | None = None) -> Work:
-    """Locks the artifact and prepares its partial folder: kept when its recipe is the same, else emptied.
+def open_work(artifact: Artifact, fingerprint: Fingerprint, *, job: str | None = None) -> Work:
+    """Locks the artifact and prepares its partial folder: kept when its fingerprint is the same, else emptied.
 
     Raises LockedError while another process writes the artifact, StorageError when the folder cannot be written.
     """
-    wanted = json.loads(json.dumps(recipe, allow_nan=False))
+    wanted = json.loads(json.dumps(fingerprint, allow_nan=False))
     with storage_errors(artifact.root):
         artifact.path.parent.mkdir(parents=True, exist_ok=True)
     lock = acquire(artifact.lock, what=artifact.name, job=job)
     try:
         with storage_errors(artifact.partial):
             published = _recover(artifact)
-            finished = published if published and published.recipe == wanted else None
+            finished = published if published and published.fingerprint == wanted else None
             resumed = _prepare(artifact.partial, wanted)
     except BaseException:
         lock.release()
@@ -140,22 +141,22 @@ def _is_whole(folder: Path) -> bool:
     return (folder / MANIFEST_FILE).exists() and not folder_problems(folder, verify=False)
 
 
-def _prepare(partial: Path, recipe: Recipe) -> bool:
-    """Makes the partial folder ready for the recipe; True when it holds unfinished work of the same recipe."""
-    if _stored_recipe(partial) == recipe:
+def _prepare(partial: Path, fingerprint: Fingerprint) -> bool:
+    """Makes the partial folder ready; True when it holds unfinished work with this fingerprint."""
+    if _stored_fingerprint(partial) == fingerprint:
         (partial / MANIFEST_FILE).unlink(missing_ok=True)
         _remove_drafts(partial)
         _drop_torn_line(partial / LOG_FILE)
         return True
     _remove_folder(partial)
     partial.mkdir()
-    atomic_write_json(partial / RECIPE_FILE, recipe)
+    atomic_write_json(partial / FINGERPRINT_FILE, fingerprint)
     return False
 
 
-def _stored_recipe(partial: Path) -> object:
+def _stored_fingerprint(partial: Path) -> object:
     try:
-        return json.loads((partial / RECIPE_FILE).read_bytes())
+        return json.loads((partial / FINGERPRINT_FILE).read_bytes())
     except (FileNotFoundError, ValueError):
         return None
 
@@ -216,7 +217,7 @@ def _remove_folder(folder: Path) -> None:
     """Deletes a folder; first what makes it look whole or resumable, so that half of it is never taken for either."""
     if not folder.exists():
         return
-    for name in (MANIFEST_FILE, RECIPE_FILE):
+    for name in (MANIFEST_FILE, FINGERPRINT_FILE):
         (folder / name).unlink(missing_ok=True)
     fsync_folder(folder)
     shutil.rmtree(folder)

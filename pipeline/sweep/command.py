@@ -1,7 +1,7 @@
 """`grappa sweep`: several configurations from one file, each an ordinary run, nothing computed twice.
 
-An artifact is identified by its fingerprint, and before each one is computed all siblings are asked for it: whatever
-the order of the runs, each fingerprint is computed once.
+A fingerprint identifies an artifact. Before an artifact is computed, all sibling runs are asked for it: whatever the
+order of the runs, it is computed once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grappa.pipeline.engine.execution import Say, Selection, run_stages
 from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.reuse import take_over_one
 from grappa.pipeline.errors import explained
-from grappa.pipeline.graph.stages import Stage, artifact_name
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import RunFolder, quoted
 from grappa.pipeline.store.storage import is_disk_full
 from grappa.pipeline.sweep.comparison import CSV_FILE, SweepTable, compact, setting
@@ -110,13 +110,13 @@ class _Taker:
     taken: dict[str, list[str]] = field(default_factory=dict)
     any: bool = False
 
-    def __call__(self, stage: Stage, instance: str | None) -> bool:
-        source = take_over_one(self.others, self.run.folder, self.run.config, stage, instance)
+    def __call__(self, node: Node) -> bool:
+        source = take_over_one(self.others, self.run.folder, self.run.config, node)
         if source is None:
             self.flush()
             return False
         self.any = True
-        self.taken.setdefault(self.others[source], []).append(artifact_name(stage.name, instance))
+        self.taken.setdefault(self.others[source], []).append(node.name)
         return True
 
     def flush(self) -> None:

@@ -19,7 +19,7 @@ from grappa.pipeline.config.yaml_file import flow
 from grappa.pipeline.engine.execution import Selection, selected
 from grappa.pipeline.engine.fingerprints import read_manifest
 from grappa.pipeline.engine.status import Judge
-from grappa.pipeline.graph.stages import find_stage
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.storage import atomic_write_bytes
 from grappa.pipeline.sweep.runs import Sweep, SweepRun
 from grappa.pipeline.sweep.spec import SweepFile, varied
@@ -52,7 +52,7 @@ def _result_rows(run: SweepRun, file: SweepFile) -> pd.DataFrame | None:
     """Return a run's rows of the table; None while its evaluation is not fresh."""
     import pandas as pd
 
-    if Judge(run.folder, run.config).state(find_stage("evaluation"), None).kind != "fresh":
+    if Judge(run.folder, run.config).state(Node("evaluation")).kind != "fresh":
         return None
     metrics = pd.read_csv(run.folder.artifact("evaluation").home / "metrics.csv")
     chosen = [any(fnmatchcase(model, pattern) for pattern in file.rows) for model in metrics["model"]]
@@ -75,12 +75,12 @@ def _seconds(run: SweepRun, until: str) -> dict[str, float | bool]:
     from grappa.pipeline.report.costs import cost_of
 
     seconds, here, partly = dict[str, float](), 0.0, False
-    for stage, instance in selected(run.config, Selection(until=until)):
-        manifest, cost = read_manifest(run.folder, stage.name, instance), cost_of(run.folder, stage.name, instance)
+    for node in selected(run.config, Selection(until=until)):
+        manifest, cost = read_manifest(run.folder, node), cost_of(run.folder, node)
         if manifest is None or cost is None:
             partly = True
             continue
-        seconds[stage.name] = seconds.get(stage.name, 0.0) + cost.seconds
+        seconds[node.stage] = seconds.get(node.stage, 0.0) + cost.seconds
         here += 0.0 if "taken_from" in manifest.provenance else cost.seconds
         partly |= cost.partly
     columns = {f"seconds_{name}": value for name, value in seconds.items()}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from grappa.pipeline.commands.init import check_weights, fitted, given_images, layered
 from grappa.pipeline.config.schema import Config, Images
 from grappa.pipeline.config.yaml_file import (
-    RECIPES,
+    PRESETS,
     ConfigError,
     Settings,
     parse_assignments,
@@ -69,8 +69,9 @@ class Sweep:
     @property
     def has_table(self) -> bool:
         """Whether the evaluation is among the stages to run."""
-        steps = selected(self.runs[0].config, Selection(until=self.file.until))
-        return any(stage.name == "evaluation" for stage, _ in steps)
+        return any(
+            node.stage == "evaluation" for node in selected(self.runs[0].config, Selection(until=self.file.until))
+        )
 
 
 def prepare(request: SweepRequest) -> Sweep:
@@ -93,12 +94,12 @@ def prepare(request: SweepRequest) -> Sweep:
 
 
 def _base(file: SweepFile, where: str, request: SweepRequest) -> Settings:
-    """Return what all runs have in common: the recipe, under the file's base, under what the command says."""
+    """Return what all runs have in common: the preset, under the file's base, under what the command says."""
     layers: list[tuple[str, dict[str, dict[str, Any]]]] = []
     name = request.config or file.base.config
     if name:
         place = f"--config {name}" if request.config else f"{where}: base.config {name}"
-        layers.append((place, read_settings(shipped_or_file(name, RECIPES, place, "recipe"))))
+        layers.append((place, read_settings(shipped_or_file(name, PRESETS, place, "preset"))))
     layers.append((f"{where}: base.set", nested(file.base.changes)))
     assigned = parse_assignments(request.assignments)
     for key in (f"{section}.{field}" for section, fields in assigned.items() for field in fields):

@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from grappa.pipeline.config.schema import Section
 from grappa.pipeline.config.yaml_file import (
-    RECIPES,
+    PRESETS,
     ConfigError,
     Settings,
     flow,
@@ -37,7 +37,7 @@ from grappa.pipeline.config.yaml_file import (
 )
 from grappa.pipeline.graph.stages import find_stage
 
-SWEEPS = RECIPES / "sweeps"
+SWEEPS = PRESETS / "sweeps"
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
 RESERVED = ("sweep.csv", "sweep.parquet")
 

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from grappa.pipeline import tables
-from grappa.pipeline.engine.status import instances, read_config
+from grappa.pipeline.engine.status import read_config
+from grappa.pipeline.graph.stages import nodes, upstream
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.cluster.cluster import Cluster
 from tests.helpers.tiny import draw_images, make_run, write_weights
@@ -84,14 +85,14 @@ def print_overhead(run: RunFolder) -> None:
     jobs = tables.load_jobs(run.root)
     wall = (jobs["ended"].max() - jobs["submitted"].min()).total_seconds()
     config, path, every = read_config(run), dict[str, float](), 0.0
-    for stage, instance in instances(config):
-        artifact = run.artifact(stage.name, instance)
+    for node in nodes(config):
+        artifact = run.artifact(node)
         if artifact.name not in set(jobs["artifact"]):
             continue
         manifest = artifact.manifest()
         assert manifest is not None, f"{artifact.name} was not made"
         seconds = float(manifest.provenance["seconds"])
-        before = max((path.get(each.name, 0.0) for each in stage.inputs(config, instance)), default=0.0)
+        before = max((path.get(each.name, 0.0) for each in upstream(node, config)), default=0.0)
         path[artifact.name] = before + seconds
         every += seconds
     for name, total in (("on the critical path", max(path.values())), ("in all", every)):

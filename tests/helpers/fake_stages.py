@@ -20,10 +20,10 @@ from grappa.pipeline.config.schema import Config, identity_settings
 from grappa.pipeline.config.yaml_file import dump_config, parse_settings
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.engine.execution import Report, Selection, run_stages
-from grappa.pipeline.engine.fingerprints import SOURCES_FILE, SOURCES_RECIPE
+from grappa.pipeline.engine.fingerprints import SOURCES_FILE, SOURCES_FINGERPRINT
 from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.status import states
-from grappa.pipeline.graph.stages import STAGES
+from grappa.pipeline.graph.stages import STAGES, inputs_of, nodes
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.work import open_work
 
@@ -62,7 +62,7 @@ class FakeStages:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with open_work(self.run.artifact("sources"), SOURCES_RECIPE) as work:
+        with open_work(self.run.artifact("sources"), SOURCES_FINGERPRINT) as work:
             pq.write_table(pa.table({"path": [name], "root": [0], "size": [1]}), work.path / SOURCES_FILE)
             work.publish({"roots": ["/no such folder"], "sources": self.settings["images"]["sources"]})
 
@@ -106,9 +106,7 @@ def _write_table(path: Path, content: bytes) -> None:
 
 def output_names(config: Config, stage: str) -> list[str]:
     """Return the files that other stages read from a stage (at least one)."""
-    inputs = [
-        each for reader in STAGES for instance in reader.instances(config) for each in reader.inputs(config, instance)
-    ]
+    inputs = [each for node in nodes(config) for each in inputs_of(node, config)]
     names = {name for each in inputs if each.stage == stage for name in each.files}
     return sorted(names) or ["result.bin"]
 
@@ -116,7 +114,7 @@ def output_names(config: Config, stage: str) -> list[str]:
 def content_of(context: StageContext) -> bytes:
     """Return bytes that depend on the settings and on the bytes of all declared inputs."""
     digest = hashlib.sha256(repr(identity_settings(context.config, context.stage.settings(context.instance))).encode())
-    for each in context.stage.inputs(context.config, context.instance):
+    for each in inputs_of(context.node, context.config):
         folder = context.input(each.stage, each.instance)
         for name in each.files:
             digest.update((folder / (f"{name}00000.npy" if name.endswith("/") else name)).read_bytes())

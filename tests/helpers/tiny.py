@@ -18,7 +18,8 @@ from grappa.method.adaptors import AdaptorSet
 from grappa.pipeline.commands.init import Request, initialize
 from grappa.pipeline.engine.execution import Selection, run_stages
 from grappa.pipeline.engine.progress import Progress
-from grappa.pipeline.engine.status import instances, read_config
+from grappa.pipeline.engine.status import read_config
+from grappa.pipeline.graph.stages import nodes
 from grappa.pipeline.store.artifacts import RunFolder
 
 OPTIONS = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
@@ -145,8 +146,8 @@ def run_all(run: RunFolder, **selection: Any) -> list[str]:
 def digests(run: RunFolder) -> dict[str, str]:
     """Return the sha256 of every output of every artifact by ``artifact/file``."""
     found = {}
-    for stage, instance in instances(read_config(run)):
-        artifact = run.artifact(stage.name, instance)
+    for node in nodes(read_config(run)):
+        artifact = run.artifact(node)
         manifest = artifact.manifest()
         if manifest is not None:
             found.update({f"{artifact.name}/{file}": entry["sha256"] for file, entry in manifest.outputs.items()})

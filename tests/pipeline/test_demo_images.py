@@ -139,14 +139,14 @@ def test_the_loss_is_small_when_partners_match_and_large_when_they_do_not() -> N
     assert nt_xent(views, views.roll(1, dims=0), temperature=0.1) > 5
 
 
-def test_the_shipped_weights_are_small_and_fit_the_recipe() -> None:
+def test_the_shipped_weights_are_small_and_fit_the_preset() -> None:
     from grappa.backbone.vit import load_backbone
-    from grappa.pipeline.config.yaml_file import parse_settings, read_settings, recipe_path
+    from grappa.pipeline.config.yaml_file import parse_settings, preset_path, read_settings
 
     weights = Path(grappa.pipeline.demo.__file__).parent / "vit_demo.safetensors"
     assert weights.stat().st_size <= 6_000_000
-    recipe = parse_settings(read_settings(recipe_path("demo")), "demo").backbone
-    backbone = load_backbone(recipe.name, weights=weights, image_size=recipe.image_size, options=recipe.options)
+    preset = parse_settings(read_settings(preset_path("demo")), "demo").backbone
+    backbone = load_backbone(preset.name, weights=weights, image_size=preset.image_size, options=preset.options)
     record = json.loads(weights.with_suffix(".json").read_text(encoding="utf-8"))
-    assert record["options"] == dict(recipe.options)
+    assert record["options"] == dict(preset.options)
     assert sum(value.numel() for value in backbone.parameters()) > 1_000_000

@@ -334,7 +334,7 @@ def test_an_interrupted_take_over_never_writes_into_the_other_run(
 
 def test_inputs_that_change_while_they_are_read_are_never_published(copy: RunFolder, material: Path) -> None:
     make_run(copy.root, [], material / "weights.safetensors", index__rows="test")
-    artifact = copy.artifact("heads", "fused")
+    artifact = copy.artifact("heads/fused")
     real = index_stage.run
 
     def run_and_change(context: Any) -> str:

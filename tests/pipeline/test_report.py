@@ -16,6 +16,7 @@ from grappa.pipeline import tables
 from grappa.pipeline.cli import app
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.graph.models import evaluated_rows
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.report import costs, examples, figures, summary
 from grappa.pipeline.report.page import write_report
 from grappa.pipeline.store.artifacts import RunFolder
@@ -196,8 +197,8 @@ def test_a_row_costs_what_it_hangs_on(run: RunFolder, copy: RunFolder) -> None:
     assert stages["fused"] == stages["zero_shot"] | {"neighbors", "clusters", "adaptors", "fusion", "heads"}
     assert set(found[(found["row"] == "k00004") & (found["stage"] == "adaptors")]["instance"]) == {"k00004"}
     seconds = sum(
-        run.artifact(stage, name).manifest().provenance["seconds"]  # type: ignore[union-attr]
-        for stage, name in costs.needed(config, "heads", "fused")
+        run.artifact(node).manifest().provenance["seconds"]  # type: ignore[union-attr]
+        for node in costs.needed(config, Node("heads", "fused"))
     )
     assert found[found["row"] == "fused"]["seconds"].sum() == pytest.approx(seconds)
     assert costs.partly_known(found) == []

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,13 @@ from grappa.pipeline import tables
 from grappa.pipeline.cli import app
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.engine.execution import NotReadyError, Selection
+from grappa.pipeline.engine.progress import Snapshot
 from grappa.pipeline.engine.status import read_config, states
 from grappa.pipeline.store import checkpoints
 from grappa.pipeline.store.locks import acquire
 from grappa.slurm import scheduler
-from grappa.slurm.commands import job_notes
-from grappa.slurm.jobs import Code, JobRefusedError, StageJob, code_here, refuse_other_recipe
+from grappa.slurm.jobs import Code, JobRefusedError, StageJob, code_here, refuse_other_fingerprint
+from grappa.slurm.notes import JobNote, job_notes
 from grappa.slurm.plan import PlannedJob, plan
 from grappa.slurm.profiles import load_profile
 from grappa.slurm.records import JobRecord, Pin, Task, all_tasks, append_event
@@ -84,9 +86,9 @@ def test_only_what_is_not_fresh_is_planned_and_its_inputs_are_pinned(fakes: Fake
     jobs = planned(fakes)
     assert [job.stages[0] for job in jobs] == ["adaptors", "fusion", "student", "embeddings", "heads", "attention"]
     (first, *_), (fusion,) = jobs[0].tasks, jobs[1].tasks
-    assert first[0].recipe is not None
-    assert set(first[0].recipe["inputs"]) == {"images", "backbone", "clusters/k00002"}
-    assert fusion[0].recipe is None
+    assert first[0].fingerprint is not None
+    assert set(first[0].fingerprint["inputs"]) == {"images", "backbone", "clusters/k00002"}
+    assert fusion[0].fingerprint is None
     assert jobs[0].reasons == {"adaptors/k00002": "missing", "adaptors/k00004": "missing"}
 
 
@@ -210,7 +212,7 @@ def test_a_job_refuses_to_compute_something_else(fakes: FakeStages, change: dict
     fakes.execute(until="clusters")
     pin = planned(fakes, stage="adaptors")[0].tasks[0][0]
     config = fakes.config
-    refuse_other_recipe(fakes.run, config, pin)
+    refuse_other_fingerprint(fakes.run, config, pin)
     if "seed" in change:
         fakes.configure(adaptors=change)
     if "clusters" in change:
@@ -218,7 +220,7 @@ def test_a_job_refuses_to_compute_something_else(fakes: FakeStages, change: dict
         fakes.execute(stage="clusters", instance="k00002")
     pin = dataclasses.replace(pin, version=change.get("version", pin.version))
     with pytest.raises(JobRefusedError, match=f"adaptors/k00002 is no longer what was submitted: .*{reason}"):
-        refuse_other_recipe(fakes.run, config, pin)
+        refuse_other_fingerprint(fakes.run, config, pin)
 
 
 def test_a_job_refuses_other_code_and_an_endless_return_to_the_queue(
@@ -277,9 +279,10 @@ def test_status_of_200_jobs_asks_slurm_twice(
     notes, warning = job_notes(fakes.run, states(fakes.run, fakes.config))
     assert not warning
     assert calls.read_text().split() == ["squeue", "sacct"]
-    assert notes["fusion/neighbors"] == "pending: Priority (job 12)"
-    assert notes["adaptors/k00007"].startswith("failed: NODE_FAIL 1:0 (job 11_5, ")
-    assert notes["adaptors/k00002"].startswith("failed: job 11_0 ended without a word")
+    assert notes["fusion/neighbors"] == JobNote("pending", "pending: Priority (job 12)")
+    assert notes["adaptors/k00007"].text.startswith("failed: NODE_FAIL 1:0 (job 11_5, ")
+    assert notes["adaptors/k00002"].text.startswith("failed: job 11_0 ended without a word")
+    assert notes["adaptors/k00002"].lost and not notes["adaptors/k00002"].alive
     assert "NODE_FAIL" in (submission.folder / "outcomes.json").read_text()
 
 
@@ -293,7 +296,12 @@ def test_what_a_running_job_has_made_already_needs_no_note(
     for event, name in (("artifact", "backbone"), ("made", "backbone"), ("artifact", "images")):
         append_event(events, event, artifact=name)
     notes, _ = job_notes(fakes.run, states(fakes.run, fakes.config))
-    assert notes == {"images": "running on n1, limit in 1:00 (job 7)"}
+    assert notes == {"images": JobNote("running", "running on n1, limit in 1:00 (job 7)")}
+    progress = Snapshot("images", "decoding", "images", 3, 9, 0.5, "0:12")
+    events.parents[1].joinpath("progress", "7.json").write_text(json.dumps(asdict(progress)))
+    notes, _ = job_notes(fakes.run, states(fakes.run, fakes.config))
+    at = "decoding: 3/9 images, 0.5 images/s, 0:12 left"
+    assert notes["images"].text == f"running on n1, {at}, limit in 1:00 (job 7)"
 
 
 def _fake_command(path: Path, calls: Path, line: str) -> None:
@@ -348,11 +356,12 @@ def test_a_torn_event_and_a_damaged_submission_spoil_nothing(fakes: FakeStages) 
     assert all_tasks(fakes.run) == []
 
 
-def test_folders_that_slurm_cannot_name_are_refused(fakes: FakeStages) -> None:
-    odd = fakes.root.rename(fakes.root.with_name("50%"))
+@pytest.mark.parametrize(("name", "shown"), [("50%", "'%'"), ("a\\b", "'\\\\'"), ("two\nlines", "'\\n'")])
+def test_folders_that_slurm_cannot_name_are_refused(fakes: FakeStages, name: str, shown: str) -> None:
+    odd = fakes.root.rename(fakes.root.with_name(name))
     result = grappa("submit", odd, "--cluster", "debug")
     assert result.exit_code == 1
-    assert "has '%' in its name" in result.stderr
+    assert f"has {shown} in its name" in result.stderr
 
 
 def test_a_second_submission_waits_for_the_first(fakes: FakeStages, monkeypatch: pytest.MonkeyPatch) -> None:

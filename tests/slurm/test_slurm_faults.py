@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from grappa.pipeline import tables
-from grappa.pipeline.engine.status import instances, read_config, states
-from grappa.pipeline.graph.stages import STAGES
+from grappa.pipeline.engine.status import read_config, states
+from grappa.pipeline.graph.stages import STAGES, nodes
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.slurm import scheduler
-from grappa.slurm.commands import job_notes
+from grappa.slurm.notes import JobNote, job_notes
 from tests.cluster.cluster import Cluster
 from tests.cluster.scene import ROOT, SECONDS, SETS, Desk, Scene, grappa, make_desk, staged, wait_until
 from tests.helpers.tiny import digests
@@ -209,7 +209,7 @@ def test_a_controller_that_does_not_answer(scene: Scene, monkeypatch: pytest.Mon
     finally:
         scene.cluster.pause("slurmctld", resume=True)
     assert warning.startswith("squeue did not answer within 2 s")
-    assert notes == {SETS[0]: f"begun (job {scene.job_of(SETS[0])})"}
+    assert notes == {SETS[0]: JobNote("begun", f"begun (job {scene.job_of(SETS[0])})")}
 
 
 def test_a_failing_instance_leaves_the_others_and_blocks_what_needs_it(scene: Scene) -> None:
@@ -388,7 +388,7 @@ def _forge_live_id(scene: Scene) -> None:
 def test_the_whole_pipeline_as_jobs(desk: Desk, tmp_path: Path) -> None:
     names = [stage.name for stage in STAGES]
     before, after = names[: names.index("adaptors")], names[names.index("adaptors") + 1 :]
-    present = {stage.name for stage, _ in instances(read_config(desk.base))}
+    present = {node.stage for node in nodes(read_config(desk.base))}
     for scene in staged(desk, tmp_path / "run", tmp_path, shared=json.dumps([before, after])):
         for name in names:
             shutil.rmtree(scene.run.root / name, ignore_errors=True)

@@ -177,7 +177,7 @@ def test_a_run_refuses_before_it_works_and_goes_on_where_there_is_enough(
     assert not run.artifact("neighbors").home.exists()
     monkeypatch.setattr(machine, "available_memory", lambda: 10 * 2**30)
     assert run_all(run, until="clusters")
-    log = (run.artifact("clusters", "k00004").home / "log.jsonl").read_text()
+    log = (run.artifact("clusters/k00004").home / "log.jsonl").read_text()
     assert '"needed_memory_bytes"' in log
 
 

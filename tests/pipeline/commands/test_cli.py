@@ -101,7 +101,7 @@ def test_the_table_comes_at_the_end(fakes: FakeStages) -> None:
     [
         (["init", "RUN", "--set", "clusters.sead=1"], "unknown key clusters.sead: did you mean clusters.seed?"),
         (["init", "RUN", "--set", "clusters.seed=x"], "clusters.seed: found 'x', expected a valid integer"),
-        (["init", "NEW", "--config", "nothing"], "--config nothing: no such file, and no recipe of that name"),
+        (["init", "NEW", "--config", "nothing"], "--config nothing: no such file, and no preset of that name"),
         (["run", "NEW"], "There is no run folder"),
         (["run", "RUN", "--stage", "index"], "index cannot run: upstream images is missing"),
         (["run", "RUN", "--stage", "indexes"], "no stage is called 'indexes'"),

@@ -1,4 +1,4 @@
-"""Configuration files: exact round trip, comments, changes by recipe and ``--set``, errors in one sentence."""
+"""Configuration files: exact round trip, comments, changes by preset and ``--set``, errors in one sentence."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from grappa.pipeline.config.yaml_file import (
     merged,
     parse_assignments,
     parse_settings,
+    preset_path,
     read_settings,
-    recipe_path,
 )
 
 UNUSUAL: dict[str, dict[str, Any]] = {
@@ -85,17 +85,17 @@ def test_merging_changes_fields_and_keeps_the_rest() -> None:
     assert base["clusters"]["seed"] == 1
 
 
-def test_recipes_are_found_by_name_or_file(tmp_path: Path) -> None:
+def test_presets_are_found_by_name_or_file(tmp_path: Path) -> None:
     path = written(tmp_path, "clusters: {seed: 1}\n")
-    assert recipe_path(str(path)) == path
-    assert recipe_path("small").name == "small.yaml"
-    with pytest.raises(ConfigError, match=r"no recipe of that name \(.*small"):
-        recipe_path("smal")
+    assert preset_path(str(path)) == path
+    assert preset_path("small").name == "small.yaml"
+    with pytest.raises(ConfigError, match=r"no preset of that name \(.*small"):
+        preset_path("smal")
 
 
 @pytest.mark.parametrize("name", ["grappa", "small", "demo"])
-def test_recipes_are_valid_differ_from_the_defaults_and_say_what_they_are(name: str) -> None:
-    path = recipe_path(name)
+def test_presets_are_valid_differ_from_the_defaults_and_say_what_they_are(name: str) -> None:
+    path = preset_path(name)
     settings = read_settings(path)
     config = parse_settings(settings, name)
     for section, fields in settings.items():

@@ -76,7 +76,7 @@ def test_provenance_says_how_a_result_came_to_be(fakes: FakeStages) -> None:
     assert manifest.provenance["resolved"] == {"device": "cpu", "precision": "float32"}
     assert manifest.provenance["device"] == "cpu"
     assert manifest.provenance["seconds"] >= 0
-    assert backbone.provenance["weights"]["sha256"] == backbone.recipe["inputs"]["weights"]["sha256"]
+    assert backbone.provenance["weights"]["sha256"] == backbone.fingerprint["inputs"]["weights"]["sha256"]
     log = (fakes.run.artifact("features").path / "log.jsonl").read_text().splitlines()
     assert json.loads(log[-1])["result"] == "1 files"
 
@@ -172,7 +172,7 @@ def test_interrupted_work_is_resumed_and_the_former_result_stays(complete: FakeS
     assert complete.not_fresh() == {}
 
 
-def test_half_work_of_another_recipe_is_thrown_away(complete: FakeStages) -> None:
+def test_half_work_of_another_fingerprint_is_thrown_away(complete: FakeStages) -> None:
     complete.configure(fusion={"seed": 1})
     complete.hooks["fusion/neighbors"] = break_in
     with pytest.raises(KeyboardInterrupt):
@@ -280,7 +280,7 @@ def test_names_that_do_not_exist_are_refused(fakes: FakeStages, selection: dict[
         fakes.execute(**selection)
 
 
-def test_two_runs_of_the_same_recipes_have_the_same_bytes(
+def test_two_runs_of_the_same_fingerprints_have_the_same_bytes(
     complete: FakeStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "other").mkdir()

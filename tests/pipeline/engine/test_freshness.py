@@ -1,4 +1,4 @@
-"""Recipes compared, and the state of one artifact: missing, fresh, stale or corrupt, with reasons."""
+"""Fingerprints compared, and the state of one artifact: missing, fresh, stale or corrupt, with reasons."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from grappa.pipeline.engine.freshness import State, artifact_state, compare_recipes
+from grappa.pipeline.engine.freshness import State, artifact_state, compare_fingerprints
 from grappa.pipeline.store.artifacts import Artifact, RunFolder
 from grappa.pipeline.store.work import open_work
 
-RECIPE: dict[str, Any] = {
+FINGERPRINT: dict[str, Any] = {
     "stage": "fusion",
     "instance": None,
     "version": 1,
@@ -22,13 +22,13 @@ RECIPE: dict[str, Any] = {
 
 
 def changed(**parts: Any) -> dict[str, Any]:
-    return {**RECIPE, **parts}
+    return {**FINGERPRINT, **parts}
 
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Artifact:
     artifact = RunFolder.create(tmp_path / "run").artifact("fusion")
-    with open_work(artifact, RECIPE) as work:
+    with open_work(artifact, FINGERPRINT) as work:
         (work.path / "fusion.safetensors").write_bytes(bytes(20))
         work.publish({"images_root": "somewhere"})
     return artifact
@@ -37,7 +37,7 @@ def artifact(tmp_path: Path) -> Artifact:
 @pytest.mark.parametrize(
     ("new", "lines"),
     [
-        (RECIPE, []),
+        (FINGERPRINT, []),
         (changed(version=2), ["stage version: 1 -> 2"]),
         (changed(instance="views"), ["instance: null -> views"]),
         (
@@ -54,31 +54,31 @@ def artifact(tmp_path: Path) -> Artifact:
         ),
     ],
 )
-def test_compare_recipes(new: dict[str, Any], lines: list[str]) -> None:
-    assert compare_recipes(RECIPE, new) == lines
+def test_compare_fingerprints(new: dict[str, Any], lines: list[str]) -> None:
+    assert compare_fingerprints(FINGERPRINT, new) == lines
 
 
 def test_missing(tmp_path: Path) -> None:
     artifact = RunFolder.create(tmp_path / "run").artifact("fusion")
-    assert artifact_state(artifact, RECIPE) == State("missing", [])
-    with open_work(artifact, RECIPE):
+    assert artifact_state(artifact, FINGERPRINT) == State("missing", [])
+    with open_work(artifact, FINGERPRINT):
         assert artifact_state(artifact, None, ["upstream features is missing"]) == State("missing", [])
 
 
 def test_fresh(artifact: Artifact) -> None:
-    assert artifact_state(artifact, RECIPE, verify=True) == State("fresh", [])
-    assert str(artifact_state(artifact, RECIPE)) == "fresh"
+    assert artifact_state(artifact, FINGERPRINT, verify=True) == State("fresh", [])
+    assert str(artifact_state(artifact, FINGERPRINT)) == "fresh"
 
 
-def test_stale_by_recipe_and_by_upstream(artifact: Artifact) -> None:
+def test_stale_by_fingerprint_and_by_upstream(artifact: Artifact) -> None:
     upstream = ["upstream features is stale"]
     both = State("stale", ["stage version: 1 -> 2", *upstream])
     assert artifact_state(artifact, changed(version=2), upstream) == both
-    assert artifact_state(artifact, RECIPE, upstream) == State("stale", upstream)
+    assert artifact_state(artifact, FINGERPRINT, upstream) == State("stale", upstream)
     assert str(artifact_state(artifact, None, upstream)) == "stale: upstream features is stale"
 
 
-def test_unknown_recipe_needs_a_named_problem(artifact: Artifact) -> None:
+def test_unknown_fingerprint_needs_a_named_problem(artifact: Artifact) -> None:
     with pytest.raises(AssertionError):
         artifact_state(artifact, None)
 
@@ -86,15 +86,17 @@ def test_unknown_recipe_needs_a_named_problem(artifact: Artifact) -> None:
 def test_truncated_or_lost_output_is_corrupt(artifact: Artifact) -> None:
     output = artifact.path / "fusion.safetensors"
     output.write_bytes(bytes(10))
-    assert artifact_state(artifact, RECIPE) == State("corrupt", ["fusion.safetensors: 10 bytes, manifest says 20"])
+    assert artifact_state(artifact, FINGERPRINT) == State("corrupt", ["fusion.safetensors: 10 bytes, manifest says 20"])
     output.unlink()
     assert artifact_state(artifact, changed(version=2)) == State("corrupt", ["fusion.safetensors: missing"])
 
 
 def test_flipped_byte_is_found_when_verifying(artifact: Artifact) -> None:
     (artifact.path / "fusion.safetensors").write_bytes(bytes(19) + b"\1")
-    assert artifact_state(artifact, RECIPE).kind == "fresh"
-    assert artifact_state(artifact, RECIPE, verify=True) == State("corrupt", ["fusion.safetensors: sha256 differs"])
+    assert artifact_state(artifact, FINGERPRINT).kind == "fresh"
+    assert artifact_state(artifact, FINGERPRINT, verify=True) == State(
+        "corrupt", ["fusion.safetensors: sha256 differs"]
+    )
 
 
 def _edited(manifest: dict[str, Any], field: str, value: Any) -> str:
@@ -119,7 +121,7 @@ def _edited(manifest: dict[str, Any], field: str, value: Any) -> str:
 def test_manifest_with_wrong_fields_is_corrupt(artifact: Artifact, field: str, value: Any, said: str) -> None:
     path = artifact.path / "manifest.json"
     path.write_text(_edited(json.loads(path.read_text()), field, value))
-    state = artifact_state(artifact, RECIPE)
+    state = artifact_state(artifact, FINGERPRINT)
     assert state.kind == "corrupt"
     assert len(state.reasons) == 1 and state.reasons[0].startswith(f"manifest.json: {said}")
 
@@ -130,10 +132,10 @@ def test_manifest_with_wrong_fields_is_corrupt(artifact: Artifact, field: str, v
 )
 def test_manifest_that_is_not_json_is_corrupt(artifact: Artifact, content: bytes, said: str) -> None:
     (artifact.path / "manifest.json").write_bytes(content)
-    state = artifact_state(artifact, RECIPE)
+    state = artifact_state(artifact, FINGERPRINT)
     assert state.kind == "corrupt" and state.reasons[0].startswith(f"manifest.json: {said}")
 
 
 def test_folder_without_manifest_is_corrupt(artifact: Artifact) -> None:
     (artifact.path / "manifest.json").unlink()
-    assert artifact_state(artifact, RECIPE) == State("corrupt", ["manifest.json: missing"])
+    assert artifact_state(artifact, FINGERPRINT) == State("corrupt", ["manifest.json: missing"])

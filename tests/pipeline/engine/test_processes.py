@@ -214,7 +214,7 @@ def test_a_killed_process_ends_all_and_the_rest_is_done_bit_for_bit(
     first, second = start(2, "-c", KILLED, *command)
     assert (first.code, second.code) == (1, -9)
     assert "grappa: rank 1 of 2: no sign of life" in first.text
-    artifact = run.artifact("adaptors", "k00004")
+    artifact = run.artifact("adaptors/k00004")
     assert not artifact.lock.exists()
     assert 0 < FileCheckpoint(artifact.partial, seconds=1).steps_done() <= 4
     assert [each.code for each in start(2, "-m", "grappa", *command)] == [0, 0]

@@ -11,7 +11,8 @@ import pytest
 from grappa.pipeline.config.schema import Images
 from grappa.pipeline.config.yaml_file import ConfigError
 from grappa.pipeline.engine.sources import list_sources, publish_listing
-from grappa.pipeline.engine.status import instances, read_config, states, status_lines
+from grappa.pipeline.engine.status import read_config, states, status_lines
+from grappa.pipeline.graph.stages import nodes
 from tests.helpers.fake_stages import FakeStages, fake_stages
 
 ADVICE = "run `grappa init"
@@ -30,7 +31,7 @@ def complete(fakes: FakeStages) -> FakeStages:
 
 def test_everything_is_missing_then_fresh(fakes: FakeStages) -> None:
     assert set(fakes.states().values()) == {"missing"}
-    assert len(fakes.states()) == len(list(instances(fakes.config)))
+    assert len(fakes.states()) == len(list(nodes(fakes.config)))
     fakes.execute()
     assert fakes.not_fresh(verify=False) == {}
 

@@ -14,7 +14,7 @@ import pytest
 from grappa.pipeline import tables
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import parse_settings
-from grappa.pipeline.graph.stages import STAGES, artifact_name
+from grappa.pipeline.graph.stages import STAGES, inputs_of, nodes, upstream
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import digests, draw_images, make_run, run_all, split_of, write_table, write_weights
 
@@ -61,11 +61,7 @@ def _config() -> Config:
 def test_two_artifacts_declare_that_they_read_labels() -> None:
     config = _config()
     readers = {
-        artifact_name(stage.name, instance)
-        for stage in STAGES
-        for instance in stage.instances(config)
-        for source in stage.inputs(config, instance)
-        if "labels.parquet" in source.files
+        node.name for node in nodes(config) for source in inputs_of(node, config) if "labels.parquet" in source.files
     }
     assert readers == READERS
 
@@ -73,10 +69,9 @@ def test_two_artifacts_declare_that_they_read_labels() -> None:
 def _below_readers(config: Config) -> set[str]:
     """The artifacts that read labels, or are made from what does."""
     found = set(READERS)
-    for stage in STAGES:
-        for instance in stage.instances(config):
-            if any(source.name in found for source in stage.inputs(config, instance)):
-                found.add(artifact_name(stage.name, instance))
+    for node in nodes(config):
+        if any(source.name in found for source in upstream(node, config)):
+            found.add(node.name)
     return found
 
 

@@ -216,7 +216,7 @@ def test_interrupted_work_goes_on_and_ends_with_the_same_bytes(
 
 
 @needs_transformers
-def test_a_detector_is_part_of_the_recipe_by_its_files(material: Path, tmp_path: Path) -> None:
+def test_a_detector_is_part_of_the_fingerprint_by_its_files(material: Path, tmp_path: Path) -> None:
     model = write_detector(tmp_path / "detector")
     changes = {"objects__model": model, "objects__min_confidence": 0.0, "objects__prompt": "a bird."}
     run = _make(tmp_path / "run", material, "grounding_dino", **changes)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from grappa.pipeline.store.artifacts import Artifact, Manifest, RunFolder, RunFolderError, check_same_origin
+from grappa.pipeline.graph.node import Node
+from grappa.pipeline.store.artifacts import Manifest, RunFolder, RunFolderError, check_same_origin
 from grappa.pipeline.store.provenance import git_commit, provenance
 from grappa.pipeline.store.storage import (
     StorageError,
@@ -74,20 +75,20 @@ def test_newer_or_damaged_run_folder_is_refused(tmp_path: Path, content: str, sa
 
 def test_artifact_names_and_places(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    features, clusters = run.artifact("features"), run.artifact("clusters", "k00256")
+    features, clusters = run.artifact("features"), run.artifact("clusters/k00256")
     assert (features.name, features.path) == ("features", tmp_path / "features")
     assert (clusters.name, clusters.path) == ("clusters/k00256", tmp_path / "clusters" / "k00256")
     beside = [path.name for path in (clusters.partial, clusters.old, clusters.lock)]
     assert beside == ["k00256.partial", "k00256.old", "k00256.lock"]
     assert clusters.manifest() is None
     with pytest.raises(ValueError, match="may hold letters"):
-        Artifact(tmp_path, "clusters", "../k")
+        Node("clusters", "../k")
 
 
 def test_manifest_survives_writing_and_reading(tmp_path: Path) -> None:
-    recipe = {"stage": "s", "instance": None, "version": 1, "config": {"s.a": [1, 2.5, None]}, "inputs": {}}
+    fingerprint = {"stage": "s", "instance": None, "version": 1, "config": {"s.a": [1, 2.5, None]}, "inputs": {}}
     odd = os.fsdecode(b"caf\xe9 'x\".npy")
-    manifest = Manifest(recipe, {odd: {"bytes": 3, "sha256": "0" * 64}}, {"host": "h"})
+    manifest = Manifest(fingerprint, {odd: {"bytes": 3, "sha256": "0" * 64}}, {"host": "h"})
     atomic_write_json(tmp_path / "manifest.json", manifest.to_json())
     assert Manifest.read(tmp_path / "manifest.json") == manifest
 

@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 on: children only touch files
 
 
-def recipe(value: int = 20) -> dict[str, Any]:
+def fingerprint(value: int = 20) -> dict[str, Any]:
     return {
         "stage": "clusters",
         "instance": "k00256",
@@ -40,11 +40,11 @@ def recipe(value: int = 20) -> dict[str, Any]:
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Artifact:
-    return RunFolder.create(tmp_path / "run").artifact("clusters", "k00256")
+    return RunFolder.create(tmp_path / "run").artifact("clusters/k00256")
 
 
 def make(artifact: Artifact, text: str, value: int = 20) -> None:
-    with open_work(artifact, recipe(value)) as work:
+    with open_work(artifact, fingerprint(value)) as work:
         (work.path / "centroids.npy").write_text(text)
         (work.path / "shards").mkdir(exist_ok=True)
         (work.path / "shards/00000.npy").write_text(text * 2)
@@ -96,7 +96,7 @@ def test_published_folder_holds_exactly_outputs_log_and_manifest(artifact: Artif
     ] + ["run.json"]
     manifest = artifact.manifest()
     assert manifest is not None
-    assert manifest.recipe == recipe()
+    assert manifest.fingerprint == fingerprint()
     assert manifest.provenance == {"host": "here"}
     assert list(manifest.outputs) == ["centroids.npy", "shards/00000.npy"]
     assert manifest.outputs["centroids.npy"]["bytes"] == 3
@@ -106,7 +106,7 @@ def test_published_folder_holds_exactly_outputs_log_and_manifest(artifact: Artif
 
 def test_publishing_again_replaces_all_files(artifact: Artifact) -> None:
     make(artifact, "one")
-    with open_work(artifact, recipe(50)) as work:
+    with open_work(artifact, fingerprint(50)) as work:
         assert not work.resumed
         assert (artifact.path / "centroids.npy").read_text() == "one"
         (work.path / "other.npy").write_text("two")
@@ -116,8 +116,8 @@ def test_publishing_again_replaces_all_files(artifact: Artifact) -> None:
     assert contents(artifact.path.parent) == ["k00256", "k00256/manifest.json", "k00256/other.npy"]
 
 
-def test_exception_keeps_partial_for_the_same_recipe_only(artifact: Artifact) -> None:
-    work = open_work(artifact, recipe())
+def test_exception_keeps_partial_for_the_same_fingerprint_only(artifact: Artifact) -> None:
+    work = open_work(artifact, fingerprint())
     assert not work.resumed
     (work.path / "half.npy").write_text("half")
     (work.path / ".other.npy.1-2.tmp").write_text("draft")
@@ -125,34 +125,34 @@ def test_exception_keeps_partial_for_the_same_recipe_only(artifact: Artifact) ->
     with pytest.raises(ZeroDivisionError), work:
         _ = 1 / 0
     assert not artifact.lock.exists()
-    with open_work(artifact, recipe()) as work:
+    with open_work(artifact, fingerprint()) as work:
         assert work.resumed and work.finished is None
         assert contents(work.path) == ["half.npy", "log.jsonl", "recipe.json"]
         work.log({"step": 2})
         assert [json.loads(line)["step"] for line in (work.path / "log.jsonl").open()] == [1, 2]
-    with open_work(artifact, recipe(50)) as work:
+    with open_work(artifact, fingerprint(50)) as work:
         assert not work.resumed
         assert contents(work.path) == ["recipe.json"]
 
 
 def test_instances_are_made_side_by_side_but_one_writer_each(artifact: Artifact) -> None:
-    other = RunFolder.open(artifact.root).artifact("clusters", "k00512")
-    with open_work(artifact, recipe(), job="77") as work, open_work(other, recipe()):
+    other = RunFolder.open(artifact.root).artifact("clusters/k00512")
+    with open_work(artifact, fingerprint(), job="77") as work, open_work(other, fingerprint()):
         (work.path / "kept").write_text("")
         with pytest.raises(LockedError, match=rf"clusters/k00256 .* process {os.getpid()} on .*Slurm job 77.* since"):
-            open_work(artifact, recipe(50))
+            open_work(artifact, fingerprint(50))
         assert contents(work.path) == ["kept", "recipe.json"]
 
 
-def test_recipe_with_nan_is_refused(artifact: Artifact) -> None:
+def test_fingerprint_with_nan_is_refused(artifact: Artifact) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        open_work(artifact, {**recipe(), "config": {"a.b": float("nan")}})
+        open_work(artifact, {**fingerprint(), "config": {"a.b": float("nan")}})
     assert not artifact.lock.exists()
 
 
 def test_publish_is_refused_when_the_lock_was_lost(artifact: Artifact) -> None:
     make(artifact, "one")
-    with open_work(artifact, recipe(50)) as work:
+    with open_work(artifact, fingerprint(50)) as work:
         artifact.lock.write_text("another one's")
         with pytest.raises(LockLostError, match="nothing was published"):
             work.publish({})
@@ -164,7 +164,7 @@ def test_publish_is_refused_when_the_lock_was_lost(artifact: Artifact) -> None:
 def test_kill_at_every_step_loses_nothing_and_the_next_run_recovers(tmp_path: Path, former: bool) -> None:
     for step in range(200):
         root = tmp_path / f"run{step}"
-        artifact = RunFolder.create(root).artifact("clusters", "k00256")
+        artifact = RunFolder.create(root).artifact("clusters/k00256")
         if former:
             make(artifact, "one", 20)
         status = in_child(partial(make, artifact, "two", 50), kill_step=step)
@@ -177,21 +177,21 @@ def test_kill_at_every_step_loses_nothing_and_the_next_run_recovers(tmp_path: Pa
 
 
 def _check_after_kill(artifact: Artifact, former: bool) -> None:
-    before = artifact_state(artifact, recipe(50), verify=True)  # a status that only reads
+    before = artifact_state(artifact, fingerprint(50), verify=True)  # a status that only reads
     assert before.kind in ({"stale", "fresh"} if former else {"missing", "fresh"})
     expected = {"fresh": "two", "stale": "one"}
     if before.kind != "missing":
         assert (artifact.home / "centroids.npy").read_text() == expected[before.kind]
     written = (artifact.partial / "centroids.npy").exists()
     recover(artifact)
-    after = artifact_state(artifact, recipe(50), verify=True)
+    after = artifact_state(artifact, fingerprint(50), verify=True)
     assert after.kind in {before.kind, "fresh"}
     if written and after.kind != "fresh":
-        with open_work(artifact, recipe(50)) as work:
+        with open_work(artifact, fingerprint(50)) as work:
             assert work.resumed and (work.path / "centroids.npy").read_text() in {"", "two"}
     assert after.kind == "missing" or (artifact.path / "centroids.npy").read_text() == expected[after.kind]
     make(artifact, "two", 50)
-    assert artifact_state(artifact, recipe(50), verify=True).kind == "fresh"
+    assert artifact_state(artifact, fingerprint(50), verify=True).kind == "fresh"
     assert contents(artifact.path.parent)[0] == "k00256"
     assert {path.name for path in artifact.path.parent.iterdir()} <= {"k00256", *_remains(artifact)}
 
@@ -202,19 +202,19 @@ def _remains(artifact: Artifact) -> set[str]:
 
 
 def test_kill_at_every_step_of_the_recovery_loses_nothing(tmp_path: Path) -> None:
-    template = RunFolder.create(tmp_path / "template").artifact("clusters", "k00256")
+    template = RunFolder.create(tmp_path / "template").artifact("clusters/k00256")
     make(template, "one", 20)
     shutil.copytree(template.path, tmp_path / "former")
     make(template, "two", 50)
     os.rename(template.path, template.partial)
     os.rename(tmp_path / "former", template.old)  # as between the two renames of a publish
     for step in range(60):
-        artifact = RunFolder(tmp_path / f"run{step}").artifact("clusters", "k00256")
+        artifact = RunFolder(tmp_path / f"run{step}").artifact("clusters/k00256")
         shutil.copytree(template.root, artifact.root)
         status = in_child(partial(recover, artifact), kill_step=step)
-        assert artifact_state(artifact, recipe(50), verify=True).kind in {"stale", "fresh"}
+        assert artifact_state(artifact, fingerprint(50), verify=True).kind in {"stale", "fresh"}
         recover(artifact)
-        assert artifact_state(artifact, recipe(50), verify=True).kind == "fresh"
+        assert artifact_state(artifact, fingerprint(50), verify=True).kind == "fresh"
         assert not artifact.old.exists() and not artifact.partial.exists()
         if status == 0:
             break
@@ -224,12 +224,12 @@ def test_kill_at_every_step_of_the_recovery_loses_nothing(tmp_path: Path) -> Non
 def test_partial_half_emptied_by_a_kill_is_never_resumed(tmp_path: Path) -> None:
     names = [f"shard{number}" for number in range(5)]
     for step in range(60):
-        artifact = RunFolder.create(tmp_path / f"run{step}").artifact("clusters", "k00256")
-        with open_work(artifact, recipe(20)) as work:
+        artifact = RunFolder.create(tmp_path / f"run{step}").artifact("clusters/k00256")
+        with open_work(artifact, fingerprint(20)) as work:
             for name in names:
                 (work.path / name).write_text("")
-        status = in_child(partial(open_work, artifact, recipe(50)), kill_step=step)
-        with open_work(artifact, recipe(20)) as work:
+        status = in_child(partial(open_work, artifact, fingerprint(50)), kill_step=step)
+        with open_work(artifact, fingerprint(20)) as work:
             assert contents(work.path) == ["recipe.json", *(names if work.resumed else [])]
         if status == 0:
             break
@@ -239,11 +239,11 @@ def test_partial_half_emptied_by_a_kill_is_never_resumed(tmp_path: Path) -> None
 def test_lone_old_is_read_in_place_and_put_back(artifact: Artifact) -> None:
     make(artifact, "one")
     os.rename(artifact.path, artifact.old)
-    assert artifact_state(artifact, recipe(), verify=True).kind == "fresh"
+    assert artifact_state(artifact, fingerprint(), verify=True).kind == "fresh"
     assert not artifact.path.exists()
     recover(artifact)
     assert not artifact.old.exists()
-    assert artifact_state(artifact, recipe(), verify=True).kind == "fresh"
+    assert artifact_state(artifact, fingerprint(), verify=True).kind == "fresh"
 
 
 def test_lone_old_that_is_not_whole_is_never_put_back(artifact: Artifact) -> None:
@@ -251,14 +251,14 @@ def test_lone_old_that_is_not_whole_is_never_put_back(artifact: Artifact) -> Non
     os.rename(artifact.path, artifact.old)
     (artifact.old / "manifest.json").unlink()
     recover(artifact)
-    assert artifact_state(artifact, recipe()).kind == "missing"
+    assert artifact_state(artifact, fingerprint()).kind == "missing"
 
 
 def test_open_work_completes_an_interrupted_publish_and_says_so(artifact: Artifact) -> None:
     make(artifact, "one")
     published = artifact.manifest()
     os.rename(artifact.path, artifact.partial)
-    with open_work(artifact, recipe()) as work:
+    with open_work(artifact, fingerprint()) as work:
         assert work.finished == published and not work.resumed
     assert (artifact.path / "centroids.npy").read_text() == "one"
 
@@ -266,7 +266,7 @@ def test_open_work_completes_an_interrupted_publish_and_says_so(artifact: Artifa
 def test_recover_leaves_a_living_writer_alone(artifact: Artifact) -> None:
     make(artifact, "one")
     os.rename(artifact.path, artifact.old)
-    with open_work(artifact, recipe()) as work:  # puts back
+    with open_work(artifact, fingerprint()) as work:  # puts back
         os.rename(artifact.path, artifact.old)
         recover(artifact)
         assert artifact.old.exists() and work.path.exists()
@@ -279,7 +279,7 @@ def test_sigkilled_process_is_taken_over_at_once_and_resumed(artifact: Artifact)
         from pathlib import Path
         from grappa.pipeline.store.artifacts import RunFolder
         from grappa.pipeline.store.work import open_work
-        with open_work(RunFolder(Path(sys.argv[1])).artifact("clusters", "k00256"), {recipe(50)!r}) as work:
+        with open_work(RunFolder(Path(sys.argv[1])).artifact("clusters/k00256"), {fingerprint(50)!r}) as work:
             (work.path / "checkpoint.json").write_text("step 7")
             print("ready", flush=True)
             time.sleep(60)
@@ -288,10 +288,10 @@ def test_sigkilled_process_is_taken_over_at_once_and_resumed(artifact: Artifact)
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         with pytest.raises(LockedError, match=f"process {process.pid} "):
-            open_work(artifact, recipe(50))
+            open_work(artifact, fingerprint(50))
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, but a zombie still
-        with open_work(artifact, recipe(50)) as work:
+        with open_work(artifact, fingerprint(50)) as work:
             assert work.resumed
             assert (work.path / "checkpoint.json").read_text() == "step 7"
     assert artifact.check(verify=True) == []
@@ -326,11 +326,11 @@ def test_full_disk_at_every_sync_of_a_publish_leaves_a_whole_result(
         assert error.errno == errno.ENOSPC
         assert str(error).startswith("The disk is full at ")
         assert not artifact.lock.exists()
-        state = artifact_state(artifact, recipe(50), verify=True)
+        state = artifact_state(artifact, fingerprint(50), verify=True)
         assert state.kind in {"stale", "fresh"}
         assert (artifact.home / "centroids.npy").read_text() == {"stale": "one", "fresh": "two"}[state.kind]
     assert step > 5
-    assert artifact_state(artifact, recipe(50), verify=True).kind == "fresh"
+    assert artifact_state(artifact, fingerprint(50), verify=True).kind == "fresh"
 
 
 @pytest.mark.parametrize(
@@ -338,14 +338,17 @@ def test_full_disk_at_every_sync_of_a_publish_leaves_a_whole_result(
 )
 def test_full_disk_in_a_stage_is_said_in_a_sentence(artifact: Artifact, error: OSError) -> None:
     make(artifact, "one")
-    with pytest.raises(StorageError, match="The disk is full at .*; free some space"), open_work(artifact, recipe(50)):
+    with (
+        pytest.raises(StorageError, match="The disk is full at .*; free some space"),
+        open_work(artifact, fingerprint(50)),
+    ):
         raise error
-    assert artifact_state(artifact, recipe(20), verify=True).kind == "fresh"
+    assert artifact_state(artifact, fingerprint(20), verify=True).kind == "fresh"
     assert artifact.partial.exists() and not artifact.lock.exists()
 
 
 def test_other_errors_in_a_stage_pass_unchanged(artifact: Artifact) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"), open_work(artifact, recipe()):
+    with pytest.raises(FileNotFoundError, match="nowhere"), open_work(artifact, fingerprint()):
         Path("nowhere").read_text()
 
 
@@ -356,14 +359,14 @@ def test_really_full_disk(tmp_path: Path) -> None:
     if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a tmpfs needs root and the right to mount")
     try:
-        artifact = RunFolder.create(disk / "run").artifact("clusters", "k00256")
+        artifact = RunFolder.create(disk / "run").artifact("clusters/k00256")
         make(artifact, "one")
-        with pytest.raises(StorageError, match="The disk is full"), open_work(artifact, recipe(50)) as work:
+        with pytest.raises(StorageError, match="The disk is full"), open_work(artifact, fingerprint(50)) as work:
             (work.path / "big.npy").write_bytes(bytes(10**6))
-        assert artifact_state(artifact, recipe(), verify=True).kind == "fresh"
+        assert artifact_state(artifact, fingerprint(), verify=True).kind == "fresh"
         (artifact.partial / "big.npy").unlink()
         make(artifact, "two", 50)
-        assert artifact_state(artifact, recipe(50), verify=True).kind == "fresh"
+        assert artifact_state(artifact, fingerprint(50), verify=True).kind == "fresh"
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -372,7 +375,7 @@ def test_read_only_run_folder_is_one_sentence() -> None:
     """In a process without root's rights: root may write anywhere."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        artifact = RunFolder.create(Path(folder, "run")).artifact("clusters", "k00256")
+        artifact = RunFolder.create(Path(folder, "run")).artifact("clusters/k00256")
         make(artifact, "one")
         for path in (artifact.root, artifact.path.parent):
             path.chmod(0o555)
@@ -393,9 +396,12 @@ def _try_to_write(artifact: Artifact, writer: int) -> None:
         os.setgid(65534)
         os.setuid(65534)
     with open(writer, "w", encoding="utf-8") as pipe:
-        for action in (lambda: open_work(artifact, recipe(50)), lambda: RunFolder.open(artifact.root, writable=True)):
+        for action in (
+            lambda: open_work(artifact, fingerprint(50)),
+            lambda: RunFolder.open(artifact.root, writable=True),
+        ):
             try:
                 action()
             except StorageError as error:
                 pipe.write(f"{error}\n")
-        pipe.write(artifact_state(artifact, recipe(), verify=True).kind)
+        pipe.write(artifact_state(artifact, fingerprint(), verify=True).kind)

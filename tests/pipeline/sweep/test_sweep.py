@@ -20,6 +20,7 @@ from grappa.pipeline.commands.init import Request, initialize
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.status import read_config, states
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.sweep.command import braced, run_sweep
 from grappa.pipeline.sweep.comparison import compact
@@ -76,7 +77,7 @@ class Desk:
     def source(self, run: str, name: str) -> str | None:
         """The run that an artifact was taken over from."""
         stage, _, instance = name.partition("/")
-        manifest = RunFolder.open(self.out / run).artifact(stage, instance or None).manifest()
+        manifest = RunFolder.open(self.out / run).artifact(Node(stage, instance or None)).manifest()
         assert manifest is not None
         taken = manifest.provenance.get("taken_from")
         return taken and Path(taken).relative_to(self.out).parts[0]
@@ -113,7 +114,7 @@ def test_every_run_is_an_ordinary_one_and_a_second_sweep_does_nothing(desk: Desk
     desk.sweep()
     for name in ("base", "swapped", "wide"):
         run = RunFolder.open(desk.out / name)
-        fresh = {each.stage for each in states(run, read_config(run), verify=True) if each.state.kind == "fresh"}
+        fresh = {each.node.stage for each in states(run, read_config(run), verify=True) if each.state.kind == "fresh"}
         assert {"backbone", "adaptors", "embeddings", "evaluation"} <= fresh
         assert "index" not in fresh, "`until` is evaluation"
     assert read_config(RunFolder.open(desk.out / "wide")).adaptors.bottleneck_dim == 96
@@ -275,7 +276,7 @@ def test_without_the_evaluation_there_is_no_table(desk: Desk) -> None:
         ("runs: {a: {}}\nrows: [fussed]", [], "rows: 'fussed' is no row of any run; there are zero_shot,"),
         ("seeds: {fusion.seed: [1]}", ["--set", "fusion.seed=2"], "--set fusion.seed: fusion.seed is set by the seeds"),
         (RUNS, ["--set", "fusion.sed=2"], "--set: unknown key fusion.sed"),
-        (RUNS, ["--config", "tiny"], "no recipe of that name (demo, dva, grappa, small, small_dva)"),
+        (RUNS, ["--config", "tiny"], "no preset of that name (demo, dva, grappa, small, small_dva)"),
         (RUNS, ["--images", "/nowhere"], "/nowhere"),
         ("runs: {a: {evaluation.extra_rows: [supervised]}}", [], "a: evaluation.extra_rows asks for `supervised`, but"),
         (RUNS, ["--from", "/nowhere"], "There is no run folder /nowhere"),
