@@ -1,6 +1,7 @@
 # make install   a virtual environment in .venv with the `grappa` command, once
 # make demo      the whole pipeline on built-in images, offline after the installation
 # make test      lint, types and tests, those on a Slurm cluster too where Slurm is installed (tests/cluster/install.sh)
+# make test-narrow   the tests that compute, as on a CPU without wide vector units: results differ in rounding only
 # make bench     every performance gate, some hours; `make bench ONLY=R5` one of them, `QUICK=--quick` toy sizes
 # The faiss build follows the machine: a GPU if nvidia-smi sees one. Otherwise say it: `make clean install EXTRA=gpu`.
 
@@ -10,9 +11,12 @@ TEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+NARROW := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+PYTEST := $(BIN)/python -m pytest -q --numprocesses $(TEST_WORKERS) --dist loadfile
 PRODUCT := $(wildcard grappa pipeline slurm)
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-narrow lint bench clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -33,8 +37,10 @@ lint: install
 	$(BIN)/mypy $(PRODUCT)
 
 test: lint
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
-	    $(BIN)/python -m pytest -q --numprocesses $(TEST_WORKERS) --dist loadfile
+	$(ONE_THREAD) $(PYTEST)
+
+test-narrow: install
+	$(ONE_THREAD) $(NARROW) $(PYTEST) tests/library tests/pipeline/engine/test_processes.py tests/pipeline/test_report.py
 
 bench: install
 	$(BIN)/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY)) $(QUICK)

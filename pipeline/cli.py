@@ -237,16 +237,16 @@ def sweep(
     other: Annotated[
         Path | None, typer.Option("--from", metavar="OTHER_RUN", help="take over artifacts of this run too")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what each run would do; change nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check the sweep, say what the runs are")] = False,
 ) -> None:
     """Run several configurations from one file, share what they have in common, and make one table."""
     from grappa.pipeline.engine.progress import Progress
-    from grappa.pipeline.sweep.command import run_sweep, say_sweep_plan
+    from grappa.pipeline.sweep.command import run_sweep, say_sweep
     from grappa.pipeline.sweep.runs import SweepRequest
 
     request = SweepRequest(file, out, config, images or (), assignments or (), other)
     if dry_run:
-        say_sweep_plan(request, say=say)
+        say_sweep(request, say=say)
     else:
         run_sweep(request, progress=Progress(), say=say)
 

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from grappa.pipeline.config.yaml_file import ConfigError, expected_text, read_yaml, shipped_or_file, short
+from grappa.pipeline.config.yaml_file import ConfigError, read_yaml, shipped_or_file, short, validation_sentence
 from grappa.pipeline.graph.stages import STAGES, find_stage
 
 CLUSTERS = Path(__file__).parent / "clusters"
@@ -175,14 +175,10 @@ def load_profile(name_or_file: str) -> Profile:
 
 
 def _sentence(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
-    """Return the first wrong key of a profile, what was found and what is expected."""
-    first = error.errors(include_url=False)[0]
-    name = where + ".".join(str(part) for part in first["loc"][:2] if isinstance(part, str))
-    if first["type"] == "extra_forbidden":
-        return _unknown(name, str(first["loc"][-1]), model.model_fields)
-    if first["type"] == "value_error":
-        return ": ".join(part for part in (name, str(first["ctx"]["error"])) if part)
-    return f"{name}: found {short(first['input'])}, expected {expected_text(str(first['msg']))}"
+    def unknown(name: str) -> str:
+        return _unknown(name, name.rpartition(".")[2], model.model_fields)
+
+    return validation_sentence(error, unknown, where=where)
 
 
 def _refuse_unknown(where: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def parse_settings(settings: Mapping[str, Any], where: str) -> Config:
     try:
         config = Config.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_sentence(error)}") from None
+        raise ConfigError(f"{where}: {validation_sentence(error, _unknown, hint=_default_hint)}") from None
     _refuse_truth_values(settings, config, where)
     return config
 
@@ -170,20 +170,31 @@ def flow(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _sentence(error: ValidationError) -> str:
-    """Return the first wrong field of a validation error, what was found and what is expected."""
+def validation_sentence(
+    error: ValidationError,
+    unknown: Callable[[str], str],
+    *,
+    where: str = "",
+    hint: Callable[[str], str] = lambda name: "",
+) -> str:
+    """Return the first wrong key of a file, what was found and what is expected.
+
+    ``unknown`` gives the sentence for an unknown key, ``hint`` what follows the expected value, ``where`` the prefix.
+    """
     problems = error.errors(include_url=False)
     first = problems[0]
-    name = ".".join(str(part) for part in first["loc"][:2])
+    name = where + ".".join(part for part in first["loc"][:2] if isinstance(part, str))
     if first["type"] == "extra_forbidden":
-        return _unknown(name)
-    if first["type"] == "value_error":
-        words = str(first["ctx"]["error"])
-        return f"{name}: {words}" if name else words  # what several sections contradict each other in has no name
+        return unknown(name)
+    if first["type"] == "value_error":  # what several sections contradict each other in has no name
+        return ": ".join(part for part in (name, str(first["ctx"]["error"])) if part)
     same = [problem for problem in problems if problem["loc"][:2] == first["loc"][:2]]
-    expected = " or ".join(dict.fromkeys(expected_text(str(problem["msg"])) for problem in same))
-    found = short(same[-1]["input"])
-    return f"{name}: found {found}, expected {expected} (such as the default, {_default(name)})"
+    expected = " or ".join(dict.fromkeys(_expected(str(problem["msg"])) for problem in same))
+    return f"{name}: found {short(same[-1]['input'])}, expected {expected}{hint(name)}"
+
+
+def _default_hint(name: str) -> str:
+    return f" (such as the default, {_default(name)})"
 
 
 def _unknown(name: str) -> str:
@@ -204,7 +215,7 @@ def _near(section: str, field: str, siblings: list[str]) -> list[str]:
     return elsewhere or within or difflib.get_close_matches(f"{section}.{field}", field_names(), cutoff=0.75)
 
 
-def expected_text(message: str) -> str:
+def _expected(message: str) -> str:
     """Turn "Input should be a valid integer, unable to ..." into "a valid integer"."""
     text = message.removeprefix("Input should be ").split(", unable")[0].split(", got")[0]
     return text[:1].lower() + text[1:] if text[:2] != text[:2].upper() else text

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
 from grappa.pipeline.graph.node import Node
+from grappa.pipeline.graph.stages import STAGES
 from grappa.pipeline.store.storage import (
     StorageError,
     atomic_write_json,
@@ -280,17 +281,27 @@ def check_same_origin(folder: RunFolder, *names: str) -> None:
     """Refuse artifacts of different generations: each input digest that two of them share must be the same.
 
     ``names`` are artifact names such as ``model`` or ``clusters/k00256``; what one of them has as an input and another
-    one *is* must agree too. ValueError naming the command that mends it.
+    one *is* must agree too. ValueError naming the most upstream artifact that differs and the command that mends it.
     """
     seen: dict[tuple[str, str], str] = {}
+    differing: set[str] = set()
     for name in names:
         manifest = folder.artifact(name).manifest()
         for place, digest in _digests(name, manifest).items() if manifest else ():
             if seen.setdefault(place, digest) != digest:
-                raise ValueError(
-                    f"{', '.join(names)} in {folder.root} do not belong together: {place[0]} was made again in "
-                    f"between; run `grappa run {quoted(folder.root)}`"
-                )
+                differing.add(place[0])
+    if differing:
+        raise ValueError(
+            f"{', '.join(names)} in {folder.root} do not belong together: {min(differing, key=_place_in_graph)} was "
+            f"made again in between; run `grappa run {quoted(folder.root)}`"
+        )
+
+
+def _place_in_graph(name: str) -> tuple[int, str]:
+    """The order of artifacts from upstream to downstream; what comes from outside the graph is before all."""
+    stages = [stage.name for stage in STAGES]
+    stage = name.partition("/")[0]
+    return stages.index(stage) if stage in stages else -1, name
 
 
 def _digests(name: str, manifest: Manifest) -> dict[tuple[str, str], str]:

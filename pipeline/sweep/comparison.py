@@ -9,7 +9,7 @@ of that stage took, ``seconds_total``, ``seconds_here``, the part of it that was
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,25 +21,43 @@ from grappa.pipeline.engine.execution import Selection, selected
 from grappa.pipeline.engine.fingerprints import read_manifest
 from grappa.pipeline.engine.status import Judge
 from grappa.pipeline.graph.node import Node
-from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.storage import atomic_write_bytes
-from grappa.pipeline.sweep.spec import SweepFile
+from grappa.pipeline.sweep.runs import Sweep, SweepRun
+from grappa.pipeline.sweep.spec import SweepFile, varied
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CSV_FILE, PARQUET_FILE = "sweep.csv", "sweep.parquet"
+EMPTY = ("run", "variant", "model", "domain", "gallery", "map")
 
 
-def result_rows(folder: RunFolder, config: Config, file: SweepFile, columns: Mapping[str, Any]) -> pd.DataFrame | None:
-    """Return a run's rows of the table, ``columns`` first; None while its evaluation is not fresh."""
+class SweepTable:
+    """The rows of the runs whose evaluation is fresh, in the order of the runs; on disk after each update."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+        self._parts: dict[str, pd.DataFrame | None] = {}
+        self.rows: pd.DataFrame
+        self.update(*sweep.runs)
+
+    def update(self, *runs: SweepRun) -> None:
+        """Take in what these runs have now; nothing happens in a sweep without evaluation."""
+        if self._sweep.has_table:
+            self._parts.update({run.name: _result_rows(run, self._sweep.file) for run in runs})
+            self.rows = _write(self._sweep.out, [rows for rows in self._parts.values() if rows is not None])
+
+
+def _result_rows(run: SweepRun, file: SweepFile) -> pd.DataFrame | None:
+    """Return a run's rows of the table; None while its evaluation is not fresh."""
     import pandas as pd
 
-    if Judge(folder, config).state(Node("evaluation")).kind != "fresh":
+    if Judge(run.folder, run.config).state(Node("evaluation")).kind != "fresh":
         return None
-    metrics = pd.read_csv(folder.artifact("evaluation").home / "metrics.csv")
+    metrics = pd.read_csv(run.folder.artifact("evaluation").home / "metrics.csv")
     chosen = [any(fnmatchcase(model, pattern) for pattern in file.rows) for model in metrics["model"]]
-    rows = metrics[chosen].assign(**_seconds(folder, config, file.until))
+    rows = metrics[chosen].assign(**_seconds(run, file.until))
+    columns = {"run": run.name, "variant": run.variant, **{key: setting(run.config, key) for key in varied(file)}}
     for position, (name, value) in enumerate(columns.items()):
         rows.insert(position, name, [value] * len(rows))
     return rows
@@ -52,13 +70,13 @@ def setting(config: Config, key: str) -> Any:
     return value if isinstance(value, str | int | float | None) else flow(value)
 
 
-def _seconds(folder: RunFolder, config: Config, until: str) -> dict[str, float | bool]:
+def _seconds(run: SweepRun, until: str) -> dict[str, float | bool]:
     """Return ``seconds_STAGE`` for each stage up to ``until`` and the three columns behind them."""
     from grappa.pipeline.report.costs import cost_of
 
     seconds, here, partly = dict[str, float](), 0.0, False
-    for node in selected(config, Selection(until=until)):
-        manifest, cost = read_manifest(folder, node), cost_of(folder, node)
+    for node in selected(run.config, Selection(until=until)):
+        manifest, cost = read_manifest(run.folder, node), cost_of(run.folder, node)
         if manifest is None or cost is None:
             partly = True
             continue
@@ -70,11 +88,11 @@ def _seconds(folder: RunFolder, config: Config, until: str) -> dict[str, float |
     return {name: round(value, 3) for name, value in columns.items()} | {"seconds_partly": partly}
 
 
-def write_table(out: Path, parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+def _write(out: Path, parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Write the rows of all finished runs, each file whole or not at all; return them."""
     import pandas as pd
 
-    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run", "variant", "model"])
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*EMPTY])
     for name in table.columns:
         if table[name].dtype == object:  # one kind of value a column: text where they differ
             table[name] = [value if value is None or value != value else str(value) for value in table[name]]
@@ -85,7 +103,7 @@ def write_table(out: Path, parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return table
 
 
-def compact(table: pd.DataFrame, variants: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def compact(table: pd.DataFrame, variants: list[str]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows: variants by models, the mean mAP over domains in each one's own gallery.
 
     Over several seeds a cell is the mean and its standard error; single sets are left out (their names differ between
@@ -93,20 +111,14 @@ def compact(table: pd.DataFrame, variants: Sequence[str]) -> tuple[list[str], li
     """
     chosen = table[(table["domain"] == MEAN) & (table["gallery"] == "domain")]
     models = [name for name in dict.fromkeys(chosen["model"]) if not name[1:].isdigit()]
-    rows = []
-    for variant in variants:
-        mine = chosen[chosen["variant"] == variant]
-        values = {model: mine.loc[mine["model"] == model, "map"].dropna().tolist() for model in models}
-        rows.append([variant, str(mine["run"].nunique()), *(_cell(values[model]) for model in models)])
+    seeds = chosen.groupby("variant")["run"].nunique().reindex(variants, fill_value=0)
+    found = chosen.groupby(["variant", "model"])["map"].agg(["mean", "sem"])
+    cells = found.apply(_cell, axis=1).unstack().reindex(index=variants, columns=models).fillna("-")
+    rows = [[variant, str(seeds[variant]), *cells.loc[variant]] for variant in variants]
     return ["mean mAP", "seeds", *models], rows
 
 
-def _cell(values: Sequence[float]) -> str:
+def _cell(found: pd.Series) -> str:
     """Return ``0.3380``, ``0.3380 ± 0.0021`` (standard error of the mean, from 2 values on) or ``-``."""
-    if not values:
-        return "-"
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.4f}"
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return f"{mean:.4f} ± {(variance / len(values)) ** 0.5:.4f}"
+    texts = [f"{value:.4f}" for value in found if value == value]
+    return " ± ".join(texts) or "-"

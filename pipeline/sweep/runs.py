@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,7 +23,7 @@ from grappa.pipeline.engine.execution import Selection, selected
 from grappa.pipeline.engine.sources import list_sources
 from grappa.pipeline.graph.models import evaluated_models
 from grappa.pipeline.store.artifacts import RUN_FILE, RunFolder
-from grappa.pipeline.sweep.spec import SweepFile, nested, points, read_sweep
+from grappa.pipeline.sweep.spec import Point, SweepFile, nested, points, read_sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,9 +47,15 @@ class SweepRun:
 
     name: str
     variant: str
+    changes: Mapping[str, Any]
     root: Path
     config: Config
     listing: pd.DataFrame
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run folder, once it is made."""
+        return RunFolder(self.root)
 
 
 @dataclass(frozen=True)
@@ -81,12 +87,7 @@ def prepare(request: SweepRequest) -> Sweep:
         _check_known(out / point.name, config)
         images = given_images(config)
         listings[images] = listings[images] if images in listings else list_sources(images)
-    runs = []
-    for point, config in configs:
-        listing = listings[config.images]
-        runs.append(
-            SweepRun(point.name, point.variant, out / point.name, _fitted(point.name, config, listing), listing)
-        )
+    runs = [_run(out, point, config, listings[config.images]) for point, config in configs]
     sweep = Sweep(file, out, tuple(runs), RunFolder.open(request.other) if request.other else None)
     if sweep.has_table:
         _check_rows(file.rows, where, (run.config for run in runs))
@@ -124,11 +125,12 @@ def _check_known(root: Path, config: Config) -> None:
     check_weights(config, known)
 
 
-def _fitted(name: str, config: Config, listing: pd.DataFrame) -> Config:
+def _run(out: Path, point: Point, config: Config, listing: pd.DataFrame) -> SweepRun:
     try:
-        return fitted(config, listing)
+        chosen = fitted(config, listing)
     except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
+        raise ConfigError(f"{point.name}: {error}") from None
+    return SweepRun(point.name, point.variant, point.changes, out / point.name, chosen, listing)
 
 
 def _check_rows(patterns: Iterable[str], where: str, configs: Iterable[Config]) -> None:

@@ -29,11 +29,11 @@ from grappa.pipeline.config.yaml_file import (
     PRESETS,
     ConfigError,
     Settings,
-    expected_text,
     flow,
     read_yaml,
     shipped_or_file,
     short,
+    validation_sentence,
 )
 from grappa.pipeline.graph.stages import find_stage
 
@@ -122,7 +122,7 @@ def read_sweep(name_or_file: str) -> tuple[SweepFile, str]:
     try:
         return SweepFile.model_validate(found or {}), str(path)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_sentence(error)}") from None
+        raise ConfigError(f"{path}: {validation_sentence(error, _unknown)}") from None
 
 
 def points(sweep: SweepFile) -> tuple[Point, ...]:
@@ -188,13 +188,6 @@ def _value_text(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9_.+-]", "_", text)
 
 
-def _sentence(error: ValidationError) -> str:
-    """Return the first problem of a sweep: where, what was found and what is expected."""
-    first = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        keys = ("config", "images", "set") if name.startswith("base.") else tuple(SweepFile.model_fields)
-        return f"unknown key {name}: expected one of {', '.join(keys)}"
-    if first["type"] == "value_error":
-        return ": ".join(part for part in (name, str(first["ctx"]["error"])) if part)
-    return f"{name}: found {short(first['input'])}, expected {expected_text(str(first['msg']))}"
+def _unknown(name: str) -> str:
+    keys = Base.model_fields if name.startswith("base.") else SweepFile.model_fields
+    return f"unknown key {name}: expected one of {', '.join(field.alias or key for key, field in keys.items())}"

@@ -6,6 +6,9 @@ Run as a script, with FOLDER RUN STAGE: each rank's results go into the folder, 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,15 @@ from grappa.method.adaptor_training import AdaptorLoss, new_adaptor_set, train_a
 from grappa.method.fusion_training import PropagationLoss, train_fusion
 from grappa.method.student import Transfer, new_student, train_student
 from grappa.training.batches import Run, Views
-from grappa.training.loop import Optimization
+from grappa.training.loop import Optimization, schedule
 from grappa.training.targets import Targets
 from tests.helpers.tiny import tiny_backbone, tiny_cache, tiny_set
 
 NUM = 40
 ROWS = np.arange(4, NUM)
+TERMS = 2 * 10 * 17  # what a weight's gradient sums: two views of 10 images of 17 tokens
 OPTIMIZATION = Optimization(num_epochs=2, batch_size=10, learning_rate=3e-3, weight_decay=0.01, warmup=0.1)
+PATH = OPTIMIZATION.learning_rate * sum(schedule(step, 6, OPTIMIZATION.warmup) for step in range(6))
 LOSSES = {
     "mutual_information": PropagationLoss("mutual_information"),
     "swapped": PropagationLoss("swapped"),
@@ -34,17 +39,43 @@ LOSSES = {
 }
 
 
+class FirstMoments:
+    """A checkpointer that keeps Adam's first moments after the first step, in memory."""
+
+    def __init__(self) -> None:
+        self.moments = np.empty(0, dtype=np.float32)
+
+    def load(self) -> None:
+        return None
+
+    def due(self) -> bool:
+        return not self.moments.size
+
+    def save(self, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
+        moments = [value.numpy().ravel() for name, value in tensors.items() if name.endswith(".exp_avg")]
+        self.moments = np.concatenate(moments)
+
+
 def results(folder: Path, processes: Processes = ALONE) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the trained tensors and the losses of two adaptor sets, of a fusion by each loss and of a student."""
+    """Return the trained tensors and the losses of two adaptor sets, of a fusion by each loss and of a student.
+
+    ``NAME/first`` are the first step's gradients, all in one array, times 0.1: Adam's first moments.
+    """
     cache = tiny_cache(folder / f"pixels{processes.rank}", NUM)
     views = Views(cache, id_numbers([str(i) for i in range(NUM)]), 32, Augmentation(0.7, 0.5, 0.2, 0.2, 0.2, 0.1))
     run = Run(torch.device("cpu"), "float32", processes=processes)
     found = {"gradient": _gradient(processes)}
-    for name, trained in (("set", _set(views, run, 1)), ("heads", _set(views, run, 2))):
-        _keep(found, name, *trained)
+    trainings: dict[str, Callable[[Run], Any]] = {
+        "set": lambda run: _set(views, run, 1),
+        "heads": lambda run: _set(views, run, 2),
+        "student": lambda run: _student(views, run),
+    }
     for name, propagation in LOSSES.items():
-        _keep(found, name, *_fusion(views, run, propagation))
-    _keep(found, "student", *_student(views, run))
+        trainings[name] = partial(_fusion, views, propagation)
+    for name, train in trainings.items():
+        first = FirstMoments()
+        _keep(found, name, *train(replace(run, checkpoint=first)))
+        found[f"{name}/first"] = first.moments
     return found
 
 
@@ -78,7 +109,7 @@ def _set(views: Views, run: Run, num_targets: int) -> Any:
     )
 
 
-def _fusion(views: Views, run: Run, propagation: PropagationLoss) -> Any:
+def _fusion(views: Views, propagation: PropagationLoss, run: Run) -> Any:
     return train_fusion(
         tiny_backbone(),
         [tiny_set(i) for i in range(3)],

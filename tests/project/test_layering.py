@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.shape
+
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"grappa": "grappa", "pipeline": "grappa.pipeline", "slurm": "grappa.slurm"}  # on disk: as imported
 COMMAND_LINE = "grappa.pipeline.cli"

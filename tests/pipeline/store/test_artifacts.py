@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from grappa.pipeline.graph.node import Node
-from grappa.pipeline.store.artifacts import Manifest, RunFolder, RunFolderError
+from grappa.pipeline.store.artifacts import Manifest, RunFolder, RunFolderError, check_same_origin
 from grappa.pipeline.store.provenance import git_commit, provenance
 from grappa.pipeline.store.storage import (
     StorageError,
@@ -91,6 +91,28 @@ def test_manifest_survives_writing_and_reading(tmp_path: Path) -> None:
     manifest = Manifest(fingerprint, {odd: {"bytes": 3, "sha256": "0" * 64}}, {"host": "h"})
     atomic_write_json(tmp_path / "manifest.json", manifest.to_json())
     assert Manifest.read(tmp_path / "manifest.json") == manifest
+
+
+@pytest.mark.parametrize("order", [("index", "model", "evaluation"), ("evaluation", "index", "model")])
+@pytest.mark.parametrize("head", ["heads/fused", "features"])
+def test_the_most_upstream_artifact_that_was_made_again_is_named(
+    tmp_path: Path, order: tuple[str, ...], head: str
+) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    former, now = "0" * 64, "1" * 64
+    inputs = {
+        "index": {head: {"a": former}, "embeddings/fused": {"a": former}},
+        "model": {head: {"a": now}, "clusters/k00004": {"a": now}},
+        "evaluation": {"embeddings/fused": {"a": now}, "clusters/k00004": {"a": now}},
+    }
+    for stage, digests in inputs.items():
+        recipe = {"stage": stage, "instance": None, "version": 1, "config": {}, "inputs": digests}
+        run.artifact(stage).path.mkdir()
+        atomic_write_json(run.artifact(stage).path / "manifest.json", Manifest(recipe, {}, {}).to_json())
+    first = "features" if head == "features" else "embeddings/fused"
+    with pytest.raises(ValueError, match=f"do not belong together: {first} was made again in between; run `grappa run"):
+        check_same_origin(run, *order)
+    check_same_origin(run, "model", "evaluation")
 
 
 def test_file_digest(tmp_path: Path) -> None:

@@ -22,10 +22,9 @@ from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.status import read_config, states
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import RunFolder
-from grappa.pipeline.sweep.command import run_sweep
+from grappa.pipeline.sweep.command import braced, run_sweep
 from grappa.pipeline.sweep.comparison import compact
-from grappa.pipeline.sweep.plan import braced, plan
-from grappa.pipeline.sweep.runs import SweepRequest, prepare
+from grappa.pipeline.sweep.runs import SweepRequest
 from tests.helpers.fake_stages import FakeStages, fake_stages
 from tests.helpers.tiny import digests, draw_images, settings, write_table, write_weights
 
@@ -124,34 +123,19 @@ def test_every_run_is_an_ordinary_one_and_a_second_sweep_does_nothing(desk: Desk
     assert again.stdout.count("all is fresh") == 3
 
 
-def test_a_dry_run_changes_nothing_and_says_what_then_happens(desk: Desk) -> None:
+def test_a_dry_run_says_what_each_run_changes_and_changes_nothing(desk: Desk) -> None:
     said = desk.sweep("--dry-run").stdout
     assert not desk.out.exists() and desk.fakes.ran == []
-    assert "base: would compute backbone, images, features, neighbors, clusters/{" in said
-    assert (
-        "swapped: would compute fusion/neighbors, student, embeddings/{fused,student}, heads/{fused,student}, model"
-        in said
-    )
-    assert "swapped: would take over from base backbone, images, features" in said
-    desk.sweep()
-    assert f"3 runs in {desk.out}: {len(desk.fakes.ran)} artifacts to compute" in said
-    before = snapshot(desk.out)
-    assert desk.sweep("--dry-run").stdout.count("nothing to do, all is fresh") == 3
-    assert snapshot(desk.out) == before
-
-
-def test_a_dry_run_of_a_changed_sweep_sees_what_lies_in_the_folder(desk: Desk) -> None:
-    desk.sweep()
-    (desk.images / "birds" / "99.png").write_bytes(b"new")
-    planned = plan(prepare(SweepRequest(str(desk.folder / "sweep.yaml"), desk.out)))
-    assert planned[0].fresh == ["backbone"] and planned[0].computed[0] == "images"
-    (desk.images / "birds" / "99.png").unlink()
-    desk.write(RUNS.replace("runs: {", "runs: {first: {}, "))
-    planned = plan(prepare(SweepRequest(str(desk.folder / "sweep.yaml"), desk.out)))
-    assert [(each.name, each.computed) for each in planned] == [
-        (name, []) for name in "first base swapped wide".split()
+    assert said.splitlines() == [
+        "base: the base",
+        "swapped: fusion.attention_loss=swapped",
+        "wide: adaptors.bottleneck_dim=96",
+        f"3 runs in {desk.out}, up to evaluation",
     ]
-    assert set(planned[0].taken) == {"base"}
+    desk.sweep()
+    before = snapshot(desk.out)
+    assert desk.sweep("--dry-run").stdout == said
+    assert snapshot(desk.out) == before
 
 
 def test_a_run_is_reported_and_tried_again_and_the_others_go_on(desk: Desk) -> None:
@@ -257,6 +241,11 @@ def test_single_sets_are_in_the_file_but_not_in_the_compact_table() -> None:
     assert lines == [["a", "1", "0.2500"], ["b", "1", "-"], ["c", "0", "-"]]
 
 
+def test_the_compact_table_of_runs_that_all_failed() -> None:
+    table = pd.DataFrame(columns=["run", "variant", "model", "domain", "gallery", "map"])
+    assert compact(table, ["a", "b"]) == (["mean mAP", "seeds"], [["a", "0"], ["b", "0"]])
+
+
 def test_an_edited_sweep_says_what_changes_and_drops_what_is_no_longer_true(desk: Desk) -> None:
     desk.sweep()
     desk.write(RUNS.replace("swapped}", "swapped, fusion.seed: 4}"))
@@ -287,7 +276,7 @@ def test_without_the_evaluation_there_is_no_table(desk: Desk) -> None:
         ("runs: {a: {}}\nrows: [fussed]", [], "rows: 'fussed' is no row of any run; there are zero_shot,"),
         ("seeds: {fusion.seed: [1]}", ["--set", "fusion.seed=2"], "--set fusion.seed: fusion.seed is set by the seeds"),
         (RUNS, ["--set", "fusion.sed=2"], "--set: unknown key fusion.sed"),
-        (RUNS, ["--config", "tiny"], "no recipe of that name (demo, dva, grappa, small, small_dva)"),
+        (RUNS, ["--config", "tiny"], "no preset of that name (demo, dva, grappa, small, small_dva)"),
         (RUNS, ["--images", "/nowhere"], "/nowhere"),
         ("runs: {a: {evaluation.extra_rows: [supervised]}}", [], "a: evaluation.extra_rows asks for `supervised`, but"),
         (RUNS, ["--from", "/nowhere"], "There is no run folder /nowhere"),
