@@ -14,7 +14,6 @@ STAMP := $(VENV)/installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 NARROW := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 PYTEST := $(BIN)/python -m pytest -q --numprocesses $(TEST_WORKERS) --dist loadfile
-PRODUCT := $(wildcard grappa pipeline slurm)
 
 .PHONY: install demo test test-narrow lint bench clean
 .DELETE_ON_ERROR:
@@ -34,7 +33,7 @@ demo: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(PRODUCT)
+	$(BIN)/mypy grappa
 
 test: lint
 	$(ONE_THREAD) $(PYTEST)
