@@ -32,7 +32,7 @@ from grappa.pipeline.engine.freshness import compare_fingerprints
 from grappa.pipeline.engine.progress import Progress, Snapshot
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.team import Team, joined
-from grappa.pipeline.errors import EXPECTED, explained
+from grappa.pipeline.errors import EXPECTED, sentence_and_code
 from grappa.pipeline.graph.stages import find_stage
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.checkpoints import Stopped, refuse_if_stopped, request_stop, withdraw_stop
@@ -136,12 +136,12 @@ class StageJob(submitit.helpers.Checkpointable):
         self._tell("made", artifact=pin.name, recipe=fingerprint_digest(manifest.fingerprint), seconds=seconds)
 
     def _end(self, error: BaseException) -> None:
-        words = explained(error)[0] or f"{type(error).__name__}: {error}"
+        words = sentence_and_code(error)[0] or f"{type(error).__name__}: {error}"
         self._tell("end", exit=1, error=words, peak_memory_bytes=peak_memory())
         self._say_and_exit(error)
 
     def _say_and_exit(self, error: BaseException) -> NoReturn:
-        sentence, _ = explained(error)
+        sentence, _ = sentence_and_code(error)
         if sentence is None:
             raise error
         print(f"grappa: {sentence}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""The configuration: one frozen section a stage, checked before anything runs.
+"""The configuration: one frozen section for each stage, checked before anything runs.
 
-A field whose ``identity`` is False (a path, a worker count) never enters a fingerprint. Every other field enters that
-of the stages which list it in ``grappa.pipeline.graph.stages``.
+A field whose ``identity`` is False (a path, a worker count) never enters a fingerprint. Every other field enters the
+fingerprints of the stages that list it in ``grappa.pipeline.graph.stages``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Section(BaseModel):
 
 
 def provenance(default: Any, description: str) -> Any:
-    """Return a field that is written down but is no part of any fingerprint."""
+    """Return a field that is recorded in the provenance but is no part of any fingerprint."""
     return Field(default=default, description=description, json_schema_extra={"identity": False})
 
 
@@ -124,7 +124,7 @@ class Objects(Section):
 
 
 class Augmented(Section):
-    """Views shared by the two training stages; every draw belongs to (seed, stage, instance, epoch, image_id)."""
+    """Settings of augmented views; a random draw is a function of (seed, stage, instance, epoch, image_id)."""
 
     min_crop: CropFraction = Field(0.6, description="smallest side of a training crop, as a share of the shorter side")
     flip: Fraction = Field(0.5, description="chance of a mirrored view")
@@ -135,7 +135,7 @@ class Augmented(Section):
 
 
 class Trained(Augmented):
-    """What every training has, AdamW under a warmed-up cosine schedule."""
+    """Settings of every training: AdamW with a warmed-up cosine schedule."""
 
     num_epochs: PositiveInt = Field(4, description="passes over the train images")
     batch_size: PositiveInt = Field(64, description="images (fusion: pairs) a step")
@@ -146,8 +146,8 @@ class Trained(Augmented):
     precision: Precision = Field("auto", description="auto: bfloat16 autocast where the device has it in hardware")
 
 
-class Sets(Trained):
-    """What an adaptor set is made of."""
+class AdaptorSetSettings(Trained):
+    """Settings of every stage that trains an adaptor set: kind and sizes of its adaptors."""
 
     kind: Literal["bottleneck", "in_context", "both"] = Field(
         "bottleneck",
@@ -159,7 +159,7 @@ class Sets(Trained):
     )
 
 
-class Adaptors(Sets):
+class Adaptors(AdaptorSetSettings):
     supervision: Literal["pseudo_labels", "labels"] = Field(
         "pseudo_labels", description="what a set is trained on: clusters, or (one set) the train images' labels"
     )
@@ -212,7 +212,7 @@ class Fusion(Trained):
         return value
 
 
-class Student(Sets):
+class Student(AdaptorSetSettings):
     temperature: PositiveFloat = Field(0.1, description="tau of the similarities to the bank of reference images")
     softening: PositiveFloat = Field(2.0, description="T by which tau is multiplied on both sides (Hinton)")
     cosine_weight: NonNegativeFloat = Field(1.0, description="weight of the distance to the teacher's embedding")
@@ -341,13 +341,13 @@ class Config(Section):
             raise ValueError("objects.provider is grounding_dino, but objects.model is null; give a hub name or folder")
         weights = [f"adaptors.{name}" for name in PERCEIVED if getattr(self.adaptors, name)]
         shares = ["student.object_share"] if self.student.object_share else []
-        rows = [
+        models = [
             f"the model {name}"
             for name in ("zero_shot_objects", "adapted_objects")
             if name in self.evaluation.extra_rows
         ]
         views = ["clusters.view=objects"] if self.clusters.view == "objects" else []
-        asking = [*weights, *shares, *rows, *views]
+        asking = [*weights, *shares, *models, *views]
         if asking and self.objects.provider == "none":
             raise ValueError(
                 f"{asking[0]} needs object views, but objects.provider is none; set it to backbone (or columns, "
@@ -357,7 +357,7 @@ class Config(Section):
 
     @property
     def granularities(self) -> tuple[str, ...]:
-        """The names of the pseudo-granularities, ordered by number; none where labels take their place."""
+        """The names of the pseudo-granularities, ordered by number; empty where labels replace pseudo-labels."""
         if self.adaptors.supervision == "labels":
             return ()
         if isinstance(self.clusters.num_clusters, str):
@@ -377,9 +377,10 @@ def num_clusters_of(granularity: str) -> int:
 
 
 def automatic_num_clusters(num_train: int, how: str = "auto") -> tuple[int, ...]:
-    """Return 4 (``auto:7``: 7) geometric values from N/64 to N/3, each in 2..N/2, without repeats; N train images >= 4.
+    """Return 4 (``auto:7``: 7) geometric values from N/64 to N/3 for N >= 4 train images, without repeated values.
 
-    A single value is the geometric middle. 4 values hold those of 2, and 7 those of 4: such runs share their sets.
+    All values are in 2..N/2. A single value is the geometric middle. The values of 2 are among those of 4, and those of
+    4 among those of 7, so that such runs share adaptor sets.
     """
     count = int(how.partition(":")[2] or 4)
     low, high = max(2.0, num_train / 64), max(2.0, num_train / 3)

@@ -16,8 +16,8 @@ from grappa.pipeline.commands.run import print_rows, times_line
 from grappa.pipeline.config.yaml_file import ConfigError, field_names, flow, load_config
 from grappa.pipeline.engine.execution import Say, Selection, run_stages
 from grappa.pipeline.engine.progress import Progress
-from grappa.pipeline.engine.reuse import take_over_one
-from grappa.pipeline.errors import explained
+from grappa.pipeline.engine.reuse import reuse_artifact
+from grappa.pipeline.errors import sentence_and_code
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import RunFolder, quoted
 from grappa.pipeline.store.storage import is_disk_full
@@ -89,40 +89,40 @@ def _changes(run: SweepRun) -> list[str]:
 def _run_one(sweep: Sweep, run: SweepRun, *, progress: Progress, say: Say) -> None:
     others = {sweep.other: str(sweep.other.root)} if sweep.other else {}
     others |= {each.folder: each.name for each in sweep.runs if each is not run}
-    taker, selection = _Taker(others, run, say), Selection(until=sweep.file.until)
+    reuser, selection = _Reuser(others, run, say), Selection(until=sweep.file.until)
     try:
-        report = run_stages(run.folder, run.config, selection, progress=progress, say=say, take=taker)
+        report = run_stages(run.folder, run.config, selection, progress=progress, say=say, reuse=reuser)
     finally:
-        taker.flush()
+        reuser.flush()
     if report.seconds:
         say(times_line(report.seconds))
-    elif not taker.any:
+    elif not reuser.any:
         say("all is fresh")
 
 
 @dataclass
-class _Taker:
+class _Reuser:
     """Takes over what a sibling has; says so before the next artifact is computed, one line a sibling."""
 
     others: dict[RunFolder, str]
     run: SweepRun
     say: Say
-    taken: dict[str, list[str]] = field(default_factory=dict)
+    reused: dict[str, list[str]] = field(default_factory=dict)
     any: bool = False
 
     def __call__(self, node: Node) -> bool:
-        source = take_over_one(self.others, self.run.folder, self.run.config, node)
+        source = reuse_artifact(self.others, self.run.folder, self.run.config, node)
         if source is None:
             self.flush()
             return False
         self.any = True
-        self.taken.setdefault(self.others[source], []).append(node.name)
+        self.reused.setdefault(self.others[source], []).append(node.name)
         return True
 
     def flush(self) -> None:
-        for source, names in self.taken.items():
-            self.say(f"taken over from {source}: {braced(names)}")
-        self.taken.clear()
+        for source, names in self.reused.items():
+            self.say(f"reused from {source}: {braced(names)}")
+        self.reused.clear()
 
 
 def braced(names: Iterable[str]) -> str:
@@ -147,7 +147,7 @@ def _print(sweep: Sweep, table: SweepTable, say: Say) -> None:
 
 def _sentence(error: Exception) -> str:
     """Return what a failed run is reported with; what nobody expected shows its traceback as well."""
-    sentence, _ = explained(error)
+    sentence, _ = sentence_and_code(error)
     if sentence is None:
         traceback.print_exception(error, file=sys.stderr)
         return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -2,7 +2,7 @@
 
 Its columns: ``run`` (the folder), ``variant`` (the run without its seed), one for each changed ``section.key``; then
 those of a run's result table (model, domain, gallery, metrics); then ``seconds_STAGE``, what making the run's artifacts
-of that stage took, ``seconds_total``, ``seconds_here``, the part of it that was not taken over from another run, and
+of that stage took, ``seconds_total``, ``seconds_here``, the part of it that was not reused from another run, and
 ``seconds_partly``: whether work was interrupted, so that only the time since it was last resumed is known.
 """
 

@@ -90,7 +90,7 @@ def prepare(request: SweepRequest) -> Sweep:
     runs = [_run(out, point, config, listings[config.images]) for point, config in configs]
     sweep = Sweep(file, out, tuple(runs), RunFolder.open(request.other) if request.other else None)
     if sweep.has_table:
-        _check_rows(file.rows, where, (run.config for run in runs))
+        _check_models(file.rows, where, (run.config for run in runs))
     return sweep
 
 
@@ -133,8 +133,8 @@ def _run(out: Path, point: Point, config: Config, listing: pd.DataFrame) -> Swee
     return SweepRun(point.name, point.variant, point.changes, out / point.name, chosen, listing)
 
 
-def _check_rows(patterns: Iterable[str], where: str, configs: Iterable[Config]) -> None:
+def _check_models(patterns: Iterable[str], where: str, configs: Iterable[Config]) -> None:
     models = list(dict.fromkeys(model for config in configs for model in (*evaluated_models(config), ORACLE)))
     for pattern in patterns:
         if not any(fnmatchcase(model, pattern) for model in models):
-            raise ConfigError(f"{where}: rows: {pattern!r} is no row of any run; there are {', '.join(models)}")
+            raise ConfigError(f"{where}: rows: {pattern!r} is no model of any run; there are {', '.join(models)}")
