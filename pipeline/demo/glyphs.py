@@ -1,6 +1,6 @@
-"""Domain `glyphs`: printed characters; a class is a character, the typeface is nuisance.
+"""Domain `glyphs`: printed characters; a class is a character in any typeface.
 
-The demo uses capital Latin letters. The pretraining uses other characters, none of which looks like one of those.
+The demo uses capital Latin letters. The pretraining uses other characters, none of which looks like a capital letter.
 """
 
 from __future__ import annotations
