@@ -61,9 +61,10 @@ def init(
         typer.Option("--from", metavar="OTHER_RUN", help="reuse artifacts of this run that have the same fingerprint"),
     ] = None,
 ) -> None:
-    """Make a run folder or change one: list the images, write the configuration, say what becomes stale.
+    """Make a run folder, or change one.
 
-    A run folder that exists keeps the images and the settings that are not given.
+    List the images, write the configuration and say what becomes stale. A run folder that exists keeps the images and
+    the settings that are not given.
     """
     from grappa.pipeline.commands.init import Request, initialize
 
@@ -80,7 +81,7 @@ def run_command(
     force: Annotated[bool, typer.Option("--force", help="run fresh artifacts again too")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be run, and why; run nothing")] = False,
 ) -> None:
-    """Run the stages whose artifacts are not fresh, in order, and resume interrupted work."""
+    """Run the stages that are not fresh; resume interrupted work."""
     from grappa.pipeline.commands.run import run_and_report, say_plan
     from grappa.pipeline.engine.execution import Selection
     from grappa.pipeline.engine.progress import Progress
@@ -102,7 +103,10 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="repeat every half minute until no job is left")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say for every artifact whether it is missing, fresh, stale or corrupt, and why; and the state of its job."""
+    """Say which artifacts are fresh, and what their jobs do.
+
+    An artifact is missing, fresh, stale (with the reasons) or corrupt (with the files).
+    """
     from grappa.pipeline.engine.status import read_config, states, status_lines
     from grappa.pipeline.store.artifacts import RunFolder
 
@@ -136,7 +140,10 @@ def submit(
         bool, typer.Option("--dry-run", help="print the jobs and their scripts; submit nothing")
     ] = False,
 ) -> None:
-    """Submit the stages whose artifacts are not fresh as jobs of a cluster, unless such a job is queued or running."""
+    """Submit the stages that are not fresh as jobs of a cluster.
+
+    Artifacts that a queued or running job makes are not submitted again.
+    """
     from grappa.pipeline.engine.execution import Selection
     from grappa.slurm.submit import submit as send
 
@@ -164,7 +171,10 @@ def cancel(
     stage: Annotated[str | None, typer.Argument(metavar="[STAGE]")] = None,
     instance: Annotated[str | None, typer.Argument(metavar="[INSTANCE]")] = None,
 ) -> None:
-    """Cancel the queued and running jobs of a run, a stage or an instance; a later job resumes their work."""
+    """Cancel the jobs of a run, a stage or an instance.
+
+    A later job resumes their unfinished work.
+    """
     from grappa.slurm.commands import cancel as cancel_jobs
 
     cancel_jobs(run, stage, instance, say=say)
@@ -178,7 +188,10 @@ def search(
     k: Annotated[int, typer.Option("-k", min=1, help="the number of images to find")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Find the images of a run that are nearest to an image file, and print their similarity and domain."""
+    """Find the images of a run that are nearest to an image file.
+
+    Print the similarity, domain, path and id of these images, the nearest first.
+    """
     from grappa.pipeline.commands.search import search as find
 
     found = find(run, image, k)
@@ -196,7 +209,10 @@ def embed(
     images: Annotated[Path, typer.Option(metavar="DIR_OR_TABLE", help="the new images: a folder or a table")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="a new folder for the embeddings")],
 ) -> None:
-    """Embed new images with an adapted model, and write embeddings.npy and ids.parquet."""
+    """Embed new images with an adapted model.
+
+    Write embeddings.npy and ids.parquet.
+    """
     from grappa.pipeline.commands.embed import embed as write_embeddings
     from grappa.pipeline.engine.progress import Progress, totals
 
@@ -210,7 +226,10 @@ def embed(
 def export(
     run: Run, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the model")]
 ) -> None:
-    """Write the adapted model of a run to a self-contained folder that `grappa.load_model` opens."""
+    """Write the adapted model of a run to a folder of its own.
+
+    `grappa.load_model` opens this folder.
+    """
     from grappa.pipeline.commands.search import export as write_model
 
     say(write_model(run, folder))
@@ -221,7 +240,10 @@ def export(
 def report(
     run: Run, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the report")]
 ) -> None:
-    """Write a report of a finished run: index.html to look at, results.md for a README."""
+    """Write a report of a finished run.
+
+    Write index.html to look at, and results.md for a README.
+    """
     from grappa.pipeline.report.page import write_report
 
     say(write_report(run, folder))
@@ -252,7 +274,10 @@ def sweep(
         bool, typer.Option("--dry-run", help="check the sweep and say what its runs are; run nothing")
     ] = False,
 ) -> None:
-    """Run several configurations from one file, compute the artifacts that they share once, and write one table."""
+    """Run several configurations from one file, and compare them.
+
+    Artifacts that several runs share are computed once. The results become one table.
+    """
     from grappa.pipeline.engine.progress import Progress
     from grappa.pipeline.sweep.command import run_sweep, say_sweep
     from grappa.pipeline.sweep.runs import SweepRequest
@@ -269,7 +294,7 @@ def sweep(
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="the run folder")] = Path("runs/demo"),
 ) -> None:
-    """Run the whole pipeline, offline, on images that the package draws itself."""
+    """Run the whole pipeline on drawn images, without a network."""
     from grappa.pipeline.commands.init import Request, initialize
     from grappa.pipeline.commands.run import run_and_report
     from grappa.pipeline.demo.dataset import write_demo_images

@@ -63,7 +63,7 @@ class Run:
         assert manifest is not None, "the images were listed before they were decoded"
         roots, table = manifest.provenance["roots"], self._image_table()
         files = [image_file(roots[root], path) for root, path in zip(table["root"], table["path"], strict=True)]
-        table.insert(0, "file", pd.Series(files, index=table.index, dtype=object))  # text that is no UTF-8 too
+        table.insert(0, "file", pd.Series(files, index=table.index, dtype=object))  # a path need not be UTF-8
         table.insert(list(table.columns).index("split") + 1, "label", self._labels())
         return _categorical(table.drop(columns="root"), "domain", "split", "label")
 
@@ -146,7 +146,7 @@ class Run:
 
     def metrics(self) -> pd.DataFrame:
         """Return the result table: model, domain (``_mean``: over all domains), gallery (domain | merged), metrics."""
-        names = ("model", "domain", "gallery")  # read as they are: a domain may be called NA
+        names = ("model", "domain", "gallery")  # read as texts: a domain may be called NA
         table = pd.read_csv(self._published("evaluation") / "metrics.csv", converters=dict.fromkeys(names, str))
         return _categorical(table, *names)
 

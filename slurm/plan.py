@@ -67,7 +67,7 @@ def plan(
 
 
 def _reads_own_stage(config: Config, node: Node, coming: set[Node]) -> bool:
-    """Tell whether a node reads nodes of its own stage, as concat does: its job comes after the array of these nodes."""
+    """Tell whether a node reads nodes of its own stage, as concat does: its job follows the array of these nodes."""
     return any(each in coming and each.stage == node.stage for each in upstream(node, config))
 
 

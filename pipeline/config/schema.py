@@ -43,10 +43,10 @@ class Images(Section):
     sources: tuple[str, ...] = provenance((), "folders (DOMAIN/...) or tables (.csv, .parquet) of images")
     protocol: Literal["as_given", "closed_set"] = provenance(
         "as_given",
-        "who is tested: the given split; closed_set: half of each train class's images, the given test left out",
+        "the tested images: those of the given split; closed_set: half of each train class, without the given test",
     )
     protocol_seed: NonNegativeInt = provenance(0, "closed_set: seed of the halves")
-    cache_size: PositiveInt = Field(256, description="pixels of the shorter side kept in the pixel cache")
+    cache_size: PositiveInt = Field(256, description="pixels of an image's shorter side in the pixel cache")
     max_rejected: Fraction = provenance(0.05, "share of unreadable files above which the stage stops")
     max_pixels: PositiveInt = Field(100_000_000, description="a larger image is refused as a decompression bomb")
     shard_size: PositiveInt = Field(1024, description="images a file of the pixel cache; the unit of resuming")
@@ -57,7 +57,7 @@ class Backbone(Section):
     weights: str | None = provenance(None, "a .safetensors file or a state dict; null: the hub's weights")
     image_size: PositiveInt | None = Field(None, description="pixels of the square input; null: the model's own")
     crop_fraction: CropFraction | None = Field(
-        None, description="share of the shorter side seen; null: the model's own"
+        None, description="share of the shorter side that the model sees; null: the model's own"
     )
     mean: Triple | None = Field(None, description="channel means of the input, 0-1; null: the model's own")
     std: PositiveTriple | None = Field(None, description="channel deviations of the input, 0-1; null: the model's own")
@@ -71,7 +71,7 @@ class Features(Section):
 
 
 class Neighbors(Section):
-    num_neighbors: PositiveInt = Field(10, description="nearest train images kept for each image")
+    num_neighbors: PositiveInt = Field(10, description="number of nearest train images of each image")
 
 
 class Clusters(Section):
@@ -99,7 +99,7 @@ class Clusters(Section):
 class Objects(Section):
     provider: Literal["none", "backbone", "columns", "grounding_dino", "random"] = Field(
         "none",
-        description="who finds the objects: the backbone, the table's boxes, a detector; random: the control",
+        description="the source of the boxes: the backbone, the table's columns, a detector; random: the control",
     )
     min_confidence: Fraction = Field(0.3, description="a box of less confidence is refused: the image stays whole")
     min_area: Fraction = Field(0.02, description="a smaller box is refused; share of the image's area")
@@ -237,11 +237,11 @@ class Heads(Section):
         "auto", description="neighborhood: centroids of the train embeddings; auto: a third of the images, at most 4096"
     )
     perplexity: Annotated[float, Field(gt=1.0)] = Field(
-        10.0, description="neighborhood: centroids an image is near to; few centroids lower it to their middle"
+        10.0, description="neighborhood: number of centroids near an image; of M centroids at most (M + 1) / 2"
     )
     deviation_power: Fraction = Field(0.5, description="strength of the whitening: 0 none, 1 full")
     neighborhood_weight: NonNegativeFloat = Field(
-        1.0, description="neighborhood: weight of where an image lies beside how it differs from what lies there"
+        1.0, description="neighborhood: weight of an image's neighbourhood beside its deviation from the neighbourhood"
     )
     num_iterations: PositiveInt = Field(20, description="neighborhood: iterations of spherical k-means")
     seed: NonNegativeInt = Field(0, description="neighborhood: seed of the initial centroids")
@@ -250,7 +250,7 @@ class Heads(Section):
 class Model(Section):
     source: Literal["fused", "student", "single"] = provenance(
         "fused",
-        "what is deployed and searched: the fused sets; the student; single: the only set, neither of them is trained",
+        "the deployed and searched model: fused; student; single: the only set (no fusion, no student is trained)",
     )
 
 
@@ -275,11 +275,11 @@ class Index(Section):
 
 
 class Compute(Section):
-    """Where and how fast, never what: no field here is part of a fingerprint."""
+    """Device and speed of the computations: no field here is part of a fingerprint."""
 
     device: Literal["auto", "cpu", "cuda"] = provenance("auto", "auto: a GPU if there is one")
     num_threads: NonNegativeInt = provenance(0, "CPU threads of torch; 0: all cores (shared by the processes of a run)")
-    num_workers: NonNegativeInt = provenance(0, "threads that decode and crop images; 0: all cores (likewise)")
+    num_workers: NonNegativeInt = provenance(0, "threads that decode and crop images; 0: all cores (shared likewise)")
     inference_batch_size: PositiveInt = provenance(64, "images a forward pass without gradients")
     checkpoint_seconds: PositiveFloat = provenance(60.0, "time between two checkpoints")
 

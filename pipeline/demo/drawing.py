@@ -51,7 +51,7 @@ def two_colors(label: str, rng: np.random.Generator) -> tuple[Color, Color]:
     """Return a dark and a light color (for one image in five in reverse); the light one has the class's loose hue."""
     dark = random_color(rng, low=0.0, high=0.45)
     red, green, blue = hsv_color(loose_hue(label, rng), rng.uniform(0.1, 0.8), rng.uniform(0.75, 1.0))
-    light = (max(red, 115), max(green, 115), max(blue, 115))  # a saturated blue is dark, whatever its value
+    light = (max(red, 115), max(green, 115), max(blue, 115))  # a saturated blue looks dark at any value
     return (dark, light) if rng.uniform() < 0.8 else (light, dark)
 
 

@@ -50,7 +50,7 @@ def _character_mask(label: str, identity: np.random.Generator) -> Image.Image:
     center = (drawing.CANVAS_SIZE / 2, drawing.CANVAS_SIZE / 2)
     font = _font(FONTS[identity.integers(len(FONTS))])
     draw_on = ImageDraw.Draw(mask)
-    if hollow:  # an outline: the stroke in ink, the inside empty again
+    if hollow:  # only an outline: the stroke has ink, the inside is empty
         draw_on.text(center, label, fill=0, font=font, anchor="mm", stroke_width=3, stroke_fill=255)
     else:
         draw_on.text(center, label, fill=255, font=font, anchor="mm")

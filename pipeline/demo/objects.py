@@ -82,7 +82,7 @@ def _draw_object(canvas: ImageDraw.ImageDraw, pieces: tuple[Part, ...], rng: np.
     radius = rng.uniform(28, 42)
     center = drawing.CANVAS_SIZE / 2 + rng.normal(0, 6, size=2)
     pose = _rotation(rng.normal(0, 30)) * radius
-    pose[:, 0] *= rng.uniform(0.8, 1.0)  # seen a little from the side
+    pose[:, 0] *= rng.uniform(0.8, 1.0)  # the object is seen a little from the side
     hue_shift, saturation, light = rng.normal(0, 0.05), rng.uniform(0.45, 0.95), rng.uniform(0.75, 1.1)
     for piece in pieces:
         outline = SHAPES[piece.shape] * piece.radius @ _rotation(piece.turn).T + piece.place

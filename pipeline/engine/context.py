@@ -116,7 +116,7 @@ class StageContext:
 
     def _roots(self) -> list[str]:
         manifest = self.run.artifact("sources").manifest()
-        assert manifest is not None, "the fingerprint could not have been made without the sources"
+        assert manifest is not None, "a stage with this input runs only after the sources were published"
         return list(manifest.provenance["roots"])
 
     @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.store.storage import file_digest
 
-SUFFIXES = (".json", ".safetensors", ".txt")  # of the files in a detector's folder; no other file is read
+SUFFIXES = (".json", ".safetensors", ".txt")  # of the files that are read from a detector's folder
 
 
 class MissingInputError(ValueError):

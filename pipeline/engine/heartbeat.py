@@ -108,7 +108,7 @@ class WatchedStore:
             if self.rank == 0 and self._store.check(["failed"]):
                 self._wait_until_heard()
         self._closed.set()
-        self._thread.join(HEARD_SECONDS)  # a thread inside torch when the interpreter ends would abort the process
+        self._thread.join(HEARD_SECONDS)  # a thread that is inside torch when the interpreter ends aborts the process
 
     def _wait_until_heard(self) -> None:
         end = time.monotonic() + HEARD_SECONDS

@@ -53,7 +53,7 @@ def _wanted(run: RunFolder, config: Config, node: Node) -> Fingerprint | None:
 
 def _copy(source: Artifact, manifest: Manifest, target: Artifact) -> None:
     with open_work(target, manifest.fingerprint) as work:
-        work.start_over()  # linked files are the other run's: a stage must never write into them
+        work.start_over()  # linked files belong to the other run: a stage must never write into them
         for name in (*manifest.outputs, LOG_FILE):
             if (source.home / name).exists():
                 _link(source.home / name, work.path / name)

@@ -28,7 +28,7 @@ class NodeState:
         return self.node.name
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `grappa status --json` lists."""
+        """Return the entry of this node in `grappa status --json`."""
         return {
             "stage": self.node.stage,
             "instance": self.node.instance,

@@ -33,7 +33,7 @@ MAX_NAME = 18
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as SVG without a date."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box stands for a letter that the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the font draws a box for a letter that it lacks
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 

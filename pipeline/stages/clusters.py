@@ -19,9 +19,7 @@ from grappa.search.kmeans import Clustering, assign, cluster, cluster_health, me
 def run(context: StageContext) -> str:
     settings, images = context.config.clusters, read_images(context.input("images"))
     file = context.input(clustered_stage(context.config)) / "features.npy"
-    features = np.load(
-        file, mmap_mode="c", allow_pickle=False
-    )  # c: the file is never written to, and torch does not copy the array
+    features = np.load(file, mmap_mode="c", allow_pickle=False)  # c: torch makes no copy, and no write reaches the file
     rows, ids = _in_order(images)
     num_clusters = num_clusters_of(str(context.instance))
     context.need_memory(memory_needed(len(features), features.shape[1], num_clusters))

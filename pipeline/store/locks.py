@@ -135,7 +135,7 @@ def _claim(path: Path, draft: Path, raw: bytes, what: str, job: str | None) -> b
         found = _read(path)
     if found is None:
         return False
-    if found.raw == raw:  # a network file system may repeat a link that had succeeded
+    if found.raw == raw:  # a network file system may repeat a link that succeeded
         return True
     silence = _now(draft) - found.touched
     if not _is_dead(found.holder, silence):

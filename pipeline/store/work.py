@@ -212,7 +212,7 @@ def _swap(artifact: Artifact) -> None:
         fsync_folder(parent)
     os.rename(artifact.partial, artifact.path)
     fsync_folder(parent)
-    with suppress(OSError):  # the result is published; files that cannot be deleted now are deleted at the next time
+    with suppress(OSError):  # the result is published; files that a network file system keeps are deleted the next time
         _remove_folder(artifact.old)
 
 

@@ -95,7 +95,7 @@ def _write(out: Path, parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*EMPTY])
     for name in table.columns:
-        if table[name].dtype == object:  # one kind of value a column: text where they differ
+        if table[name].dtype == object:  # a column of several types becomes text
             table[name] = [value if value is None or value != value else str(value) for value in table[name]]
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)

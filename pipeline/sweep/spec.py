@@ -3,11 +3,11 @@
 ::
 
     base:  {config: small, images: [photos], set: {fusion.num_epochs: 3}}      # every key may be left out
-    runs:                                                                      # name -> what it changes
+    runs:                                                                      # names and changed settings
       base: {}
       swapped: {fusion.attention_loss: swapped}
-    grid:  {adaptors.bottleneck_dim: [16, 48]}                                 # every run at every combination
-    seeds: {clusters.seed: [0, 1, 2], fusion.seed: [0, 1, 2]}                  # the n-th values go together
+    grid:  {adaptors.bottleneck_dim: [16, 48]}                                 # every run with every combination
+    seeds: {clusters.seed: [0, 1, 2], fusion.seed: [0, 1, 2]}                  # the n-th values belong together
     until: evaluation                                                          # the last stage
     rows:  [zero_shot, fused, "k*"]                                            # models of the result table to keep
 
