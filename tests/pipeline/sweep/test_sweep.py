@@ -287,7 +287,7 @@ def test_without_the_evaluation_there_is_no_table(desk: Desk) -> None:
         ("runs: {a: {}}\nrows: [fussed]", [], "rows: 'fussed' is no row of any run; there are zero_shot,"),
         ("seeds: {fusion.seed: [1]}", ["--set", "fusion.seed=2"], "--set fusion.seed: fusion.seed is set by the seeds"),
         (RUNS, ["--set", "fusion.sed=2"], "--set: unknown key fusion.sed"),
-        (RUNS, ["--config", "tiny"], "no recipe of that name (demo, dva, grappa, small, small_dva)"),
+        (RUNS, ["--config", "tiny"], "no preset of that name (demo, dva, grappa, small, small_dva)"),
         (RUNS, ["--images", "/nowhere"], "/nowhere"),
         ("runs: {a: {evaluation.extra_rows: [supervised]}}", [], "a: evaluation.extra_rows asks for `supervised`, but"),
         (RUNS, ["--from", "/nowhere"], "There is no run folder /nowhere"),
