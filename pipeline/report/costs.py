@@ -1,4 +1,4 @@
-"""What each row of the result table cost: the time of all stages that its embeddings hang on."""
+"""What each model of the result table cost: the time of all stages that its embeddings hang on."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def needed(config: Config, node: Node) -> set[Node]:
     return found
 
 
-def row_steps(config: Config) -> dict[str, set[Node]]:
-    """Return what each row of the result table hangs on, by row; the oracle's are those of every granularity."""
-    rows = {row: needed(config, node) for row, node in evaluated_models(config).items()}
+def model_nodes(config: Config) -> dict[str, set[Node]]:
+    """Return what each model of the result table hangs on; the oracle hangs on every granularity."""
+    found = {model: needed(config, node) for model, node in evaluated_models(config).items()}
     if config.model.source == "single":
-        return rows
-    return rows | {ORACLE: set().union(*(rows[name] for name in config.granularities))}
+        return found
+    return found | {ORACLE: set().union(*(found[name] for name in config.granularities))}
 
 
 def cost_of(run: RunFolder, node: Node) -> Cost | None:
@@ -60,24 +60,24 @@ def cost_of(run: RunFolder, node: Node) -> Cost | None:
 
 
 def load_costs(run: RunFolder, config: Config) -> pd.DataFrame:
-    """Return seconds by row and stage: row, stage, instance, seconds, partly, images_per_second."""
+    """Return seconds by model and stage: model, stage, instance, seconds, partly, images_per_second."""
     order = [stage.name for stage in STAGES]
     records = []
-    for row, steps in row_steps(config).items():
+    for model, steps in model_nodes(config).items():
         for node in sorted(steps, key=lambda node: (order.index(node.stage), str(node.instance))):
             cost = cost_of(run, node)
             found = (cost.seconds, cost.partly, cost.images_per_second) if cost else (float("nan"), True, None)
-            records.append((row, node.stage, node.instance, *found))
-    return pd.DataFrame(records, columns=["row", "stage", "instance", "seconds", "partly", "images_per_second"])
+            records.append((model, node.stage, node.instance, *found))
+    return pd.DataFrame(records, columns=["model", "stage", "instance", "seconds", "partly", "images_per_second"])
 
 
 def cost_table(costs: pd.DataFrame, models: list[str]) -> Table:
-    """Return the time of each stage by row, their sum, and the speed of embedding; ``*``: known in part only."""
+    """Return the time of each stage by model, their sum, and the speed of embedding; ``*``: known in part only."""
     stages = list(dict.fromkeys(costs["stage"]))
     stages.sort(key=[stage.name for stage in STAGES].index)
     rows = []
-    for model in (each for each in models if each in set(costs["row"])):
-        own = costs[costs["row"] == model]
+    for model in (each for each in models if each in set(costs["model"])):
+        own = costs[costs["model"] == model]
         cells = [_spent(own[own["stage"] == stage]) for stage in stages]
         speed = own.loc[own["instance"] == model, "images_per_second"].dropna()
         rows.append([model, *cells, _spent(own), f"{speed.iloc[-1]:,.0f}" if len(speed) else ""])

@@ -70,7 +70,7 @@ def _content(
         else [],
         "means": summary.means_table(metrics) if models else None,
         "meanings": [(model, find_entry(model).meaning) for model in models],
-        "costs": costs.cost_table(spent, models or list(dict.fromkeys(spent["row"]))),
+        "costs": costs.cost_table(spent, models or list(dict.fromkeys(spent["model"]))),
         "partly_known": costs.partly_known(spent),
         "examples": examples.load_examples(run, shown, per_query),
         "attention": _attention(run, config) if attention else None,

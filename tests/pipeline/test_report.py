@@ -107,7 +107,7 @@ def test_the_tables_hold_the_numbers_of_the_evaluation(run: RunFolder, report: P
     page = Page(report / "index.html").text
     for model in metrics.index.unique("model"):
         assert f"| {model} |" in text and model in page
-    for heading in ("mAP in each domain's own gallery", "mAP in the merged gallery", "What each row cost"):
+    for heading in ("mAP in each domain's own gallery", "mAP in the merged gallery", "What each model cost"):
         assert heading in page
     assert "Not up to date" not in page
     shown = (report / "index.html").read_text(encoding="utf-8")
@@ -189,18 +189,18 @@ def test_numbers_are_short() -> None:
     assert summary.number(float("nan")) == "-"
 
 
-def test_a_row_costs_what_it_hangs_on(run: RunFolder, copy: RunFolder) -> None:
+def test_a_model_costs_what_it_hangs_on(run: RunFolder, copy: RunFolder) -> None:
     config = read_config(run)
     found = costs.load_costs(run, config)
-    stages = {row: set(own["stage"]) for row, own in found.groupby("row")}
+    stages = {model: set(own["stage"]) for model, own in found.groupby("model")}
     assert stages["zero_shot"] == {"images", "backbone", "features", "embeddings"}
     assert stages["fused"] == stages["zero_shot"] | {"neighbors", "clusters", "adaptors", "fusion", "heads"}
-    assert set(found[(found["row"] == "k00004") & (found["stage"] == "adaptors")]["instance"]) == {"k00004"}
+    assert set(found[(found["model"] == "k00004") & (found["stage"] == "adaptors")]["instance"]) == {"k00004"}
     seconds = sum(
         run.artifact(node).manifest().provenance["seconds"]  # type: ignore[union-attr]
         for node in costs.needed(config, Node("heads", "fused"))
     )
-    assert found[found["row"] == "fused"]["seconds"].sum() == pytest.approx(seconds)
+    assert found[found["model"] == "fused"]["seconds"].sum() == pytest.approx(seconds)
     assert costs.partly_known(found) == []
     log = copy.root / "adaptors" / "k00004" / "log.jsonl"
     log.write_text(log.read_text().replace('"resumed": false', '"resumed": true'))
