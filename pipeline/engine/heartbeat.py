@@ -4,11 +4,10 @@ The board is a torch.distributed store, kept by the first process (or by torchru
 sign of life and looks for a failure of another one; whoever waits or reports progress raises it, and a process that
 does neither (it waits inside a collective that will never end) is ended by that thread after a while: no rank hangs.
 
-torchrun and `srun --kill-on-bad-exit=1` end all processes too when one fails, and the job can be resumed after it. In a
-trial on a Slurm cluster the flag killed the other processes after Slurm's KillWait, before one of them had said which
-rank fell silent, so that `grappa status` showed no more than `FAILED 9:0`. The signs of life stay, and jobs do not set
-the flag: the reason is told, a first process that keeps its state after a preemption is not cut short by a task that
-ended before it, and launchers that end nothing (RANK and WORLD_SIZE set by hand) leave no process behind.
+torchrun and `srun --kill-on-bad-exit=1` also end all processes when one fails, and the next submit resumes: tried on a
+Slurm cluster, with and without the signs of life. Without them `grappa status` shows `FAILED 9:0` and no rank, as it
+does with them if Slurm's KillWait is as short as BROKEN_SECONDS. So they stay, and jobs do not set the flag: processes
+started without such a launcher (RANK and WORLD_SIZE set by hand) would otherwise hang or end without a reason.
 """
 
 from __future__ import annotations
