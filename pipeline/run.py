@@ -20,7 +20,7 @@ from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.graph.models import deployed_row, evaluated_rows
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage
-from grappa.pipeline.opening import chosen_rows, read_images
+from grappa.pipeline.opening import chosen_rows
 from grappa.pipeline.store.artifacts import MANIFEST_FILE, Manifest, RunFolder, check_same_origin, published, quoted
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ class Run:
         return names
 
     def _image_table(self) -> pd.DataFrame:
-        return read_images(self._published("images")).set_index("image_id")
+        return pd.read_parquet(self._published("images") / "images.parquet").set_index("image_id")
 
     def _labels(self) -> pd.Series[str]:
         return pd.read_parquet(self._published("images") / "labels.parquet").set_index("image_id")["label"]
@@ -274,7 +274,7 @@ class Run:
 
         check_same_origin(self._folder, "images", f"attention/{pairs}")
         folder = self._published(f"attention/{pairs}")
-        images = read_images(self._published("images"))
+        images = self._image_table()
         chosen = chosen_rows(images, rows)
         inputs = Manifest.read(folder / MANIFEST_FILE).fingerprint["inputs"]
         names = [name.removeprefix("adaptors/") for name in inputs if name.startswith("adaptors/")]
