@@ -5,12 +5,11 @@ renews the process's sign of life and looks for failures of other processes. A p
 progress raises such a failure. A process that does neither (it waits inside a collective that will never end) is ended
 by its thread after a while. So no rank hangs.
 
-torchrun and `srun --kill-on-bad-exit=1` also end all processes when one fails, and the job can be resumed afterwards.
-In a trial on a Slurm cluster the flag killed the other processes after Slurm's KillWait, before one of them had said
-which rank had no sign of life, so that `grappa status` showed only `FAILED 9:0`. Therefore the signs of life stay, and
-jobs do not set the flag: users read the reason; a first process that saves its state after a preemption is not killed
-because another task has ended before it; launchers that end nothing (RANK and WORLD_SIZE set by hand) leave no process
-behind.
+torchrun and `srun --kill-on-bad-exit=1` also end all processes when one fails, and the next submission resumes the
+work: this was tried on a Slurm cluster, with and without the signs of life. Without them `grappa status` shows
+`FAILED 9:0` and names no rank; with them it shows the same if Slurm's KillWait is as short as BROKEN_SECONDS. So the
+signs of life stay, and jobs do not set the flag. Processes that were started without such a launcher (RANK and
+WORLD_SIZE set by hand) would otherwise hang, or end without a reason.
 """
 
 from __future__ import annotations

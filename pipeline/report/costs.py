@@ -38,7 +38,7 @@ def needed(config: Config, node: Node) -> set[Node]:
     return found
 
 
-def nodes_by_model(config: Config) -> dict[str, set[Node]]:
+def model_nodes(config: Config) -> dict[str, set[Node]]:
     """Return the nodes that each model of the result table depends on; the oracle depends on those of all sets."""
     found = {model: needed(config, node) for model, node in evaluated_models(config).items()}
     if config.model.source == "single":
@@ -63,7 +63,7 @@ def load_costs(run: RunFolder, config: Config) -> pd.DataFrame:
     """Return seconds by model and stage: model, stage, instance, seconds, partly, images_per_second."""
     order = [stage.name for stage in STAGES]
     records = []
-    for model, nodes in nodes_by_model(config).items():
+    for model, nodes in model_nodes(config).items():
         for node in sorted(nodes, key=lambda node: (order.index(node.stage), str(node.instance))):
             cost = cost_of(run, node)
             found = (cost.seconds, cost.partly, cost.images_per_second) if cost else (float("nan"), True, None)
