@@ -35,20 +35,10 @@ def list_sources(images: Images) -> pd.DataFrame:
 
 def published_listing(run: RunFolder) -> pd.DataFrame | None:
     """Return the published listing of a run; None where it is missing or corrupt."""
-    recover(run.artifact("sources"))
-    return _read_listing(run)
-
-
-def same_listing(run: RunFolder, listing: pd.DataFrame) -> bool:
-    """Tell whether the published listing of a run has this content; nothing on disk is changed."""
-    former = _read_listing(run)
-    return former is not None and _plain(former).equals(_plain(listing))
-
-
-def _read_listing(run: RunFolder) -> pd.DataFrame | None:
     import pandas as pd
 
     artifact = run.artifact("sources")
+    recover(artifact)
     if artifact.check():
         return None
     return pd.read_parquet(artifact.home / SOURCES_FILE)
