@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import multiprocessing
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,10 +39,18 @@ def cost(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> tuple
 
 def _measure(sender: Connection, prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> None:
     work = prepare(*arguments)
+    _give_back_free_memory()
     CLEAR.write_text("5")  # the peak starts anew at what is resident now
     before, start = _status("VmRSS"), time.process_time()
     work()
     sender.send((time.process_time() - start, _status("VmHWM") - before))
+
+
+def _give_back_free_memory() -> None:
+    """Let the C library return what ``prepare`` has freed; else the work may take that instead of growing."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(name: str) -> int:
