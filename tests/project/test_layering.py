@@ -212,6 +212,11 @@ def test_no_module_is_named_like_one_of_the_standard_library() -> None:
     assert not shadows
 
 
+def test_no_two_folders_of_the_library_have_a_file_of_one_name() -> None:
+    names = [file.stem for module, file in modules().items() if layer(module) == "grappa" and file.stem != "__init__"]
+    assert not [name for name in set(names) if names.count(name) > 1]
+
+
 def test_files_are_short() -> None:
     lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in modules().values()}
     long = [f"{file.relative_to(ROOT)}: {length}" for file, length in lengths.items() if length > MAX_FILE_LINES]
