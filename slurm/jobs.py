@@ -156,7 +156,7 @@ class StageJob(submitit.helpers.Checkpointable):
         return Path(self.submission) / "events" / f"{self._task_id}.jsonl"
 
     def _note_progress(self, snapshot: Snapshot) -> None:
-        with suppress(StorageError):  # a full disk: only `grappa status` reads it
+        with suppress(OSError):  # whatever ails the disk: only `grappa status` reads it
             atomic_write_json(progress_file(Path(self.submission), self._task_id), asdict(snapshot))
 
     def _tell(self, event: str, **fields: object) -> None:
