@@ -185,6 +185,8 @@ def test_neighbors_are_the_nearest_images(run: grappa.Run) -> None:
     assert all(Path(file).is_file() for file in found["file"])
     with pytest.raises(ValueError, match="there is no image 'nothing'"):
         run.neighbors("nothing")
+    with pytest.raises(ValueError, match="k is -1; ask for at least one image"):
+        run.neighbors(ids[7], -1)
 
 
 def test_an_image_belongs_to_its_nearest_centroid(run: grappa.Run) -> None:
@@ -209,8 +211,17 @@ def test_what_is_not_made_yet_names_the_command(material: Path, tmp_path: Path) 
             call()
     with pytest.raises(ValueError, match="no job was submitted; do it by `grappa submit"):
         made.jobs()
-    with pytest.raises(ValueError, match="objects is missing"):
+    with pytest.raises(ValueError, match=r"objects is no part of the run .*: its configuration asks for none"):
         made.objects()
+    with pytest.raises(ValueError, match=r"attention/views is no part of the run "):
+        made.attention(pairs="views")
+
+
+def test_a_run_folder_without_anything_is_a_sentence_too(tmp_path: Path) -> None:
+    empty = grappa.open_run(RunFolder.create(tmp_path / "run").root)
+    for call in (empty.images, empty.rejected, empty.objects, empty.metrics, empty.attention):
+        with pytest.raises(ValueError, match=r"is missing in .*; run `grappa run .* --until"):
+            call()
 
 
 def test_the_model_of_a_run_is_the_exported_one(run: grappa.Run, tmp_path: Path) -> None:
