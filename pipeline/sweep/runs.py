@@ -137,4 +137,4 @@ def _check_rows(patterns: Iterable[str], where: str, configs: Iterable[Config]) 
     models = list(dict.fromkeys(model for config in configs for model in (*evaluated_models(config), ORACLE)))
     for pattern in patterns:
         if not any(fnmatchcase(model, pattern) for model in models):
-            raise ConfigError(f"{where}: rows: {pattern!r} is no row of any run; there are {', '.join(models)}")
+            raise ConfigError(f"{where}: rows: {pattern!r} is no model of any run; there are {', '.join(models)}")

@@ -273,7 +273,7 @@ def test_without_the_evaluation_there_is_no_table(desk: Desk) -> None:
         ("runs: {a: {fusion.num_neighbors: 11}}", [], "fusion.num_neighbors is 11 but neighbors.num_neighbors keeps"),
         ("runs: {a: {clusters.num_clusters: [99]}}", [], "a: clusters.num_clusters: 99 clusters are more than half"),
         ("runs: {a: {backbone.weights: /nowhere}}", [], "backbone.weights: no such file /nowhere"),
-        ("runs: {a: {}}\nrows: [fussed]", [], "rows: 'fussed' is no row of any run; there are zero_shot,"),
+        ("runs: {a: {}}\nrows: [fussed]", [], "rows: 'fussed' is no model of any run; there are zero_shot,"),
         ("seeds: {fusion.seed: [1]}", ["--set", "fusion.seed=2"], "--set fusion.seed: fusion.seed is set by the seeds"),
         (RUNS, ["--set", "fusion.sed=2"], "--set: unknown key fusion.sed"),
         (RUNS, ["--config", "tiny"], "no preset of that name (demo, dva, grappa, small, small_dva)"),
