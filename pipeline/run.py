@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Which = Literal["test", "train", "all"]
 BLOCK_ROWS = 65536
+NAMES = ("model", "domain", "gallery")
 
 
 def open_run(folder: str | Path) -> Run:
@@ -147,14 +148,12 @@ class Run:
 
     def metrics(self) -> pd.DataFrame:
         """Return the result table: model, domain (``_mean``: over all domains), gallery (domain | merged), metrics."""
-        names = ("model", "domain", "gallery")  # read as they are: a domain may be called NA
-        table = pd.read_csv(self._published("evaluation") / "metrics.csv", converters=dict.fromkeys(names, str))
-        return _categorical(table, *names)
+        return _categorical(read_metrics(self._published("evaluation") / "metrics.csv"), *NAMES)
 
     def per_query(self) -> pd.DataFrame:
         """Return the metrics of every query: image_id, domain, model, gallery, num_positives, average_precision, ..."""
         table = pd.read_parquet(self._published("evaluation") / "per_query.parquet")
-        return _categorical(table, "domain", "model", "gallery")
+        return _categorical(table, *NAMES)
 
     def jobs(self) -> pd.DataFrame:
         """Return the jobs of a run, one row an artifact and job, in the order of submission.
@@ -287,6 +286,11 @@ class Run:
         names = [name.removeprefix("adaptors/") for name in inputs if name.startswith("adaptors/")]
         attention = np.load(folder / "attention.npy", mmap_mode="r", allow_pickle=False)
         return attention[chosen], images["domain"].to_numpy()[chosen], sorted(names, key=num_clusters_of)
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """Return a ``metrics.csv``; only an empty cell is no number, since a domain may be called NA."""
+    return pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), keep_default_na=False, na_values=[""])
 
 
 def _categorical(table: pd.DataFrame, *columns: str) -> pd.DataFrame:

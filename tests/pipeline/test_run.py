@@ -18,6 +18,7 @@ from grappa.pipeline.commands import notebook
 from grappa.pipeline.commands.search import export
 from grappa.pipeline.config.yaml_file import parse_assignments
 from grappa.pipeline.engine.status import states
+from grappa.pipeline.run import read_metrics
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import draw_images, settings, split_of, write_table, write_weights
 
@@ -234,3 +235,11 @@ def test_the_model_of_a_run_is_the_exported_one(run: grappa.Run, tmp_path: Path)
         embedding = of_run(batch)
         torch.testing.assert_close(embedding, exported(batch), rtol=0, atol=0)
     np.testing.assert_allclose(embedding[0].numpy(), run.embeddings()[0][0], atol=1e-4)
+
+
+def test_a_domain_may_be_called_na(tmp_path: Path) -> None:
+    text = "model,domain,gallery,map\nfused,NA,domain,0.5\nfused,7,domain,\nfused,_mean,domain,0.5\n"
+    (tmp_path / "metrics.csv").write_text(text)
+    table = read_metrics(tmp_path / "metrics.csv")
+    assert table["domain"].tolist() == ["NA", "7", "_mean"]
+    assert table["map"].isna().tolist() == [False, True, False]
