@@ -1,1 +1,1 @@
-"""The stages, the run folder and the command line around the library ``grappa``."""
+"""The stages, the run folder and the command line, which use the library ``grappa``."""

@@ -1,4 +1,4 @@
-"""The command `grappa`: parse, call, exit code. Nothing heavy is imported before a command needs it."""
+"""The command line `grappa`: arguments, help texts, calls. A heavy package is imported when a command needs it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from grappa import __version__
-from grappa.pipeline.errors import guarded
+from grappa.pipeline.errors import one_sentence_errors
 
 app = typer.Typer(
     name="grappa",
@@ -33,7 +33,7 @@ def _say_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of every error")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="print the traceback of an error")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="print the version", callback=_say_version, is_eager=True)
     ] = False,
@@ -42,39 +42,46 @@ def _options(
 
 
 @app.command()
-@guarded
+@one_sentence_errors
 def init(
     run: Run,
     images: Annotated[
-        list[str] | None, typer.Option(metavar="DIR_OR_TABLE", help="DOMAIN/... or .csv, .parquet")
+        list[str] | None,
+        typer.Option(metavar="DIR_OR_TABLE", help="a folder DOMAIN/..., or a table (.csv, .parquet); can be repeated"),
     ] = None,
     config: Annotated[
-        str | None, typer.Option(metavar="NAME_OR_FILE", help="a preset (grappa, small ...) or a file")
+        str | None, typer.Option(metavar="NAME_OR_FILE", help="a preset (grappa, small ...) or a YAML file")
     ] = None,
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change one value")
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change one setting; can be repeated"),
     ] = None,
     other: Annotated[
-        Path | None, typer.Option("--from", metavar="OTHER_RUN", help="take over artifacts with the same fingerprint")
+        Path | None,
+        typer.Option("--from", metavar="OTHER_RUN", help="reuse artifacts of this run that have the same fingerprint"),
     ] = None,
 ) -> None:
-    """Make a run folder, or change one: keeps what is not given, adds new images, says what becomes stale."""
+    """Make a run folder, or change one.
+
+    List the images, write the configuration and say what becomes stale. A run folder that exists keeps the images and
+    the settings that are not given.
+    """
     from grappa.pipeline.commands.init import Request, initialize
 
     initialize(run, Request(images or (), config, assignments or (), other), say=say)
 
 
 @app.command("run")
-@guarded
+@one_sentence_errors
 def run_command(
     run: Run,
-    stage: Annotated[str | None, typer.Option(metavar="STAGE", help="run this stage only")] = None,
-    instance: Annotated[str | None, typer.Option(metavar="NAME", help="run this instance of the stage only")] = None,
+    stage: Annotated[str | None, typer.Option(metavar="STAGE", help="run only this stage")] = None,
+    instance: Annotated[str | None, typer.Option(metavar="NAME", help="run only this instance of the stage")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="run all stages up to this one")] = None,
-    force: Annotated[bool, typer.Option("--force", help="run also what is fresh")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be run, and why; change nothing")] = False,
+    force: Annotated[bool, typer.Option("--force", help="run fresh artifacts again too")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be run, and why; run nothing")] = False,
 ) -> None:
-    """Run what is not fresh, in order; interrupted work goes on where it was."""
+    """Run the stages that are not fresh; resume interrupted work."""
     from grappa.pipeline.commands.run import run_and_report, say_plan
     from grappa.pipeline.engine.execution import Selection
     from grappa.pipeline.engine.progress import Progress
@@ -89,14 +96,17 @@ def run_command(
 
 
 @app.command()
-@guarded
+@one_sentence_errors
 def status(
     run: Run,
-    verify: Annotated[bool, typer.Option("--verify", help="re-read every byte; check the images' sizes")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="again every half minute, until no job is left")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read every byte of artifacts and images again")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="repeat every half minute until no job is left")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say of every stage and instance whether it is missing, fresh, stale (why) or corrupt (what), and of its job."""
+    """Say which artifacts are fresh, and what their jobs do.
+
+    An artifact is missing, fresh, stale (with the reasons) or corrupt (with the files).
+    """
     from grappa.pipeline.engine.status import read_config, states, status_lines
     from grappa.pipeline.store.artifacts import RunFolder
 
@@ -115,21 +125,25 @@ def status(
 
 
 @app.command()
-@guarded
+@one_sentence_errors
 def submit(
     run: Run,
     cluster: Annotated[
-        str, typer.Option(metavar="PROFILE", envvar="GRAPPA_CLUSTER", help="slurm, local, debug, or a YAML file")
+        str,
+        typer.Option(metavar="PROFILE", envvar="GRAPPA_CLUSTER", help="a profile (slurm, local, debug) or a YAML file"),
     ] = "slurm",
-    stage: Annotated[str | None, typer.Option(metavar="STAGE", help="submit this stage only")] = None,
-    instance: Annotated[str | None, typer.Option(metavar="NAME", help="submit this instance of the stage only")] = None,
+    stage: Annotated[str | None, typer.Option(metavar="STAGE", help="submit only this stage")] = None,
+    instance: Annotated[str | None, typer.Option(metavar="NAME", help="submit only this instance of the stage")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="submit all stages up to this one")] = None,
-    force: Annotated[bool, typer.Option("--force", help="submit also what is fresh")] = False,
+    force: Annotated[bool, typer.Option("--force", help="submit fresh artifacts too")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the jobs and their scripts; submit nothing")
     ] = False,
 ) -> None:
-    """Run what is not fresh as jobs of a cluster; nothing that is queued or running is submitted twice."""
+    """Submit the stages that are not fresh as jobs of a cluster.
+
+    Artifacts that a queued or running job makes are not submitted again.
+    """
     from grappa.pipeline.engine.execution import Selection
     from grappa.slurm.submit import submit as send
 
@@ -137,41 +151,47 @@ def submit(
 
 
 @app.command()
-@guarded
+@one_sentence_errors
 def logs(
     run: Run,
     stage: Annotated[str, typer.Argument(metavar="STAGE")],
     instance: Annotated[str | None, typer.Argument(metavar="[INSTANCE]")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the job ends")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="print new lines until the job ends")] = False,
 ) -> None:
-    """Print what the newest job of a stage (instance) printed."""
+    """Print the log of the newest job of a stage or an instance."""
     from grappa.slurm.commands import logs as print_logs
 
     print_logs(run, stage, instance, follow=follow, say=say)
 
 
 @app.command()
-@guarded
+@one_sentence_errors
 def cancel(
     run: Run,
     stage: Annotated[str | None, typer.Argument(metavar="[STAGE]")] = None,
     instance: Annotated[str | None, typer.Argument(metavar="[INSTANCE]")] = None,
 ) -> None:
-    """Cancel the queued and running jobs of a run, or of a stage (instance); what they did so far is kept."""
+    """Cancel the jobs of a run, a stage or an instance.
+
+    A later job resumes their unfinished work.
+    """
     from grappa.slurm.commands import cancel as cancel_jobs
 
     cancel_jobs(run, stage, instance, say=say)
 
 
 @app.command()
-@guarded
+@one_sentence_errors
 def search(
     run: Run,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="an image file")],
-    k: Annotated[int, typer.Option("-k", min=1, help="how many images to find")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="the number of images to find")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Find the images nearest to one of your own, with similarity and domain."""
+    """Find the images of a run that are nearest to an image file.
+
+    Print the similarity, domain, path and id of these images, the nearest first.
+    """
     from grappa.pipeline.commands.search import search as find
 
     found = find(run, image, k)
@@ -183,13 +203,16 @@ def search(
 
 
 @app.command()
-@guarded
+@one_sentence_errors
 def embed(
-    run_or_model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="a run or an exported model")],
-    images: Annotated[Path, typer.Option(metavar="DIR_OR_TABLE", help="the new images")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="a new folder")],
+    run_or_model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="a run folder or an exported model")],
+    images: Annotated[Path, typer.Option(metavar="DIR_OR_TABLE", help="the new images: a folder or a table")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="a new folder for the embeddings")],
 ) -> None:
-    """Embed new images: embeddings.npy and ids.parquet."""
+    """Embed new images with an adapted model.
+
+    Write embeddings.npy and ids.parquet.
+    """
     from grappa.pipeline.commands.embed import embed as write_embeddings
     from grappa.pipeline.engine.progress import Progress, totals
 
@@ -199,47 +222,62 @@ def embed(
 
 
 @app.command()
-@guarded
+@one_sentence_errors
 def export(
     run: Run, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the model")]
 ) -> None:
-    """Write the self-contained model folder that `grappa.load_model` opens."""
+    """Write the adapted model of a run to a folder of its own.
+
+    `grappa.load_model` opens this folder.
+    """
     from grappa.pipeline.commands.search import export as write_model
 
     say(write_model(run, folder))
 
 
 @app.command()
-@guarded
+@one_sentence_errors
 def report(
     run: Run, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the report")]
 ) -> None:
-    """Write what a finished run found out: index.html to look at, results.md for a README."""
+    """Write a report of a finished run.
+
+    Write index.html to look at, and results.md for a README.
+    """
     from grappa.pipeline.report.page import write_report
 
     say(write_report(run, folder))
 
 
 @app.command()
-@guarded
+@one_sentence_errors
 def sweep(
-    file: Annotated[str, typer.Argument(metavar="SWEEP", help="a sweep: ablation, or a YAML file")],
+    file: Annotated[str, typer.Argument(metavar="SWEEP", help="a sweep (ablation, dva) or a YAML file")],
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="runs and table go here; default: runs/SWEEP")
+        Path | None, typer.Option(metavar="FOLDER", help="the folder for runs and table; default: runs/SWEEP")
     ] = None,
     images: Annotated[
-        list[str] | None, typer.Option(metavar="DIR_OR_TABLE", help="in place of the file's images")
+        list[str] | None,
+        typer.Option(metavar="DIR_OR_TABLE", help="use these images, not those of the file; can be repeated"),
     ] = None,
-    config: Annotated[str | None, typer.Option(metavar="NAME_OR_FILE", help="in place of the file's preset")] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_FILE", help="use this preset or YAML file, not that of the file")
+    ] = None,
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change one value of the base")
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change one setting of the base; can be repeated"),
     ] = None,
     other: Annotated[
-        Path | None, typer.Option("--from", metavar="OTHER_RUN", help="take over artifacts of this run too")
+        Path | None, typer.Option("--from", metavar="OTHER_RUN", help="reuse the artifacts of this run too")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check the sweep, say what the runs are")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check the sweep and say what its runs are; run nothing")
+    ] = False,
 ) -> None:
-    """Run several configurations from one file, share what they have in common, and make one table."""
+    """Run several configurations from one file, and compare them.
+
+    Artifacts that several runs share are computed once. The results become one table.
+    """
     from grappa.pipeline.engine.progress import Progress
     from grappa.pipeline.sweep.command import run_sweep, say_sweep
     from grappa.pipeline.sweep.runs import SweepRequest
@@ -252,11 +290,11 @@ def sweep(
 
 
 @app.command()
-@guarded
+@one_sentence_errors
 def demo(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where to work")] = Path("runs/demo"),
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="the run folder")] = Path("runs/demo"),
 ) -> None:
-    """Run the whole pipeline on images that the package draws itself, offline."""
+    """Run the whole pipeline on drawn images, without a network."""
     from grappa.pipeline.commands.init import Request, initialize
     from grappa.pipeline.commands.run import run_and_report
     from grappa.pipeline.demo.dataset import write_demo_images

@@ -1,4 +1,4 @@
-"""What the command line makes of errors: one sentence, an exit code, no traceback."""
+"""Errors as users of the command line see them: one sentence and an exit code, no traceback."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import typer
 from grappa.core.extras import missing_sentence
 
 P = ParamSpec("P")
-PIPE_CLOSED = 128 + 13  # what a shell tells of a command that SIGPIPE ended
+PIPE_CLOSED = 128 + 13  # the exit code that a shell reports for a command that SIGPIPE ended
 
 
-def guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn expected errors of a command into one sentence on stderr and an exit code; ``--debug`` shows them whole.
+def one_sentence_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn the expected errors of a command into one sentence on stderr and an exit code.
 
-    Where whoever read the output has gone (``grappa status RUN | head``), the command ends as others do: silently.
+    With ``--debug`` the traceback is shown instead. When the reader of the output has gone
+    (``grappa status RUN | head``), the command ends silently, as other commands do.
     """
 
     @functools.wraps(command)
@@ -31,7 +32,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             _silence()
             raise typer.Exit(PIPE_CLOSED) from None
         except EXPECTED as error:
-            sentence, code = explained(error)
+            sentence, code = sentence_and_code(error)
             if sentence is None or "--debug" in sys.argv:
                 raise
             print(f"grappa: {sentence}", file=sys.stderr, flush=True)
@@ -41,7 +42,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _silence() -> None:
-    """Leave nothing that the interpreter would flush into a pipe that nobody reads."""
+    """Redirect stdout, so that the interpreter does not flush it into a pipe that nobody reads."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -56,11 +57,11 @@ EXPECTED = (
 )
 
 
-def explained(error: BaseException) -> tuple[str | None, int]:
+def sentence_and_code(error: BaseException) -> tuple[str | None, int]:
     """Return an error's sentence and exit code.
 
-    The sentence is None for what deserves a traceback: what is not expected, a RuntimeError that is neither a lost
-    race for a lock nor lack of memory, and a module that is missing and that no extra of the distribution brings.
+    The sentence is None for an error that deserves a traceback: an unexpected error, a RuntimeError that is neither a
+    lost race for a lock nor a lack of memory, and a missing module that no extra of the distribution installs.
     """
     if isinstance(error, ModuleNotFoundError):
         return missing_sentence(error.name), 1

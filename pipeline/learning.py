@@ -1,4 +1,4 @@
-"""What the stages that learn share: the library's options from a section of the configuration, and one training."""
+"""Helpers of the stages that train: the library's options from a section of the configuration, and one training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from grappa.core.randomness import id_numbers
 from grappa.images.transforms import Augmentation
 from grappa.method.adaptors import adaptor_set_sizes, automatic_rank
-from grappa.pipeline.config.schema import Augmented, Sets, Trained
+from grappa.pipeline.config.schema import AdaptorSetSettings, Augmented, Trained
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.opening import need_for_batches, open_pixels, read_images, settle_device, settle_precision
 from grappa.pipeline.store.checkpoints import FileCheckpoint, SharedCheckpoint
@@ -19,7 +19,7 @@ from grappa.training.loop import FitResult, Optimization
 
 
 def optimization(settings: Trained) -> Optimization:
-    """Return how long and how fast a training of these settings goes."""
+    """Return the options of the optimization of a training: its length, batches and rates."""
     return Optimization(
         num_epochs=settings.num_epochs,
         batch_size=settings.batch_size,
@@ -30,7 +30,7 @@ def optimization(settings: Trained) -> Optimization:
 
 
 def augmentation(settings: Augmented) -> Augmentation:
-    """Return how strongly the views of a training differ from their image."""
+    """Return the options of the augmentation: how strongly a view differs from its image."""
     return Augmentation(
         min_crop=settings.min_crop,
         flip=settings.flip,
@@ -41,14 +41,14 @@ def augmentation(settings: Augmented) -> Augmentation:
     )
 
 
-def sizes_of_set(settings: Sets, width: int) -> tuple[int, int]:
-    """Return bottleneck and in-context rank of a set on a backbone of a width; 0 for what its kind has not."""
+def sizes_of_set(settings: AdaptorSetSettings, width: int) -> tuple[int, int]:
+    """Return bottleneck and in-context rank of an adaptor set for a backbone's width; 0 for adaptors that it lacks."""
     rank = automatic_rank(width) if settings.in_context_rank == "auto" else settings.in_context_rank
     return adaptor_set_sizes(settings.kind, settings.bottleneck_dim, rank)
 
 
 def open_views(context: StageContext, settings: Augmented, image_size: int) -> Views:
-    """Return the augmented views of the cached images that a training draws."""
+    """Return the views of the cached images: a training draws augmented images from them."""
     return Views(
         cache=open_pixels(context),
         ids=id_numbers(read_images(context.input("images"))["image_id"].tolist()),
@@ -62,22 +62,22 @@ def open_views(context: StageContext, settings: Augmented, image_size: int) -> V
 def training_task(
     context: StageContext, settings: Trained, num_train: int, need: Callable[[int, str], int], unit: str = "images"
 ) -> Iterator[Run]:
-    """Yield where a training runs, with its checkpoint and its progress.
+    """Yield device, precision, checkpoint, progress and processes of a training.
 
-    An epoch has whole batches only: the images beyond them are left out. ``need(batch_size, precision)`` returns the
-    bytes that the training needs on a CPU.
+    An epoch has only whole batches; images that do not fill a batch are left out. ``need(batch_size, precision)``
+    returns the bytes that the training needs on a CPU.
     """
     device = settle_device(context)
     precision = settle_precision(context, settings.precision, device)
-    kept = FileCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
-    checkpoint = kept if context.team.size == 1 else SharedCheckpoint(kept, context.processes)
+    file = FileCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
+    checkpoint = file if context.team.size == 1 else SharedCheckpoint(file, context.processes)
     batch = min(settings.batch_size, num_train)
     need_for_batches(context, device, need(batch, precision))
     total = settings.num_epochs * (num_train // batch) * batch
-    with context.task("training", total, unit, done=kept.steps_done() * batch if context.leads else 0) as advance:
+    with context.task("training", total, unit, done=file.steps_done() * batch if context.leads else 0) as advance:
         yield Run(device, precision, checkpoint, lambda steps: advance(steps * batch), context.processes)
 
 
 def write_metrics(context: StageContext, result: FitResult) -> None:
-    """Write the metrics along the steps as JSON lines: deterministic values only."""
+    """Write the metrics of the steps as JSON lines; they hold deterministic values only."""
     atomic_write_text(context.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in result.metrics))

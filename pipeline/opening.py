@@ -1,4 +1,4 @@
-"""What stages read from upstream artifacts, and the device and precision they run with."""
+"""Functions that open upstream artifacts for stages, and that settle device, precision and memory of a computation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def open_pixels(context: StageContext) -> PixelCache:
 
 
 def open_backbone(context: StageContext) -> Backbone:
-    """Return the backbone of the backbone artifact: no hub, no file outside the run."""
+    """Return the backbone of the backbone artifact; only files of the run are read, nothing from the hub."""
     folder = context.input("backbone")
     backbone = build_backbone(BackboneSpec.from_json(json.loads((folder / "backbone.json").read_text())))
     load_state(backbone.vit, read_state_dict(folder / "weights.safetensors"), source=str(folder))
@@ -59,7 +59,7 @@ def open_student(context: StageContext) -> AdaptorSet:
 
 
 def open_fusion(context: StageContext, instance: str, sets: Mapping[str, AdaptorSet]) -> Fusion:
-    """Return the trained fusion over the given sets."""
+    """Return the trained fusion over the given adaptor sets."""
     form, state = _read_with_form(context.input("fusion", instance) / "fusion.safetensors", "fusion")
     fusion = Fusion(list(sets.values()), level=form["level"], temperature=form["temperature"])
     fusion.load_trained_state(state)
@@ -79,24 +79,24 @@ def _read_with_form(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Ten
 
 
 def open_objects(context: StageContext) -> PixelCache:
-    """Return the pixel cache of the object views; an image without an accepted box is there as it is."""
+    """Return the pixel cache of the object views; for an image without an accepted box it holds the whole image."""
     return PixelCache.open(context.input("objects") / "pixels")
 
 
 def accepted_boxes(table: pd.DataFrame) -> NDArray[np.float64]:
-    """Return the boxes of an objects table, (N, 4) pixels of the originals; NaN where none is accepted."""
+    """Return the boxes of an objects table, (N, 4) float64 pixels of the originals; NaN where no box is accepted."""
     return table[list(BOX_COLUMNS)].where(table["accepted"], np.nan).to_numpy(dtype=np.float64)
 
 
 def open_backgrounds(context: StageContext) -> Backgrounds:
-    """Return the background views; only images whose box is accepted have one."""
+    """Return the background views; only an image with an accepted box has a background view."""
     boxes = accepted_boxes(pd.read_parquet(context.input("objects") / "objects.parquet"))
     sizes = read_images(context.input("images"))[["height", "width"]].to_numpy(dtype=np.int64)
     return Backgrounds(open_pixels(context), boxes, sizes)
 
 
 def settle_device(context: StageContext) -> torch.device:
-    """Return the device to compute on, and bound the threads of torch; the device is noted in the provenance."""
+    """Return the device to compute on, and limit the threads of torch; the provenance records the device."""
     set_num_threads(context.num_threads)
     device = resolve_device(context.config.compute.device)
     context.resolve("device", str(device))
@@ -104,12 +104,12 @@ def settle_device(context: StageContext) -> torch.device:
 
 
 def settle_precision(context: StageContext, requested: str, device: torch.device) -> str:
-    """Return the precision to compute with; resumed work keeps the one it began with."""
+    """Return the precision to compute with; resumed work keeps the precision that it began with."""
     return context.resolve("precision", resolve_precision(requested, device))
 
 
 def vit_shape(backbone: Backbone, adaptations: Iterable[object] = ()) -> VitShape:
-    """Return the numbers that the memory of an adapted backbone depends on; all ``adaptations`` act at once."""
+    """Return the sizes on which the memory of an adapted backbone depends; all ``adaptations`` act at the same time."""
     vit: Any = backbone.vit
     modules = [each for each in adaptations if isinstance(each, nn.Module)]
     numbers = sum(each.numel() for module in modules for each in (*module.parameters(), *module.buffers()))
@@ -124,6 +124,6 @@ def vit_shape(backbone: Backbone, adaptations: Iterable[object] = ()) -> VitShap
 
 
 def need_for_batches(context: StageContext, device: torch.device, needed: int) -> None:
-    """State the memory that batches need on a CPU; on a GPU nothing is stated: torch says itself when that is full."""
+    """Check and note the bytes that batches need on a CPU; on a GPU torch itself reports a lack of memory."""
     if device.type == "cpu":
         context.need_memory(needed)

@@ -1,7 +1,7 @@
 """A run folder, opened for pandas and numpy: its images, clusters, training, embeddings and results.
 
-``open_run(folder)`` returns a :class:`Run`. Its methods read published artifacts only and change nothing; a missing
-artifact is a ValueError that names the command which makes it. Columns with few different texts (domain, split, model,
+``open_run(folder)`` returns a :class:`Run`. Its methods only read published artifacts and change nothing; for a missing
+artifact a ValueError names the command that makes it. Columns with few different texts (domain, split, model,
 granularity ...) are categorical.
 """
 
@@ -33,7 +33,7 @@ NAMES = ("model", "domain", "gallery")
 
 
 def open_run(folder: str | Path) -> Run:
-    """Open a run folder, finished or not; ValueError where it is none."""
+    """Open a run folder, finished or not; ValueError for a folder that is no run."""
     return Run(RunFolder.open(Path(folder)).root)
 
 
@@ -45,13 +45,13 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The configuration as ``config.yaml`` has it now."""
+        """The configuration that ``config.yaml`` holds now."""
         return read_config(self._folder)
 
     # ---------------------------------------------------------------- images
 
     def images(self) -> pd.DataFrame:
-        """Return the images that are used: index image_id.
+        """Return the images of the run, without rejected files: index image_id.
 
         Columns: file (str, the absolute path that opens), path (relative to its image root), domain, split and label
         (missing where not given), height and width (int64 pixels of the EXIF-oriented original), box_x0 .. box_y1
@@ -65,7 +65,7 @@ class Run:
         assert manifest is not None, "the images were listed before they were decoded"
         roots = manifest.provenance["roots"]
         files = [image_file(roots[root], path) for root, path in zip(table["root"], table["path"], strict=True)]
-        table.insert(0, "file", pd.Series(files, index=table.index, dtype=object))  # text that is no UTF-8 too
+        table.insert(0, "file", pd.Series(files, index=table.index, dtype=object))  # a path need not be UTF-8
         table.insert(list(table.columns).index("split") + 1, "label", self._labels())
         return _categorical(table.drop(columns="root"), "domain", "split", "label")
 
@@ -87,7 +87,7 @@ class Run:
     # ---------------------------------------------------------------- clusters
 
     def assignments(self) -> pd.DataFrame:
-        """Return which image is in which cluster: index image_id.
+        """Return the cluster of each image at each granularity: index image_id.
 
         Columns: path, domain, split, label, and for each granularity ``k00256`` (int64, the pseudo-label) and
         ``k00256_distance`` (float32, 1 - cosine to the cluster's centroid, 0 to 2).
@@ -102,7 +102,7 @@ class Run:
         return _categorical(table, "domain", "split", "label")
 
     def cluster_sizes(self) -> pd.DataFrame:
-        """Return one row a cluster, the empty ones too: granularity, pseudo_label, num_train, num_images (int64)."""
+        """Return a row for each cluster, empty ones too: granularity, pseudo_label, num_train, num_images (int64)."""
         table, parts = self.assignments(), []
         for name in self._granularities():
             everyone = pd.RangeIndex(num_clusters_of(name))
@@ -113,7 +113,7 @@ class Run:
         return _categorical(pd.concat(parts, ignore_index=True), "granularity")
 
     def domain_mix(self) -> pd.DataFrame:
-        """Return how domains share clusters: granularity, pseudo_label, domain, num_images, share (of the cluster)."""
+        """Return each domain's share of each cluster: granularity, pseudo_label, domain, num_images, share (0 to 1)."""
         table, parts = self.assignments(), []
         for name in self._granularities():
             counts = table.groupby([name, "domain"], observed=True).size().rename("num_images").reset_index()
@@ -135,7 +135,7 @@ class Run:
     # ---------------------------------------------------------------- training and results
 
     def learning_curves(self) -> pd.DataFrame:
-        """Return the metrics along training: stage, instance, step, epoch, learning_rate, loss and the stage's own."""
+        """Return the metrics along training: stage, instance, step, epoch, learning_rate, loss, others by stage."""
         parts, config = [], self.config
         for stage in ("adaptors", "fusion", "student"):
             for instance in find_stage(stage).instances(config):
@@ -156,12 +156,12 @@ class Run:
         return _categorical(table, *NAMES)
 
     def jobs(self) -> pd.DataFrame:
-        """Return the jobs of a run, one row an artifact and job, in the order of submission.
+        """Return the jobs of a run, a row for each artifact of each job, in the order of submission.
 
-        Columns: artifact, job_id, job_name, state (submitted, running, stopped, made, failed, not begun: as the job
-        itself said), submitted, started, ended (UTC), seconds, restarts, node, peak_memory_bytes (of the first
-        process), exit, recipe (sha256 of the artifact's fingerprint), error, outcome (accounting's word on a job that
-        ended without one), log.
+        Columns: artifact, job_id, job_name, state (submitted, running, stopped, made, failed, not begun: from the job's
+        own events), submitted, started, ended (UTC), seconds, restarts, node, peak_memory_bytes (of the first
+        process), exit, recipe (sha256 of the artifact's fingerprint), error, outcome (the state in Slurm's accounting
+        of a job that ended without an event), log.
         """
         path = self.root / "jobs" / "jobs.csv"
         if not path.is_file():
@@ -176,15 +176,15 @@ class Run:
     def attention(self, *, rows: Which = "test", pairs: str = "neighbors") -> pd.DataFrame:
         """Return each domain's mean granularity attention: domain, block (int64), granularity, num_images, mean, std.
 
-        ``rows``: the images counted, by default those that are evaluated; ``pairs``: the fusion, neighbors or views.
-        ``std`` is that of the domain's images.
+        ``rows``: the images over which the mean is taken, by default those that are evaluated. ``pairs``: the fusion,
+        neighbors or views. ``std`` is the standard deviation over the domain's images.
         """
         from grappa.metrics.attention import attention_by_domain
 
         return _categorical(attention_by_domain(*self._attention(rows, pairs)), "domain", "granularity")
 
     def attention_summary(self, *, rows: Which = "test", pairs: str = "neighbors") -> pd.DataFrame:
-        """Return whether the attention differs by image and by domain, one row a (domain, block).
+        """Return how much the attention differs by image and by domain, a row for each (domain, block).
 
         The domain ``_mean`` and the block -1 are means over domains and over blocks. Columns: num_images, entropy
         (nats), entropy_share (of log G), variance, domain_variance, eta_squared, image_information, domain_information;
@@ -208,10 +208,10 @@ class Run:
         """Return the L2-normalised embeddings (N, D) of all images by a model, and their image ids (N,).
 
         Args:
-            model: a model of the result table but the oracle, such as ``zero_shot``, ``k00256`` or ``fused``; None: the
-                deployed one.
-            head: whether the embedding head is applied, as in the result table; models without one have the same
-                embeddings with and without.
+            model: a model of the result table except the oracle, such as ``zero_shot``, ``k00256`` or ``fused``; None:
+                the deployed model.
+            head: whether the embedding head is applied, as in the result table; it makes no difference for models
+                without a head.
 
         The array is mapped from the file and read-only: copy it to change it.
         """
@@ -227,10 +227,10 @@ class Run:
         return embeddings, self._image_table().index.to_numpy(dtype=object)
 
     def neighbors(self, image_id: str, k: int = 10, *, model: str | None = None) -> pd.DataFrame:
-        """Return the ``k`` images nearest to one of the run's, itself excluded, the nearest first: index image_id.
+        """Return the ``k`` images nearest to an image of the run, without the image itself, nearest first.
 
-        Columns: similarity (cosine, -1 to 1), then those of ``images()``. ``model`` as in ``embeddings``; the search is
-        exact. ValueError for an unknown image.
+        Index image_id; columns: similarity (cosine, -1 to 1), then those of ``images()``. ``model`` as in
+        ``embeddings``; the search is exact. ValueError for an unknown image.
         """
         import numpy as np
 
@@ -294,8 +294,10 @@ def read_metrics(path: Path) -> pd.DataFrame:
 
 
 def _categorical(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """Return the table with these columns, where it has them, as categories: in the order of appearance, domains and
-    labels sorted."""
+    """Return the table with the named columns, where it has them, as categorical columns.
+
+    Categories are in the order of appearance; those of domain and label are sorted.
+    """
     kinds = {name: _categories(name, table[name].dropna().unique()) for name in columns if name in table}
     return table.astype(kinds)
 

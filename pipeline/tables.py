@@ -11,17 +11,17 @@ from grappa.pipeline.store.artifacts import quoted
 
 
 def load_assignments(run: str | Path) -> pd.DataFrame:
-    """Return which image is in which cluster; see ``Run.assignments``."""
+    """Return the cluster of each image; see ``Run.assignments``."""
     return open_run(run).assignments()
 
 
 def cluster_sizes(run: str | Path) -> pd.DataFrame:
-    """Return one row a cluster; see ``Run.cluster_sizes``."""
+    """Return the sizes of all clusters; see ``Run.cluster_sizes``."""
     return open_run(run).cluster_sizes()
 
 
 def domain_mix(run: str | Path) -> pd.DataFrame:
-    """Return how domains share clusters; see ``Run.domain_mix``."""
+    """Return the share of each domain in each cluster; see ``Run.domain_mix``."""
     return open_run(run).domain_mix()
 
 
@@ -66,7 +66,7 @@ def attention_summary(run: str | Path, *, rows: Which = "test", pairs: str = "ne
 
 
 def load_sweep(folder: str | Path) -> pd.DataFrame:
-    """Return the table of a sweep: run, variant, one column a changed setting, the result table's, seconds a stage."""
+    """Return the table of a sweep: run, variant, changed settings, columns of the result table, seconds by stage."""
     path = Path(folder) / "sweep.parquet"
     if not path.is_file():
         raise ValueError(f"{path} is missing; make it by `grappa sweep SWEEP --out {quoted(Path(folder))}`")

@@ -1,1 +1,1 @@
-"""Where stages run: profiles of clusters, the graph as jobs, what Slurm says of them."""
+"""Stages as jobs: profiles of clusters, the graph as jobs, and the states that Slurm reports."""

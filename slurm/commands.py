@@ -21,7 +21,7 @@ WATCH_SECONDS = 30.0
 
 
 def say_status(run: RunFolder, *, verify: bool, watch: bool, as_json: bool, say: Say) -> None:
-    """Say the table; ``watch``: again every half minute until no job is queued or running any more."""
+    """Print the table of artifacts and jobs; ``watch``: repeat it every half minute until no job is left."""
     while True:
         found = states(run, read_config(run), verify=verify)
         notes, warning = job_notes(run, found)
@@ -44,7 +44,7 @@ def _state(note: JobNote | None) -> str:
 
 
 def logs(root: Path, stage: str, instance: str | None, *, follow: bool, say: Say) -> None:
-    """Print what the newest job of an artifact printed; ``follow``: until it ends."""
+    """Print the log of the newest job of an artifact; ``follow``: print new lines until the job ends."""
     run = RunFolder.open(root.resolve())
     node = _one_node(run, stage, instance)
     task = newest_by_artifact(all_tasks(run)).get(node.name)
@@ -58,7 +58,7 @@ def logs(root: Path, stage: str, instance: str | None, *, follow: bool, say: Say
 
 
 def cancel(root: Path, stage: str | None, instance: str | None, *, say: Say) -> None:
-    """Cancel the queued and running jobs of a run, a stage or an instance; what they did is kept."""
+    """Cancel the queued and running jobs of a run, a stage or an instance; a later job resumes their work."""
     run = RunFolder.open(root.resolve())
     chosen = selected(read_config(run), Selection(stage, instance))
     live = live_tasks(run)
@@ -90,7 +90,7 @@ def _print_from(log: Path, position: int) -> int:
 
 
 def _is_alive(run: RunFolder, task: Task) -> bool:
-    """Tell whether a job may still print; Slurm is asked only when the job itself has not said that it ended."""
+    """Tell whether a job may still print; Slurm is asked only when the job has written no event that it ended."""
     fresh = next((each for each in all_tasks(run) if each.id == task.id and each.submission == task.submission), task)
     if fresh.ended:
         return False

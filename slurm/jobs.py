@@ -1,8 +1,9 @@
-"""What runs in a job: the pinned stages, one after another, by the same call as ``grappa run``.
+"""The code that runs in a job: it makes the pinned artifacts, one after another, by the same call as ``grappa run``.
 
-The state of unfinished work lies in the run folder (``store.work``), never in the job: whatever ends a job, the
-next start of it, or the next ``grappa submit``, goes on from there. The tasks of a job (a profile's ``nodes`` times
-``tasks``) are the processes of ``grappa.pipeline.engine.team``: the first leads and alone speaks, stops and requeues.
+The state of unfinished work lies in the run folder (``store.work``), never in the job. Whatever ends a job, its next
+start, or the next ``grappa submit``, resumes the work. The tasks of a job (a profile's ``nodes`` times ``tasks``) are
+the processes of ``grappa.pipeline.engine.team``: the first task leads, and only the first task writes events, stops and
+requeues the job.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from grappa.pipeline.engine.freshness import compare_fingerprints
 from grappa.pipeline.engine.progress import Progress, Snapshot
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.team import Team, joined
-from grappa.pipeline.errors import EXPECTED, explained
+from grappa.pipeline.errors import EXPECTED, sentence_and_code
 from grappa.pipeline.graph.stages import find_stage
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.checkpoints import Stopped, refuse_if_stopped, request_stop, withdraw_stop
@@ -42,19 +43,19 @@ from grappa.pipeline.store.storage import StorageError, atomic_write_json
 from grappa.slurm.jobs_table import fingerprint_digest, write_jobs_table
 from grappa.slurm.records import PINNED_CONFIG, Pin, append_event, progress_file, read_events
 
-PATIENCE_SECONDS = 10.0  # from the signal to the checkpoint; later the job goes without, to the one before
-LOCKED_SECONDS = 600.0
+PATIENCE_SECONDS = 10.0  # the time from a signal to the checkpoint; then the job ends with the former checkpoint
+LOCKED_SECONDS = 600.0  # the time that a job waits for an artifact that another process writes
 FIRST_PORT, NUM_PORTS = 20_000, 12_000
 PACKAGE = Path(grappa.__file__).parent
 
 
 class JobRefusedError(ValueError):
-    """The job must not compute what it would compute now, or not once more; the message says why."""
+    """The job must not run: code, settings or inputs changed, or it was requeued too often; the message says why."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """The code that a job was submitted with; ``digest`` is that of all modules, so that uncommitted edits count."""
+    """The code that a job was submitted with; ``digest`` is that of all modules, so it shows uncommitted edits too."""
 
     commit: str | None
     digest: str
@@ -62,7 +63,7 @@ class Code:
 
 @dataclass(frozen=True)
 class StageJob(submitit.helpers.Checkpointable):
-    """What a job calls. ``code``: what it was submitted with; ``cpus``: the threads where the configuration says 0."""
+    """The call that a job makes. ``cpus``: the number of threads where the configuration says 0."""
 
     run: str
     submission: str
@@ -73,9 +74,9 @@ class StageJob(submitit.helpers.Checkpointable):
     task: str | None = None
 
     def __call__(self) -> None:
-        """Make the artifacts; put the job back into the queue at the signal, exit with 1 at an error."""
+        """Make the artifacts; put the job back into the queue at a signal, exit with 1 at an error."""
         if self.task is None and take_place() > 0:
-            self._help()
+            self._follow()
             return
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         node = os.environ.get("SLURM_JOB_NODELIST") or socket.gethostname()
@@ -92,11 +93,11 @@ class StageJob(submitit.helpers.Checkpointable):
             self._tell("end", exit=0, error="", peak_memory_bytes=peak_memory())
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Return the same call: the state lies in the run folder."""
+        """Return the same call for the requeued job: the state lies in the run folder."""
         return submitit.helpers.DelayedSubmission(self)
 
-    def _help(self) -> None:
-        """Compute beside the first task until that ends; the first task alone handles signals."""
+    def _follow(self) -> None:
+        """Compute the stages together with the first task, until it ends; only the first task handles signals."""
         try:
             with suppress(Stopped), joined() as team:
                 refuse_other_code(self.code)
@@ -136,12 +137,12 @@ class StageJob(submitit.helpers.Checkpointable):
         self._tell("made", artifact=pin.name, recipe=fingerprint_digest(manifest.fingerprint), seconds=seconds)
 
     def _end(self, error: BaseException) -> None:
-        words = explained(error)[0] or f"{type(error).__name__}: {error}"
+        words = sentence_and_code(error)[0] or f"{type(error).__name__}: {error}"
         self._tell("end", exit=1, error=words, peak_memory_bytes=peak_memory())
         self._say_and_exit(error)
 
     def _say_and_exit(self, error: BaseException) -> NoReturn:
-        sentence, _ = explained(error)
+        sentence, _ = sentence_and_code(error)
         if sentence is None:
             raise error
         print(f"grappa: {sentence}", file=sys.stderr, flush=True)
@@ -156,22 +157,22 @@ class StageJob(submitit.helpers.Checkpointable):
         return Path(self.submission) / "events" / f"{self._task_id}.jsonl"
 
     def _note_progress(self, snapshot: Snapshot) -> None:
-        with suppress(OSError):  # whatever ails the disk: only `grappa status` reads it
+        with suppress(OSError):  # the disk cannot take it; only `grappa status` reads this file
             atomic_write_json(progress_file(Path(self.submission), self._task_id), asdict(snapshot))
 
     def _tell(self, event: str, **fields: object) -> None:
         """Append an event, then write the table of jobs anew."""
-        with suppress(StorageError):  # a full disk: what matters is the artifact, and Slurm tells the end
+        with suppress(StorageError):  # the disk is full; the artifact matters more, and Slurm knows how the job ended
             append_event(self._events_file, event, **fields)
-            if event != "stop":  # perhaps in a signal handler: as little as possible
+            if event != "stop":  # this event may be written in a signal handler, which should do little
                 write_jobs_table(RunFolder(Path(self.run)))
 
 
 def take_place() -> int:
-    """Tell ``pipeline.engine.team`` which task of a job this process is, by torchrun's variables; return its rank.
+    """Set torchrun's environment variables for this task of a job, which ``engine.team`` reads; return its rank.
 
-    The first task runs on the node that srun was called on, at whose address the others meet it. The port lies below
-    those that systems give to outgoing connections.
+    The first task runs on the node on which srun was called; the other tasks meet it at the address of this node. The
+    port lies below the ports that systems give to outgoing connections.
     """
     job = submitit.JobEnvironment()
     on_slurm = job.cluster == "slurm"
@@ -189,13 +190,13 @@ def take_place() -> int:
 
 @contextmanager
 def _stopping(tell: Callable[[], None]) -> Iterator[None]:
-    """At a signal, let the stage keep its state, then requeue the job by submitit's own handler.
+    """At a signal, let the stage save its state, then requeue the job by submitit's own handler.
 
-    SIGUSR2 announces a preemption or the time limit. SIGTERM means the end (scancel), or a preemption on a cluster
-    that sends nothing else: the state is kept, and Slurm decides what becomes of the job.
+    SIGUSR2 announces a preemption or the time limit. SIGTERM comes from scancel, or from a preemption on a cluster that
+    sends no other signal: the state is saved, and Slurm decides whether the job starts again.
     """
     requeue = signal.getsignal(signal.SIGUSR2)
-    if not callable(requeue):  # in process: no job to put anywhere
+    if not callable(requeue):  # the call runs in the user's process: there is no job to requeue
         yield
         return
     received: list[tuple[int, FrameType | None]] = []
@@ -228,10 +229,10 @@ def _stopping(tell: Callable[[], None]) -> Iterator[None]:
 
 
 def patiently(make: Callable[[], None], lock: Path) -> None:
-    """Call ``make`` again while another process writes the artifact, for ten minutes.
+    """Call ``make`` again while another process writes the artifact, for ten minutes at most.
 
-    A former start of this very job may still be at work (on a node that Slurm took for dead). This start waits for it
-    as long as it lives; when the former one has published, nothing is left to do.
+    A former start of the same job may still work on a node that Slurm took for dead. This start waits for the former
+    one as long as it lives; after the former one has published the artifact, ``make`` finds it fresh.
     """
     end = time.monotonic() + LOCKED_SECONDS
     while True:
@@ -248,7 +249,7 @@ def patiently(make: Callable[[], None], lock: Path) -> None:
 
 
 def code_here() -> Code:
-    """Return which code this is: the commit of a checkout, for people, and the digest of all its modules."""
+    """Return the code that runs now: the commit of a checkout, for people, and the digest of all modules."""
     digest = hashlib.sha256()
     for path in _modules():
         digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
@@ -256,13 +257,13 @@ def code_here() -> Code:
 
 
 def _modules() -> list[Path]:
-    """Return the files of all modules; in a checkout two of its folders are links."""
+    """Return the files of all modules; in a checkout two folders of the package are links, which are followed."""
     found = (Path(folder) / name for folder, _, names in os.walk(PACKAGE, followlinks=True) for name in names)
     return sorted(path for path in found if path.suffix == ".py")
 
 
 def refuse_other_code(submitted: Code) -> None:
-    """Raise JobRefusedError when a module is not the one that was submitted (a changed text elsewhere is no matter)."""
+    """Raise JobRefusedError when a module has changed since the submission; other files of a checkout may change."""
     found = code_here()
     if found.digest != submitted.digest:
         raise JobRefusedError(
@@ -272,7 +273,7 @@ def refuse_other_code(submitted: Code) -> None:
 
 
 def refuse_other_fingerprint(run: RunFolder, config: Config, pin: Pin) -> None:
-    """Raise JobRefusedError when version, settings or inputs of an artifact are not those that were submitted."""
+    """Raise JobRefusedError when version, settings or inputs of an artifact have changed since the submission."""
     version = find_stage(pin.node.stage).version
     changes = [f"stage version: {pin.version} -> {version}"] if version != pin.version else []
     try:
@@ -287,7 +288,7 @@ def refuse_other_fingerprint(run: RunFolder, config: Config, pin: Pin) -> None:
 
 
 def _with_threads(config: Config, cpus: int) -> Config:
-    """Return the configuration with the job's processors where it says 0: a node's others may be someone else's."""
+    """Return the configuration with the job's CPUs where it says 0: other CPUs of the node may belong to other jobs."""
     compute = config.compute
     update = {name: cpus for name in ("num_threads", "num_workers") if getattr(compute, name) == 0}
     return config.model_copy(update={"compute": compute.model_copy(update=update)})

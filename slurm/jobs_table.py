@@ -1,4 +1,4 @@
-"""``jobs/jobs.csv``: one row an artifact and job, from what the jobs said; `tables.load_jobs` opens it."""
+"""``jobs/jobs.csv``: a row for each artifact of each job, from the jobs' events; `tables.load_jobs` opens it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fingerprint_digest(fingerprint: Mapping[str, Any]) -> str:
 
 
 def write_jobs_table(run: RunFolder) -> None:
-    """Write the table anew; of several writers each waits for its turn, the last one has seen all events."""
+    """Write the table again; several writers take turns, so that the last one has read all events."""
     home = jobs_folder(run)
     end = time.monotonic() + 30
     while True:
@@ -37,7 +37,7 @@ def write_jobs_table(run: RunFolder) -> None:
                 atomic_write_text(home / TABLE_FILE, _text(run))
                 return
         except StorageError:
-            return  # a full disk or a folder of someone else: the events tell the same, the next writer catches up
+            return  # the disk is full or the folder belongs to another user; the next writer reads the same events
         except LockedError:
             if time.monotonic() > end:
                 return
@@ -84,7 +84,7 @@ def _row(run: RunFolder, task: Task, name: str, outcome: str) -> dict[str, Any]:
 
 
 def _state(task: Task, begun: bool, made: bool, outcome: str) -> str:
-    """Return how far a job came with an artifact, as it said itself: submitted, running, stopped, made, failed."""
+    """Return the state of an artifact in a job, by the job's events: submitted, running, stopped, made, failed ..."""
     if made:
         return "made"
     if task.ended or outcome:

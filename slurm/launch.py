@@ -1,4 +1,4 @@
-"""Jobs into the hands of submitit: as sbatch requests, as local processes, or at once in this process."""
+"""Starting jobs by submitit: as sbatch requests, as local processes, or as calls in this process."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def sbatch_text(profile: Profile, job: PlannedJob, folder: Path, name: str, afte
 def submit_slurm(
     profile: Profile, job: PlannedJob, folder: Path, name: str, after: Sequence[str], calls: Sequence[StageJob]
 ) -> tuple[str, ...]:
-    """Call sbatch once, for one job or an array; return the tasks' ids. SchedulerError holds sbatch's own words."""
+    """Call sbatch once, for one job or an array; return the ids of the tasks. SchedulerError has sbatch's message."""
     import submitit
 
     _refuse_without_slurm()
     executor = submitit.SlurmExecutor(folder, max_num_timeout=profile.max_requeues)
     executor.update_parameters(**_slurm_parameters(profile, job.resources, name, after))
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats what the error says
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints the message of the error as well
             found = executor.submit_array(calls) if len(calls) > 1 else [executor.submit(calls[0])]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise SchedulerError(f"{job.title} was refused: {_own_words(str(error))}") from None
@@ -50,7 +50,7 @@ def submit_slurm(
 
 
 def start_local(profile: Profile, job: PlannedJob, folder: Path, calls: Sequence[StageJob]) -> list[Any]:
-    """Start processes of this machine, one a call; return submitit's jobs."""
+    """Start a process on this machine for each call; return submitit's jobs."""
     import submitit
 
     executor = submitit.LocalExecutor(folder, max_num_timeout=profile.max_requeues)
@@ -67,7 +67,7 @@ def start_local(profile: Profile, job: PlannedJob, folder: Path, calls: Sequence
 
 
 def run_here(call: StageJob, task: str) -> None:
-    """Make a job's call in this process; an error goes to the caller."""
+    """Make the call of a job in this process; errors are raised to the caller."""
     dataclasses.replace(call, task=task)()
 
 
@@ -99,7 +99,7 @@ def _slurm_parameters(profile: Profile, resources: Resources, name: str, after: 
 
 
 def _own_words(text: str) -> str:
-    """Return the lines of sbatch among those of its caller."""
+    """Return the lines that sbatch printed, without those of submitit; the whole text where there are none."""
     lines = re.findall(r"^sbatch: (?:error: )?(.+)$", text, flags=re.MULTILINE)
     return "; ".join(lines) or " ".join(text.split())
 

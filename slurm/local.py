@@ -1,4 +1,4 @@
-"""Jobs without Slurm: processes of this machine (submitit's local executor), or calls in this very process."""
+"""Jobs without Slurm: processes on this machine (submitit's local executor), or calls in this process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class JobsFailedError(ValueError):
 
 
 def run_locally(submission: Submission, jobs: Sequence[PlannedJob], say: Say) -> None:
-    """Run the jobs in order, each when those it needs have ended well; JobsFailedError at the end if some did not."""
+    """Run the jobs in order; a job whose inputs were not made is skipped. JobsFailedError at the end if any failed."""
     run_job = _run_processes if submission.profile.cluster == "local" else _run_here
     records: list[JobRecord] = []
-    lost: dict[str, str] = {}  # artifacts that are not made, and why
+    lost: dict[str, str] = {}  # artifacts that were not made, with the reason
     submission.prepare()
     for job in jobs:
         blocker = next((name for name in job.needs if name in lost), None)
@@ -41,7 +41,7 @@ def run_locally(submission: Submission, jobs: Sequence[PlannedJob], say: Say) ->
 
 
 def _run_processes(submission: Submission, job: PlannedJob, records: list[JobRecord]) -> dict[str, str]:
-    """Run ``array_parallelism`` tasks at once; return what failed."""
+    """Run ``array_parallelism`` tasks at a time; return the artifacts that were not made, with the reason."""
     calls, width = submission.calls(job), submission.profile.array_parallelism
     failed: dict[str, str] = {}
     for start in range(0, len(calls), width):
@@ -56,7 +56,7 @@ def _run_processes(submission: Submission, job: PlannedJob, records: list[JobRec
 
 
 def _run_here(submission: Submission, job: PlannedJob, records: list[JobRecord]) -> dict[str, str]:
-    """Make each task's call; return what failed."""
+    """Make the calls of all tasks in this process; return the artifacts that were not made, with the reason."""
     ids = tuple(f"here{secrets.token_hex(3)}" for _ in job.tasks)
     records.append(JobRecord(submission.job_name(job), ids, job.tasks, (), {}))
     submission.write(records)
@@ -69,7 +69,7 @@ def _run_here(submission: Submission, job: PlannedJob, records: list[JobRecord])
 
 
 def _not_made(submission: Submission, task: str, pins: Sequence[Pin]) -> dict[str, str]:
-    """Return the artifacts that a task did not make, with its last words."""
+    """Return the artifacts that a task did not make, with the error of its last event."""
     events = list(read_events(submission.folder / "events" / f"{task}.jsonl"))
     made = {each["artifact"] for each in events if each["event"] == "made"}
     words = events[-1].get("error") if events else None

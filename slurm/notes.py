@@ -1,4 +1,4 @@
-"""What is to be said of the job behind an artifact: a state for programs and a sentence for people."""
+"""Notes on the jobs of artifacts for `grappa status`: a state for programs and a sentence for people."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ LOST: frozenset[JobState] = frozenset({"failed", "blocked", "cancelled"})
 
 @dataclass(frozen=True)
 class JobNote:
-    """How it stands with an artifact's job.
+    """The state of an artifact's job, and a text for people.
 
-    ``other``: in Slurm's queue, neither pending nor running (configuring, completing ...). ``follows``: the job makes
-    another artifact first. ``submitted``, ``begun``: Slurm does not answer, and this is what the job said itself.
+    ``other``: the job is in Slurm's queue, but neither pending nor running (configuring, completing ...). ``follows``:
+    the job makes another artifact first. ``submitted``, ``begun``: Slurm does not answer; the job's events say this.
     """
 
     state: JobState
@@ -32,20 +32,20 @@ class JobNote:
 
     @property
     def alive(self) -> bool:
-        """Whether something may still come of the job."""
+        """Whether the job may still make the artifact."""
         return self.state in ALIVE
 
     @property
     def lost(self) -> bool:
-        """Whether the artifact will not be made by this job, so that others wait for it in vain."""
+        """Whether the job will not make the artifact, so that other jobs wait for it in vain."""
         return self.state in LOST
 
 
 def job_notes(run: RunFolder, found: Sequence[NodeState]) -> tuple[dict[str, JobNote], str]:
-    """Return what is to be said of the jobs, by artifact, and a warning when Slurm does not answer."""
+    """Return the notes on the jobs by artifact, and a warning when Slurm does not answer."""
     jobs = read_jobs(run)
     notes: dict[str, JobNote] = {}
-    for each in found:  # in the order of the graph: what blocks comes before what is blocked
+    for each in found:  # in the order of the graph: an artifact comes before the artifacts that it blocks
         task = jobs.tasks.get(each.name)
         if task is None or (each.state.kind == "fresh" and (task.made(each.name) or not jobs.in_queue(task))):
             continue
@@ -100,14 +100,14 @@ def _ended_note(task: Task, jobs: Jobs, begun: bool) -> JobNote | None:
     if outcome.startswith("CANCELLED"):
         return JobNote("cancelled", f"cancelled (job {task.id}, {task.log})")
     if end and end["exit"] == 0:
-        return None  # it was made then, and is stale or gone now
+        return None  # the job made the artifact, which is stale or missing now
     if not begun and at_work:
         return JobNote("blocked", f"blocked by {at_work['artifact']}")
     return JobNote("failed", f"failed: {words} (job {task.id}, {task.log})")
 
 
 def _silent_note(task: Task, blocker: str | None) -> JobNote:
-    """A job that is not in the queue and has not said how it ended."""
+    """Return the note on a job that is not in the queue and has written no event that it ended."""
     if task.events:
         left = task.events[-1]["event"] == "stop"
         words = "left at a signal and did not come back" if left else "ended without a word (killed, or its node died)"
@@ -118,5 +118,5 @@ def _silent_note(task: Task, blocker: str | None) -> JobNote:
 
 
 def _blocker(task: Task, jobs: Jobs, lost: Sequence[str]) -> str | None:
-    """Return an artifact that failed, was cancelled or is blocked itself, and that the task waited for."""
+    """Return an artifact that the task waited for and that failed, was cancelled or is blocked; None without one."""
     return next((name for name in lost if jobs.tasks[name].id in task.after), None)

@@ -1,4 +1,4 @@
-"""The graph as jobs: what is not fresh and not on its way, which stages share a job, which job waits for which."""
+"""The plan of the jobs: the artifacts to make, the stages that share a job, and the jobs that wait for others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from grappa.slurm.records import PINNED_CONFIG, Pin, Task
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """One call of sbatch; more than one task: an array. ``needs``: artifacts that other jobs make first."""
+    """One call of sbatch; several tasks are an array. ``needs``: artifacts that other jobs must make first."""
 
     stages: tuple[str, ...]
     tasks: tuple[tuple[Pin, ...], ...]
@@ -44,8 +44,8 @@ def plan(
 ) -> list[PlannedJob]:
     """Return the jobs to submit, in the order of the graph.
 
-    ``live``: the tasks that are queued or running, by the artifacts they make; these are not planned again.
-    Raises NotReadyError when a stage was selected whose inputs are neither fresh nor on their way.
+    ``live``: the tasks that are queued or running, by the artifacts that they make; these artifacts are not planned
+    again. Raises NotReadyError when the inputs of a selected stage are neither fresh nor made by a job.
     """
     judge = Judge(run, config)
     due = [node for node in selected(config, selection) if selection.force or judge.state(node).kind != "fresh"]
@@ -67,7 +67,7 @@ def plan(
 
 
 def _reads_own_stage(config: Config, node: Node, coming: set[Node]) -> bool:
-    """Tell whether a node waits for others of its own stage (concat): it gets a job after the array of these."""
+    """Tell whether a node reads nodes of its own stage, as concat does: its job follows the array of these nodes."""
     return any(each in coming and each.stage == node.stage for each in upstream(node, config))
 
 
@@ -85,7 +85,7 @@ def _job(
     pins = [_pin(run, config, node, coming, force) for node in members]
     needs = dict.fromkeys(each.name for each in read if each in coming - own)
     reasons = {node.name: "forced" if force else str(judge.state(node)) for node in members}
-    # The instances of one stage run side by side, stages that share a job one after another.
+    # The instances of one stage run at the same time; stages that share a job run one after another.
     apart = len(names) == 1 and own.isdisjoint(read)
     tasks = tuple((pin,) for pin in pins) if apart else (tuple(pins),)
     return PlannedJob(names, tasks, reasons, tuple(needs), resources)
@@ -106,7 +106,7 @@ def _refuse_unready(run: RunFolder, judge: Judge, node: Node, coming: set[Node])
 
 
 def _refuse_other_settings(config: Config, due: Sequence[Node], live: Mapping[str, Task], run: RunFolder) -> None:
-    """Refuse to leave a job in the queue that will refuse to start: its settings were edited since it was submitted."""
+    """Raise NotReadyError for a queued job whose settings were edited since its submission: it would refuse to run."""
     for node in due:
         task = live.get(node.name)
         if task is None:

@@ -1,4 +1,4 @@
-"""Profiles: what jobs ask of a cluster. One YAML file a cluster, checked before anything is submitted.
+"""Profiles: the resources that jobs ask of a cluster, one YAML file for each cluster, checked before submission.
 
 Resources are never part of a fingerprint: another profile gives the same result.
 """
@@ -24,18 +24,18 @@ from grappa.pipeline.config.yaml_file import ConfigError, read_yaml, shipped_or_
 from grappa.pipeline.graph.stages import STAGES, find_stage
 
 CLUSTERS = Path(__file__).parent / "clusters"
-# What grappa itself gives to sbatch: a profile has a key of its own for it, or it may not be changed.
+# The options that grappa gives to sbatch: a profile changes them by its own keys, or must not change them.
 OWN_OPTIONS = (
     "account array chdir constraint cpus-per-task dependency error gpus-per-node job-name kill-on-invalid-dep "
     "mail-type mail-user mem nodes ntasks-per-node open-mode output partition qos requeue signal time wrap"
 ).split()
 
-# By kind of cluster: the numbers that must be 1.
+# The resources that must be 1, by kind of cluster.
 SINGLE: dict[str, tuple[str, ...]] = {"slurm": (), "local": ("nodes",), "debug": ("nodes", "tasks")}
 
 
 def minutes(text: Any) -> int:
-    """Return the minutes of ``4h``, ``1d12h``, ``90m`` or of Slurm's ``2-04:00:00`` and ``04:00:00``."""
+    """Return the minutes of a time such as ``4h``, ``1d12h``, ``90m``, or Slurm's ``2-04:00:00`` and ``04:00:00``."""
     if isinstance(text, str):
         units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", text)
         clock = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):\d\d", text)
@@ -49,7 +49,7 @@ def minutes(text: Any) -> int:
 
 
 def memory(text: Any) -> str:
-    """Return a memory size as Slurm reads it; ``0``: the whole node's."""
+    """Return a memory size as Slurm reads it, such as ``32G``; ``0`` means all memory of the node."""
     if isinstance(text, str | int) and re.fullmatch(r"\d+[MGT]|0", str(text)):
         return str(text)
     raise ValueError(f"found {short(text)}, expected a size such as 32G or 500M")
@@ -68,22 +68,22 @@ class Strict(BaseModel):
 
 
 class Resources(Strict):
-    """What one job (of an array: each task of it) asks for; None: whatever the cluster gives by itself."""
+    """The resources of one job (in an array: of each task); None: the default of the cluster."""
 
     partition: Word | None = None
     account: Word | None = None
     qos: Word | None = None
     constraint: Word | None = None
     nodes: Count = 1
-    tasks: Count = 1  # processes a node
-    gpus: CountOrNone = 0  # a node
-    cpus: Count = 1  # a task
-    memory: Memory | None = None  # a node
-    time: Minutes = 60
+    tasks: Count = 1  # processes on each node
+    gpus: CountOrNone = 0  # GPUs of each node
+    cpus: Count = 1  # CPUs of each task
+    memory: Memory | None = None  # memory of each node
+    time: Minutes = 60  # minutes
 
 
 class Profile(Resources):
-    """A cluster: the resources of every stage, exceptions by stage, and how jobs are made."""
+    """A cluster: the resources of all stages, exceptions by stage, and options of the jobs."""
 
     cluster: Literal["slurm", "local", "debug"] = "slurm"
     stages: dict[str, dict[str, Any]] = {}
@@ -114,7 +114,7 @@ class Profile(Resources):
         return self
 
     def _check_processes(self, stage: str, found: Resources) -> None:
-        """Refuse a number of processes for a stage that one process computes; without such a number it gets one."""
+        """Refuse several processes for a stage that only one process can compute."""
         for name in ("nodes", "tasks"):
             if self.stages[stage].get(name, 1) > getattr(found, name):
                 raise ValueError(
@@ -133,13 +133,14 @@ class Profile(Resources):
         self.resources(group)
 
     def group_of(self, stage: str) -> tuple[str, ...]:
-        """Return the stages that share a job with this one, itself included."""
+        """Return the stages that share a job with this stage, including itself."""
         return next((group for group in self.shared if stage in group), (stage,))
 
     def resources(self, stages: tuple[str, ...]) -> Resources:
-        """Return what a job of these stages asks for: the largest number of any of them.
+        """Return the resources of a job for these stages: of each resource the largest number that a stage asks for.
 
-        One node and task where none of them can be computed by several processes (``parallel`` in ``graph.stages``).
+        The job has one node and one task where no stage can be computed by several processes (``parallel`` in
+        ``graph.stages``).
         """
         general = {name: getattr(self, name) for name in Resources.model_fields}
         general["time"] = f"{self.time}m"
@@ -163,7 +164,7 @@ class Profile(Resources):
 
 
 def load_profile(name_or_file: str) -> Profile:
-    """Return a checked profile: one that comes with the package, or a file; ConfigError in a sentence."""
+    """Return a checked profile of the package or from a file; ConfigError says in a sentence what is wrong."""
     path = shipped_or_file(name_or_file, CLUSTERS, f"--cluster {name_or_file}", "profile")
     found = read_yaml(path)
     if not isinstance(found, dict | None):

@@ -1,8 +1,8 @@
-"""What was submitted and what became of it, in ``RUN/jobs``: read from any folder, host and user.
+"""The records of submissions and jobs in ``RUN/jobs``, which any user can read on any host.
 
-One folder a submission: ``submission.json`` (what was asked, pinned), ``config.yaml`` (the configuration then),
-``events/TASK.jsonl`` (what the job itself says), ``progress/TASK.json`` (how far it was ten seconds ago),
-``outcomes.json`` (how Slurm says that silent jobs ended), the logs.
+A submission has a folder: ``submission.json`` (the jobs and their pinned artifacts), ``config.yaml`` (the configuration
+at the submission), ``events/TASK.jsonl`` (the events that a job writes), ``progress/TASK.json`` (a job's progress, at
+most ten seconds old), ``outcomes.json`` (Slurm's account of jobs that ended without an event), and the logs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ JOBS_FOLDER, SUBMISSION_FILE, PINNED_CONFIG, OUTCOMES_FILE = "jobs", "submission
 
 @dataclass(frozen=True)
 class Pin:
-    """One artifact that a job makes: ``fingerprint`` is None while what it reads was not made yet."""
+    """One artifact that a job makes; ``fingerprint`` is None where its inputs were not made at the submission."""
 
     name: str
     version: int
@@ -41,7 +41,7 @@ class Pin:
 
 @dataclass(frozen=True)
 class Task:
-    """One job, or one task of an array: the artifacts that it makes in turn. ``after``: the tasks it waits for."""
+    """One job, or one task of an array; it makes ``artifacts`` in turn and waits for the tasks ``after``."""
 
     submission: Path
     id: str
@@ -53,7 +53,7 @@ class Task:
 
     @property
     def log(self) -> Path:
-        """Everything the job printed, all its starts."""
+        """The file with all that the job printed, over all its starts."""
         return self.submission / f"{self.id}_0_log.out"
 
     @property
@@ -62,7 +62,7 @@ class Task:
 
     @property
     def progress(self) -> Snapshot | None:
-        """How far the job's last task was when it said so last; None where it said nothing."""
+        """The last progress that the job wrote; None where it wrote none."""
         try:
             return Snapshot(**json.loads(progress_file(self.submission, self.id).read_bytes()))
         except (OSError, ValueError, TypeError):
@@ -70,7 +70,7 @@ class Task:
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:
-        """What the job said: dicts with event (start, artifact, stop, end), time and more; a torn line is left out."""
+        """The job's events: dicts with event (start, artifact, made, stop, end), time and more; no torn lines."""
         return list(read_events(self.events_file))
 
     def last(self, event: str) -> dict[str, Any] | None:
@@ -83,7 +83,7 @@ class Task:
 
     @property
     def ended(self) -> dict[str, Any] | None:
-        """The event with which the job ended by itself, None while it has not (or was put back into the queue)."""
+        """The event of the job's end; None where the job has not ended by itself or was put back into the queue."""
         return self.events[-1] if self.events and self.events[-1]["event"] == "end" else None
 
 
@@ -100,7 +100,7 @@ def now() -> str:
 
 
 def append_event(file: Path, event: str, **fields: Any) -> None:
-    """Append an event, durable at once: the job may be killed at any moment."""
+    """Append an event and sync it to the disk, because the job may be killed at any moment."""
     line = json.dumps({"event": event, "time": now(), **fields}) + "\n"
     with storage_errors(file), file.open("a", encoding="utf-8") as stream:
         stream.write(line)
@@ -109,7 +109,7 @@ def append_event(file: Path, event: str, **fields: Any) -> None:
 
 
 def read_events(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a file, none when there is no such."""
+    """Yield the events of a file; nothing where the file does not exist."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
@@ -125,7 +125,7 @@ def read_events(file: Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class JobRecord:
-    """One call of sbatch: the ids of its tasks, and what each of them makes (one task: no array)."""
+    """One call of sbatch: the ids of its tasks and the artifacts that they make; a single task is no array."""
 
     name: str
     ids: tuple[str, ...]
@@ -135,18 +135,18 @@ class JobRecord:
 
 
 def write_submission(folder: Path, jobs: Sequence[JobRecord], general: Mapping[str, Any]) -> None:
-    """Write what was submitted so far; whole or not at all."""
+    """Write the jobs that were submitted so far, whole or not at all."""
     content = {"format": FORMAT, **general, "jobs": [asdict(job, dict_factory=_on_disk) for job in jobs]}
     atomic_write_json(folder / SUBMISSION_FILE, content)
 
 
 def _on_disk(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """On disk a fingerprint has the key ``recipe``, as it has in a manifest."""
+    """Return the fields with their keys on disk, where a fingerprint has the key ``recipe``, as in a manifest."""
     return {"recipe" if name == "fingerprint" else name: value for name, value in fields}
 
 
 def read_submission(folder: Path) -> dict[str, Any] | None:
-    """Return a submission's record; None when it is damaged or of a newer version."""
+    """Return the record of a submission; None when it is damaged or of a newer version."""
     try:
         content = json.loads((folder / SUBMISSION_FILE).read_bytes())
     except (OSError, ValueError):
@@ -155,7 +155,7 @@ def read_submission(folder: Path) -> dict[str, Any] | None:
 
 
 def all_tasks(run: RunFolder) -> list[Task]:
-    """Return every task ever submitted for a run, oldest submission first."""
+    """Return all tasks that were ever submitted for a run, the oldest submission first."""
     home = jobs_folder(run)
     folders = sorted(path for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
     return [task for folder in folders for task in _tasks(folder)]
@@ -172,12 +172,12 @@ def _tasks(folder: Path) -> Iterator[Task]:
 
 
 def newest_by_artifact(tasks: Sequence[Task]) -> dict[str, Task]:
-    """Return the task that was submitted last for each artifact."""
+    """Return the last submitted task of each artifact, by the artifact's name."""
     return {name: task for task in tasks for name in task.artifacts}
 
 
 def read_outcomes(folder: Path) -> dict[str, str]:
-    """Return how silent jobs of a submission ended, by task id: what sacct said once."""
+    """Return Slurm's account of how jobs ended that wrote no event of it, by task id, as sacct once gave it."""
     try:
         found = json.loads((folder / OUTCOMES_FILE).read_bytes())
     except (OSError, ValueError):

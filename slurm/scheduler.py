@@ -1,4 +1,4 @@
-"""Questions to Slurm: one squeue and at most one sacct for any number of jobs, and no call waits for ever."""
+"""Questions to Slurm: one squeue and at most one sacct for any number of jobs, with a time limit for each call."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 SECONDS = 20.0
-# A task's id and its job's name. Slurm gives an id again after a while; a name holds a random mark and never recurs.
+# A task's id and its job's name. Slurm uses an id again after a while; a name has a random mark and is used only once.
 Key = tuple[str, str]
 
 
 class SchedulerError(ValueError):
-    """Slurm did not answer, or refused; the message holds its own words."""
+    """Slurm did not answer, or it refused the command; the message has Slurm's words."""
 
 
 @dataclass(frozen=True)
 class Queued:
-    """A task that Slurm has in its queue: ``state`` such as PENDING, RUNNING; ``left``: of its time limit."""
+    """A task in Slurm's queue: ``state`` such as PENDING or RUNNING; ``left``: the rest of its time limit."""
 
     state: str
     reason: str
@@ -27,7 +27,7 @@ class Queued:
 
 
 def call(*command: str, seconds: float = SECONDS) -> str:
-    """Return what a command of Slurm prints; SchedulerError when it fails, is not there or takes too long."""
+    """Return the output of a Slurm command; SchedulerError when it fails, does not exist or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except FileNotFoundError:
@@ -41,7 +41,7 @@ def call(*command: str, seconds: float = SECONDS) -> str:
 
 
 def queued(names: Iterable[str]) -> dict[Key, Queued]:
-    """Return the tasks of jobs with these names that wait, run or come to an end."""
+    """Return the tasks in the queue whose jobs have these names: they wait, run or are about to end."""
     names = sorted(set(names))
     if not names:
         return {}
@@ -55,7 +55,7 @@ def queued(names: Iterable[str]) -> dict[Key, Queued]:
 
 
 def outcomes(keys: Sequence[Key]) -> dict[Key, str]:
-    """Return how jobs ended that are no longer in the queue, such as ``FAILED 137:0``, as far as accounting knows."""
+    """Return how jobs ended that are no longer in the queue, such as ``FAILED 137:0``, where accounting knows it."""
     if not keys:
         return {}
     ids = ",".join(sorted({task.partition("_")[0] for task, _ in keys}))
@@ -70,7 +70,7 @@ def outcomes(keys: Sequence[Key]) -> dict[Key, str]:
 
 
 def _expanded(task: str) -> list[str]:
-    """Return ``12_0``, ``12_1`` of ``12_[0-1%4]``: array tasks that never started."""
+    """Return ``12_0`` and ``12_1`` for ``12_[0-1%4]``, which stands for array tasks that never started."""
     base, bracket, rest = task.partition("_[")
     if not bracket:
         return [task]

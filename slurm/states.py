@@ -1,4 +1,4 @@
-"""What became of a run's jobs: by Slurm's queue, by what the jobs wrote, and by accounting where both say nothing."""
+"""The states of a run's jobs, from Slurm's queue, the jobs' events, and Slurm's accounting where both say nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grappa.slurm.scheduler import Queued, SchedulerError
 
 @dataclass(frozen=True)
 class Jobs:
-    """The newest task of each artifact and what is known of it; ``warning``: why Slurm did not answer."""
+    """The newest tasks by artifact, and their states; ``queue`` is None and ``warning`` says why if Slurm is silent."""
 
     tasks: Mapping[str, Task]
     queue: Mapping[scheduler.Key, Queued] | None = None
@@ -26,12 +26,12 @@ class Jobs:
         return self.queue.get((task.id, task.job_name)) if self.queue is not None else None
 
     def outcome(self, task: Task) -> str:
-        """Return how accounting says that a silent job ended, or nothing."""
+        """Return how a job ended that wrote no event of it, by Slurm's accounting; "" where that is not known."""
         return self.outcomes.get((task.id, task.job_name), "")
 
 
 def read_jobs(run: RunFolder) -> Jobs:
-    """Return what is known of a run's jobs, by at most two calls of Slurm, however many jobs there are."""
+    """Return the states of a run's jobs; at most two Slurm commands are called, however many jobs there are."""
     tasks = newest_by_artifact(all_tasks(run))
     known = {key: outcome for task in _distinct(tasks.values()) for key, outcome in _known_outcome(task)}
     unsettled = [
@@ -46,16 +46,16 @@ def read_jobs(run: RunFolder) -> Jobs:
     silent = [task for task in unsettled if task.events and (task.id, task.job_name) not in queue]
     try:
         found = scheduler.outcomes([(task.id, task.job_name) for task in silent])
-    except SchedulerError:  # no accounting here: nothing more can be known
+    except SchedulerError:  # this cluster has no accounting, so nothing more can be known
         found = {}
     _write_outcomes(silent, found)
     return Jobs(tasks, queue, {**known, **found})
 
 
 def live_tasks(run: RunFolder) -> dict[str, Task]:
-    """Return the tasks that are queued or running, by the artifact they will make; SchedulerError if Slurm is mute.
+    """Return the queued and running tasks, by the artifacts that they will make; SchedulerError if Slurm is silent.
 
-    A task that waits for one that failed is left out: Slurm is about to cancel it.
+    A task that waits for a failed task is left out, because Slurm will cancel it.
     """
     everything = [task for task in all_tasks(run) if task.cluster == "slurm"]
     by_id, newest = {task.id: task for task in everything}, newest_by_artifact(everything)
@@ -80,13 +80,13 @@ def _distinct(tasks: Iterable[Task]) -> list[Task]:
 
 
 def _known_outcome(task: Task) -> list[tuple[scheduler.Key, str]]:
-    """Return the outcome that accounting gave at an earlier call, with its key; nothing where there is none."""
+    """Return the outcome that accounting gave at an earlier call, with its key, or an empty list."""
     outcome = read_outcomes(task.submission).get(task.id)
     return [((task.id, task.job_name), outcome)] if outcome else []
 
 
 def _write_outcomes(tasks: Sequence[Task], found: Mapping[scheduler.Key, str]) -> None:
-    """Write down how jobs ended, so that accounting is asked only once; a state that may still change is left out."""
+    """Write how jobs ended, so that accounting is asked only once; a state that may still change is left out."""
     for folder in {task.submission for task in tasks}:
         new = {
             task.id: found[task.id, task.job_name]
@@ -99,5 +99,5 @@ def _write_outcomes(tasks: Sequence[Task], found: Mapping[scheduler.Key, str]) -
 
 
 def is_final(outcome: str) -> bool:
-    """Tell whether a state of accounting is an end."""
+    """Tell whether a state in Slurm's accounting is final."""
     return not outcome.startswith(("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "COMPLETING", "RESIZING"))

@@ -1,4 +1,4 @@
-"""One call of ``grappa submit``: what its jobs have in common, and its folder."""
+"""One call of ``grappa submit``: the values that its jobs share, and its folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grappa.slurm.records import PINNED_CONFIG, JobRecord, now, write_submission
 
 @dataclass(frozen=True)
 class Submission:
-    """One call of ``grappa submit``: what its jobs have in common."""
+    """The values that all jobs of one call of ``grappa submit`` share; ``mark``: the random part of their names."""
 
     run: RunFolder
     config: Config
@@ -29,7 +29,7 @@ class Submission:
     code: Code
 
     def job_name(self, job: PlannedJob) -> str:
-        """Return a name that no other job has or will have: Slurm gives ids again, a name never recurs."""
+        """Return a name that no other job ever has: Slurm uses an id again after a while, but a name only once."""
         return f"grappa-{job.stages[0]}-{self.mark}"
 
     def calls(self, job: PlannedJob) -> list[StageJob]:
@@ -38,7 +38,7 @@ class Submission:
         return [StageJob(*where, pins, self.code, cpus, requeues) for pins in job.tasks]
 
     def prepare(self) -> None:
-        """Make the folder, with the configuration as it is now."""
+        """Make the folder of the submission, with the present configuration."""
         with storage_errors(self.folder):
             for name in ("events", "progress"):
                 (self.folder / name).mkdir(parents=True)
@@ -48,7 +48,7 @@ class Submission:
         return JobRecord(self.job_name(job), ids, job.tasks, after, job.resources.model_dump(mode="json"))
 
     def write(self, records: Sequence[JobRecord]) -> None:
-        """Write down what was submitted so far."""
+        """Write the jobs that were submitted so far."""
         general = {
             "submitted": now(),
             "cluster": self.profile.cluster,

@@ -1,4 +1,4 @@
-"""``grappa submit``: plan, pin, submit; all of it or nothing."""
+"""``grappa submit``: plan the jobs, pin their artifacts and submit them, either all jobs or none."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ LOCK_SECONDS = 120.0
 
 
 def submit(root: Path, selection: Selection, profile_name: str, *, say: Say, dry_run: bool = False) -> None:
-    """Submit what is not fresh and not on its way; ``say`` gets a line for each job.
+    """Submit jobs for the artifacts that are not fresh and that no job makes already; ``say`` gets a line for each job.
 
-    Raises NotReadyError for a stage whose inputs are not there, SchedulerError with Slurm's words when it refuses a job
-    (then none is left behind), LockedError when another submission of the run takes more than two minutes.
+    Raises NotReadyError for a stage whose inputs are missing, SchedulerError with Slurm's words when Slurm refuses a
+    job (then no job stays in the queue), LockedError when another submission of the run takes more than two minutes.
     """
     run = RunFolder.open(root.resolve(), writable=not dry_run)
     profile = load_profile(profile_name)
@@ -90,14 +90,14 @@ def _submit_all(submission: Submission, jobs: Sequence[PlannedJob], live: Mappin
 
 
 def _withdraw(submission: Submission, records: Sequence[JobRecord]) -> None:
-    """Take back what was submitted before the error: all or nothing."""
+    """Cancel the jobs that were submitted before the error, and delete their folder."""
     with suppress(scheduler.SchedulerError):
         scheduler.cancel([task for record in records for task in record.ids])
     shutil.rmtree(submission.folder, ignore_errors=True)
 
 
 def _say_plan(submission: Submission, jobs: Sequence[PlannedJob], say: Say) -> None:
-    """Say what would be submitted; in the scripts ``<stages>`` stands for an id that only Slurm can give."""
+    """Say which jobs would be submitted; in the scripts ``<stages>`` stands for an id that only Slurm can give."""
     makers = {pin: f"<{'+'.join(job.stages)}>" for job in jobs for pin in job.artifacts}
     for number, job in enumerate(jobs, 1):
         after = tuple(dict.fromkeys(makers.get(name, name) for name in job.needs))
@@ -116,7 +116,7 @@ def _say_plan(submission: Submission, jobs: Sequence[PlannedJob], say: Say) -> N
 
 @contextmanager
 def _alone(run: RunFolder) -> Iterator[None]:
-    """Hold the run's submissions together: a second one waits for the first, and then finds its jobs."""
+    """Lock the submissions of the run: a second one waits for the first, and then finds the jobs of the first."""
     end = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -131,7 +131,7 @@ def _alone(run: RunFolder) -> Iterator[None]:
 
 
 def _refuse_odd_name(root: Path) -> None:
-    """Slurm gives ``%`` and the backslash a meaning in the names of logs, and a script cannot hold a line break."""
+    """Refuse a path with ``%``, a backslash (both have a meaning in Slurm's log names) or a line break."""
     found = re.search(r"[%\\\n]", str(root))
     if found:
         raise ValueError(f"{root} has {found[0]!r} in its name, which Slurm cannot have in a log's; rename the folder")

@@ -1,4 +1,4 @@
-"""Embedding new images with the model of a run or with an exported one."""
+"""`grappa embed`: embed new images with the model of a run or with an exported model."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ NO_BOX = (float("nan"),) * 4
 def embed(run_or_model: Path, images: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> str:
     """Write ``embeddings.npy`` (n, D) float32 and ``ids.parquet`` (its rows: path, domain) into the new folder ``out``.
 
-    ``images`` is a folder (its own files have the domain "") or a table. Files that cannot be used are listed with the
-    reason in ``rejected.parquet``. ``progress`` is told the files done and their total. Returns the result in one
-    sentence; ``out`` appears whole or not at all.
+    ``images`` is a folder or a table; files directly in the folder have the domain "". Files that cannot be used are
+    listed with the reason in ``rejected.parquet``. ``progress`` is called with the number of files done and of all
+    files. Returns the result in one sentence; ``out`` appears whole or not at all.
     """
     from grappa.images.table import list_images
 

@@ -1,4 +1,4 @@
-"""`grappa init`: make a run folder or change one: list the images, resolve and write the configuration."""
+"""`grappa init`: make or change a run folder, list the images, resolve and write the configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from grappa.pipeline.config.yaml_file import (
 from grappa.pipeline.engine.externals import detector_digests, is_hub_name
 from grappa.pipeline.engine.fingerprints import read_manifest
 from grappa.pipeline.engine.packages import missing_packages
-from grappa.pipeline.engine.reuse import take_over
+from grappa.pipeline.engine.reuse import reuse_artifacts
 from grappa.pipeline.engine.sources import NO_BOXES, list_sources, publish_listing, published_listing
 from grappa.pipeline.engine.status import read_config, states
 from grappa.pipeline.graph.models import SUPERVISED, adaptor_sets
@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What `grappa init` was asked for; nothing given keeps what the run has."""
+    """The arguments of `grappa init`; an existing run keeps its value where an argument is empty."""
 
     images: Sequence[str] = ()
     config: str | None = None
@@ -46,10 +46,10 @@ class Request:
 
 
 def initialize(root: Path, request: Request, *, say: Say) -> Config:
-    """Make or change the run folder ``root``; ``say`` gets what was found, what changed and what becomes stale.
+    """Make or change the run folder ``root``; ``say`` gets lines about the images, the changes and stale artifacts.
 
-    A new run begins with the defaults, or with the configuration of ``request.other`` if no preset is named, an
-    existing one with its ``config.yaml`` as it is now. Everything is checked before anything is written.
+    The configuration of an existing run begins with its ``config.yaml``; that of a new run begins with the defaults, or
+    with the configuration of ``request.other`` if no preset is named. Everything is checked before anything is written.
     """
     known = RunFolder.open(root, writable=True) if (root / RUN_FILE).exists() else None
     other = RunFolder.open(request.other) if request.other else None
@@ -64,13 +64,13 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     for sentence in missing_packages(config).values():
         say(f"warning: {sentence}")
     if other:
-        take_over(other, run, config, say=say)
+        reuse_artifacts(other, run, config, say=say)
     _say_states(run, config, say)
     return config
 
 
 def write_run(root: Path, config: Config, listing: pd.DataFrame) -> tuple[RunFolder, pd.DataFrame | None]:
-    """Make or open a run folder, publish the listing and write the configuration; return the former listing too."""
+    """Make or open a run folder, publish the listing, write the configuration; return run and former listing."""
     run = RunFolder.create(root)
     former = published_listing(run)
     publish_listing(run, listing, config.images.sources, former)
@@ -79,7 +79,7 @@ def write_run(root: Path, config: Config, listing: pd.DataFrame) -> tuple[RunFol
 
 
 def fitted(config: Config, listing: pd.DataFrame) -> Config:
-    """Return the configuration with its granularities in numbers; ConfigError for what these images cannot give."""
+    """Return the configuration with its granularities as numbers; ConfigError where the images do not suffice."""
     config = resolve_num_clusters(config, _count_train(listing))
     _check_labels(config, listing)
     _check_boxes(config, listing)
@@ -103,7 +103,7 @@ def resolve_num_clusters(config: Config, num_train: int) -> Config:
 
 
 def _requested(known: RunFolder | None, request: Request) -> Config:
-    """Return the configuration to begin with, under the preset, under the assignments, under the images given."""
+    """Return the configuration: the first one, overridden by the preset, by the assignments and by the images given."""
     layers = [(str(known.config_path) if known else "the defaults", _base(known, request))]
     if request.config:
         layers.append((f"--config {request.config}", read_settings(preset_path(request.config))))
@@ -115,9 +115,9 @@ def _requested(known: RunFolder | None, request: Request) -> Config:
 
 
 def layered(settings: Settings, layers: Iterable[tuple[str, Settings]]) -> tuple[Settings, Config]:
-    """Put layers (where it stands, what it says) over settings, paths made absolute; return the result and its check.
+    """Put layers (origin, settings) over settings and make paths absolute; return settings and checked configuration.
 
-    Each layer is checked as it is put on, so that an error names where the wrong value stands.
+    The result is checked after each layer, so that an error names the origin of the wrong value.
     """
     config = parse_settings(settings, "the defaults")
     for where, layer in layers:
@@ -136,7 +136,7 @@ def _base(known: RunFolder | None, request: Request) -> Settings:
 
 
 def _absolute(settings: Settings) -> Settings:
-    """Make the paths absolute that a user may give relative to the working folder."""
+    """Return the settings with absolute paths; users may give paths relative to the working folder."""
     changed: Settings = {}
     weights: Any = settings.get("backbone", {}).get("weights")
     if isinstance(weights, str):
@@ -151,7 +151,7 @@ def _absolute(settings: Settings) -> Settings:
 
 
 def check_weights(config: Config, known: RunFolder | None) -> None:
-    """Refuse weights and a detector that are not there, unless the run has read them already."""
+    """Refuse missing weights and a missing detector, unless the run has read them already."""
     detector_digests(config, None if known is None else _known_detector(known))
     path = config.backbone.weights
     if path is None or os.path.isfile(path):
@@ -170,7 +170,7 @@ _ASKED = "evaluation.extra_rows asks for `supervised`"
 
 
 def _check_labels(config: Config, listing: pd.DataFrame) -> None:
-    """Refuse a supervised row where no train image has a label: better now than after the training of all others."""
+    """Refuse the model ``supervised`` where no train image has a label, before the other models are trained."""
     labeled = listing["label"].notna() & (listing["split"] != "test")
     if SUPERVISED in adaptor_sets(config) and not labeled.any():
         asking = "adaptors.supervision is labels" if config.adaptors.supervision == "labels" else _ASKED
@@ -186,19 +186,19 @@ def _check_boxes(config: Config, listing: pd.DataFrame) -> None:
 
 
 def given_images(config: Config) -> Images:
-    """Return which images are meant; ConfigError when there are none."""
+    """Return the section that names the images; ConfigError when it names none."""
     if not config.images.sources:
         raise ConfigError("no images given; name a folder (DOMAIN/...) or a table (.csv, .parquet) by --images")
     return config.images
 
 
 def _count_train(listing: pd.DataFrame) -> int:
-    """Count the images that are learned from: all but the test images; all where nothing is split."""
+    """Count the images that models learn from: all but the test images; all images where none has a split."""
     return int((listing["split"] != "test").sum())
 
 
 def say_images(listing: pd.DataFrame, former: pd.DataFrame | None, say: Say) -> None:
-    """Say how many images of which domains there are, what came and went, and which domain is too small."""
+    """Say how many images each domain has, how many were added and removed, and which domain has only one image."""
     sizes = listing["domain"].value_counts().sort_index()
     splits = listing["split"].value_counts()
     split = f", {splits.get('train', 0)} train and {splits.get('test', 0)} test" if len(splits) else ", no split"
@@ -211,7 +211,7 @@ def say_images(listing: pd.DataFrame, former: pd.DataFrame | None, say: Say) -> 
 
 
 def _say_lone_classes(listing: pd.DataFrame, say: Say) -> None:
-    """Warn of classes with one train image, of which a set trained on labels learns little."""
+    """Warn of classes with one train image: an adaptor set that is trained on labels learns little from them."""
     learned = listing[listing["label"].notna() & (listing["split"] != "test")]
     sizes = learned.groupby(["domain", "label"]).size()
     lone = sizes.index[sizes == 1]

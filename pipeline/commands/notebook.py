@@ -1,4 +1,4 @@
-"""``grappa.run``: what ``grappa init`` and ``grappa run`` do, as one call in Python."""
+"""``grappa.run``: ``grappa init`` and ``grappa run`` as one call in Python."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def run(
     until: str | None = None,
     progress: bool = True,
 ) -> Run:
-    """Make or change a run folder, run what is not fresh, and return the run. The same call resumes and is idempotent.
+    """Make or change a run folder, run the stages that are not fresh, and return the run; the same call resumes work.
 
     Args:
         folder: the run folder, made if it is not there.
-        images: folders ``DOMAIN/...`` or tables (.csv, .parquet), one or several; nothing given keeps those of the run.
+        images: folders ``DOMAIN/...`` or tables (.csv, .parquet), one or several; empty keeps the images of the run.
         config: a preset such as ``small`` or ``grappa``, or a YAML file; None keeps the configuration of the run.
-        settings: values to change: ``{"fusion.learning_rate": 0.001}``, ``{"fusion": {"learning_rate": 0.001}}`` or
+        settings: settings to change: ``{"fusion.learning_rate": 0.001}``, ``{"fusion": {"learning_rate": 0.001}}`` or
             ``["fusion.learning_rate=0.001"]``.
-        stage: run this stage only; ``until``: run all stages up to this one.
-        progress: whether to say what is done, with speed, time left and at the end the result table.
+        stage: run only this stage; ``until``: run all stages up to this one.
+        progress: whether to print the progress, with speed and time left, and at the end the result table.
 
     Raises:
-        ValueError: wrong images, settings or names, in one sentence with what to do, as on the command line.
+        ValueError: wrong images, settings or names; the message is the sentence that the command line prints.
     """
     root = Path(folder)
     say = print if progress else _silent
@@ -77,7 +77,7 @@ def _fields(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _text(value: Any) -> str:
-    """Return a value as YAML, of which JSON is a part; text as it is, since fields that hold text take it so."""
+    """Return a value as JSON, which is valid YAML; a text or a path stays as it is, because fields for text take it."""
     if isinstance(value, str | os.PathLike):
         return os.fspath(value)
     return json.dumps(value, default=lambda other: other.item() if hasattr(other, "item") else os.fspath(other))

@@ -1,4 +1,4 @@
-"""What a run says: the plan of a dry one; at the end the results table and the stage times."""
+"""`grappa run`: run stages, or print the plan of a dry run; print the result table and the times at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grappa.pipeline.store.artifacts import RunFolder
 
 
 def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, say: Say) -> None:
-    """Run what was selected, then print the results table (if the evaluation was) and the times."""
+    """Run the selected stages, then print the result table (if the evaluation was selected) and the times."""
     config = read_config(run)
     report = run_stages(run, config, selection, progress=progress, say=say)
     if not report.leads:
@@ -32,7 +32,7 @@ def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, 
 
 
 def say_plan(run: RunFolder, selection: Selection, *, say: Say) -> None:
-    """Say what ``run_and_report`` would run, and why."""
+    """Say which artifacts ``run_and_report`` would make, and why."""
     steps = planned(run, read_config(run), selection)
     for name, state in steps:
         say(f"would run {name}: {state}")
@@ -41,13 +41,13 @@ def say_plan(run: RunFolder, selection: Selection, *, say: Say) -> None:
 
 
 def read_table(metrics: Path) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the results table: models by domains, from a ``metrics.csv``.
+    """Return header and lines of the result table, a line for each model, from a ``metrics.csv``.
 
-    The cells are mAP with three digits in the domain's own gallery, then the mean over domains, its relative gain over
-    the best model that nothing was trained for, then the mean in the merged gallery; a cell that cannot be computed is
-    ``-``. Where there is a supervised model, a last row says how much of the gap that labels would close is closed
-    without them: (fused - zero_shot) / (supervised - zero_shot). The last column is the label-free reciprocity of
-    neighbours in the merged gallery; where no image has a label it is the only one.
+    The columns: the mAP in the domain's own gallery, for each domain; the mean over domains; its relative gain over the
+    best model that needs no training; the mean in the merged gallery; the label-free reciprocity of neighbours in the
+    merged gallery (the only column where no image has a label). Cells have three digits; a cell that cannot be computed
+    is ``-``. With a model ``supervised``, a last line shows which share of the gap between zero_shot and supervised is
+    closed without labels: (fused - zero_shot) / (supervised - zero_shot).
     """
     with metrics.open(newline="", encoding="utf-8") as file:
         records = list(csv.DictReader(file))
@@ -85,14 +85,14 @@ def _quality_table(records: list[dict[str, str]]) -> tuple[list[str], list[list[
 
 
 def print_table(metrics: Path, stream: TextIO | None = None) -> None:
-    """Print the results table: ruled on a terminal, plain columns elsewhere."""
+    """Print the result table: ruled on a terminal, plain columns elsewhere."""
     header, rows = read_table(metrics)
     if rows:
         print_rows(header, rows, stream)
 
 
 def print_rows(header: list[str], rows: list[list[str]], stream: TextIO | None = None) -> None:
-    """Print any table of texts: ruled on a terminal, plain columns elsewhere; the first column is left-aligned."""
+    """Print a table of texts: ruled on a terminal, plain columns elsewhere; the first column is left-aligned."""
     stream = sys.stdout if stream is None else stream
     if stream.isatty():
         _print_ruled(header, rows, stream)
@@ -135,7 +135,7 @@ def _cell(text: str) -> str:
 
 
 def _gap_closed(values: Mapping[tuple[str, str, str], str], gallery: str, domain: str) -> str:
-    """Return the share as ``35%``; ``-`` where a value is missing or labels bring nothing, so that there is no gap."""
+    """Return the share as ``35%``, or ``-`` where a value is missing or supervised is not above zero_shot (no gap)."""
     models = ("zero_shot", "fused", SUPERVISED)
     zero_shot, fused, supervised = (_number(values.get((model, gallery, domain), "")) for model in models)
     if zero_shot is None or fused is None or supervised is None or supervised <= zero_shot:

@@ -1,4 +1,4 @@
-"""Searching a run's index with an image of one's own."""
+"""`grappa search` and `grappa export`: search the index of a run with an image file; copy the run's model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load_run_model(run: str | Path) -> GrappaModel:
 def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
     """Return the ``k`` most similar images of the index, nearest first.
 
-    Each is a dict of image_id, path (relative to its image root), domain and similarity (cosine, -1 to 1).
+    An image is a dict of image_id, path (relative to its image root), domain and similarity (cosine, -1 to 1).
     """
     import pandas as pd
     import torch
@@ -50,12 +50,12 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
 
 
 def _source(folder: RunFolder) -> str:
-    """Return whose embeddings the index holds, such as ``fused``; ValueError where the model is the other."""
+    """Return the model whose embeddings the index holds, such as ``fused``; ValueError where another is deployed."""
     heads: dict[str, str] = {}
     for name in ("model", "index"):
         published(folder, name)
         manifest = folder.artifact(name).manifest()
-        assert manifest is not None, "it is published"
+        assert manifest is not None, f"{name} is published"
         heads[name] = next(each for each in manifest.fingerprint["inputs"] if each.startswith("heads/"))
     model, index = (heads[name].removeprefix("heads/") for name in ("model", "index"))
     if model != index:
@@ -66,7 +66,7 @@ def _source(folder: RunFolder) -> str:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Return an image file as a PIL image, RGB and upright; a sentence when it is none."""
+    """Return an image file as a PIL image, RGB and upright; ValueError when it cannot be decoded."""
     from PIL import Image
 
     from grappa.images.decoding import ImageDecodeError, decode_image
@@ -78,7 +78,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def export(run: Path, folder: Path) -> str:
-    """Copy the model of a run into the new folder ``folder``, whole or not at all; the result in one sentence."""
+    """Copy the model of a run into the new folder ``folder``, whole or not at all; return the result in a sentence."""
     refuse_existing(folder)
     source = published(RunFolder.open(run), "model")
     with new_folder(folder) as draft:

@@ -1,7 +1,7 @@
-"""The configuration: one frozen section a stage, checked before anything runs.
+"""The configuration: one frozen section for each stage, checked before anything runs.
 
-A field whose ``identity`` is False (a path, a worker count) never enters a fingerprint. Every other field enters that
-of the stages which list it in ``grappa.pipeline.graph.stages``.
+A field whose ``identity`` is False (a path, a worker count) never enters a fingerprint. Every other field enters the
+fingerprints of the stages that list it in ``grappa.pipeline.graph.stages``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Section(BaseModel):
 
 
 def provenance(default: Any, description: str) -> Any:
-    """Return a field that is written down but is no part of any fingerprint."""
+    """Return a field that is recorded in the provenance but is no part of any fingerprint."""
     return Field(default=default, description=description, json_schema_extra={"identity": False})
 
 
@@ -43,10 +43,10 @@ class Images(Section):
     sources: tuple[str, ...] = provenance((), "folders (DOMAIN/...) or tables (.csv, .parquet) of images")
     protocol: Literal["as_given", "closed_set"] = provenance(
         "as_given",
-        "who is tested: the given split; closed_set: half of each train class's images, the given test left out",
+        "the tested images: those of the given split; closed_set: half of each train class, without the given test",
     )
     protocol_seed: NonNegativeInt = provenance(0, "closed_set: seed of the halves")
-    cache_size: PositiveInt = Field(256, description="pixels of the shorter side kept in the pixel cache")
+    cache_size: PositiveInt = Field(256, description="pixels of an image's shorter side in the pixel cache")
     max_rejected: Fraction = provenance(0.05, "share of unreadable files above which the stage stops")
     max_pixels: PositiveInt = Field(100_000_000, description="a larger image is refused as a decompression bomb")
     shard_size: PositiveInt = Field(1024, description="images a file of the pixel cache; the unit of resuming")
@@ -57,7 +57,7 @@ class Backbone(Section):
     weights: str | None = provenance(None, "a .safetensors file or a state dict; null: the hub's weights")
     image_size: PositiveInt | None = Field(None, description="pixels of the square input; null: the model's own")
     crop_fraction: CropFraction | None = Field(
-        None, description="share of the shorter side seen; null: the model's own"
+        None, description="share of the shorter side that the model sees; null: the model's own"
     )
     mean: Triple | None = Field(None, description="channel means of the input, 0-1; null: the model's own")
     std: PositiveTriple | None = Field(None, description="channel deviations of the input, 0-1; null: the model's own")
@@ -71,7 +71,7 @@ class Features(Section):
 
 
 class Neighbors(Section):
-    num_neighbors: PositiveInt = Field(10, description="nearest train images kept for each image")
+    num_neighbors: PositiveInt = Field(10, description="number of nearest train images of each image")
 
 
 class Clusters(Section):
@@ -99,7 +99,7 @@ class Clusters(Section):
 class Objects(Section):
     provider: Literal["none", "backbone", "columns", "grounding_dino", "random"] = Field(
         "none",
-        description="who finds the objects: the backbone, the table's boxes, a detector; random: the control",
+        description="the source of the boxes: the backbone, the table's columns, a detector; random: the control",
     )
     min_confidence: Fraction = Field(0.3, description="a box of less confidence is refused: the image stays whole")
     min_area: Fraction = Field(0.02, description="a smaller box is refused; share of the image's area")
@@ -124,7 +124,7 @@ class Objects(Section):
 
 
 class Augmented(Section):
-    """Views shared by the two training stages; every draw belongs to (seed, stage, instance, epoch, image_id)."""
+    """Settings of augmented views; a random draw is a function of (seed, stage, instance, epoch, image_id)."""
 
     min_crop: CropFraction = Field(0.6, description="smallest side of a training crop, as a share of the shorter side")
     flip: Fraction = Field(0.5, description="chance of a mirrored view")
@@ -135,7 +135,7 @@ class Augmented(Section):
 
 
 class Trained(Augmented):
-    """What every training has, AdamW under a warmed-up cosine schedule."""
+    """Settings of every training: AdamW with a warmed-up cosine schedule."""
 
     num_epochs: PositiveInt = Field(4, description="passes over the train images")
     batch_size: PositiveInt = Field(64, description="images (fusion: pairs) a step")
@@ -146,8 +146,8 @@ class Trained(Augmented):
     precision: Precision = Field("auto", description="auto: bfloat16 autocast where the device has it in hardware")
 
 
-class Sets(Trained):
-    """What an adaptor set is made of."""
+class AdaptorSetSettings(Trained):
+    """Settings of every stage that trains an adaptor set: kind and sizes of its adaptors."""
 
     kind: Literal["bottleneck", "in_context", "both"] = Field(
         "bottleneck",
@@ -159,7 +159,7 @@ class Sets(Trained):
     )
 
 
-class Adaptors(Sets):
+class Adaptors(AdaptorSetSettings):
     supervision: Literal["pseudo_labels", "labels"] = Field(
         "pseudo_labels", description="what a set is trained on: clusters, or (one set) the train images' labels"
     )
@@ -212,7 +212,7 @@ class Fusion(Trained):
         return value
 
 
-class Student(Sets):
+class Student(AdaptorSetSettings):
     temperature: PositiveFloat = Field(0.1, description="tau of the similarities to the bank of reference images")
     softening: PositiveFloat = Field(2.0, description="T by which tau is multiplied on both sides (Hinton)")
     cosine_weight: NonNegativeFloat = Field(1.0, description="weight of the distance to the teacher's embedding")
@@ -237,11 +237,11 @@ class Heads(Section):
         "auto", description="neighborhood: centroids of the train embeddings; auto: a third of the images, at most 4096"
     )
     perplexity: Annotated[float, Field(gt=1.0)] = Field(
-        10.0, description="neighborhood: centroids an image is near to; few centroids lower it to their middle"
+        10.0, description="neighborhood: number of centroids near an image; of M centroids at most (M + 1) / 2"
     )
     deviation_power: Fraction = Field(0.5, description="strength of the whitening: 0 none, 1 full")
     neighborhood_weight: NonNegativeFloat = Field(
-        1.0, description="neighborhood: weight of where an image lies beside how it differs from what lies there"
+        1.0, description="neighborhood: weight of an image's neighbourhood beside its deviation from the neighbourhood"
     )
     num_iterations: PositiveInt = Field(20, description="neighborhood: iterations of spherical k-means")
     seed: NonNegativeInt = Field(0, description="neighborhood: seed of the initial centroids")
@@ -250,7 +250,7 @@ class Heads(Section):
 class Model(Section):
     source: Literal["fused", "student", "single"] = provenance(
         "fused",
-        "what is deployed and searched: the fused sets; the student; single: the only set, neither of them is trained",
+        "the deployed and searched model: fused; student; single: the only set (no fusion, no student is trained)",
     )
 
 
@@ -275,11 +275,11 @@ class Index(Section):
 
 
 class Compute(Section):
-    """Where and how fast, never what: no field here is part of a fingerprint."""
+    """Device and speed of the computations: no field here is part of a fingerprint."""
 
     device: Literal["auto", "cpu", "cuda"] = provenance("auto", "auto: a GPU if there is one")
     num_threads: NonNegativeInt = provenance(0, "CPU threads of torch; 0: all cores (shared by the processes of a run)")
-    num_workers: NonNegativeInt = provenance(0, "threads that decode and crop images; 0: all cores (likewise)")
+    num_workers: NonNegativeInt = provenance(0, "threads that decode and crop images; 0: all cores (shared likewise)")
     inference_batch_size: PositiveInt = provenance(64, "images a forward pass without gradients")
     checkpoint_seconds: PositiveFloat = provenance(60.0, "time between two checkpoints")
 
@@ -341,13 +341,13 @@ class Config(Section):
             raise ValueError("objects.provider is grounding_dino, but objects.model is null; give a hub name or folder")
         weights = [f"adaptors.{name}" for name in PERCEIVED if getattr(self.adaptors, name)]
         shares = ["student.object_share"] if self.student.object_share else []
-        rows = [
+        models = [
             f"the model {name}"
             for name in ("zero_shot_objects", "adapted_objects")
             if name in self.evaluation.extra_rows
         ]
         views = ["clusters.view=objects"] if self.clusters.view == "objects" else []
-        asking = [*weights, *shares, *rows, *views]
+        asking = [*weights, *shares, *models, *views]
         if asking and self.objects.provider == "none":
             raise ValueError(
                 f"{asking[0]} needs object views, but objects.provider is none; set it to backbone (or columns, "
@@ -357,7 +357,7 @@ class Config(Section):
 
     @property
     def granularities(self) -> tuple[str, ...]:
-        """The names of the pseudo-granularities, ordered by number; none where labels take their place."""
+        """The names of the pseudo-granularities, ordered by number; empty where labels replace pseudo-labels."""
         if self.adaptors.supervision == "labels":
             return ()
         if isinstance(self.clusters.num_clusters, str):
@@ -377,9 +377,10 @@ def num_clusters_of(granularity: str) -> int:
 
 
 def automatic_num_clusters(num_train: int, how: str = "auto") -> tuple[int, ...]:
-    """Return 4 (``auto:7``: 7) geometric values from N/64 to N/3, each in 2..N/2, without repeats; N train images >= 4.
+    """Return 4 (``auto:7``: 7) geometric values from N/64 to N/3 for N >= 4 train images, without repeated values.
 
-    A single value is the geometric middle. 4 values hold those of 2, and 7 those of 4: such runs share their sets.
+    All values are in 2..N/2. A single value is the geometric middle. The values of 2 are among those of 4, and those of
+    4 among those of 7, so that such runs share adaptor sets.
     """
     count = int(how.partition(":")[2] or 4)
     low, high = max(2.0, num_train / 64), max(2.0, num_train / 3)

@@ -1,4 +1,4 @@
-"""The configuration as YAML: read with one-sentence errors, changed by presets and ``--set``, written with comments."""
+"""The configuration as YAML: reading with errors of one sentence, presets and ``--set``, writing with comments."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def load_config(path: Path) -> Config:
 
 
 def parse_settings(settings: Mapping[str, Any], where: str) -> Config:
-    """Check nested settings; ``where`` they come from is named in the error.
+    """Check nested settings; ``where`` says where they come from, for the error.
 
-    Raises ConfigError that names the first wrong field, what was found and what is expected.
+    Raises ConfigError that names the first wrong field, its value and the values that are expected.
     """
     try:
         config = Config.model_validate(settings)
@@ -45,7 +45,7 @@ def parse_settings(settings: Mapping[str, Any], where: str) -> Config:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, refusing a key that is written twice (the last would win in silence)."""
+    """YAML's safe loader that refuses a key which is written twice (else the last value would win in silence)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
@@ -56,12 +56,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_settings(path: Path) -> Settings:
-    """Return the sections written in a YAML file (an empty section is the same as none)."""
+    """Return the sections in a YAML file; an empty section has no fields."""
     return _sections(read_yaml(path), str(path))
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds; ConfigError when it is none or says a key twice."""
+    """Return the content of a YAML file; ConfigError when it is no YAML file or has a key twice."""
     try:
         text = path.read_text(encoding="utf-8")
         return _Loader(text).get_single_data()
@@ -72,12 +72,15 @@ def read_yaml(path: Path) -> Any:
 
 
 def preset_path(name_or_file: str) -> Path:
-    """Return the file behind ``--config``: a preset that comes with the package, or a file."""
+    """Return the file that ``--config`` names: a preset of the package, or a file of the user."""
     return shipped_or_file(name_or_file, PRESETS, f"--config {name_or_file}", "preset")
 
 
 def shipped_or_file(name_or_file: str, folder: Path, where: str, kind: str) -> Path:
-    """Return the YAML file of that name in ``folder``, which comes with the package, or a file of the user's."""
+    """Return the YAML file of this name in ``folder``, a folder of the package, or the user's file of this path.
+
+    ConfigError, with the known names, when there is neither. ``where`` and ``kind`` are words for this error.
+    """
     names = sorted(path.stem for path in folder.glob("*.yaml"))
     if name_or_file in names:
         return folder / f"{name_or_file}.yaml"
@@ -87,13 +90,13 @@ def shipped_or_file(name_or_file: str, folder: Path, where: str, kind: str) -> P
 
 
 def merged(base: Mapping[str, Mapping[str, Any]], changes: Mapping[str, Mapping[str, Any]]) -> Settings:
-    """Return ``base`` with the fields of ``changes`` put over it, field by field."""
+    """Return ``base``, in which the fields of ``changes`` replace those of the same name."""
     sections = [*base, *(name for name in changes if name not in base)]
     return {name: {**base.get(name, {}), **changes.get(name, {})} for name in sections}
 
 
 def parse_assignments(assignments: Iterable[str]) -> Settings:
-    """Return the settings of ``section.key=value`` texts; a value is YAML, but for fields that hold text."""
+    """Return the settings of ``section.key=value`` texts; a value is read as YAML, except for fields that hold text."""
     settings: Settings = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
@@ -105,12 +108,12 @@ def parse_assignments(assignments: Iterable[str]) -> Settings:
 
 
 def dump_config(config: Config) -> str:
-    """Return the YAML of every field with its description as a comment; ``load_config`` gives the same config back."""
+    """Return all fields as YAML with their descriptions as comments; ``load_config`` returns an equal configuration."""
     return HEADER + "".join(_section_text(name, getattr(config, name)) for name in Config.model_fields)
 
 
 def field_names() -> list[str]:
-    """Return every ``section.key``, in the order of the file."""
+    """Return all names ``section.key``, in the order of the file."""
     return [f"{name}.{field}" for name, section in Config().__dict__.items() for field in type(section).model_fields]
 
 
@@ -135,7 +138,7 @@ def _assigned_value(section: str, field: str, text: str) -> Any:
 
 
 def _holds_text(section: str, field: str) -> bool:
-    """Tell whether a field takes any text (a path may hold what YAML would read as something else)."""
+    """Tell whether a field takes any text; YAML could read a path as something else."""
     model = getattr(Config(), section, None)
     if not isinstance(model, Section) or field not in type(model).model_fields:
         return False
@@ -177,16 +180,17 @@ def validation_sentence(
     where: str = "",
     hint: Callable[[str], str] = lambda name: "",
 ) -> str:
-    """Return the first wrong key of a file, what was found and what is expected.
+    """Return a sentence with the first wrong key of a file, its value and the values that are expected.
 
-    ``unknown`` gives the sentence for an unknown key, ``hint`` what follows the expected value, ``where`` the prefix.
+    ``unknown`` returns the sentence for an unknown key, ``hint`` the text after the expected values; ``where`` is put
+    before the key.
     """
     problems = error.errors(include_url=False)
     first = problems[0]
     name = where + ".".join(part for part in first["loc"][:2] if isinstance(part, str))
     if first["type"] == "extra_forbidden":
         return unknown(name)
-    if first["type"] == "value_error":  # what several sections contradict each other in has no name
+    if first["type"] == "value_error":  # a contradiction between sections has no name of a key
         return ": ".join(part for part in (name, str(first["ctx"]["error"])) if part)
     same = [problem for problem in problems if problem["loc"][:2] == first["loc"][:2]]
     expected = " or ".join(dict.fromkeys(_expected(str(problem["msg"])) for problem in same))
@@ -207,7 +211,7 @@ def _unknown(name: str) -> str:
 
 
 def _near(section: str, field: str, siblings: list[str]) -> list[str]:
-    """Return known names like an unknown one: the same field elsewhere, one of the section's, or any."""
+    """Return known names like an unknown name: its field in another section, a field of its section, or any name."""
     if not field:
         return difflib.get_close_matches(section, list(Config.model_fields))
     elsewhere = [known for known in field_names() if known.partition(".")[2] == field]

@@ -1,1 +1,1 @@
-"""Built-in images and a small pretrained ViT: the whole pipeline runs without a network and without data at hand."""
+"""Drawn images and a small pretrained ViT, with which the whole pipeline runs without a network and without data."""

@@ -19,7 +19,7 @@ NUM_IMAGES_PER_CLASS = 26
 
 @dataclass(frozen=True)
 class Domain:
-    """One kind of drawn images: its classes for the demo, others for the pretraining, and how one image is drawn."""
+    """One kind of drawn images: its classes for the demo and for the pretraining, and the function that draws one."""
 
     name: str
     demo_classes: tuple[str, ...]
@@ -36,25 +36,25 @@ DOMAINS = tuple(
 def draw_image(
     domain: Domain, label: str, number: int, *, purpose: str, seed: int, rendering: int = 0
 ) -> NDArray[np.uint8]:
-    """Return (64, 64, 3) uint8: thing ``number`` of a class in one of its renderings, a function of the arguments only.
+    """Return (64, 64, 3) uint8, a rendering of the thing ``number`` of a class, as a function of the arguments only.
 
     Renderings of one thing (this letter in this typeface) differ in pose, colors, light, clutter and noise. ``purpose``
-    ("demo" or "pretraining") is part of the random key: the two never share a draw, at any seed.
+    ("demo" or "pretraining") is part of the random key: demo and pretraining never share a draw, at any seed.
     """
     thing = key(purpose, seed, domain.name, label, number)
     return domain.draw(label, np.random.default_rng(thing), np.random.default_rng(key(thing, rendering)))
 
 
 def split_of(domain: Domain, label: str) -> str:
-    """Return "train" or "test": every other class of a domain is for testing."""
+    """Return "train" or "test": every second class of a domain is for testing."""
     return ("train", "test")[domain.demo_classes.index(label) % 2]
 
 
 def write_demo_images(folder: Path, *, seed: int = 0, num_images_per_class: int = NUM_IMAGES_PER_CLASS) -> Path:
     """Draw the demo's images into ``folder`` and return its table ``demo.csv`` (path, domain, label, split).
 
-    Images are 64 x 64 PNG files ``DOMAIN/LABEL/NUMBER.png``; paths in the table are relative to it. The files depend on
-    ``seed`` and their own name only; those already there are overwritten.
+    Images are 64 x 64 PNG files ``DOMAIN/LABEL/NUMBER.png``; paths in the table are relative to ``folder``. A file
+    depends only on ``seed`` and its name; existing files are overwritten.
     """
     if num_images_per_class < 2:
         raise ValueError(f"num_images_per_class is {num_images_per_class}; a class needs at least 2 images.")

@@ -41,7 +41,7 @@ def draw(label: str, identity: np.random.Generator, rng: np.random.Generator) ->
 def samples(digit: int, label: str) -> NDArray[np.uint8]:
     """Return the handwritten samples (M, 8, 8) uint8 of ``digit`` that the class ``label`` may use.
 
-    Even samples belong to the demo's numbers, odd ones to the pretraining's.
+    Even samples belong to the numbers of the demo, odd samples to those of the pretraining.
     """
     return _samples_by_digit()[digit][(0 if label in DEMO_CLASSES else 1) :: 2]
 

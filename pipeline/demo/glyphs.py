@@ -1,6 +1,6 @@
-"""Domain `glyphs`: printed characters; a class is a character, the typeface is nuisance.
+"""Domain `glyphs`: printed characters; a class is a character in any typeface.
 
-The demo uses capital Latin letters. The pretraining uses other characters, none of which looks like one of those.
+The demo uses capital Latin letters. The pretraining uses other characters, none of which looks like a capital letter.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _character_mask(label: str, identity: np.random.Generator) -> Image.Image:
     center = (drawing.CANVAS_SIZE / 2, drawing.CANVAS_SIZE / 2)
     font = _font(FONTS[identity.integers(len(FONTS))])
     draw_on = ImageDraw.Draw(mask)
-    if hollow:  # an outline: the stroke in ink, the inside empty again
+    if hollow:  # only an outline: the stroke has ink, the inside is empty
         draw_on.text(center, label, fill=0, font=font, anchor="mm", stroke_width=3, stroke_fill=255)
     else:
         draw_on.text(center, label, fill=255, font=font, anchor="mm")

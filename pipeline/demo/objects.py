@@ -1,7 +1,7 @@
-"""Domain `objects`: a class is a body with three parts, each of fixed shape, color and place.
+"""Domain `objects`: a class is a body with three parts of fixed shape, color and place.
 
-Pose, mirroring, size, light, a shift of all colors, background clutter and an occluder are nuisance. Bodies, parts and
-colors are few, so that no single one of them tells a class.
+Images of a class differ in pose, mirroring, size, light, a shift of all colors, background clutter and an occluder.
+There are few bodies, parts and colors, so that a single one of them does not identify a class.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PRETRAINING_CLASSES = tuple(f"object-{number:03d}" for number in range(24, 224))
 
 @dataclass(frozen=True)
 class Part:
-    """One shape of an object: its place (x, y) and radius in body radii, its turn in degrees, its hue in 0..1."""
+    """One shape of an object: place (x, y) and radius in body radii, ``turn`` in degrees, hue and value in 0..1."""
 
     shape: str
     place: tuple[float, float]
@@ -49,7 +49,7 @@ class Part:
 
 
 def parts(label: str) -> tuple[Part, ...]:
-    """Return what an object of class ``label`` is made of, in drawing order: the body first."""
+    """Return the parts of an object of class ``label`` in drawing order: the body is first."""
     rng = np.random.default_rng(key("object", label))
     names = list(SHAPES)
     shape, hue = names[rng.integers(len(names))], float(rng.choice(HUES))
@@ -67,7 +67,7 @@ def _part(rng: np.random.Generator, names: list[str], angle: float) -> Part:
 
 
 def draw(label: str, identity: np.random.Generator, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return (64, 64, 3) uint8: ``identity`` picks what hides it, ``rng`` pose, light and surroundings."""
+    """Return (64, 64, 3) uint8: ``identity`` decides whether an occluder is drawn, ``rng`` pose, light and clutter."""
     image = Image.new("RGB", (drawing.CANVAS_SIZE, drawing.CANVAS_SIZE), _dull_color(rng))
     canvas = ImageDraw.Draw(image)
     for _ in range(rng.integers(2, 7)):
@@ -82,7 +82,7 @@ def _draw_object(canvas: ImageDraw.ImageDraw, pieces: tuple[Part, ...], rng: np.
     radius = rng.uniform(28, 42)
     center = drawing.CANVAS_SIZE / 2 + rng.normal(0, 6, size=2)
     pose = _rotation(rng.normal(0, 30)) * radius
-    pose[:, 0] *= rng.uniform(0.8, 1.0)  # seen a little from the side
+    pose[:, 0] *= rng.uniform(0.8, 1.0)  # the object is seen a little from the side
     hue_shift, saturation, light = rng.normal(0, 0.05), rng.uniform(0.45, 0.95), rng.uniform(0.75, 1.1)
     for piece in pieces:
         outline = SHAPES[piece.shape] * piece.radius @ _rotation(piece.turn).T + piece.place

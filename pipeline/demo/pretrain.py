@@ -1,9 +1,10 @@
 """Train the demo's small ViT without labels: ``python -m grappa.pipeline.demo.pretrain --out FILE``.
 
-Instance discrimination (NT-Xent of SimCLR, Chen et al. 2020) on drawn things that the demo never shows: two renderings
-of one thing (this letter in this typeface, this number in this handwriting) must find each other among those of all
-other things. Differs from SimCLR in who makes the views: not distorted pixels, but the drawing itself in another pose,
-coloring, light, clutter and noise, because minutes on a CPU are too few to learn these from pixels. No class is read.
+The training is instance discrimination (NT-Xent of SimCLR, Chen et al. 2020) on drawn things that the demo never shows:
+two renderings of one thing (this letter in this typeface, this number in this handwriting) must find each other among
+the renderings of all other things. It differs from SimCLR in how views are made: they are not distorted pixels, but new
+drawings of the thing in another pose, coloring, light, clutter and noise, because minutes on a CPU are too few to learn
+these from pixels. No class is read.
 
 Shapes: B batch, D width of the projection.
 """
@@ -39,7 +40,7 @@ PROJECTION_WIDTH = 128
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How the weights are trained: a step shows ``batch_size`` things, two renderings of each."""
+    """Settings of the training: a step shows two renderings of each of ``batch_size`` things."""
 
     seed: int = 1
     num_things_per_domain: int = 1500
@@ -82,7 +83,7 @@ def nt_xent(first_BD: Tensor, second_BD: Tensor, *, temperature: float) -> Tenso
 
 
 def pretrain(settings: Pretraining, report: Callable[[int, float, Backbone], None]) -> Backbone:
-    """Train and return the ViT; ``report`` is called with each step, its loss and the ViT so far."""
+    """Train and return the ViT; ``report`` is called after each step with the step, its loss and the ViT."""
     torch.manual_seed(settings.seed)
     backbone = create_vit().requires_grad_(True)
     projector = nn.Sequential(nn.Linear(backbone.width, 512), nn.GELU(), nn.Linear(512, PROJECTION_WIDTH))
@@ -112,7 +113,7 @@ def _schedule(step: int, settings: Pretraining) -> float:
 
 
 def _views(pool: Tensor, step: int, settings: Pretraining) -> tuple[Tensor, Tensor]:
-    """Return two renderings (B, 3, 64, 64) of things of two domains: most others are then hard to tell apart."""
+    """Return two renderings (B, 3, 64, 64) of things of two domains: most other things are then hard negatives."""
     rng = np.random.default_rng(key(settings.seed, "pretraining", step))
     num = settings.num_things_per_domain
     half = settings.batch_size // 2
@@ -123,7 +124,7 @@ def _views(pool: Tensor, step: int, settings: Pretraining) -> tuple[Tensor, Tens
 
 
 def save(backbone: Backbone, out: Path, *, settings: Pretraining, seconds: float, final_loss: float) -> None:
-    """Write float16 weights to ``out`` (safetensors, timm's key layout) and what they are to a JSON file beside it."""
+    """Write float16 weights to ``out`` (safetensors, timm's key layout) and a description to a JSON file beside it."""
     save_file({name: tensor.half().contiguous() for name, tensor in backbone.vit.state_dict().items()}, out)
     record = {
         "name": MODEL_NAME,

@@ -1,7 +1,7 @@
-"""Domain `textures`: a class is a family of patterns at fixed parameters; colors, turn, phase and light are nuisance.
+"""Domain `textures`: a class is a family of patterns with fixed parameters.
 
-A label such as "bricks-2-0" names the family and its two parameters, each one of a few steps. Demo and pretraining use
-the same families at other parameters.
+Images of a class differ in colors, rotation, phase and light. A label such as "bricks-2-0" names the family and the
+steps of its two parameters. Demo and pretraining use the same families with different parameters.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from grappa.pipeline.demo import drawing
 Field = NDArray[np.float64]  # (128, 128), values in 0..1: where the second color lies
 
 NUM_PERIODS = (3.0, 4.3, 6.2, 9.0)  # first parameter: periods across the image
-SHAPES = (0.25, 0.5, 0.75)  # second parameter: what it means is the family's affair
+SHAPES = (0.25, 0.5, 0.75)  # second parameter: its meaning depends on the family
 
 
 def draw(label: str, identity: np.random.Generator, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return (64, 64, 3) uint8, the texture ``label``: ``identity`` picks its scale, ``rng`` all the rest."""
+    """Return (64, 64, 3) uint8, the texture ``label``: ``identity`` picks its scale, ``rng`` everything else."""
     family, periods, shape = parameters(label)
     x, y = _coordinates(rng, periods * identity.uniform(0.88, 1.14))
     field = np.clip(FAMILIES[family](x, y, shape, rng), 0.0, 1.0)[:, :, None]
@@ -38,7 +38,7 @@ def parameters(label: str) -> tuple[str, float, float]:
 
 
 def _coordinates(rng: np.random.Generator, periods: float) -> tuple[Field, Field]:
-    """Return x, y in periods: turned by any angle, shifted, and a little stretched."""
+    """Return coordinates x, y in periods, rotated by any angle, shifted, and a little stretched."""
     axis = np.linspace(-0.5, 0.5, drawing.CANVAS_SIZE) * periods
     angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.92, 1.09)
     x = stretch * (np.cos(angle) * axis[None, :] - np.sin(angle) * axis[:, None])
@@ -47,7 +47,7 @@ def _coordinates(rng: np.random.Generator, periods: float) -> tuple[Field, Field
 
 
 def _edge(distance: Field, *, width: float = 0.06) -> Field:
-    """Return a soft step: 1 where ``distance`` < 0, 0 where it is above ``width``."""
+    """Return a soft step that falls from 1 to 0 around ``distance`` 0, over a range of ``width``."""
     return np.clip(0.5 - distance / width, 0.0, 1.0)
 
 

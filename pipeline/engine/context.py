@@ -1,4 +1,4 @@
-"""What a stage's ``run(context)`` gets: its settings, the folders of its inputs and outputs, progress, processes."""
+"""The context that a stage's ``run(context)`` gets: settings, folders of inputs and outputs, progress, processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LeadersWork:
-    """The work in progress as a follower sees it. The leader holds the lock, writes the log and publishes."""
+    """The unfinished artifact as a follower sees it. The leader holds the lock, writes the log and publishes."""
 
     path: Path
     resumed: bool
@@ -35,10 +35,10 @@ class LeadersWork:
 
 @dataclass(frozen=True)
 class StageContext:
-    """One instance of a stage at work. A stage reads what it declares, and writes below ``path``.
+    """One instance of a stage at work. A stage reads the inputs that it declares, and writes below ``path``.
 
-    Where several processes compute it (``team``), only the one that ``leads`` writes; the others return when they have
-    computed their part.
+    Where several processes compute the stage (``team``), only the process that ``leads`` writes; the others return when
+    they have computed their part.
     """
 
     run: RunFolder
@@ -71,17 +71,17 @@ class StageContext:
 
     @property
     def resumed(self) -> bool:
-        """Whether ``path`` holds the unfinished work of the same fingerprint."""
+        """Whether ``path`` holds unfinished work with the same fingerprint."""
         return self.work.resumed
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes what comes out: the only one, or the first of several."""
+        """Whether this process writes the outputs: the only process, or the first of several."""
         return self.team.leads
 
     @property
     def processes(self) -> Processes:
-        """The processes that compute this together."""
+        """The processes that compute this stage together."""
         return self.team.processes
 
     @property
@@ -116,14 +116,14 @@ class StageContext:
 
     def _roots(self) -> list[str]:
         manifest = self.run.artifact("sources").manifest()
-        assert manifest is not None, "the fingerprint could not have been made without the sources"
+        assert manifest is not None, "a stage with this input runs only after the sources were published"
         return list(manifest.provenance["roots"])
 
     @contextmanager
     def task(self, description: str, total: int, unit: str = "images", *, done: int = 0) -> Iterator[Advance]:
-        """Show progress: call the yielded ``advance(n)`` with items newly done; the speed goes to ``log.jsonl``.
+        """Show progress: call the yielded ``advance(n)`` with the items newly done; the speed goes to ``log.jsonl``.
 
-        ``advance`` also raises what ended another process of the team.
+        ``advance`` also raises the failure of another process of the team.
         """
         with self.progress.task(description, total, artifact=self.name, unit=unit, done=done) as (show, meter):
 
@@ -141,14 +141,15 @@ class StageContext:
         self.log({"needed_memory_bytes": needed})
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append times and speeds to ``log.jsonl``: kept with the artifact, no part of its identity."""
+        """Append times and speeds to ``log.jsonl``; the file is published but is no part of the artifact's identity."""
         if isinstance(self.work, Work):
             self.work.log(record)
 
     def resolve(self, name: str, value: T) -> T:
-        """Note what an ``auto`` became, for the provenance; resumed work gets back the value that it began with.
+        """Note the value that a setting ``auto`` stands for, in the provenance; return the value to use.
 
-        All processes of a team get the leader's value, except for the device.
+        Resumed work gets the value that it began with. All processes of a team get the leader's value, except for the
+        device.
         """
         kept = value
         if name != "device":
@@ -161,7 +162,7 @@ class StageContext:
         return kept
 
     def _resolved_before(self) -> dict[str, Any]:
-        """Return what the log says was resolved when this work began."""
+        """Return the resolved values that the log holds from the beginning of this work."""
         log = self.path / LOG_FILE
         records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         kept: dict[str, Any] = {}
@@ -171,7 +172,7 @@ class StageContext:
 
 
 def num_cores() -> int:
-    """Return the number of CPU cores for this process: a share, where several processes of a host see all cores."""
+    """Return the number of CPU cores for this process: its share, where several processes of a host see all cores."""
     everything = os.cpu_count() or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everything
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if cores == everything else 1

@@ -27,16 +27,16 @@ from grappa.pipeline.store.provenance import provenance
 from grappa.pipeline.store.work import Work, open_work, recover
 
 Say = Callable[[str], None]
-Take = Callable[[Node], bool]
+Reuse = Callable[[Node], bool]
 
 
 class NotReadyError(ValueError):
-    """A stage was asked for whose inputs are not fresh; the message names the reason and the command."""
+    """The inputs of a selected stage are not fresh; the message names the reason and the command that helps."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What to run: everything, one stage (instance), or all up to a stage; ``force``: also what is fresh."""
+    """The nodes to run: all, those of one stage (or one instance), or all up to a stage; ``force``: fresh ones too."""
 
     stage: str | None = None
     instance: str | None = None
@@ -46,7 +46,7 @@ class Selection:
 
 @dataclass
 class Report:
-    """What was run: seconds a stage, in order; ``leads``: this process ran it, as the only one or as the leader."""
+    """What was run: seconds by stage, in order. ``leads``: this process ran it, alone or as the leader of a team."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     num_fresh: int = 0
@@ -54,20 +54,20 @@ class Report:
 
 
 def run_stages(
-    run: RunFolder, config: Config, selection: Selection, *, progress: Progress, say: Say, take: Take | None = None
+    run: RunFolder, config: Config, selection: Selection, *, progress: Progress, say: Say, reuse: Reuse | None = None
 ) -> Report:
     """Run every selected node that is not fresh; ``say`` gets one line for each.
 
-    ``take`` is asked before a node is computed; True means that it has put a finished artifact in its place.
-    Several processes (see ``engine.team``) make the same call: the first runs the stages, the others help it.
+    ``reuse`` is called before a node is computed; it returns True when it has published a finished artifact of another
+    run for the node. Several processes (see ``engine.team``) make the same call: the first leads, the others follow.
 
-    Raises NotReadyError when one stage was selected and what it reads is not fresh, LockedError when another process
-    is writing an artifact, ProcessesError when another process of the team failed, and whatever a stage raises:
-    finished artifacts stay, and unfinished work is resumed by the same call.
+    Raises NotReadyError when one stage was selected and its inputs are not fresh, LockedError when another process is
+    writing an artifact, ProcessesError when another process of the team failed, and any error that a stage raises.
+    After an error finished artifacts stay, and the same call resumes unfinished work.
     """
     with joined() as team:
         if team.leads:
-            return lead(run, config, selection, progress=progress, say=say, take=take, team=team)
+            return lead(run, config, selection, progress=progress, say=say, reuse=reuse, team=team)
         follow(run, team)
         return Report(leads=False)
 
@@ -79,10 +79,10 @@ def lead(
     *,
     progress: Progress,
     say: Say,
-    take: Take | None = None,
+    reuse: Reuse | None = None,
     team: Team,
 ) -> Report:
-    """Run the stages as ``run_stages`` does, as the first process of a team that exists already."""
+    """Run the stages as ``run_stages`` does, as the leader of a team that exists already."""
     chosen = selected(config, selection)
     for node in nodes(config):
         recover(run.artifact(node))
@@ -97,7 +97,7 @@ def lead(
             report.num_fresh += 1
             continue
         _refuse_unready(run, judge, [node], force=True)
-        if not (take and take(node)):
+        if not (reuse and reuse(node)):
             seconds = execute(run, config, node, progress=progress, say=say, team=team)
             report.seconds[node.stage] = report.seconds.get(node.stage, 0.0) + seconds
         judge.forget(node)
@@ -105,7 +105,7 @@ def lead(
 
 
 def follow(run: RunFolder, team: Team) -> None:
-    """Take part in the stages that the leader announces, until it has finished."""
+    """Compute the stages that the leader announces together with it, until the leader has finished."""
     for step in team.steps():
         node, config = Node.parse(step["node"]), Config.model_validate(step["config"])
         work = LeadersWork(run.artifact(node).partial, step["resumed"])
@@ -114,15 +114,16 @@ def follow(run: RunFolder, team: Team) -> None:
 
 
 def _compute(context: StageContext) -> str:
-    """Call the stage's ``run``; its module, with all that it imports, is loaded now and not before."""
+    """Call the stage's ``run``; the stage's module, with all that it imports, is loaded only now."""
     sentence: str = importlib.import_module(context.stage.module).run(context)
     return sentence
 
 
 def planned(run: RunFolder, config: Config, selection: Selection) -> list[tuple[str, State]]:
-    """Return the nodes that ``run_stages`` would run as things are now, with their states; nothing is changed.
+    """Return the nodes that ``run_stages`` would run now, with their states; nothing is changed.
 
-    What only has stale inputs may turn out to be fresh, when these come out with the same bytes.
+    A node that is stale only because its inputs are stale may turn out to be fresh: its inputs may be made again with
+    the same bytes.
     """
     chosen, judge = selected(config, selection), Judge(run, config)
     if selection.stage:
@@ -186,7 +187,7 @@ def execute(
 
 
 def _refuse_changed_inputs(run: RunFolder, config: Config, node: Node, work: Work) -> None:
-    """Refuse a mixture: another process may have published an input anew while this one was reading it."""
+    """Refuse to publish a mixture: another process may have replaced an input while this process was reading it."""
     now = json.loads(json.dumps(expected_fingerprint(run, config, node).fingerprint))
     changes = compare_fingerprints(work.fingerprint, now)
     if changes:
@@ -200,7 +201,7 @@ def spent(seconds: float) -> str:
 
 
 def _refuse_unready(run: RunFolder, judge: Judge, chosen: list[Node], *, force: bool) -> None:
-    """Refuse nodes that read what is not fresh, unless another of the chosen ones makes it."""
+    """Refuse nodes whose inputs are not fresh, unless another chosen node makes these inputs."""
     for node in chosen:
         problems = [problem for problem in judge.upstream_problems(node) if problem.node not in chosen]
         if problems and (force or judge.state(node).kind != "fresh"):
@@ -208,7 +209,7 @@ def _refuse_unready(run: RunFolder, judge: Judge, chosen: list[Node], *, force: 
 
 
 def _advice(run: RunFolder, judge: Judge, problem: Problem) -> str:
-    """Return the problem, the reason behind it and the command that mends it."""
+    """Return the problem, its reason and the command that solves it."""
     if problem.text:
         return problem.text
     reasons = judge.state(problem.node).reasons

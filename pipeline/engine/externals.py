@@ -1,4 +1,4 @@
-"""What a run reads from outside its folder: the backbone's weights and the detector of objects, as digests."""
+"""Digests of the files that a run reads but does not hold: the backbone's weights and the object detector."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.store.storage import file_digest
 
-SUFFIXES = (".json", ".safetensors", ".txt")  # all that is ever read of a detector's folder
+SUFFIXES = (".json", ".safetensors", ".txt")  # of the files that are read from a detector's folder
 
 
 class MissingInputError(ValueError):
-    """An input has no usable manifest or file, so that a fingerprint cannot be known; the message is a reason line."""
+    """An input has no usable manifest or file, so the fingerprint cannot be computed; the message is a reason line."""
 
 
 def weights_digest(path: Path, known: Any = None) -> dict[str, Any]:
-    """Return path, bytes, mtime_ns and sha256 of a file, hashed only if it is not the one ``known``.
+    """Return path, bytes, mtime_ns and sha256 of a file; the file is hashed only if it differs from ``known``.
 
-    A file that is gone counts as unchanged when it was the known one: what was read lies in the run.
+    ``known`` is the result of an earlier call, or None. A known file that no longer exists counts as unchanged: the run
+    has a copy of its content.
     """
     text = os.fsencode(path).decode(errors="backslashreplace")
     known = known if isinstance(known, dict) and known.get("path") == text else None
-    if not os.path.isfile(path):  # also where another user's folder may not be looked into
+    if not os.path.isfile(path):  # also where the file lies in another user's folder that may not be read
         if known:
             return known
         raise MissingInputError(
@@ -42,9 +43,9 @@ def is_hub_name(model: str) -> bool:
 
 
 def detector_digests(config: Config, known: Mapping[str, Any] | None) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the fingerprint's input and the provenance of the detector; nothing where none is used.
+    """Return the detector's digests for the fingerprint, and its provenance; both are empty where none is used.
 
-    ``known``: the provenance of an earlier look; a folder that is gone counts as unchanged when it was that one.
+    ``known`` is the provenance of an earlier call, or None. A known folder that no longer exists counts as unchanged.
     """
     model = config.objects.model
     if config.objects.provider != "grounding_dino" or model is None:

@@ -1,4 +1,4 @@
-"""The fingerprint an instance has now: from the configuration, upstream manifests and what lies outside the run."""
+"""The fingerprint that a node should have now: from configuration, upstream manifests and files beside the run."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ SOURCES_FINGERPRINT: dict[str, Any] = {"stage": "sources", "instance": None, "ve
 
 @dataclass(frozen=True)
 class Expected:
-    """A fingerprint, and notes for the provenance (where the weights lay)."""
+    """A fingerprint, and notes for the provenance (such as the path of the weights)."""
 
     fingerprint: dict[str, Any]
     notes: dict[str, Any] = field(default_factory=dict)
 
 
 def expected_fingerprint(run: RunFolder, config: Config, node: Node) -> Expected:
-    """Return the fingerprint of a node; only manifests are read, and weights that changed since they were.
+    """Return the fingerprint that a node should have now.
 
-    Raises MissingInputError when an input is missing: a line such as ``upstream features is missing``.
+    Only manifests are read, and weights that changed since they were hashed. Raises MissingInputError when an input is
+    missing, with a line such as ``upstream features is missing``.
     """
     stage = find_stage(node.stage)
     inputs: dict[str, dict[str, str]] = {}
@@ -50,7 +51,7 @@ def expected_fingerprint(run: RunFolder, config: Config, node: Node) -> Expected
 
 
 def read_manifest(run: RunFolder, node: Node | str) -> Manifest | None:
-    """Return a manifest, None when it is missing or corrupt."""
+    """Return the manifest of an artifact, or None when it is missing or corrupt."""
     try:
         return run.artifact(node).manifest()
     except CorruptManifest:
@@ -66,7 +67,10 @@ def sources_manifest(run: RunFolder) -> Manifest:
 
 
 def digest_of(outputs: Mapping[str, Any], name: str) -> str | None:
-    """Return the digest of an output, or of a folder (``pixels/``): that of its sorted ``name sha256`` lines."""
+    """Return the sha256 of an output, or None where it is missing.
+
+    The digest of a folder (``pixels/``) is that of its ``name sha256`` lines, sorted by name.
+    """
     if not name.endswith("/"):
         return str(outputs[name]["sha256"]) if name in outputs else None
     lines = [f"{file} {outputs[file]['sha256']}\n" for file in sorted(outputs) if file.startswith(name)]
@@ -85,7 +89,7 @@ def _input_digests(run: RunFolder, source: Input) -> dict[str, str]:
 
 
 def _weights(run: RunFolder, config: Config, node: Node) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the fingerprint's input and the provenance of the backbone's weights."""
+    """Return the digests of the backbone's weights for the fingerprint, and their provenance."""
     if config.backbone.weights is None:
         return {"hub": config.backbone.name}, {}
     manifest = read_manifest(run, node)

@@ -1,4 +1,4 @@
-"""Whether an artifact is still the one its configuration and inputs ask for, and why not."""
+"""The state of one artifact: whether it has the fingerprint that configuration and inputs ask for, and why not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class State:
-    """An artifact's state; `reasons` are lines for people, empty unless stale or corrupt."""
+    """An artifact's state; `reasons` are lines for people, empty unless the artifact is stale or corrupt."""
 
     kind: Kind
     reasons: list[str]
@@ -27,9 +27,10 @@ class State:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that a node reads and that is not fresh.
+    """An artifact that a node reads and that is not fresh.
 
-    ``text``: what people are told, with the command that mends it; without one the node's own stage mends it.
+    ``node`` makes the artifact. ``text`` is a sentence for people with the command that solves the problem; it is empty
+    where running the node's stage again solves it.
     """
 
     node: Node
@@ -41,7 +42,7 @@ class Problem:
 
 
 def compare_fingerprints(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """What differs, a line each: stage version, then config, then inputs, by name; empty when they are the same."""
+    """Return a line for each difference: stage version, then config, then inputs, by name; empty when equal."""
     lines = [
         f"{label}: {_text(old[field])} -> {_text(new[field])}"
         for field, label in (("stage", "stage"), ("instance", "instance"), ("version", "stage version"))
@@ -72,10 +73,10 @@ def _text(value: object) -> str:
 def artifact_state(
     artifact: Artifact, expected: Fingerprint | None, upstream_problems: Sequence[str] = (), verify: bool = False
 ) -> State:
-    """The state of one artifact; nothing on disk is changed.
+    """Return the state of one artifact; nothing on disk is changed.
 
-    `expected` is None where an input is missing, so that the fingerprint cannot be known; `upstream_problems` (such as
-    `upstream clusters/k01024 is stale`) must then say why. With `verify` every byte is hashed again.
+    `expected` is None where an input is missing, so that the fingerprint cannot be computed; `upstream_problems` (such
+    as `upstream clusters/k01024 is stale`) must then say why. With `verify` every byte is hashed again.
     """
     assert expected is not None or upstream_problems, "without a fingerprint an upstream problem must be named"
     try:

@@ -1,13 +1,15 @@
-"""A board on which the processes of a run post notes for each other, and by which each sees that the others live.
+"""Values that the processes of a run share, and signs of life by which they notice that a process has failed.
 
-The board is a torch.distributed store, kept by the first process (or by torchrun). A thread of every process renews its
-sign of life and looks for a failure of another one; whoever waits or reports progress raises it, and a process that
-does neither (it waits inside a collective that will never end) is ended by that thread after a while: no rank hangs.
+The values lie in a torch.distributed store, which the first process (or torchrun) serves. In every process a thread
+renews the process's sign of life and looks for failures of other processes. A process that waits for a value or reports
+progress raises such a failure. A process that does neither (it waits inside a collective that will never end) is ended
+by its thread after a while. So no rank hangs.
 
-torchrun and `srun --kill-on-bad-exit=1` also end all processes when one fails, and the next submit resumes: tried on a
-Slurm cluster, with and without the signs of life. Without them `grappa status` shows `FAILED 9:0` and no rank, as it
-does with them if Slurm's KillWait is as short as BROKEN_SECONDS. So they stay, and jobs do not set the flag: processes
-started without such a launcher (RANK and WORLD_SIZE set by hand) would otherwise hang or end without a reason.
+torchrun and `srun --kill-on-bad-exit=1` also end all processes when one fails, and the next submission resumes the
+work: this was tried on a Slurm cluster, with and without the signs of life. Without them `grappa status` shows
+`FAILED 9:0` and names no rank; with them it shows the same if Slurm's KillWait is as short as BROKEN_SECONDS. So the
+signs of life stay, and jobs do not set the flag. Processes that were started without such a launcher (RANK and
+WORLD_SIZE set by hand) would otherwise hang, or end without a reason.
 """
 
 from __future__ import annotations
@@ -27,33 +29,34 @@ from grappa.pipeline.store.checkpoints import Stopped
 from grappa.pipeline.store.locks import LockedError
 
 BEAT_SECONDS = 1.0
-SILENCE_SECONDS = 120.0  # a process without a sign of life for so long is given up
-BROKEN_SECONDS = 5.0  # the same, once a connection between the processes is known to be broken
-GRACE_SECONDS = 30.0  # for a process to end in order when another one failed
-HEARD_SECONDS = 10.0  # for the others to have read the last note before the board goes
+SILENCE_SECONDS = 120.0  # a process without a sign of life for so long counts as failed
+BROKEN_SECONDS = 5.0  # the same limit, once a connection between the processes is known to be broken
+GRACE_SECONDS = 30.0  # the time a process has to end in order after another process failed
+HEARD_SECONDS = 10.0  # the time the other processes have to read a failure before the first process closes the store
 
-ALIKE = {each.__name__: each for each in (LockedError, Stopped)}  # how one of them ends, all of them end
+# Exceptions that concern the whole run: when one process ends with one of them, all processes raise the same one.
+SHARED_ERRORS = {each.__name__: each for each in (LockedError, Stopped)}
 
 
 class ProcessesError(ConnectionError):
-    """Another process of this run failed, was stopped or fell silent; the message says which and why."""
+    """Another process of this run failed, was stopped or gave no sign of life; the message says which one and why."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a process ended, and by which exception; ``error`` is what the others raise."""
+    """Why a process ended: a sentence, and ``kind``, the name of its exception, or ""."""
 
     sentence: str
     kind: str = ""
 
     def error(self) -> Exception:
-        """Return the same exception for what befalls all of them (a held lock, a stop), ProcessesError for the rest."""
-        kind: type[Exception] = ALIKE.get(self.kind, ProcessesError)
+        """Return the exception that the other processes raise: one of ``SHARED_ERRORS``, else ProcessesError."""
+        kind: type[Exception] = SHARED_ERRORS.get(self.kind, ProcessesError)
         return kind(self.sentence)
 
 
-class Board:
-    """Notes by key, JSON values. ``check`` and ``read`` raise what ended another process."""
+class WatchedStore:
+    """JSON values by key that all processes see. ``check`` and ``read`` raise the failure of another process."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -67,14 +70,14 @@ class Board:
         self._thread.start()
 
     def post(self, key: str, value: object) -> None:
-        """Put up a note for all."""
+        """Set a value that all processes can read."""
         with self._reached():
             self._store.set(key, json.dumps(value))
 
     def read(self, key: str) -> Any:
-        """Return a note as soon as it is up."""
+        """Return a value; wait until a process has posted it."""
         pause = 0.001
-        while not self._is_up(key):
+        while not self._is_posted(key):
             self.check()
             time.sleep(pause)
             pause = min(2 * pause, 0.2)
@@ -87,24 +90,24 @@ class Board:
             raise self._failure.error()
 
     def fail(self, reason: str, kind: str = "") -> None:
-        """Tell all why this process ends; the first such note stays."""
-        with suppress(RuntimeError):  # no board, no one to tell
+        """Post why this process ends, for all processes to read; the first failure that is posted stays."""
+        with suppress(RuntimeError):  # the store is gone, and with it every reader
             self._post_failure(self.rank, f" on {socket.gethostname()}", reason, kind)
 
     def broken(self, error: Exception) -> Exception:
-        """Return the reason behind a broken connection: the note of the process that failed, or who fell silent."""
+        """Return the reason of a broken connection: the failure that a process posted, or which one shows no life."""
         self._silence = BROKEN_SECONDS
         if not self._known.wait(3 * BROKEN_SECONDS):
             self.fail(str(error))
         return self._failure.error() if self._failure else ProcessesError(str(error))
 
     def close(self) -> None:
-        """End the watch; the first process, with which the board may go, first lets the others read a failure."""
+        """End the watch; the first process, which may serve the store, first lets the others read a failure."""
         with suppress(RuntimeError):
             if self.rank == 0 and self._store.check(["failed"]):
                 self._wait_until_heard()
         self._closed.set()
-        self._thread.join(HEARD_SECONDS)  # a thread inside torch when the interpreter ends would abort the process
+        self._thread.join(HEARD_SECONDS)  # a thread that is inside torch when the interpreter ends aborts the process
 
     def _wait_until_heard(self) -> None:
         end = time.monotonic() + HEARD_SECONDS
@@ -112,7 +115,7 @@ class Board:
         while time.monotonic() < end and not self._store.check(keys):
             time.sleep(0.05)
 
-    def _is_up(self, key: str) -> bool:
+    def _is_posted(self, key: str) -> bool:
         with self._reached():
             return bool(self._store.check([key]))
 
@@ -146,7 +149,7 @@ class Board:
                 return
 
     def _look(self, number: int) -> Failure | None:
-        """Give a sign of life, look for those of others; return what ended one, or None."""
+        """Give a sign of life and look for those of the other processes; return the failure of a process, or None."""
         self._store.set(f"alive/{self.rank}", str(number))
         if not self._store.check(["failed"]):
             for other in self._silent_ones():

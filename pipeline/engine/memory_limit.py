@@ -1,4 +1,4 @@
-"""How much memory this process can still get: of the machine, and of the control group it was put into."""
+"""The memory that is still free for this process: on the machine, and in the process's control group."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ GIB = 2**30
 
 
 class NotEnoughMemoryError(ValueError):
-    """A step needs more memory than there is; the sentence has both numbers."""
+    """A step needs more memory than is free; the message has both numbers."""
 
 
 def require_memory(what: str, needed: int) -> None:
-    """Refuse to start ``what`` where fewer than ``needed`` bytes are free; nothing is checked where none can tell."""
+    """Refuse to start ``what`` where fewer than ``needed`` bytes are free, if the system says how many are free."""
     free = available_memory()
     if free is not None and needed > free:
         raise NotEnoughMemoryError(
@@ -23,7 +23,7 @@ def require_memory(what: str, needed: int) -> None:
 
 
 def available_memory() -> int | None:
-    """Return the bytes that are free, None where the system does not say."""
+    """Return the number of free bytes, None where the system does not say it."""
     found = [_machine_memory(), *(_group_memory(group) for group in _own_groups())]
     return min((number for number in found if number is not None), default=None)
 
@@ -35,14 +35,14 @@ def _machine_memory() -> int | None:
 
 
 def _own_groups() -> list[Path]:
-    """Return the folders of this process's control group (version 2) and of those around it."""
+    """Return the folders of this process's control group (version 2) and of the groups that contain it."""
     lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else []
     own = [GROUPS / line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
     return [folder for group in own for folder in (group, *group.parents) if folder.is_relative_to(GROUPS)]
 
 
 def _group_memory(group: Path) -> int | None:
-    """Return the limit less what is used and cannot be given back; None without a limit."""
+    """Return the limit in bytes minus the used memory that cannot be reclaimed; None without a limit."""
     limit, used, statistics = (group / name for name in ("memory.max", "memory.current", "memory.stat"))
     if not (limit.exists() and used.exists() and statistics.exists()) or limit.read_text().strip() == "max":
         return None

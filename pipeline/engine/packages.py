@@ -1,4 +1,4 @@
-"""Packages of which one stage alone has need: their lack is said at the start, not by that stage hours later."""
+"""Packages that only one stage needs: a missing one is reported at the start, not hours later by that stage."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from grappa.pipeline.config.schema import Config
 
 
 class MissingPackageError(ValueError):
-    """A stage that is to run needs a package that is not installed; the message names the command."""
+    """A stage that is to run needs a package that is not installed; the message names the command that installs it."""
 
 
 def missing_packages(config: Config) -> dict[str, str]:
-    """Return by stage what it lacks, in a sentence with the command."""
+    """Return, for each stage that lacks a package, a sentence that names the command to install it."""
     needed = {"index": "faiss"}
     if config.objects.provider == "grounding_dino":
         needed["objects"] = "transformers"
@@ -22,7 +22,7 @@ def missing_packages(config: Config) -> dict[str, str]:
 
 
 def refuse_missing_packages(config: Config, stages: Iterable[str]) -> None:
-    """Refuse to start on ``stages`` (names of those that are due) where one lacks its package."""
+    """Raise MissingPackageError where one of ``stages``, the names of the stages to run, lacks its package."""
     lacking = missing_packages(config)
     if lacking:
         for stage in lacking.keys() & set(stages):

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, one line now and then elsewhere; both with speed and time left."""
+"""Progress of long work: a bar on a terminal, elsewhere a line every ten seconds; both with speed and time left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Advance = Callable[[int], None]
 
 
 class Meter:
-    """How far a task is: ``done`` of ``total`` items, at the speed of what was done since the start of this process."""
+    """How far a task is: ``done`` of ``total`` items; the speed counts only items done since the task began here."""
 
     def __init__(self, total: int, *, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self.total, self.done = total, done
@@ -24,12 +24,12 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Time since the task began here."""
+        """Seconds since the task began in this process."""
         return self._clock() - self._start
 
     @property
     def new(self) -> int:
-        """Items done since the task began here."""
+        """Number of items done since the task began in this process."""
         return self.done - self._first
 
     @property
@@ -39,13 +39,13 @@ class Meter:
 
     @property
     def left(self) -> str:
-        """Time left, such as ``2:05`` or ``1:02:05``; ``-:--`` when nothing is known."""
+        """Time left, such as ``2:05`` or ``1:02:05``; ``-:--`` before the first item."""
         return duration((self.total - self.done) / self.speed) if self.speed else "-:--"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """How far a task was at one moment; ``artifact``: what it makes, or nothing."""
+    """How far a task was at one moment; ``artifact``: the name of the artifact that it makes, or ""."""
 
     artifact: str
     task: str
@@ -64,7 +64,7 @@ class Snapshot:
 
 
 class Progress:
-    """Shows tasks on ``stream``; ``terminal`` None: as the stream itself says.
+    """Shows tasks on ``stream``. ``terminal``: whether to draw a bar; None: where the stream is a terminal.
 
     ``listener`` gets a snapshot whenever a line is printed.
     """
@@ -87,7 +87,7 @@ class Progress:
     def task(
         self, description: str, total: int, *, artifact: str = "", unit: str = "images", done: int = 0
     ) -> Iterator[tuple[Advance, Meter]]:
-        """Show one task; the yielded ``advance(n)`` may be called by any thread, the meter holds the speed."""
+        """Show one task; any thread may call the yielded ``advance(n)``, the yielded meter holds the speed."""
         meter, lock = Meter(total, done=done, clock=self._clock), threading.Lock()
         showing = self._bar if self._terminal else self._lines
         with showing(artifact, description, unit, meter) as show:
@@ -142,7 +142,7 @@ def _titled(artifact: str, text: str) -> str:
 
 @contextmanager
 def totals(progress: Progress, description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show one task whose size is known only when it reports: the yielded function takes (done, total)."""
+    """Show one task whose size is known only with its first report: the yielded function takes (done, total)."""
     with ExitStack() as stack:
         tasks: list[tuple[Advance, Meter]] = []
 

@@ -1,4 +1,4 @@
-"""Taking artifacts over from other runs: those that are whole there and have the fingerprint that is expected here."""
+"""Reusing artifacts of other runs: whole artifacts that have the fingerprint which this run expects."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from grappa.pipeline.store.artifacts import LOG_FILE, Artifact, Fingerprint, Man
 from grappa.pipeline.store.work import open_work, recover
 
 
-def take_over(other: RunFolder, run: RunFolder, config: Config, *, say: Callable[[str], None]) -> None:
-    """Link or copy each artifact of ``other`` that is not fresh here and has the fingerprint wanted here."""
-    taken = []
+def reuse_artifacts(other: RunFolder, run: RunFolder, config: Config, *, say: Callable[[str], None]) -> None:
+    """Link or copy the artifacts of ``other`` that have the expected fingerprint, where ``run`` has no fresh ones."""
+    reused = []
     for node in nodes(config):
         recover(run.artifact(node))
-        if take_over_one([other], run, config, node):
-            taken.append(node.name)
+        if reuse_artifact([other], run, config, node):
+            reused.append(node.name)
     nothing = "nothing, no other artifact has a fingerprint of this run"
-    say(f"taken over from {other.root}: {', '.join(taken) or nothing}")
+    say(f"reused from {other.root}: {', '.join(reused) or nothing}")
 
 
-def take_over_one(others: Iterable[RunFolder], run: RunFolder, config: Config, node: Node) -> RunFolder | None:
-    """Link or copy one artifact that is not fresh here from the first run that has it; return that run, or None.
+def reuse_artifact(others: Iterable[RunFolder], run: RunFolder, config: Config, node: Node) -> RunFolder | None:
+    """Link or copy the artifact of a node, if it is not fresh, from the first run that has it; return that run or None.
 
-    Whether it is stale there does not matter: the fingerprint says what it was made of.
+    The artifact may be stale in the other run: its fingerprint says from what it was made.
     """
     wanted, target = _wanted(run, config, node), run.artifact(node)
     if wanted is None or artifact_state(target, wanted).kind == "fresh":
@@ -53,17 +53,17 @@ def _wanted(run: RunFolder, config: Config, node: Node) -> Fingerprint | None:
 
 def _copy(source: Artifact, manifest: Manifest, target: Artifact) -> None:
     with open_work(target, manifest.fingerprint) as work:
-        work.start_over()  # linked files are the other run's: a stage must never write into them
+        work.start_over()  # linked files belong to the other run: a stage must never write into them
         for name in (*manifest.outputs, LOG_FILE):
             if (source.home / name).exists():
                 _link(source.home / name, work.path / name)
         if source.manifest() != manifest:
-            raise ValueError(f"{source.path} was replaced while it was taken over; give the same command again")
+            raise ValueError(f"{source.path} was replaced while it was copied; give the same command again")
         work.publish({**manifest.provenance, "taken_from": str(source.path)})
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a file a second name (published files never change), or copy it to another file system."""
+    """Link a file (published files never change), or copy it where another file system allows no link."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""The artifact ``sources``: the listed images, published by `grappa init`; their folders are provenance."""
+"""The artifact ``sources``: the list of images that `grappa init` publishes; the folders' paths are provenance."""
 
 from __future__ import annotations
 
@@ -34,28 +34,18 @@ def list_sources(images: Images) -> pd.DataFrame:
 
 
 def published_listing(run: RunFolder) -> pd.DataFrame | None:
-    """Return the listing that the run has, None when it has none (or a broken one)."""
-    recover(run.artifact("sources"))
-    return _read_listing(run)
-
-
-def same_listing(run: RunFolder, listing: pd.DataFrame) -> bool:
-    """Tell whether the run has a listing of this content; nothing on disk is changed."""
-    former = _read_listing(run)
-    return former is not None and _plain(former).equals(_plain(listing))
-
-
-def _read_listing(run: RunFolder) -> pd.DataFrame | None:
+    """Return the published listing of a run; None where it is missing or corrupt."""
     import pandas as pd
 
     artifact = run.artifact("sources")
+    recover(artifact)
     if artifact.check():
         return None
     return pd.read_parquet(artifact.home / SOURCES_FILE)
 
 
 def publish_listing(run: RunFolder, listing: pd.DataFrame, sources: Sequence[str], former: pd.DataFrame | None) -> None:
-    """Publish a listing; one with the content of the ``former`` keeps its very bytes, so that nothing becomes stale."""
+    """Publish a listing. If its content equals ``former``, the bytes of the former file stay: nothing becomes stale."""
     manifest, roots = read_manifest(run, "sources"), list(listing.attrs["roots"])
     same = former is not None and _plain(former).equals(_plain(listing))
     origin = {"roots": roots, "sources": list(sources)}
@@ -72,7 +62,7 @@ def publish_listing(run: RunFolder, listing: pd.DataFrame, sources: Sequence[str
 
 
 def _plain(listing: pd.DataFrame) -> pd.DataFrame:
-    """Return the listing without its attributes, null as None: what a written and read one looks like too."""
+    """Return the listing without attributes and with None for missing texts, as it is after writing and reading."""
     plain = listing.reset_index(drop=True)
     for name in ("label", "split"):
         plain[name] = [value if isinstance(value, str) else None for value in plain[name]]
@@ -82,14 +72,17 @@ def _plain(listing: pd.DataFrame) -> pd.DataFrame:
 
 
 def changed_files(run: RunFolder) -> list[str]:
-    """Return the listed files that are others now: in size or, once decoded, in content; a gone root is passed over."""
+    """Return a line for each listed file whose size changed or whose content differs from the decoded one.
+
+    Files below an image root that no longer exists are skipped.
+    """
     import pyarrow.parquet as pq
 
     from grappa.images.table import image_file, unescape_path
 
     artifact = run.artifact("sources")
     manifest = artifact.manifest()
-    assert manifest is not None, "judged whole before"
+    assert manifest is not None, "the listing was checked before its files are compared"
     roots = list(manifest.provenance["roots"])
     present = {number for number, root in enumerate(roots) if os.path.isdir(unescape_path(root))}
     table = pq.read_table(artifact.home / SOURCES_FILE, columns=["path", "root", "size"]).to_pydict()
@@ -107,7 +100,7 @@ def changed_files(run: RunFolder) -> list[str]:
 
 
 def _decoded_digests(run: RunFolder) -> dict[tuple[int, str], str]:
-    """Return the sha256 of each file as it was decoded, by (root, path); empty before the images stage has run."""
+    """Return the sha256 of each decoded file by (root, path); empty before the stage ``images`` has run."""
     import pyarrow.parquet as pq
 
     images = run.artifact("images")

@@ -1,4 +1,4 @@
-"""The state of every node of the graph, and why: what `grappa status` prints and `grappa run` acts upon."""
+"""The state of every node of the graph, with reasons: `grappa status` prints it, `grappa run` acts upon it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class NodeState:
         return self.node.name
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `grappa status --json` lists."""
+        """Return the entry of this node in `grappa status --json`."""
         return {
             "stage": self.node.stage,
             "instance": self.node.instance,
@@ -38,31 +38,31 @@ class NodeState:
 
 
 def read_config(run: RunFolder) -> Config:
-    """Return the configuration of a run; a sentence when it has none or one that cannot be used."""
+    """Return the configuration of a run; ConfigError when it is missing or cannot be used."""
     if not run.config_path.exists():
         raise ConfigError(f"{run.config_path} is missing; write one by `grappa init {quoted(run.root)} --images ...`")
     return load_config(run.config_path)
 
 
 class Judge:
-    """Judges nodes on demand and remembers: every artifact is looked at once, whatever hangs on it."""
+    """Judges nodes on demand and remembers their states: every artifact is read once, however many nodes read it."""
 
     def __init__(self, run: RunFolder, config: Config, *, verify: bool = False) -> None:
         self._run, self._config, self._verify = run, config, verify
         self._states: dict[Node, State] = {}
 
     def state(self, node: Node) -> State:
-        """Return the state of a node; what it reads is judged first."""
+        """Return the state of a node; the nodes that it reads are judged first."""
         if node not in self._states:
             self._states[node] = self._judge(node)
         return self._states[node]
 
     def forget(self, node: Node) -> None:
-        """Look at a node again when asked the next time; those that read it must not have been judged yet."""
+        """Judge a node again at the next call of ``state``; no node that reads it may have been judged yet."""
         self._states.pop(node, None)
 
     def upstream_problems(self, node: Node) -> list[Problem]:
-        """Return a problem for everything that a node reads and that is not fresh."""
+        """Return a problem for every artifact that a node reads and that is not fresh."""
         problems = self._sources_problems() if "sources" in find_stage(node.stage).externals else []
         kinds = {each: self.state(each).kind for each in upstream(node, self._config)}
         return problems + [Problem(each, kind) for each, kind in kinds.items() if kind != "fresh"]
@@ -77,7 +77,7 @@ class Judge:
         return artifact_state(self._run.artifact(node), fingerprint, problems, self._verify)
 
     def _sources_problems(self) -> list[Problem]:
-        """Return what is wrong with the listed images; `grappa init` mends it."""
+        """Return the problems of the listed images; `grappa init` solves them."""
         advice = f"run `grappa init {quoted(self._run.root)}`"
         manifest, sources = read_manifest(self._run, SOURCES), self._run.artifact(SOURCES)
         if not sources.home.exists():
@@ -104,7 +104,7 @@ class Judge:
 
 
 def states(run: RunFolder, config: Config, *, verify: bool = False) -> list[NodeState]:
-    """Return the state of every node in the order of the graph; ``verify`` re-hashes outputs, re-sizes images."""
+    """Return the state of every node in the order of the graph; ``verify`` hashes outputs and images again."""
     judge = Judge(run, config, verify=verify)
     return [NodeState(node, judge.state(node)) for node in nodes(config)]
 

@@ -1,10 +1,10 @@
-"""Several processes that compute one run: the first leads, the others follow.
+"""Several processes that compute one run: the first process leads, the others follow.
 
-``joined`` reads who this process is from the environment that torchrun and submitit set (RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR, MASTER_PORT). The leader alone locks, writes, logs and publishes; it announces each stage that several
-processes can compute (``parallel`` in ``graph.stages``), and the followers run the same stage beside it, on the same
-run folder. While it does anything else they wait. Without these variables, or with WORLD_SIZE=1, there is no group:
-nothing is imported and nothing costs anything.
+``joined`` reads the rank of this process from the environment that torchrun and submitit set (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Only the leader locks, writes, logs and publishes. It announces each stage that
+several processes can compute (``parallel`` in ``graph.stages``), and the followers run the same stage at the same time,
+on the same run folder. The followers wait while the leader does anything else. Without these variables, or with
+WORLD_SIZE=1, the process is alone: torch.distributed is not imported, and the team costs nothing.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from grappa.pipeline.engine.heartbeat import Board, ProcessesError
-from grappa.pipeline.errors import explained
+from grappa.pipeline.engine.heartbeat import ProcessesError, WatchedStore
+from grappa.pipeline.errors import sentence_and_code
 
 if TYPE_CHECKING:
     from grappa.core.distributed import Processes
 
 T = TypeVar("T")
-JOIN_TIME = timedelta(minutes=10)  # for all processes to have started
-GROUP_TIME = timedelta(minutes=30)  # for one step of a computation, the slowest process's
+JOIN_TIME = timedelta(minutes=10)  # the time until all processes must have started
+GROUP_TIME = timedelta(minutes=30)  # the time that one collective may take in the slowest process
 _JOINS = itertools.count()
 
 
 class Team:
-    """The processes of a run as one of them sees them; without a board it is alone."""
+    """The processes of a run, as one of them sees them; without a store the process is alone."""
 
-    def __init__(self, board: Board | None = None) -> None:
-        self._board, self._step = board, 0
+    def __init__(self, store: WatchedStore | None = None) -> None:
+        self._store, self._step = store, 0
 
     @property
     def rank(self) -> int:
-        return self._board.rank if self._board else 0
+        return self._store.rank if self._store else 0
 
     @property
     def size(self) -> int:
-        return self._board.size if self._board else 1
+        return self._store.size if self._store else 1
 
     @property
     def leads(self) -> bool:
@@ -51,59 +51,59 @@ class Team:
 
     @property
     def processes(self) -> Processes:
-        """What the library needs of them."""
+        """The rank and the number of processes, in the library's type."""
         from grappa.core.distributed import Processes
 
         return Processes(self.rank, self.size)
 
     def announce(self, step: Mapping[str, Any] | None) -> None:
-        """As the leader: have the followers take part in a stage; None: have them leave."""
-        if self._board:
+        """Announce a stage to the followers, as the leader; None announces the end."""
+        if self._store:
             self._step += 1
-            self._board.post(f"step/{self._step}", step)
+            self._store.post(f"step/{self._step}", step)
 
     def steps(self) -> Iterator[Mapping[str, Any]]:
-        """As a follower: yield what the leader announces, until it has finished."""
-        assert self._board, "who is alone has nobody to follow"
+        """Yield the stages that the leader announces, as a follower, until the leader has finished."""
+        assert self._store, "a single process has no leader to follow"
         while True:
             self._step += 1
-            step = self._board.read(f"step/{self._step}")
+            step = self._store.read(f"step/{self._step}")
             if step is None:
                 return
             yield step
 
     def agree(self, name: str, value: T) -> T:
         """Return the leader's ``value`` (JSON) for the present step."""
-        if self._board is None:
+        if self._store is None:
             return value
         key = f"step/{self._step}/{name}"
         if self.leads:
-            self._board.post(key, value)
+            self._store.post(key, value)
             return value
-        agreed: T = self._board.read(key)
+        agreed: T = self._store.read(key)
         return agreed
 
     def wait_for_all(self, name: str) -> None:
-        """Return when every process has come to this point of the present step."""
-        if self._board:
-            self._board.post(f"step/{self._step}/{name}/{self.rank}", None)
+        """Return when every process has reached the point ``name`` of the present step (a barrier)."""
+        if self._store:
+            self._store.post(f"step/{self._step}/{name}/{self.rank}", None)
             for other in range(self.size):
-                self._board.read(f"step/{self._step}/{name}/{other}")
+                self._store.read(f"step/{self._step}/{name}/{other}")
 
     def check(self) -> None:
         """Raise ProcessesError when another process failed."""
-        if self._board:
-            self._board.check()
+        if self._store:
+            self._store.check()
 
-    def part(self) -> None:
-        """End in order: the leader, with which the board may go, is the last to leave."""
-        assert self._board, "who is alone has nobody to part from"
+    def leave(self) -> None:
+        """Leave the team in order: the leader, which may serve the store, is the last process to leave."""
+        assert self._store, "a single process has no team to leave"
         if not self.leads:
-            self._board.post(f"left/{self.rank}", None)
+            self._store.post(f"left/{self.rank}", None)
             return
         self.announce(None)
         for other in range(1, self.size):
-            self._board.read(f"left/{other}")
+            self._store.read(f"left/{other}")
 
 
 ALONE = Team()
@@ -111,9 +111,9 @@ ALONE = Team()
 
 @contextmanager
 def joined() -> Iterator[Team]:
-    """Yield the team of this process, ``ALONE`` for a single one. However one of them ends, all of them end.
+    """Yield the team of this process: ``ALONE`` for a single process. When one process of a team fails, all end.
 
-    Raises ProcessesError, with the reason, when another process failed, was stopped or fell silent.
+    Raises ProcessesError, with the reason, when another process failed, was stopped or gave no sign of life.
     """
     rank, size = place()
     if size == 1:
@@ -121,25 +121,25 @@ def joined() -> Iterator[Team]:
         return
     from grappa.core.distributed import GroupBrokenError
 
-    board = Board(_store(rank, size), rank, size)
+    store = WatchedStore(_open_store(rank, size), rank, size)
     try:
-        team = Team(board)
+        team = Team(store)
         yield team
-        team.part()
+        team.leave()
     except GroupBrokenError as error:
         atexit.unregister(_leave)
-        raise board.broken(error) from error
+        raise store.broken(error) from error
     except BaseException as error:
         atexit.unregister(_leave)
         kind = type(error).__name__
-        board.fail(explained(error)[0] or f"{kind}: {error}".removesuffix(": "), kind)
+        store.fail(sentence_and_code(error)[0] or f"{kind}: {error}".removesuffix(": "), kind)
         raise
     finally:
-        board.close()
+        store.close()
 
 
 def place() -> tuple[int, int]:
-    """Return (RANK, WORLD_SIZE) of the environment, (0, 1) where neither is set; ValueError when they make no sense."""
+    """Return (RANK, WORLD_SIZE) of the environment, (0, 1) where neither is set; ValueError when they do not fit."""
     rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "1")
     if size == "1":
         return 0, 1
@@ -151,8 +151,8 @@ def place() -> tuple[int, int]:
     return int(rank), int(size)
 
 
-def _store(rank: int, size: int) -> Any:
-    """Return a store of its own for this call: all processes join equally often."""
+def _open_store(rank: int, size: int) -> Any:
+    """Return a store for this call of ``joined`` only; all processes call ``joined`` equally often."""
     from torch.distributed.distributed_c10d import PrefixStore
 
     return PrefixStore(f"join/{next(_JOINS)}", _group(rank, size))
@@ -160,8 +160,8 @@ def _store(rank: int, size: int) -> Any:
 
 @cache
 def _group(rank: int, size: int) -> Any:
-    """Meet the other processes and set up torch.distributed's default group, once; return the store it came from."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost connection is told as a page of addresses
+    """Meet the other processes and set up torch.distributed's default group, once; return the rendezvous' store."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch prints a page of addresses for a lost connection
     import torch
     from torch.distributed.distributed_c10d import PrefixStore, init_process_group
     from torch.distributed.rendezvous import rendezvous

@@ -1,8 +1,8 @@
-"""The models of the result table: one line says all of a model, every other part of the pipeline looks it up here.
+"""The models of the result table: one line declares a model, and every other part of the pipeline reads it here.
 
-A new model is a line of ``MODELS``. If it is made in a new way, the way is a word of ``Making`` and a function in
-``grappa.pipeline.stages.embeddings``; if it reads something new, that is a word of ``Part`` and its files in
-``grappa.pipeline.graph.stages``.
+A new model is a line of ``MODELS``. If its embeddings are made in a new way, the way needs a word of ``Making`` and a
+function in ``grappa.pipeline.stages.embeddings``. If it reads new files, they need a word of ``Part`` and an entry of
+``PARTS`` in ``grappa.pipeline.graph.stages``.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def _learns_from_labels(config: Config) -> bool:
 class Entry:
     """An entry of the result table.
 
-    ``name``: the name, or a pattern such as ``k*[0-9]``; ``meaning``: what it is, in words. ``free``: nothing was
-    trained, so a gain counts against the best of these. ``labels``: labels were used to make it.
+    ``name``: the name, or a pattern such as ``k*[0-9]``; ``meaning``: a description for people. ``free``: the model
+    needs no training, so that gains are computed against the best free model. ``labels``: labels were used to make it.
     """
 
     name: str
@@ -64,10 +64,10 @@ class Entry:
 class Model(Entry):
     """A model with embeddings, an instance of the stage ``embeddings``.
 
-    ``making``: which function of that stage makes the embeddings; ``parts``: what the function reads; ``settings``: the
-    fields of the configuration that it reads. ``exists``: whether a run has the model; ``names``: its names, where
-    ``name`` is a pattern. ``head``: the final embeddings have an embedding head. ``compared``: the report says
-    what the model gains; ``pictured``: the report shows its nearest images.
+    ``making``: the function of that stage that makes the embeddings; ``parts``: the inputs of this function;
+    ``settings``: the fields of the configuration that it reads. ``exists``: whether a run has the model; ``names``: its
+    names in a run, where ``name`` is a pattern. ``head``: whether an embedding head makes the final embeddings.
+    ``compared``: whether the report shows the gain of the model; ``pictured``: whether it shows its nearest images.
     """
 
     making: Making
@@ -80,7 +80,7 @@ class Model(Entry):
     pictured: bool = False
 
     def names_in(self, config: Config) -> tuple[str, ...]:
-        """Return the names that the model has in a run: none, one, or one a granularity."""
+        """Return the names of the model in a run: none, one, or one for each granularity."""
         if not self.exists(config):
             return ()
         return self.names(config) if self.names else (self.name,)
@@ -88,9 +88,10 @@ class Model(Entry):
 
 @dataclass(frozen=True)
 class Variant(Entry):
-    """A model once more: with a head (``stage`` heads), or without (``stage`` embeddings); only where heads are fitted.
+    """A model evaluated a second time: with a head (``stage`` heads) or without (``stage`` embeddings).
 
-    ``of``: the model; ``after``: the model that it follows in the result table, if not ``of``.
+    Variants exist only where heads are fitted. ``of``: returns the model; ``after``: the model behind which the variant
+    stands in the result table, if not ``of``.
     """
 
     stage: Literal["embeddings", "heads"]
@@ -149,7 +150,7 @@ FREE = tuple(entry.name for entry in ENTRIES if entry.free)
 
 
 def find_entry(name: str) -> Entry:
-    """Return the entry of a name of the result table, such as ``k00256``, or a ValueError."""
+    """Return the entry with a name of the result table, such as ``k00256``; ValueError for an unknown name."""
     for entry in ENTRIES:
         if fnmatchcase(name, entry.name):
             return entry
@@ -157,9 +158,9 @@ def find_entry(name: str) -> Entry:
 
 
 def find_model(name: str) -> Model:
-    """Return the model of an instance of the stage ``embeddings``."""
+    """Return the model that an instance of the stage ``embeddings`` embeds with."""
     entry = find_entry(name)
-    assert isinstance(entry, Model), f"{name} has no embeddings of its own"
+    assert isinstance(entry, Model), f"{name} is no instance of the stage embeddings"
     return entry
 
 
@@ -169,12 +170,12 @@ def saw_labels(name: str) -> bool:
 
 
 def embedding_models(config: Config) -> tuple[str, ...]:
-    """Return the models whose embeddings are kept: the instances of the stage ``embeddings``."""
+    """Return the models of a run that have embeddings: the instances of the stage ``embeddings``."""
     return tuple(name for model in MODELS for name in model.names_in(config))
 
 
 def evaluated_models(config: Config) -> dict[str, Node]:
-    """Return the entries of the result table but the oracle, each with the node of its final embeddings."""
+    """Return the entries of the result table except the oracle, with the nodes of their final embeddings."""
     evaluated = {}
     for name in embedding_models(config):
         evaluated[name] = Node("heads" if find_model(name).head else "embeddings", name)
@@ -186,17 +187,17 @@ def evaluated_models(config: Config) -> dict[str, Node]:
 
 
 def head_models(config: Config) -> tuple[str, ...]:
-    """Return the models that get an embedding head: those that are evaluated with one."""
+    """Return the models for which an embedding head is fitted: all that are evaluated with a head."""
     return tuple(str(node.instance) for node in evaluated_models(config).values() if node.stage == "heads")
 
 
 def adaptor_sets(config: Config) -> tuple[str, ...]:
-    """Return the adaptor sets that are trained: one a granularity (or that of the labels), and the competitors."""
+    """Return the adaptor sets that are trained: one for each granularity (or one on labels), and the competitors."""
     return tuple(name for model in MODELS if model.making == "set" for name in model.names_in(config))
 
 
 def taught_by(config: Config, adaptor_set: str) -> tuple[str, ...]:
-    """Return the granularities whose pseudo-labels an adaptor set is trained on; none: it is trained on labels."""
+    """Return the granularities whose pseudo-labels train an adaptor set; empty where labels train it."""
     if adaptor_set == SUPERVISED:
         return ()
     return config.granularities if adaptor_set == MULTI_HEAD else (adaptor_set,)
@@ -208,5 +209,5 @@ def deployed_model(config: Config) -> str:
 
 
 def fusions(config: Config) -> tuple[str, ...]:
-    """Return the fusions that are trained: none over a single set."""
+    """Return the fusions that are trained; empty where there is only one adaptor set."""
     return () if config.model.source == "single" else config.fusion.pairs

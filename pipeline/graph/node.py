@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Node:
     """One instance of a stage; ``instance`` is None where the stage has only one.
 
-    A node names its artifact and knows nothing else: ``graph.stages`` says what it reads. ValueError for a part with
-    other characters than letters, digits, '_' and '-'.
+    A node names its artifact; ``graph.stages`` says what it reads. ValueError where stage or instance have other
+    characters than letters, digits, '_' and '-'.
     """
 
     stage: str

@@ -1,7 +1,8 @@
-"""The graph as data: what each stage reads, which instances it has, and where its code lives.
+"""The graph as data: the inputs, settings and instances of each stage.
 
-The *fingerprint* of a result is its stage's version, the settings and the digests of the files that the stage lists
-here: nothing else can change the result. Bump ``version`` when the same fingerprint would give another result.
+The *fingerprint* of a result holds the version of its stage, and the settings and the digests of the files that the
+stage lists here; nothing else can change the result. Raise ``version`` when the same fingerprint would give another
+result.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ class Input:
 class Stage:
     """One step of the pipeline.
 
-    ``settings`` gives the sections or single fields of the configuration that an instance reads; ``externals`` the
-    things outside the run folder that it reads (``sources``: the list of images, ``weights``: the backbone's file,
-    ``originals``: the images' files, whose digests the image table holds, ``detector``: the one of ``objects.model``).
-    ``parallel``: several processes can compute it, if there are; any other stage is left to the first of them.
+    ``settings`` returns the sections or single fields of the configuration that an instance reads. ``externals`` names
+    the inputs that no stage makes (``sources``: the list of images; ``weights``: the backbone's file; ``originals``:
+    the image files, whose digests the image table holds; ``detector``: the model of ``objects.model``). ``parallel``:
+    whether several processes can compute the stage together; otherwise the first process computes it.
     """
 
     name: str
@@ -80,7 +81,7 @@ def _feature_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
 
 
 def clustered_stage(config: Config) -> str:
-    """Return the stage whose features are clustered: those of the images, or of their object views."""
+    """Return the stage whose features are clustered: ``features`` of images, or ``object_features`` of object views."""
     return "object_features" if config.clusters.view == "objects" else "features"
 
 
@@ -98,7 +99,7 @@ def _object_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
 
 
 def _perceived(weight: float) -> tuple[Input, ...]:
-    """Return the object views, where something gives them a weight."""
+    """Return the object views as an input where their ``weight`` is not 0."""
     return (Input("objects", ("objects.parquet", "pixels/")),) if weight else ()
 
 
@@ -150,7 +151,7 @@ PARTS: dict[Part, Callable[[Config, str], tuple[Input, ...]]] = {
 
 
 def _parts_of(config: Config, model: str, *, but: tuple[Part, ...] = ()) -> tuple[Input, ...]:
-    """Return what a model of the result table is made of."""
+    """Return the inputs of a model of the result table, without those of the parts ``but``."""
     return tuple(each for part in find_model(model).parts if part not in but for each in PARTS[part](config, model))
 
 
@@ -273,12 +274,12 @@ def inputs_of(node: Node, config: Config) -> tuple[Input, ...]:
 
 
 def upstream(node: Node, config: Config) -> list[Node]:
-    """Return the nodes that a node reads, each once."""
+    """Return the nodes that a node reads, without repeats."""
     return list(dict.fromkeys(each.node for each in inputs_of(node, config)))
 
 
 def find_stage(name: str) -> Stage:
-    """Return a stage by name, or a ValueError that lists the names."""
+    """Return the stage of a name; the ValueError for an unknown name lists the known ones."""
     for stage in STAGES:
         if stage.name == name:
             return stage

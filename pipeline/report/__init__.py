@@ -1,1 +1,1 @@
-"""`grappa report`: what a finished run found out, as one folder of plain files to read and to share."""
+"""`grappa report`: the results of a finished run as one folder of plain files, to read and to share."""

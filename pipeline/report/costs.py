@@ -1,4 +1,4 @@
-"""What each model of the result table cost: the time of all stages that its embeddings hang on."""
+"""The cost of each model of the result table: the time of all stages that its embeddings depend on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grappa.pipeline.store.artifacts import LOG_FILE, RunFolder
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one artifact's making; ``partly``: it was resumed, and only the last try is known."""
+    """The seconds in which an artifact was made; ``partly``: it was resumed, only the time of the last try is known."""
 
     seconds: float
     partly: bool
@@ -27,7 +27,7 @@ class Cost:
 
 
 def needed(config: Config, node: Node) -> set[Node]:
-    """Return a node and all that it hangs on."""
+    """Return a node and all nodes that it depends on."""
     found: set[Node] = set()
     waiting = [node]
     while waiting:
@@ -39,7 +39,7 @@ def needed(config: Config, node: Node) -> set[Node]:
 
 
 def model_nodes(config: Config) -> dict[str, set[Node]]:
-    """Return what each model of the result table hangs on; the oracle hangs on every granularity."""
+    """Return the nodes that each model of the result table depends on; the oracle depends on those of all sets."""
     found = {model: needed(config, node) for model, node in evaluated_models(config).items()}
     if config.model.source == "single":
         return found
@@ -47,7 +47,7 @@ def model_nodes(config: Config) -> dict[str, set[Node]]:
 
 
 def cost_of(run: RunFolder, node: Node) -> Cost | None:
-    """Return what a published artifact's manifest and log say it cost; None where they say nothing."""
+    """Return the cost of a published artifact from its manifest and log; None where they do not hold it."""
     artifact = run.artifact(node)
     manifest = artifact.manifest()
     if manifest is None or "seconds" not in manifest.provenance:
@@ -63,8 +63,8 @@ def load_costs(run: RunFolder, config: Config) -> pd.DataFrame:
     """Return seconds by model and stage: model, stage, instance, seconds, partly, images_per_second."""
     order = [stage.name for stage in STAGES]
     records = []
-    for model, steps in model_nodes(config).items():
-        for node in sorted(steps, key=lambda node: (order.index(node.stage), str(node.instance))):
+    for model, nodes in model_nodes(config).items():
+        for node in sorted(nodes, key=lambda node: (order.index(node.stage), str(node.instance))):
             cost = cost_of(run, node)
             found = (cost.seconds, cost.partly, cost.images_per_second) if cost else (float("nan"), True, None)
             records.append((model, node.stage, node.instance, *found))
@@ -72,7 +72,7 @@ def load_costs(run: RunFolder, config: Config) -> pd.DataFrame:
 
 
 def cost_table(costs: pd.DataFrame, models: list[str]) -> Table:
-    """Return the time of each stage by model, their sum, and the speed of embedding; ``*``: known in part only."""
+    """Return the times of the stages by model, their sum, and the speed of embedding; ``*``: only known in part."""
     stages = list(dict.fromkeys(costs["stage"]))
     stages.sort(key=[stage.name for stage in STAGES].index)
     rows = []
@@ -85,7 +85,7 @@ def cost_table(costs: pd.DataFrame, models: list[str]) -> Table:
 
 
 def partly_known(costs: pd.DataFrame) -> list[str]:
-    """Return the artifacts whose time is that of the last try only."""
+    """Return the names of the artifacts of which only the time of the last try is known."""
     own = costs[costs["partly"]]
     return sorted({Node(*pair).name for pair in zip(own["stage"], own["instance"], strict=True)})
 

@@ -29,7 +29,7 @@ BLOCK_ROWS = 65536
 
 @dataclass(frozen=True)
 class Shown:
-    """A thumbnail: ``row`` of the image table; ``right``: of the query's class, None where that is not known."""
+    """A thumbnail of ``row`` of the image table; ``right``: whether it has the query's class, None where not known."""
 
     row: int
     domain: str
@@ -45,7 +45,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Ranking:
-    """A model's nearest images of a query, and its average precision where that is known."""
+    """The images nearest to a query by a model, and the average precision where it is known."""
 
     model: str
     average_precision: float | None
@@ -64,10 +64,10 @@ class Example:
 def load_examples(
     run: RunFolder, models: Mapping[str, Node], per_query: pd.DataFrame, *, seed: int = 0
 ) -> list[Example]:
-    """Return the examples of a run: of each domain one query drawn at random, and where labels exist the two whose
-    average precision gained and lost the most from the first to the second of ``models``.
+    """Return the examples of a run: for each domain one query drawn at random, and with labels two more queries.
 
-    ``models`` names the artifact of each model's embeddings. The gallery is merged: all test images but the
+    These two have the largest gain and the largest loss of average precision from the first to the second of
+    ``models``. ``models`` maps a model to the node of its embeddings. The gallery is merged: all test images except the
     query.
     """
     images = read_images(published(run, "images"))
@@ -82,9 +82,9 @@ def load_examples(
 
 
 def choose(table: pd.DataFrame, precision: pd.DataFrame, *, seed: int = 0) -> list[tuple[str, int]]:
-    """Return (why, place in ``table``) of the queries to show, by domain, each image once.
+    """Return (reason, position in ``table``) of the queries to show, by domain, without repeated images.
 
-    ``precision``: average precision of each place (NaN without label) by model, in the order of ``table``.
+    ``precision``: the average precision of the images by model, in the order of ``table``; NaN without a label.
     """
     order = shuffled(key(seed, "report"), id_numbers(table["image_id"].tolist()))
     scored = precision.notna().all(axis=1).to_numpy() if len(precision.columns) else np.zeros(len(table), dtype=bool)
@@ -116,7 +116,7 @@ def write_thumbnails(run: RunFolder, examples: Sequence[Example], folder: Path) 
 
 
 def _precision(table: pd.DataFrame, models: Sequence[str], per_query: pd.DataFrame) -> pd.DataFrame:
-    """Return the average precision in the merged gallery, a row an image of ``table``, a column a model."""
+    """Return the average precision in the merged gallery: rows are the images of ``table``, columns the models."""
     if "average_precision" not in per_query:
         return pd.DataFrame(index=table.index)
     own = per_query[per_query["gallery"] == "merged"]
@@ -129,7 +129,10 @@ def _precision(table: pd.DataFrame, models: Sequence[str], per_query: pd.DataFra
 def _nearest(
     folder: Path, rows: NDArray[np.int64], places: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the nearest of ``rows`` for the queries at ``places``: places (Q, k) and cosines (Q, k), largest first."""
+    """Return the nearest images of Q queries: positions in ``rows`` (Q, k) and cosines (Q, k), largest first.
+
+    ``rows``: rows of the image table that are searched; ``places``: the positions of the queries in ``rows``.
+    """
     embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
     queries = np.asarray(embeddings[rows[places]])
     blocks = [np.asarray(embeddings[rows[at : at + BLOCK_ROWS]]) for at in range(0, len(rows), BLOCK_ROWS)]

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG: the same bytes for the same run, text as outlines, so that no font is needed.
+"""The figures of a report as SVG. The same run gives the same bytes; text is drawn as outlines, which need no font.
 
 Shapes: M domains, G pseudo-granularities, L blocks.
 """
@@ -31,16 +31,16 @@ MAX_NAME = 18
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as SVG, without date."""
+    """Write a figure as SVG without a date."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box stands for a letter that the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the font draws a box for a letter that it lacks
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
 def learning_curves(curves: pd.DataFrame) -> Figure:
-    """Return each metric of each training stage along the epochs, one line an instance, smoothed over the raw values.
+    """Return the metrics of the training stages along the epochs: raw values, and smoothed ones as a line an instance.
 
-    ``curves`` as of ``grappa.pipeline.tables.learning_curves``.
+    ``curves`` is the table of ``grappa.pipeline.tables.learning_curves``.
     """
     panels = [
         (stage, metric)
@@ -62,7 +62,10 @@ def learning_curves(curves: pd.DataFrame) -> Figure:
 
 
 def cluster_sizes(sizes: pd.DataFrame) -> Figure:
-    """Return the train images of each cluster, largest first, one line a granularity (``tables.cluster_sizes``)."""
+    """Return the numbers of train images of the clusters, largest first: a line for each granularity.
+
+    ``sizes`` is the table of ``grappa.pipeline.tables.cluster_sizes``.
+    """
     figure, (axis,) = _grid(1, 1, 6.5, 3.0)
     for name, own in sizes.groupby("granularity", sort=False, observed=True):
         falling = own["num_train"].sort_values(ascending=False).to_numpy()
@@ -79,9 +82,10 @@ def cluster_sizes(sizes: pd.DataFrame) -> Figure:
 
 
 def shared_clusters(mix: pd.DataFrame) -> Figure:
-    """Return, for an image of each domain, which domains its cluster is made of: an (M, M) map a granularity.
+    """Return the shares of all domains in the cluster of an image, by the image's domain: an (M, M) map a granularity.
 
-    ``mix`` as of ``grappa.pipeline.tables.domain_mix``. Rows sum to 1; 1 on the diagonal: clusters never mix domains.
+    ``mix`` is the table of ``grappa.pipeline.tables.domain_mix``. Rows of a map sum to 1; where the diagonal is 1, no
+    cluster mixes domains.
     """
     names = sorted(mix["domain"].unique())
     granularities = list(mix["granularity"].unique())
@@ -94,7 +98,7 @@ def shared_clusters(mix: pd.DataFrame) -> Figure:
 
 
 def domain_shares(mix: pd.DataFrame, names: list[str]) -> NDArray[np.float64]:
-    """Return (M, M): row a, column b: the mean share of domain b in the cluster of an image of domain a."""
+    """Return shares (M, M), 0 to 1: row a, column b is the mean share of domain b in the cluster of an image of a."""
     shares = mix.pivot(index="pseudo_label", columns="domain", values="share").reindex(columns=names).fillna(0.0)
     counts = mix.pivot(index="pseudo_label", columns="domain", values="num_images").reindex(columns=names).fillna(0.0)
     sums: NDArray[np.float64] = counts.to_numpy().T @ shares.to_numpy()
@@ -102,7 +106,10 @@ def domain_shares(mix: pd.DataFrame, names: list[str]) -> NDArray[np.float64]:
 
 
 def attention(table: pd.DataFrame) -> Figure:
-    """Return each domain's mean granularity attention: an (M, G) map a block (``tables.load_attention``)."""
+    """Return each domain's mean granularity attention: an (M, G) map for each block.
+
+    ``table`` is the table of ``grappa.pipeline.tables.load_attention``.
+    """
     blocks = list(table["block"].unique())
     names, granularities = list(table["domain"].unique()), list(table["granularity"].unique())
     figure, axes = _grid(len(blocks), 4, max(2.2, 0.42 * len(granularities) + 1.2), max(1.6, 0.26 * len(names) + 0.9))
@@ -114,7 +121,7 @@ def attention(table: pd.DataFrame) -> Figure:
 
 
 def _grid(number: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure of ``number`` panels, each ``width`` x ``height`` inches, and its axes."""
+    """Return a figure with ``number`` panels of ``width`` x ``height`` inches, and the panels' axes."""
     columns = min(columns, number)
     rows = -(-number // columns)
     with matplotlib.rc_context(STYLE):
@@ -124,7 +131,7 @@ def _grid(number: int, columns: int, width: float, height: float) -> tuple[Figur
 
 
 def _map(axis: Axes, values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], title: str) -> None:
-    """Draw a map of values in 0..1 with the numbers in it."""
+    """Draw a map of values in 0..1, and the values as numbers."""
     axis.pcolormesh(values, cmap="Blues", vmin=0.0, vmax=1.0)
     axis.invert_yaxis()
     axis.set_xticks(np.arange(len(columns)) + 0.5, list(columns), rotation=90, fontsize=7)

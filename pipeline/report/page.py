@@ -1,4 +1,4 @@
-"""Writing a report: index.html with its figures and thumbnails, and the tables again as results.md."""
+"""Writing a report: index.html with figures and thumbnails, and its tables as results.md."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ FIGURES, THUMBNAILS, PAGE, MARKDOWN = "figures", "images", "index.html", "result
 
 
 def write_report(run: Path, folder: Path) -> str:
-    """Write the report of a finished run into the new folder ``folder``, whole or not at all; the result in a sentence.
+    """Write the report of a finished run into the new folder ``folder``, whole or not at all; return a sentence.
 
-    The same run gives the same bytes. ValueError naming the command when something is missing, or when artifacts of
-    different generations lie side by side.
+    The same run gives the same bytes. ValueError, with the command that helps, when an artifact is missing or when
+    artifacts were made from different inputs.
     """
     refuse_existing(folder)
     source = RunFolder.open(run)
@@ -55,7 +55,7 @@ def _is_made(run: RunFolder, node: Node) -> bool:
 def _content(
     run: RunFolder, config: Config, metrics: pd.DataFrame, per_query: pd.DataFrame, *, attention: bool
 ) -> dict[str, Any]:
-    """Return all that the templates show."""
+    """Return all values that the templates show, by name."""
     models = list(dict.fromkeys(metrics["model"])) if metrics["map"].notna().any() else []
     sources = evaluated_models(config)
     pictured = dict.fromkeys([*examples.PICTURED, deployed_model(config)])
@@ -96,7 +96,7 @@ def _gallery(metrics: pd.DataFrame, per_query: pd.DataFrame, gallery: str, deplo
 
 
 def _facts(run: RunFolder, config: Config) -> list[tuple[str, str]]:
-    """Return what identifies the result: images, backbone, granularities, seeds, commits and where it was made."""
+    """Return the facts that identify the result: images, backbone, granularities, seeds, commits, device, precision."""
     listing = tables.load_assignments(run.root)
     num_test = int((listing["split"] == "test").sum())
     split = f"{len(listing) - num_test:,} to learn from, {num_test:,} to test"
@@ -127,7 +127,7 @@ def _several(values: Any) -> str:
 
 
 def _attention(run: RunFolder, config: Config) -> dict[str, Any]:
-    """Return the attention's tables, and what they say of all blocks together."""
+    """Return the tables of the attention, and its numbers over all domains and blocks."""
     found = tables.attention_summary(run.root)
     whole = found[(found["domain"] == MEAN) & (found["block"] == MEAN_BLOCK)].iloc[0]
     names = ["entropy", "entropy_share", "variance", "eta_squared", "image_information", "domain_information"]
@@ -151,7 +151,7 @@ def _named(place: str | int) -> str:
 
 
 def _clusters(run: RunFolder) -> Table:
-    """Return one row a granularity: how large its clusters are, and how pure of domain."""
+    """Return a row for each granularity: the sizes of its clusters, and the mean share of an image's own domain."""
     sizes, mix, rows = tables.cluster_sizes(run.root), tables.domain_mix(run.root), []
     for name, own in sizes.groupby("granularity", sort=False, observed=True):
         part = mix[mix["granularity"] == name]

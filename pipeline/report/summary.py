@@ -1,4 +1,4 @@
-"""The result tables of a report: every model by domain, and the gains that can be told from chance."""
+"""The result tables of a report: every model by domain, and gains with intervals that separate them from chance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMPARED = tuple(model.name for model in MODELS if model.compared)
 
 @dataclass(frozen=True)
 class Table:
-    """Text cells for HTML and Markdown; ``strong`` holds (row, column) of cells to stress."""
+    """A table of text cells for HTML and Markdown; ``strong`` holds the (row, column) of cells to stress."""
 
     title: str
     header: list[str]
@@ -37,7 +37,7 @@ class Table:
 def result_table(metrics: pd.DataFrame, gallery: str, metric: str = "map") -> Table:
     """Return models by domains with the mean last, +- the standard error over queries where it is known.
 
-    The best model of a column is stressed, those that saw labels aside.
+    The best model of a column is stressed; models that saw labels do not take part.
     """
     own = metrics[metrics["gallery"] == gallery].set_index(["model", "domain"])
     models, domains = (list(own.index.get_level_values(level).unique()) for level in ("model", "domain"))
@@ -64,7 +64,7 @@ def result_table(metrics: pd.DataFrame, gallery: str, metric: str = "map") -> Ta
 
 
 def means_table(metrics: pd.DataFrame) -> Table:
-    """Return the mean over domains of every metric in both galleries, one row a model."""
+    """Return the mean over domains of every metric in both galleries, a line for each model."""
     own = metrics[metrics["domain"] == MEAN].set_index(["model", "gallery"])
     models = list(dict.fromkeys(own.index.get_level_values("model")))
     columns = [(gallery, metric) for gallery in GALLERIES for metric in METRICS]
@@ -76,11 +76,12 @@ def means_table(metrics: pd.DataFrame) -> Table:
 def comparisons(
     metrics: pd.DataFrame, per_query: pd.DataFrame, gallery: str, *, deployed: str = "fused", seed: int = 0
 ) -> pd.DataFrame:
-    """Return the mAP gain of each learned model and of ``deployed``, one row a (candidate, against, domain).
+    """Return the mAP gain of each learned model and of ``deployed``, a row for each (candidate, against, domain).
 
-    ``against`` is "zero-shot" (``reference``: the best of the zero-shot models in this domain) or "mean" (for those
-    learned on top of the mean over sets). Columns: candidate, against, domain, reference, difference, low, high
-    (paired bootstrap over queries, 95 %; of ``_mean`` within domains), relative (difference / reference's mAP).
+    ``against`` is "zero-shot" (``reference``: the best zero-shot model in this domain) or "mean" (the sets with equal
+    attention, for models that learn more than the sets). Columns: candidate, against, domain, reference, difference,
+    low, high (95 % interval by paired bootstrap over queries; for ``_mean`` queries are drawn within domains), relative
+    (difference / reference's mAP).
     """
     scored = per_query[(per_query["gallery"] == gallery) & (per_query["num_positives"] > 0)]
     precision = scored.pivot(index="image_id", columns="model", values="average_precision")
@@ -122,7 +123,7 @@ def _compare(
 
 
 def gain_table(found: pd.DataFrame) -> Table:
-    """Return the comparisons as text, a row a (candidate, against); gains beyond their interval are stressed."""
+    """Return the comparisons as text, a line for each (candidate, against); intervals above 0 are stressed."""
     domains = list(dict.fromkeys(found["domain"]))
     rows: list[list[str]] = []
     strong: set[tuple[int, int]] = set()
@@ -135,19 +136,19 @@ def gain_table(found: pd.DataFrame) -> Table:
 
 
 def gain_text(row: Any) -> str:
-    """Return ``+.011 [+.008, +.014]``; the interval is never broken into two lines."""
+    """Return ``+.011 [+.008, +.014]``; a space that breaks no line keeps the interval together."""
     return f"{_signed(row['difference'])} [{_signed(row['low'])},\u00a0{_signed(row['high'])}]"
 
 
 def verdict(row: Any) -> str:
-    """Return what a comparison shows, in one sentence."""
+    """Return the outcome of a comparison in one sentence."""
     side = "above" if row["low"] > 0 else "below" if row["high"] < 0 else "not to be told apart from"
     share = f"{row['relative']:+.1%}, " if np.isfinite(row["relative"]) else ""
     return f"{row['candidate']} is {side} {row['reference']} ({share}{gain_text(row)})"
 
 
 def domain_name(domain: str) -> str:
-    """Return a column's heading."""
+    """Return the heading of a domain's column."""
     return "mean" if domain == MEAN else domain
 
 

@@ -1,10 +1,10 @@
-"""Stage ``adaptors``: one adaptor set a pseudo-granularity, trained on its pseudo-labels over the frozen backbone.
+"""Stage ``adaptors``: one adaptor set for each pseudo-granularity, trained on its pseudo-labels on the frozen backbone.
 
-Two further sets are competitors of the result table, if ``evaluation.extra_rows`` names them; the settings, and so the
-number of epochs, are those of one set. ``multi_head`` is one set trained on the pseudo-labels of all granularities at
-once (one table of proxies a granularity, the mean of their losses): what several sets must beat at the cost of one.
-``supervised`` is trained on the labels of the train images (a class is a domain and a label, unlabelled images are left
-out): what labels would have bought. No other stage but the evaluation reads a label.
+Two further sets are competitors in the result table, if ``evaluation.extra_rows`` names them; their settings, such as
+the number of epochs, are those of the other sets. ``multi_head`` is one set that is trained on the pseudo-labels of all
+granularities at once (one table of proxies for each granularity, the mean of their losses); several sets must be better
+than this single one. ``supervised`` is trained on the labels of the train images (a class is a domain and a label;
+unlabelled images are left out); it shows what labels would bring. Of the other stages only the evaluation reads labels.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def adaptor_loss(settings: Adaptors) -> AdaptorLoss:
 
 
 def _perception(context: StageContext) -> Perception:
-    """Return the further views that the settings give a weight to."""
+    """Return the object views and background views whose weight in the settings is not 0."""
     settings = context.config.adaptors
     return Perception(
         objects=open_objects(context) if settings.object_weight or settings.transfer_weight else None,
@@ -97,7 +97,7 @@ def _perception(context: StageContext) -> Perception:
 
 
 def _targets(context: StageContext) -> tuple[NDArray[np.int64], list[Targets], str]:
-    """Return the rows to train on, what is told apart there, and its name: only ``supervised`` reads labels."""
+    """Return the rows to train on, their targets, and the targets' name; only ``supervised`` reads labels."""
     images = read_images(context.input("images"))
     granularities = taught_by(context.config, str(context.instance))
     if not granularities:
@@ -114,7 +114,7 @@ def _pseudo_labels(context: StageContext, granularity: str, rows: NDArray[np.int
 
 
 def _labelled(context: StageContext, images: pd.DataFrame) -> tuple[NDArray[np.int64], Targets]:
-    """Return the train rows that have a label, and these as targets."""
+    """Return the train rows that have a label, and the targets that these labels make."""
     labels = pd.read_parquet(context.input("images") / "labels.parquet")["label"].to_numpy()
     rows = train_rows(images)
     rows = rows[pd.notna(labels[rows])]

@@ -1,8 +1,8 @@
-"""Stage ``attention``: the class token's granularity attention of every image, (N, L, G) float32, to look at.
+"""Stage ``attention``: the class token's granularity attention of every image, (N, L, G) float32, for inspection.
 
-L blocks and G pseudo-granularities in the order of their numbers; each (i, l) sums to 1 over G. Where the sets adapt
-outputs, queries and keys, a block attends twice and counts as two. Nothing reads it but ``grappa.pipeline.tables``: a
-result needs no such pass, and a look at it needs no training.
+L blocks, and G pseudo-granularities in the order of their numbers; the values of an image and a block sum to 1 over G.
+Where the sets adapt outputs, queries and keys, a block attends twice and counts as two blocks. No other stage reads
+this artifact; ``grappa.pipeline.run`` opens it.
 """
 
 from __future__ import annotations

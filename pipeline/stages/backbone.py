@@ -1,4 +1,4 @@
-"""Stage ``backbone``: the pretrained weights, brought into the run once, so that no later stage needs hub or file."""
+"""Stage ``backbone``: a copy of the pretrained weights in the run, so that no later stage needs the hub or a file."""
 
 from __future__ import annotations
 

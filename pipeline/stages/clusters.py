@@ -1,4 +1,4 @@
-"""Stage ``clusters``: one partition of the train images a granularity; test images take their nearest centroid."""
+"""Stage ``clusters``: a partition of the train images for each granularity; test images get their nearest centroid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grappa.search.kmeans import Clustering, assign, cluster, cluster_health, me
 def run(context: StageContext) -> str:
     settings, images = context.config.clusters, read_images(context.input("images"))
     file = context.input(clustered_stage(context.config)) / "features.npy"
-    features = np.load(file, mmap_mode="c", allow_pickle=False)  # c: never written to, and not copied by torch
+    features = np.load(file, mmap_mode="c", allow_pickle=False)  # c: torch makes no copy, and no write reaches the file
     rows, ids = _in_order(images)
     num_clusters = num_clusters_of(str(context.instance))
     context.need_memory(memory_needed(len(features), features.shape[1], num_clusters))
@@ -41,7 +41,7 @@ def run(context: StageContext) -> str:
 
 
 def _in_order(images: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """Return the train rows sorted by id number, and these numbers; k-means does not copy features so sorted."""
+    """Return the train rows sorted by id number, and these numbers; k-means copies features in any other order."""
     rows = train_rows(images)
     ids = id_numbers(images["image_id"].iloc[rows].tolist())
     order = np.argsort(ids, kind="stable")

@@ -1,7 +1,7 @@
-"""Stage ``embeddings``: every image's embedding by each model of the result table, (N, D) float32, L2-normalised.
+"""Stage ``embeddings``: the embeddings of all images by a model of the result table, (N, D) float32, L2-normalised.
 
-``grappa.pipeline.graph.models`` names for each model the function that makes its embeddings: ``COMPUTED`` holds those
-that need no pass of the backbone, ``OPENED`` those that open what adapts the backbone.
+``grappa.pipeline.graph.models`` names for each model the function that makes its embeddings. ``COMPUTED`` holds the
+functions that need no pass through the backbone, ``OPENED`` those that open the adaptor sets of the backbone.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ FILE = "embeddings.npy"
 
 @dataclass(frozen=True)
 class Adapted:
-    """What adapts the backbone, as it was trained: one adaptor set, or several and the fusion over them."""
+    """The trained parts that adapt the backbone: one adaptor set, or several sets and the fusion over them."""
 
     sets: dict[str, AdaptorSet]
     fusion: Fusion | None = None
 
     def inference_form(self, backbone: Backbone) -> tuple[Backbone, Adaptation]:
-        """Return the backbone and what adapts it, made for embedding."""
+        """Return the backbone and its adaptation, folded for inference."""
         if self.fusion is not None:
             return backbone, self.fusion.folded()
         (only,) = self.sets.values()
@@ -46,7 +46,7 @@ def run(context: StageContext) -> str:
     model = find_model(name)
     compute = COMPUTED.get(model.making)
     if compute:
-        return compute(context) if context.leads else ""  # seconds of work
+        return compute(context) if context.leads else ""  # this takes seconds, so the leader does it alone
     cache = open_objects(context) if "object_views" in model.parts else None
     backbone = open_backbone(context)
     backbone, adaptation = open_model(context, name).inference_form(backbone)
@@ -56,7 +56,7 @@ def run(context: StageContext) -> str:
 
 
 def open_model(context: StageContext, name: str) -> Adapted:
-    """Return what adapts the backbone in a model of the result table."""
+    """Return the trained parts that adapt the backbone in a model of the result table."""
     return OPENED[find_model(name).making](context, name)
 
 

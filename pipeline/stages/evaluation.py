@@ -1,9 +1,9 @@
 """Stage ``evaluation``: retrieval metrics of every model on the test rows, per domain and over the merged gallery.
 
-``reciprocity`` (``grappa.metrics.indicators``) reads no label: where no test image has one, it is the only metric.
+``reciprocity`` (``grappa.metrics.indicators``) reads no label; where no test image has a label, it is the only metric.
 
-Adapted models are evaluated with their embedding head; ``zero_shot_head`` is the frozen backbone with one (a free
-competitor, as ``zero_shot_whitened`` is), ``fused_raw`` the fused model without.
+Adapted models are evaluated with their embedding head. ``zero_shot_head`` is the frozen backbone with a head (a free
+competitor, as ``zero_shot_whitened`` is), ``fused_raw`` the fused model without its head.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run(context: StageContext) -> str:
     per_query = _evaluate_all(context, images.iloc[rows], labels.iloc[rows], rows) if num_labeled else _nothing()
     metrics = _write(context, per_query, _reciprocity(context, images["domain"].to_numpy()[rows], rows))
     if not num_labeled:
-        return "no test image has a label: only the reciprocity of neighbours is told (model and index are complete)"
+        return "no test image has a label: only the reciprocity of neighbours is known (model and index are complete)"
     where = "transductive: no image is split, all rows are both" if transductive else "test rows"
     return f"{_headline(metrics, deployed_model(context.config))} ({where}, {num_labeled} of {len(rows)} labeled)"
 
@@ -79,7 +79,7 @@ def _nothing() -> pd.DataFrame:
 
 
 def _reciprocity(context: StageContext, domains: NDArray[np.object_], rows: NDArray[np.int64]) -> pd.DataFrame:
-    """Return model, domain, gallery and reciprocity of every model but the oracle; no label is read."""
+    """Return model, domain, gallery and reciprocity of every model except the oracle; no label is read."""
     nodes = evaluated_models(context.config)
     parts = []
     with context.task("reciprocity", len(nodes) * len(GALLERIES), unit="tables") as advance:

@@ -1,4 +1,4 @@
-"""Stage ``features``: the frozen backbone's L2-normalised class tokens, (N, D) float32."""
+"""Stage ``features``: the frozen backbone's L2-normalised class tokens of all images, (N, D) float32."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ def extract(
     read: Read | None = None,
     row_shape: tuple[int, ...] | None = None,
 ) -> tuple[int, ...]:
-    """Write the embeddings of all cached images into ``file``, going on where an interrupted try stopped; (N, D).
+    """Write the embeddings of all cached images into ``file``, resuming an interrupted try; return their shape (N, D).
 
-    ``cache``: other pixels than those of the images artifact. ``view`` and ``read`` (``backbone.features``) may see an
-    image otherwise and keep something else of it, of shape ``row_shape``.
+    ``cache``: the pixels to embed, by default those of the images artifact. ``view`` replaces the crop that the
+    backbone sees, ``read`` the class token that is written (see ``grappa.backbone.features``). ``row_shape`` is the
+    shape of one image's value, by default (D,).
     """
     cache, device = open_pixels(context) if cache is None else cache, settle_device(context)
     settled = settle_precision(context, precision, device)
@@ -90,7 +91,7 @@ def _open_rows(path: Path, shape: tuple[int, ...], start: int) -> np.memmap[Any,
 
 
 def new_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
-    """Create a memory-mapped float32 file whose space is taken at once: a full disk must be an error, not a SIGBUS."""
+    """Create a memory-mapped float32 file and reserve its space now: a full disk is then an error, not a SIGBUS."""
     out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

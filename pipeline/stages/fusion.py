@@ -1,4 +1,4 @@
-"""Stage ``fusion``: attention over the adaptor sets, led by propagating granularity attention across neighbours."""
+"""Stage ``fusion``: attention over the adaptor sets, trained by attention propagation between neighbours."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(context: StageContext) -> str:
     if not context.leads:
         return ""
     form = {"level": settings.attention_level, "temperature": settings.attention_temperature}
-    # One entry only: safetensors writes several in an order that differs from process to process.
+    # The metadata have only one entry: safetensors writes several entries in an order that differs between processes.
     write_tensors(context.path / "fusion.safetensors", fusion.trained_state(), {"fusion": json.dumps(form)})
     write_metrics(context, result)
     last = result.metrics[-1]

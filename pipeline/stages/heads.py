@@ -1,8 +1,8 @@
 """Stage ``heads``: an embedding head for each model, fitted without labels on the train rows, applied to all rows.
 
-``embeddings.npy`` (N, D) float32, L2-normalised, are the final embeddings of the model: those that are evaluated and
-searched. ``head.json`` says what was fitted. The equations are in ``grappa.method.head``; the head is
-ours, not the paper's.
+``embeddings.npy`` (N, D) float32, L2-normalised, holds the final embeddings of the model, which are evaluated and
+searched. ``head.json`` describes the fitted head. The equations are in ``grappa.method.head``; the head is ours, not
+the paper's.
 """
 
 from __future__ import annotations

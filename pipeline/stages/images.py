@@ -1,4 +1,4 @@
-"""Stage ``images``: the listed files, decoded once into the pixel cache; the image table, the labels, the rejected."""
+"""Stage ``images``: the listed files decoded once into the pixel cache; the image table, labels and rejected files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(context: StageContext) -> str:
 
 
 def _decode_own_shards(context: StageContext, listing: pd.DataFrame, roots: list[str], how: dict[str, Any]) -> None:
-    """Decode every n-th shard, n processes doing the others; return when all are there."""
+    """Decode every n-th shard, as one of n processes; return when all processes have decoded theirs."""
     team, size = context.team, context.config.images.shard_size
     own = slice(team.rank, None, team.size)
     number = sum(min(size, len(listing) - start) for start in range(0, len(listing), size)[own])

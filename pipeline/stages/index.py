@@ -1,4 +1,4 @@
-"""Stage ``index``: the searchable index over the embeddings of the deployed model, with their head."""
+"""Stage ``index``: the search index over the final embeddings of the deployed model."""
 
 from __future__ import annotations
 

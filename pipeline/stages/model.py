@@ -1,6 +1,6 @@
-"""Stage ``model``: the self-contained adapted model, backbone + what adapts it + head + preprocessing.
+"""Stage ``model``: the self-contained adapted model: backbone, adaptation, head and preprocessing.
 
-What adapts it is the adaptor sets and their fusion, the student's one set, or the only set: ``model.source`` says.
+``model.source`` chooses the adaptation: the adaptor sets and their fusion, the student's set, or the only set.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stage ``neighbors``: for every image its nearest train images in the frozen feature space, itself excluded."""
+"""Stage ``neighbors``: the train images nearest to every image in the frozen feature space, except the image itself."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ def run(context: StageContext) -> str:
 
 
 def _collected(context: StageContext, own: NDArray[Any], number: int) -> NDArray[Any]:
-    """Return all ``number`` rows in the first process; another process gets back its part, ``own``."""
+    """Return all ``number`` rows in the first process; in another process return its part, ``own``."""
     parts = context.processes.gather(torch.from_numpy(own), math.ceil(number / context.team.size))
     return torch.cat(parts).numpy() if parts else own

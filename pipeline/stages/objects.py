@@ -1,9 +1,9 @@
-"""Stage ``objects``: a box for each image, whether the gate accepts it, and the object views as a pixel cache.
+"""Stage ``objects``: a box for each image, the gate's decision on it, and the object views as a pixel cache.
 
 ``objects.parquet``: row i is row i of the image table: image_id, box_x0 .. box_y1 (float64 pixels of the EXIF-oriented
-original; NaN: none), confidence (0-1; NaN: none), provider, accepted, reason. ``pixels/``: the object views; an image
-without an accepted box keeps its own pixels. ``report.csv``: acceptance by domain. ``contact_sheet.jpg``: to look at.
-Domains are reported; no provider reads them.
+original; NaN: no box), confidence (0-1; NaN: no box), provider, accepted, reason. ``pixels/``: the object views; the
+view of an image without an accepted box is the whole image. ``report.csv``: acceptance by domain.
+``contact_sheet.jpg``: examples to look at. Domains are only reported; no provider reads them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run(context: StageContext) -> str:
 
 
 def _found(context: StageContext, images: pd.DataFrame) -> Boxes:
-    """Return the provider's boxes (N, 4) and confidences (N,); interrupted work keeps those it has."""
+    """Return the provider's boxes (N, 4) and confidences (N,); resumed work reads those that were found before."""
     scratch = context.path / SCRATCH_FOLDER
     scratch.mkdir(exist_ok=True)
     file = scratch / "boxes.npy"
@@ -60,7 +60,7 @@ def _found(context: StageContext, images: pd.DataFrame) -> Boxes:
 
 
 def _listed(context: StageContext, images: pd.DataFrame) -> Boxes:
-    """Return the boxes of the image table's own columns."""
+    """Return the boxes in the columns of the image table."""
     boxes = images[list(BOX_COLUMNS)].to_numpy(dtype=np.float64)
     if np.isnan(boxes).all():
         raise ValueError(NO_BOXES)
@@ -68,7 +68,7 @@ def _listed(context: StageContext, images: pd.DataFrame) -> Boxes:
 
 
 def _seen(context: StageContext, images: pd.DataFrame) -> Boxes:
-    """Return the boxes of what the frozen backbone sees in front."""
+    """Return the boxes of the foreground that the frozen backbone sees."""
     backbone = seeing_finely(open_backbone(context))
     rows, columns = grid_of(backbone)
     file = f"{SCRATCH_FOLDER}/foreground.npy"
@@ -80,7 +80,7 @@ def _seen(context: StageContext, images: pd.DataFrame) -> Boxes:
 
 
 def _drawn(context: StageContext, images: pd.DataFrame) -> Boxes:
-    """Return boxes as large as those that the backbone sees, but anywhere."""
+    """Return boxes with the sizes of those that the backbone sees, at random places."""
     boxes, confidences = _seen(context, images)
     ids = id_numbers(images["image_id"].tolist())
     sizes = images[["height", "width"]].to_numpy()
@@ -89,7 +89,7 @@ def _drawn(context: StageContext, images: pd.DataFrame) -> Boxes:
 
 
 def _detected(context: StageContext, images: pd.DataFrame) -> Boxes:
-    """Return the surest box that Grounding DINO finds in the cached pixels of each image."""
+    """Return the box of the highest confidence that Grounding DINO finds in the cached pixels of each image."""
     settings, cache = context.config.objects, open_pixels(context)
     detector = load_detector(str(settings.model), settings.prompt, device=settle_device(context))
     path = context.path / SCRATCH_FOLDER / "detected.npy"
@@ -109,7 +109,7 @@ def _detected(context: StageContext, images: pd.DataFrame) -> Boxes:
 def _judged(
     context: StageContext, images: pd.DataFrame, boxes: NDArray[np.float64], confidences: NDArray[np.float64]
 ) -> pd.DataFrame:
-    """Return objects.parquet with the images' domain, height and width."""
+    """Return the table of objects.parquet, with the images' domain, height and width."""
     settings = context.config.objects
     gate = Gate(settings.min_confidence, settings.min_area, settings.max_area)
     reasons = refusals(boxes, confidences, images[["height", "width"]].to_numpy(), gate)
@@ -142,5 +142,5 @@ def _report(context: StageContext, table: pd.DataFrame) -> str:
     sheet = contact_sheet(table, open_pixels(context))
     sheet.save(context.path / "contact_sheet.jpg", quality=JPEG_QUALITY)
     shares = counts[counts["outcome"] == "accepted"].set_index("domain")["share"]
-    told = ", ".join(f"{domain} {share:.0%}" for domain, share in shares.items())
-    return f"{int(table['accepted'].sum())} of {len(table)} boxes accepted ({told})"
+    by_domain = ", ".join(f"{domain} {share:.0%}" for domain, share in shares.items())
+    return f"{int(table['accepted'].sum())} of {len(table)} boxes accepted ({by_domain})"

@@ -1,4 +1,4 @@
-"""Stage ``student``: one adaptor set that is taught to embed as the fused model does, for retrieval at its cost."""
+"""Stage ``student``: one adaptor set that learns to embed as the fused model does, at the cost of a single set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run folder on disk: where each artifact lies, what its manifest says.
+"""The run folder on disk: the place of each artifact, and the content of its manifest.
 
 Nothing heavy is imported here, so that `grappa status` answers at once.
 """
@@ -31,13 +31,13 @@ FORMAT = 1
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 MANIFEST_FILE, FINGERPRINT_FILE, LOG_FILE = "manifest.json", "recipe.json", "log.jsonl"
 CHECKPOINT_FILES = ("checkpoint.safetensors", "checkpoint.json")
-SCRATCH_FOLDER = "scratch"  # in a partial folder: what a stage needs to go on after a crash, dropped when published
+SCRATCH_FOLDER = "scratch"  # in a partial folder: files with which a stage resumes after a crash; never published
 
 Fingerprint = Mapping[str, Any]
 
 
 def quoted(path: Path) -> str:
-    """The path as one types it in a shell, for commands that messages name."""
+    """Return the path quoted for a shell, for the commands that messages name."""
     return shlex.quote(str(path))
 
 
@@ -58,20 +58,20 @@ class FileDigest(TypedDict):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is: fingerprint and outputs are its identity, provenance says where it came from."""
+    """The manifest of an artifact: fingerprint and outputs identify it, the provenance says where it came from."""
 
     fingerprint: Fingerprint
     outputs: Mapping[str, FileDigest]
     provenance: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as written to disk, with its format version."""
+        """Return the manifest as it is written to disk, with its format version."""
         parts = {"recipe": self.fingerprint, "outputs": self.outputs, "provenance": self.provenance}
         return {"format": FORMAT, **{name: dict(part) for name, part in parts.items()}}
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """The manifest in the file `path`; CorruptManifest says what is wrong with it."""
+        """Return the manifest in the file `path`; CorruptManifest says what is wrong with the file."""
         try:
             return _parsed(path.read_bytes())
         except FileNotFoundError:
@@ -82,7 +82,7 @@ class Manifest:
 
 @lru_cache(maxsize=1024)
 def _parsed(raw: bytes) -> Manifest:
-    """What a manifest file holds, parsed once however many stages read that artifact."""
+    """Return the manifest in the bytes of a file, which are parsed once however many stages read the artifact."""
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -98,7 +98,7 @@ def _is_count(value: object) -> bool:
 
 
 def _manifest_problem(content: object) -> str | None:
-    """The first thing wrong with a parsed manifest, or None."""
+    """Return the first fault of a parsed manifest, or None."""
     if not isinstance(content, dict):
         return f"expected an object, found {type(content).__name__}"
     version = content.get("format")
@@ -143,14 +143,14 @@ def _outputs_problem(outputs: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One stage's (instance's) folder in a run, and the folders beside it while it is being made."""
+    """The folder of one artifact in a run, and the folders beside it while the artifact is being made."""
 
     root: Path
     node: Node
 
     @property
     def name(self) -> str:
-        """For people and fingerprints: `features`, `clusters/k00256`."""
+        """The artifact's name for people and fingerprints: `features`, `clusters/k00256`."""
         return self.node.name
 
     @property
@@ -160,12 +160,12 @@ class Artifact:
 
     @property
     def partial(self) -> Path:
-        """Work in progress."""
+        """The folder of unfinished work."""
         return self._beside(".partial")
 
     @property
     def old(self) -> Path:
-        """The former result during the two renames of a publish."""
+        """The folder of the former result, between the two renames of a publication."""
         return self._beside(".old")
 
     @property
@@ -178,22 +178,22 @@ class Artifact:
 
     @property
     def home(self) -> Path:
-        """The folder that holds the result now: `path`, or `old` between the two renames of a publish."""
+        """The folder that holds the result now: `path`, or `old` between the two renames of a publication."""
         lone_old = not self.path.exists() and (self.old / MANIFEST_FILE).exists()
         return self.old if lone_old else self.path
 
     def manifest(self) -> Manifest | None:
-        """The manifest, None when nothing was published; CorruptManifest when it cannot be used."""
+        """Return the manifest, or None when nothing was published; CorruptManifest when it cannot be used."""
         home = self.home
         return Manifest.read(home / MANIFEST_FILE) if home.exists() else None
 
     def check(self, verify: bool = False) -> list[str]:
-        """Problems such as `features.npy: 10 bytes, manifest says 20`; with `verify` every byte is hashed again."""
+        """Return problems such as `features.npy: 10 bytes, manifest says 20`; `verify` hashes every byte again."""
         return folder_problems(self.home, verify=verify)
 
 
 def folder_problems(folder: Path, *, verify: bool) -> list[str]:
-    """Where a folder and its manifest disagree, one line a file; empty when whole."""
+    """Return a line for each file in which a folder and its manifest differ; empty when the folder is whole."""
     try:
         manifest = Manifest.read(folder / MANIFEST_FILE)
     except CorruptManifest as error:
@@ -213,7 +213,7 @@ def _file_problem(path: Path, entry: FileDigest, verify: bool) -> str | None:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run on disk. Make one with `create`, open one with `open`; both check it."""
+    """A run on disk. `create` makes a run folder, `open` opens one; both check it."""
 
     root: Path
 
@@ -223,12 +223,12 @@ class RunFolder:
         return self.root / CONFIG_FILE
 
     def artifact(self, node: Node | str) -> Artifact:
-        """The artifact of a node, or of that name (`clusters/k00256`), whether it exists or not."""
+        """Return the artifact of a node or of a name (`clusters/k00256`), whether it exists on disk or not."""
         return Artifact(self.root, Node.parse(node) if isinstance(node, str) else node)
 
     @classmethod
     def create(cls, root: Path) -> RunFolder:
-        """Makes an empty run folder, or opens the one that is there; a folder with other content is refused."""
+        """Make an empty run folder, or open the existing one; RunFolderError for a folder with other content."""
         if (root / RUN_FILE).exists():
             return cls.open(root, writable=True)
         if root.exists() and not root.is_dir():
@@ -242,7 +242,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, root: Path, *, writable: bool = False) -> RunFolder:
-        """Opens an existing run folder; with `writable` a folder this user cannot write is refused (StorageError)."""
+        """Open an existing run folder; StorageError where `writable` is asked for and this user cannot write to it."""
         advice = f"make one with `grappa init {quoted(root)} --images ...`"
         if not root.is_dir():
             raise RunFolderError(f"There is no run folder {root}; {advice}.")
@@ -269,7 +269,7 @@ def _check_run_format(path: Path) -> None:
 
 
 def published(folder: RunFolder, node: Node | str) -> Path:
-    """Return the folder of a published artifact; ValueError naming the command when it is missing."""
+    """Return the folder of a published artifact; when it is missing, a ValueError names the command that makes it."""
     artifact = folder.artifact(node)
     if artifact.manifest() is None:
         command = f"grappa run {quoted(folder.root)} --until {artifact.node.stage}"
@@ -278,10 +278,11 @@ def published(folder: RunFolder, node: Node | str) -> Path:
 
 
 def check_same_origin(folder: RunFolder, *names: str) -> None:
-    """Refuse artifacts of different generations: each input digest that two of them share must be the same.
+    """Refuse artifacts that were made from different inputs: the digests of an input that two of them share must agree.
 
-    ``names`` are artifact names such as ``model`` or ``clusters/k00256``; what one of them has as an input and another
-    one *is* must agree too. ValueError naming the most upstream artifact that differs and the command that mends it.
+    ``names`` are artifact names such as ``model`` or ``clusters/k00256``. Where one of these artifacts is an input of
+    another one, the digests must agree too. The ValueError names the most upstream artifact that differs and the
+    command that makes all of them agree.
     """
     seen: dict[tuple[str, str], str] = {}
     differing: set[str] = set()
@@ -298,7 +299,7 @@ def check_same_origin(folder: RunFolder, *names: str) -> None:
 
 
 def _place_in_graph(name: str) -> tuple[int, str]:
-    """The order of artifacts from upstream to downstream; what comes from outside the graph is before all."""
+    """Return a key that sorts artifacts from upstream to downstream; inputs that no stage makes come first."""
     stages = [stage.name for stage in STAGES]
     stage = name.partition("/")[0]
     return stages.index(stage) if stage in stages else -1, name

@@ -1,4 +1,4 @@
-"""Checkpoints of a stage at work, in its partial folder: tensors as safetensors, the rest as JSON; never a pickle."""
+"""Checkpoints of unfinished work in its partial folder: tensors as safetensors, the rest as JSON, never a pickle."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ _stop = threading.Event()
 
 
 class Stopped(Exception):
-    """A stage was asked to stop and has kept its state: the same call goes on from there."""
+    """A stage was asked to stop and has saved its state; the same call resumes it."""
 
 
 def request_stop() -> None:
-    """Ask the stage at work in this process to keep its state at the next step, then to raise Stopped.
+    """Ask the stage that this process runs to save its state at the next step, then to raise Stopped.
 
-    May be called by a signal handler. A stage without checkpoints goes on to its end.
+    A signal handler may call this. A stage without checkpoints runs to its end.
     """
     _stop.set()
 
 
 def withdraw_stop() -> None:
-    """Take the request back, for what this process does next."""
+    """Withdraw the request to stop, so that the next stage of this process runs."""
     _stop.clear()
 
 
 def refuse_if_stopped() -> None:
-    """Raise Stopped if it was requested; to be called where nothing would be lost."""
+    """Raise Stopped if a stop was requested; to be called where no work would be lost."""
     if _stop.is_set():
         raise Stopped
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all; a full disk is an OSError (safetensors' own writer hides it)."""
+    """Write a safetensors file whole or not at all; a full disk is an OSError (the writer of safetensors hides it)."""
     from safetensors.torch import save
 
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -52,16 +52,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 class FileCheckpoint:
-    """Keeps the newest state of a training in a folder; due every ``seconds``.
+    """Saves the newest state of a training in a folder; a checkpoint is due every ``seconds``.
 
-    The record goes into the safetensors file's own metadata, so one rename publishes both.
+    The record lies in the metadata of the safetensors file, so that one rename publishes tensors and record.
     """
 
     def __init__(self, folder: Path, *, seconds: float) -> None:
         self._path, self._seconds, self._last = folder / TENSORS_FILE, seconds, time.monotonic()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return what ``save`` kept, or None when nothing was."""
+        """Return the tensors and the record that were saved last, or None when there are none."""
         from safetensors import safe_open
 
         if not self._path.exists():
@@ -71,7 +71,7 @@ class FileCheckpoint:
             return tensors, json.loads(file.metadata()["record"])
 
     def steps_done(self) -> int:
-        """Return the step of the kept state, 0 when there is none; no tensor is read."""
+        """Return the step of the saved state, 0 when there is none; no tensor is read."""
         from safetensors import safe_open
 
         if not self._path.exists():
@@ -84,26 +84,26 @@ class FileCheckpoint:
         return _stop.is_set() or time.monotonic() - self._last >= self._seconds
 
     def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Replace the checkpoint, whole or not at all; then raise Stopped if that was requested."""
+        """Replace the checkpoint, whole or not at all; then raise Stopped if a stop was requested."""
         write_tensors(self._path, tensors, {"record": json.dumps(record)})
         self._last = time.monotonic()
         refuse_if_stopped()
 
 
 class SharedCheckpoint:
-    """The leader's checkpoint, as each process of a team sees it: all go on from what the leader kept, it alone saves.
+    """The leader's checkpoint for all processes of a team: all resume from it, only the leader saves it.
 
-    The state of a training is the same in all of them, so there is nothing to bring together.
+    The state of a training is the same in all processes, so no states have to be merged.
     """
 
-    def __init__(self, kept: FileCheckpoint, processes: Processes) -> None:
-        self._kept, self._processes = kept, processes
+    def __init__(self, file: FileCheckpoint, processes: Processes) -> None:
+        self._file, self._processes = file, processes
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return what the leader kept, or None when it kept nothing."""
+        """Return the tensors and the record that the leader saved last, or None when there are none."""
         from safetensors.torch import load
 
-        loaded = self._kept.load() if self._processes.leads else None
+        loaded = self._file.load() if self._processes.leads else None
         data = self._processes.broadcast(b"" if loaded is None else _packed(*loaded))
         if not data:
             return None
@@ -111,12 +111,12 @@ class SharedCheckpoint:
         return tensors, json.loads(tensors.pop(RECORD_FILE).numpy().tobytes())
 
     def due(self) -> bool:
-        """Tell the leader whether the interval has passed."""
-        return self._processes.leads and self._kept.due()
+        """Tell whether this process is the leader and must save a checkpoint now."""
+        return self._processes.leads and self._file.due()
 
     def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Replace the checkpoint, as the leader."""
-        self._kept.save(tensors, record)
+        self._file.save(tensors, record)
 
 
 def _packed(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> bytes:
@@ -128,17 +128,17 @@ def _packed(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> bytes:
 
 
 class RowCheckpoint:
-    """Remembers how many rows of a memory-mapped array are on disk; due every ``seconds``."""
+    """Saves how many rows of a memory-mapped array are on disk, every ``seconds``."""
 
     def __init__(self, folder: Path, *, seconds: float) -> None:
         self._path, self._seconds, self._last = folder / RECORD_FILE, seconds, time.monotonic()
 
     def load(self) -> int:
-        """Return the number of rows that are done."""
+        """Return the number of rows on disk, 0 without a checkpoint."""
         return int(json.loads(self._path.read_text())["rows"]) if self._path.exists() else 0
 
     def offer(self, num_rows: int, flush: Callable[[], None]) -> None:
-        """Call ``flush`` and note ``num_rows`` when the interval has passed or a stop was requested (then Stopped)."""
+        """Call ``flush`` and save ``num_rows`` when that is due or a stop was requested; a stop then raises Stopped."""
         if _stop.is_set() or time.monotonic() - self._last >= self._seconds:
             flush()
             atomic_write_json(self._path, {"rows": num_rows})

@@ -1,8 +1,9 @@
-"""One writer for an artifact: a lock file says who holds it, and a dead holder loses it.
+"""Lock files, so that one process at a time writes an artifact; a process that died loses its lock.
 
-The file appears whole (a hard link of a written draft: atomic, also between hosts) and its content never changes while
-held; a heartbeat renews its modification time, which needs no disk space. Silence is measured against the
-modification time of a file just written to the same folder, so clocks of hosts need not agree.
+The lock file appears whole (it is a hard link of a finished draft: atomic, also between hosts), and its content does
+not change while the lock is held. A heartbeat renews its modification time, which needs no disk space. The time since
+the last heartbeat is measured against the modification time of a file just written to the same folder, so the clocks
+of hosts need not agree.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ SILENCE_SECONDS = 120.0
 
 
 class LockedError(RuntimeError):
-    """Somebody alive holds the lock; the message says who and since when."""
+    """A living process holds the lock; the message says which process and since when."""
 
 
 class LockLostError(RuntimeError):
-    """The lock is no longer ours: this process was silent too long and another one took over."""
+    """This process has lost its lock: it gave no heartbeat for too long, and another process took the lock over."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock: enough to see whether that process still lives."""
+    """The process that holds a lock, with the facts that show whether it still lives."""
 
     token: str
     host: str
@@ -51,7 +52,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class _Found:
-    """A lock file as read once; `holder` is None when its content makes no sense."""
+    """A lock file as it was read: bytes, modification time, holder (None when the bytes cannot be parsed)."""
 
     raw: bytes
     touched: float
@@ -59,7 +60,7 @@ class _Found:
 
 
 class Lock:
-    """A held lock, renewed by a daemon thread until `release`; also a context manager."""
+    """A lock that this process holds; a daemon thread renews it until `release`. Also a context manager."""
 
     def __init__(self, path: Path, raw: bytes) -> None:
         self._path, self._raw, self._pid = path, raw, os.getpid()
@@ -68,7 +69,7 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # a file system that hiccups: the next beat may succeed
+            with suppress(OSError):  # the file system may fail for a moment: the next beat may succeed
                 if not self._is_ours():
                     return
                 os.utime(self._path)
@@ -78,16 +79,16 @@ class Lock:
         return found is not None and found.raw == self._raw
 
     def check(self) -> None:
-        """Raises LockLostError when another process took the lock over."""
+        """Raise LockLostError when another process took the lock over."""
         if not self._is_ours():
             raise LockLostError(
                 f"The lock {self._path} was taken over or removed while this process was silent; nothing was published."
             )
 
     def release(self) -> None:
-        """Gives the lock back, once; a forked child and a lost lock change nothing."""
+        """Remove the lock file; nothing happens in a forked child, or where the lock is lost or released already."""
         self._stop.set()
-        with suppress(OSError):  # a lock that cannot be removed falls to the next writer when this process is gone
+        with suppress(OSError):  # if the file cannot be removed, the next writer takes it over after this process
             if os.getpid() == self._pid and self._is_ours():
                 self._path.unlink(missing_ok=True)
 
@@ -101,7 +102,7 @@ class Lock:
 
 
 def acquire(path: Path, *, what: str, job: str | None = None) -> Lock:
-    """Takes the lock file `path` for `what` (named in errors), also from a dead holder.
+    """Take the lock file `path` for `what` (named in errors), also from a dead holder.
 
     Raises LockedError when a living process holds it, StorageError when the folder cannot be written.
     """
@@ -120,13 +121,13 @@ def acquire(path: Path, *, what: str, job: str | None = None) -> Lock:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Who holds the lock file now, alive or dead; None when nobody does."""
+    """Return the process that holds the lock file now, alive or dead; None when there is no holder."""
     found = _read(path)
     return found.holder if found else None
 
 
 def _claim(path: Path, draft: Path, raw: bytes, what: str, job: str | None) -> bool:
-    """One try: True when the lock is ours, False to try again, LockedError when it is a living process's."""
+    """Try once: True when this process has the lock, False to try again, LockedError when a living process has it."""
     try:
         os.link(draft, path)
         return True
@@ -134,7 +135,7 @@ def _claim(path: Path, draft: Path, raw: bytes, what: str, job: str | None) -> b
         found = _read(path)
     if found is None:
         return False
-    if found.raw == raw:  # a network file system may repeat a link that had succeeded
+    if found.raw == raw:  # a network file system may repeat a link that succeeded
         return True
     silence = _now(draft) - found.touched
     if not _is_dead(found.holder, silence):
@@ -143,7 +144,10 @@ def _claim(path: Path, draft: Path, raw: bytes, what: str, job: str | None) -> b
 
 
 def _take_over(path: Path, draft: Path, dead: bytes, what: str, job: str | None) -> bool:
-    """Replaces the lock of a dead holder. A second lock guards the step: of several takers one finds it unchanged."""
+    """Replace the lock of a dead holder.
+
+    A second lock protects this step: of several processes that try, only the first one finds the dead lock unchanged.
+    """
     with acquire(path.with_name(path.name + ".take"), what=what, job=job):
         found = _read(path)
         if found is None or found.raw != dead:
@@ -153,13 +157,13 @@ def _take_over(path: Path, draft: Path, dead: bytes, what: str, job: str | None)
 
 
 def _now(draft: Path) -> float:
-    """The time by the clock of the folder's file system."""
+    """Return the time by the clock of the folder's file system, in seconds."""
     os.utime(draft)
     return draft.stat().st_mtime
 
 
 def _sweep(path: Path, now: float) -> None:
-    """Removes what takers killed in the middle left beside the lock."""
+    """Remove the drafts that killed processes left beside the lock."""
     for entry in path.parent.glob(f"{path.name}.*"):
         with suppress(OSError):
             if now - entry.stat().st_mtime > SILENCE_SECONDS:
@@ -199,7 +203,7 @@ def _myself(job: str | None) -> Holder:
 
 
 def _is_dead(holder: Holder | None, silence: float) -> bool:
-    """A process number can be judged where it was given; anywhere else only silence tells."""
+    """Tell whether a holder is dead: on its own host by its process number, on other hosts by ``silence`` (seconds)."""
     here = (socket.gethostname(), _pid_namespace())
     if holder is None or (holder.host, holder.pid_namespace) != here:
         return silence > SILENCE_SECONDS
@@ -214,7 +218,7 @@ def _is_dead(holder: Holder | None, silence: float) -> bool:
 
 
 def _process_start(pid: int) -> str | None:
-    """Boot and clock tick at which a process started; "" for a zombie, None where /proc does not tell."""
+    """Return the boot id and clock tick of a process's start; "" for a zombie, None where /proc does not say it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -224,7 +228,7 @@ def _process_start(pid: int) -> str | None:
 
 
 def _pid_namespace() -> str:
-    """Containers with the host's name have process numbers of their own."""
+    """Return the namespace of process numbers: containers may have the host's name but count processes separately."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

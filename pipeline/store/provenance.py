@@ -1,4 +1,4 @@
-"""Where a result came from: commit, package versions, host, job, times, memory. Never part of its identity."""
+"""The provenance of a result: commit, package versions, host, job, times, memory. It is no part of the identity."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ PACKAGES = (
 
 
 def provenance(*, started: datetime, device: str, job: str | None = None) -> dict[str, Any]:
-    """The provenance of work begun at `started` (with a time zone) on `device` and ending now, ready for JSON.
+    """Return the provenance of work that began at `started` (with a time zone) on `device` and ends now, for JSON.
 
-    `job` is the Slurm job id; without it SLURM_JOB_ID is used, if set. Peak memory is this process's, in bytes.
+    `job` is the Slurm job id; without it SLURM_JOB_ID is used, if set. The peak memory is this process's, in bytes.
     """
     return {
         "git_commit": code_commit(),
@@ -52,7 +52,7 @@ def provenance(*, started: datetime, device: str, job: str | None = None) -> dic
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the installed packages that results may depend on; nothing is imported."""
+    """Return the versions of the installed packages that results may depend on; no package is imported."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -63,12 +63,12 @@ def package_versions() -> dict[str, str]:
 
 
 def code_commit() -> str | None:
-    """The commit of the checkout that this code runs from; None where it is installed as a wheel."""
+    """Return the commit of the checkout that this code runs from; None where it is installed as a wheel."""
     return git_commit(Path(__file__).resolve().parents[2])
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit of a checkout, with `+changes` when tracked files differ from it; None when it is no checkout."""
+    """Return the commit of a checkout, with `+changes` when tracked files differ; None when it is no checkout."""
     if not (folder / ".git").exists():
         return None
     commit = _git(folder, "rev-parse", "HEAD")
@@ -85,7 +85,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def peak_memory() -> int:
-    """The most memory this process ever had resident, in bytes."""
+    """Return the largest resident memory that this process has had, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -1,7 +1,7 @@
 """Making one artifact: work in `<artifact>.partial`, resume it after a crash, publish it by rename.
 
-Whatever step a crash hits, either the former result or the new one is whole on disk, and `recover` (also the first
-step of `open_work`) brings it to its name: a partial folder with a whole manifest is published, a lone `.old` put back.
+After a crash at any step either the former result or the new one is whole on disk. `recover` (also the first step of
+`open_work`) gives it its name: a partial folder with a whole manifest is published, a lone `.old` is renamed back.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ DROPPED_FILES = (FINGERPRINT_FILE, *CHECKPOINT_FILES)
 
 
 class Work:
-    """A locked artifact in the making; use as a context manager, write outputs below `path`, then `publish`.
+    """An artifact that is locked and being made: a context manager; write the outputs below `path`, then `publish`.
 
     `resumed`: `path` holds unfinished work with the same fingerprint. `finished`: the manifest, where a crash had
-    interrupted a publish with this fingerprint and `open_work` has completed it; else None. An exception leaves `path`
-    as it is, for the next try.
+    interrupted the publication of this fingerprint and `open_work` has completed it; else None. An exception leaves
+    `path` as it is, for the next try.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class Work:
         self._lock = lock
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Appends a line with the time to `log.jsonl`: kept with the artifact, never part of its identity."""
+        """Append a line with the time to `log.jsonl`; the file is published but is no part of the identity."""
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **record})
         with storage_errors(self.path), (self.path / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def publish(self, provenance: Mapping[str, Any]) -> Manifest:
-        """Hashes and syncs every output, writes the manifest last and gives the folder its name."""
+        """Hash and sync every output, write the manifest last and give the folder its name."""
         self._lock.check()
         with storage_errors(self.path):
             _remove_drafts(self.path)
@@ -73,14 +73,14 @@ class Work:
         return manifest
 
     def start_over(self) -> None:
-        """Empties the partial folder and marks it so that no later try resumes what is put there from now on."""
+        """Empty the partial folder and mark it, so that no later try resumes from files that are put there now."""
         with storage_errors(self.path):
             _remove_folder(self.path)
             self.path.mkdir()
             atomic_write_json(self.path / FINGERPRINT_FILE, {"resumable": False})
 
     def close(self) -> None:
-        """Gives the lock back."""
+        """Release the lock."""
         self._lock.release()
 
     def __enter__(self) -> Work:
@@ -96,7 +96,7 @@ class Work:
 
 
 def open_work(artifact: Artifact, fingerprint: Fingerprint, *, job: str | None = None) -> Work:
-    """Locks the artifact and prepares its partial folder: kept when its fingerprint is the same, else emptied.
+    """Lock the artifact and prepare its partial folder, whose files stay if their fingerprint is the same.
 
     Raises LockedError while another process writes the artifact, StorageError when the folder cannot be written.
     """
@@ -116,7 +116,10 @@ def open_work(artifact: Artifact, fingerprint: Fingerprint, *, job: str | None =
 
 
 def recover(artifact: Artifact, *, job: str | None = None) -> None:
-    """Completes or undoes a publish that a crash interrupted; cheap when there is none, nothing while one is alive."""
+    """Complete or undo a publication that a crash interrupted; nothing happens while a living process writes.
+
+    The call is cheap when there is nothing to recover.
+    """
     if not artifact.old.exists() and not (artifact.partial / MANIFEST_FILE).exists():
         return
     with suppress(LockedError), acquire(artifact.lock, what=artifact.name, job=job), storage_errors(artifact.path):
@@ -124,7 +127,7 @@ def recover(artifact: Artifact, *, job: str | None = None) -> None:
 
 
 def _recover(artifact: Artifact) -> Manifest | None:
-    """Under the lock; the manifest when an interrupted publish was completed."""
+    """Recover while the lock is held; return the manifest if an interrupted publication was completed."""
     if _is_whole(artifact.partial):
         _swap(artifact)
         return artifact.manifest()
@@ -142,7 +145,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _prepare(partial: Path, fingerprint: Fingerprint) -> bool:
-    """Makes the partial folder ready; True when it holds unfinished work with this fingerprint."""
+    """Prepare the partial folder; True when it holds unfinished work with this fingerprint."""
     if _stored_fingerprint(partial) == fingerprint:
         (partial / MANIFEST_FILE).unlink(missing_ok=True)
         _remove_drafts(partial)
@@ -162,7 +165,7 @@ def _stored_fingerprint(partial: Path) -> object:
 
 
 def _drop_torn_line(log: Path) -> None:
-    """A crash in the middle of a line would spoil the next one."""
+    """Remove an unfinished last line, which a crash may leave, so that the next line begins a new one."""
     if log.exists():
         content = log.read_bytes()
         os.truncate(log, content.rfind(b"\n") + 1)
@@ -175,7 +178,7 @@ def _remove_drafts(folder: Path) -> None:
 
 
 def _seal_outputs(folder: Path) -> dict[str, FileDigest]:
-    """Digests of all outputs by relative name, everything below the folder made durable."""
+    """Return the digests of all outputs by relative name; every file and folder is synced to the disk."""
     outputs: dict[str, FileDigest] = {}
     for parent, _, files in os.walk(folder, topdown=False):
         if Path(parent).relative_to(folder).parts[:1] == (SCRATCH_FOLDER,):
@@ -197,7 +200,7 @@ def _fsync_file(path: Path) -> None:
 
 
 def _swap(artifact: Artifact) -> None:
-    """Gives a whole partial folder its name; every step can be repeated after a crash."""
+    """Give a whole partial folder its name; every step can be repeated after a crash."""
     parent = artifact.path.parent
     for name in DROPPED_FILES:
         (artifact.partial / name).unlink(missing_ok=True)
@@ -209,12 +212,12 @@ def _swap(artifact: Artifact) -> None:
         fsync_folder(parent)
     os.rename(artifact.partial, artifact.path)
     fsync_folder(parent)
-    with suppress(OSError):  # published already: what a network file system cannot delete now goes next time
+    with suppress(OSError):  # the result is published; files that a network file system keeps are deleted the next time
         _remove_folder(artifact.old)
 
 
 def _remove_folder(folder: Path) -> None:
-    """Deletes a folder; first what makes it look whole or resumable, so that half of it is never taken for either."""
+    """Delete a folder. The files that make it look whole or resumable go first, so that no half of it is ever used."""
     if not folder.exists():
         return
     for name in (MANIFEST_FILE, FINGERPRINT_FILE):

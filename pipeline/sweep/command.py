@@ -1,7 +1,7 @@
-"""`grappa sweep`: several configurations from one file, each an ordinary run, nothing computed twice.
+"""`grappa sweep`: several configurations from one file; each becomes an ordinary run, and no artifact is made twice.
 
-A fingerprint identifies an artifact. Before an artifact is computed, all sibling runs are asked for it: whatever the
-order of the runs, it is computed once.
+A fingerprint identifies an artifact. Before an artifact is computed, it is looked for in all other runs of the sweep.
+So it is computed once, whatever the order of the runs is.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from grappa.pipeline.commands.run import print_rows, times_line
 from grappa.pipeline.config.yaml_file import ConfigError, field_names, flow, load_config
 from grappa.pipeline.engine.execution import Say, Selection, run_stages
 from grappa.pipeline.engine.progress import Progress
-from grappa.pipeline.engine.reuse import take_over_one
-from grappa.pipeline.errors import explained
+from grappa.pipeline.engine.reuse import reuse_artifact
+from grappa.pipeline.errors import sentence_and_code
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import RunFolder, quoted
 from grappa.pipeline.store.storage import is_disk_full
@@ -30,7 +30,7 @@ class SweepFailed(ValueError):
 
 
 def say_sweep(request: SweepRequest, *, say: Say) -> None:
-    """Check everything, and say what the runs are and what they change; nothing on disk is changed."""
+    """Check the whole sweep, say which runs it has and what they change; nothing on disk is changed."""
     sweep = prepare(request)
     for run in sweep.runs:
         say(f"{run.name}: {', '.join(f'{key}={flow(value)}' for key, value in run.changes.items()) or 'the base'}")
@@ -38,9 +38,9 @@ def say_sweep(request: SweepRequest, *, say: Say) -> None:
 
 
 def run_sweep(request: SweepRequest, *, progress: Progress, say: Say) -> None:
-    """Run what is not fresh in every run, write the table after each and print it at the end.
+    """Run the stages that are not fresh in every run, write the table after each run and print it at the end.
 
-    A run that fails does not stop the others, unless the disk is full. Raises SweepFailed at the end when one did.
+    A run that fails does not stop the others, unless the disk is full. At the end SweepFailed names the failed runs.
     """
     sweep = prepare(request)
     _write_runs(sweep, say)
@@ -62,7 +62,7 @@ def run_sweep(request: SweepRequest, *, progress: Progress, say: Say) -> None:
 
 
 def _write_runs(sweep: Sweep, say: Say) -> None:
-    """Make all run folders, with listing and configuration; say which existing configuration is changed, and how."""
+    """Make all run folders with listing and configuration; say how the configurations of existing runs change."""
     for run in sweep.runs:
         RunFolder.create(run.root)
     said: set[tuple[str, ...]] = set()
@@ -89,44 +89,44 @@ def _changes(run: SweepRun) -> list[str]:
 def _run_one(sweep: Sweep, run: SweepRun, *, progress: Progress, say: Say) -> None:
     others = {sweep.other: str(sweep.other.root)} if sweep.other else {}
     others |= {each.folder: each.name for each in sweep.runs if each is not run}
-    taker, selection = _Taker(others, run, say), Selection(until=sweep.file.until)
+    reuser, selection = _Reuser(others, run, say), Selection(until=sweep.file.until)
     try:
-        report = run_stages(run.folder, run.config, selection, progress=progress, say=say, take=taker)
+        report = run_stages(run.folder, run.config, selection, progress=progress, say=say, reuse=reuser)
     finally:
-        taker.flush()
+        reuser.flush()
     if report.seconds:
         say(times_line(report.seconds))
-    elif not taker.any:
+    elif not reuser.any:
         say("all is fresh")
 
 
 @dataclass
-class _Taker:
-    """Takes over what a sibling has; says so before the next artifact is computed, one line a sibling."""
+class _Reuser:
+    """Reuses artifacts of other runs, and says so before the next artifact is computed: a line for each other run."""
 
     others: dict[RunFolder, str]
     run: SweepRun
     say: Say
-    taken: dict[str, list[str]] = field(default_factory=dict)
+    reused: dict[str, list[str]] = field(default_factory=dict)
     any: bool = False
 
     def __call__(self, node: Node) -> bool:
-        source = take_over_one(self.others, self.run.folder, self.run.config, node)
+        source = reuse_artifact(self.others, self.run.folder, self.run.config, node)
         if source is None:
             self.flush()
             return False
         self.any = True
-        self.taken.setdefault(self.others[source], []).append(node.name)
+        self.reused.setdefault(self.others[source], []).append(node.name)
         return True
 
     def flush(self) -> None:
-        for source, names in self.taken.items():
-            self.say(f"taken over from {source}: {braced(names)}")
-        self.taken.clear()
+        for source, names in self.reused.items():
+            self.say(f"reused from {source}: {braced(names)}")
+        self.reused.clear()
 
 
 def braced(names: Iterable[str]) -> str:
-    """Return ``backbone, clusters/{k00004,k00008}``: artifacts of one stage are named together."""
+    """Return ``backbone, clusters/{k00004,k00008}``: the artifacts of one stage stand together."""
     stages: dict[str, list[str]] = {}
     for name in names:
         stage, slash, instance = name.partition("/")
@@ -137,7 +137,7 @@ def braced(names: Iterable[str]) -> str:
 
 
 def _print(sweep: Sweep, table: SweepTable, say: Say) -> None:
-    """Print variants by models and say where the whole table lies."""
+    """Print the table of variants by models and say where the whole table lies."""
     if not sweep.has_table:
         say(f"no table: `until: {sweep.file.until}` leaves the evaluation out")
         return
@@ -146,8 +146,8 @@ def _print(sweep: Sweep, table: SweepTable, say: Say) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """Return what a failed run is reported with; what nobody expected shows its traceback as well."""
-    sentence, _ = explained(error)
+    """Return the sentence that reports a failed run; the traceback of an unexpected error is printed as well."""
+    sentence, _ = sentence_and_code(error)
     if sentence is None:
         traceback.print_exception(error, file=sys.stderr)
         return f"{type(error).__name__}: {' '.join(str(error).split())}"

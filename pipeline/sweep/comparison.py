@@ -1,9 +1,10 @@
 """The table of a sweep: tidy in sweep.csv and sweep.parquet, compact on the terminal.
 
-Its columns: ``run`` (the folder), ``variant`` (the run without its seed), one for each changed ``section.key``; then
-those of a run's result table (model, domain, gallery, metrics); then ``seconds_STAGE``, what making the run's artifacts
-of that stage took, ``seconds_total``, ``seconds_here``, the part of it that was not taken over from another run, and
-``seconds_partly``: whether work was interrupted, so that only the time since it was last resumed is known.
+Its columns: ``run`` (the folder), ``variant`` (the run's name without its seed), one column for each changed
+``section.key``; the columns of a run's result table (model, domain, gallery, metrics); ``seconds_STAGE``, the time in
+which the run's artifacts of that stage were made; ``seconds_total``, their sum; ``seconds_here``, the sum without
+artifacts that were reused from another run; ``seconds_partly``, whether work was interrupted, so that only the time
+since the last resumption is known.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ EMPTY = ("run", "variant", "model", "domain", "gallery", "map")
 
 
 class SweepTable:
-    """The rows of the runs whose evaluation is fresh, in the order of the runs; on disk after each update."""
+    """The table of all runs whose evaluation is fresh, in the order of the runs; each update writes it to disk."""
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
@@ -42,14 +43,14 @@ class SweepTable:
         self.update(*sweep.runs)
 
     def update(self, *runs: SweepRun) -> None:
-        """Take in what these runs have now; nothing happens in a sweep without evaluation."""
+        """Read the results of these runs again and write the table; nothing happens in a sweep without evaluation."""
         if self._sweep.has_table:
             self._parts.update({run.name: _result_rows(run, self._sweep.file) for run in runs})
             self.rows = _write(self._sweep.out, [rows for rows in self._parts.values() if rows is not None])
 
 
 def _result_rows(run: SweepRun, file: SweepFile) -> pd.DataFrame | None:
-    """Return a run's rows of the table; None while its evaluation is not fresh."""
+    """Return the part of the table that belongs to a run; None while its evaluation is not fresh."""
     from grappa.pipeline.run import read_metrics
 
     if Judge(run.folder, run.config).state(Node("evaluation")).kind != "fresh":
@@ -64,14 +65,14 @@ def _result_rows(run: SweepRun, file: SweepFile) -> pd.DataFrame | None:
 
 
 def setting(config: Config, key: str) -> Any:
-    """Return the value of ``section.key`` for a table: numbers, truth values and texts; anything else as YAML."""
+    """Return the value of ``section.key`` for a table: numbers, truth values and texts as they are, others as YAML."""
     section, _, field = key.partition(".")
     value = getattr(config, section).model_dump(mode="json")[field]
     return value if isinstance(value, str | int | float | None) else flow(value)
 
 
 def _seconds(run: SweepRun, until: str) -> dict[str, float | bool]:
-    """Return ``seconds_STAGE`` for each stage up to ``until`` and the three columns behind them."""
+    """Return ``seconds_STAGE`` for each stage up to ``until``, and the three columns after them."""
     from grappa.pipeline.report.costs import cost_of
 
     seconds, here, partly = dict[str, float](), 0.0, False
@@ -89,12 +90,12 @@ def _seconds(run: SweepRun, until: str) -> dict[str, float | bool]:
 
 
 def _write(out: Path, parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Write the rows of all finished runs, each file whole or not at all; return them."""
+    """Write the parts of all finished runs as one table, each file whole or not at all; return the table."""
     import pandas as pd
 
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*EMPTY])
     for name in table.columns:
-        if table[name].dtype == object:  # one kind of value a column: text where they differ
+        if table[name].dtype == object:  # a column of several types becomes text
             table[name] = [value if value is None or value != value else str(value) for value in table[name]]
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
@@ -104,10 +105,10 @@ def _write(out: Path, parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def compact(table: pd.DataFrame, variants: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows: variants by models, the mean mAP over domains in each one's own gallery.
+    """Return header and lines: variants by models, the mAP in each domain's own gallery, as the mean over domains.
 
-    Over several seeds a cell is the mean and its standard error; single sets are left out (their names differ between
-    runs), a variant that is not finished has ``-``.
+    For several seeds a cell is the mean and its standard error. Single adaptor sets are left out, because their names
+    differ between runs. The cells of an unfinished variant are ``-``.
     """
     chosen = table[(table["domain"] == MEAN) & (table["gallery"] == "domain")]
     models = [name for name in dict.fromkeys(chosen["model"]) if not name[1:].isdigit()]

@@ -1,4 +1,4 @@
-"""The runs of a sweep, every one of them checked before anything is written."""
+"""The runs of a sweep, which are all checked before anything is written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """What `grappa sweep` was asked for; ``config``, ``images`` and ``assignments`` change the file's base."""
+    """The arguments of `grappa sweep`; ``config``, ``images`` and ``assignments`` change the base of the file."""
 
     sweep: str
     out: Path | None = None
@@ -43,7 +43,7 @@ class SweepRequest:
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run to be: its folder (which need not exist), its configuration and the images listed for it now."""
+    """A planned run: its folder (which need not exist), its configuration and the listing of its images."""
 
     name: str
     variant: str
@@ -54,13 +54,13 @@ class SweepRun:
 
     @property
     def folder(self) -> RunFolder:
-        """The run folder, once it is made."""
+        """The run folder; it exists after the sweep has begun."""
         return RunFolder(self.root)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that can be run; ``other``: a further run to take artifacts over from."""
+    """A checked sweep; ``other``: a further run whose artifacts are reused."""
 
     file: SweepFile
     out: Path
@@ -90,12 +90,12 @@ def prepare(request: SweepRequest) -> Sweep:
     runs = [_run(out, point, config, listings[config.images]) for point, config in configs]
     sweep = Sweep(file, out, tuple(runs), RunFolder.open(request.other) if request.other else None)
     if sweep.has_table:
-        _check_rows(file.rows, where, (run.config for run in runs))
+        _check_models(file.rows, where, (run.config for run in runs))
     return sweep
 
 
 def _base(file: SweepFile, where: str, request: SweepRequest) -> Settings:
-    """Return what all runs have in common: the preset, under the file's base, under what the command says."""
+    """Return the settings that all runs share: the preset, overridden by the file's base and by the command line."""
     layers: list[tuple[str, dict[str, dict[str, Any]]]] = []
     name = request.config or file.base.config
     if name:
@@ -120,7 +120,7 @@ def _check_folder(out: Path) -> None:
 
 
 def _check_known(root: Path, config: Config) -> None:
-    """Refuse a run folder that cannot be used, and weights that are not there."""
+    """Refuse a run folder that cannot be used, and missing weights."""
     known = RunFolder.open(root, writable=True) if (root / RUN_FILE).exists() else None
     check_weights(config, known)
 
@@ -133,7 +133,7 @@ def _run(out: Path, point: Point, config: Config, listing: pd.DataFrame) -> Swee
     return SweepRun(point.name, point.variant, point.changes, out / point.name, chosen, listing)
 
 
-def _check_rows(patterns: Iterable[str], where: str, configs: Iterable[Config]) -> None:
+def _check_models(patterns: Iterable[str], where: str, configs: Iterable[Config]) -> None:
     models = list(dict.fromkeys(model for config in configs for model in (*evaluated_models(config), ORACLE)))
     for pattern in patterns:
         if not any(fnmatchcase(model, pattern) for model in models):

@@ -1,15 +1,15 @@
-"""The file of a sweep: one base, named changes to it, a grid and seeds; read, checked and written out as points.
+"""The file of a sweep, read, checked and turned into points: one base, named changes to it, a grid and seeds.
 
 ::
 
     base:  {config: small, images: [photos], set: {fusion.num_epochs: 3}}      # every key may be left out
-    runs:                                                                      # name -> what it changes
+    runs:                                                                      # names and changed settings
       base: {}
       swapped: {fusion.attention_loss: swapped}
-    grid:  {adaptors.bottleneck_dim: [16, 48]}                                 # every run at every combination
-    seeds: {clusters.seed: [0, 1, 2], fusion.seed: [0, 1, 2]}                  # the n-th values go together
+    grid:  {adaptors.bottleneck_dim: [16, 48]}                                 # every run with every combination
+    seeds: {clusters.seed: [0, 1, 2], fusion.seed: [0, 1, 2]}                  # the n-th values belong together
     until: evaluation                                                          # the last stage
-    rows:  [zero_shot, fused, "k*"]                                            # rows of the result table to keep
+    rows:  [zero_shot, fused, "k*"]                                            # models of the result table to keep
 
 Paths are relative to the working folder, as for `grappa init`.
 """
@@ -51,7 +51,7 @@ class Base(Section):
 
 
 class SweepFile(Section):
-    """What the file may hold; keys such as ``fusion.seed`` are those of the configuration."""
+    """The content of the file; keys such as ``fusion.seed`` are those of the configuration."""
 
     base: Base = Base()
     runs: dict[str, Changes | None] = Field({})
@@ -98,7 +98,7 @@ class SweepFile(Section):
         return self
 
     def refuse_varied(self, where: str, key: str) -> None:
-        """Refuse to set a key (``where`` says by what) that the grid or the seeds give every run."""
+        """Raise ConfigError where ``where`` sets a key that the grid or the seeds set for every run."""
         for name, varied in (("grid", self.grid), ("seeds", self.seeds)):
             if key in varied and where != name:
                 raise ConfigError(f"{where}: {key} is set by the {name} too; drop one of them")
@@ -106,7 +106,7 @@ class SweepFile(Section):
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep: the name of its folder, that without the seed, and what it changes."""
+    """One run of a sweep: the name of its folder, the name without the seed (``variant``), and its changes."""
 
     name: str
     variant: str
@@ -114,7 +114,7 @@ class Point:
 
 
 def read_sweep(name_or_file: str) -> tuple[SweepFile, str]:
-    """Return a checked sweep, one that comes with the package or a file, and its place for errors."""
+    """Return a checked sweep of the package or from a file, and its path, which errors name."""
     path = shipped_or_file(name_or_file, SWEEPS, f"sweep {name_or_file}", "sweep")
     found = read_yaml(path)
     if not isinstance(found, dict | None):
@@ -126,9 +126,9 @@ def read_sweep(name_or_file: str) -> tuple[SweepFile, str]:
 
 
 def points(sweep: SweepFile) -> tuple[Point, ...]:
-    """Return the runs: all of the first seed, in the order of the file, then all of the second, ...
+    """Return the runs: all with the first seed, in the order of the file, then all with the second seed, ...
 
-    Raises ConfigError when two have the same name or there is nothing to sweep.
+    Raises ConfigError when two runs have the same name or there is nothing to sweep.
     """
     if not (sweep.runs or sweep.grid or sweep.seeds):
         raise ConfigError("nothing to sweep: give runs, a grid or seeds")
@@ -156,7 +156,7 @@ def nested(changes: Mapping[str, Any]) -> Settings:
 
 
 def varied(sweep: SweepFile) -> tuple[str, ...]:
-    """Return every ``section.key`` that a run changes: columns of the table."""
+    """Return all names ``section.key`` that a run changes; they are columns of the table."""
     keys = [*(key for changes in sweep.runs.values() for key in changes or {}), *sweep.grid, *sweep.seeds]
     return tuple(dict.fromkeys(keys))
 
@@ -171,7 +171,7 @@ def _cells(grid: Mapping[str, Sequence[Any]]) -> list[Changes]:
 
 
 def _parts(cell: Changes) -> list[str]:
-    """Return ``bottleneck_dim=16`` for each value; the section too where two keys have the same field."""
+    """Return a text ``bottleneck_dim=16`` for each value, with the section where two keys have the same field."""
     fields = [key.partition(".")[2] for key in cell]
     names = [key if fields.count(field) > 1 else field for key, field in zip(cell, fields, strict=True)]
     return [f"{name}={_value_text(value)}" for name, value in zip(names, cell.values(), strict=True)]

@@ -313,7 +313,7 @@ def test_assignments_of_other_images_are_refused(copy: RunFolder, material: Path
         tables.load_assignments(copy.root)
 
 
-def test_an_interrupted_take_over_never_writes_into_the_other_run(
+def test_an_interrupted_reuse_never_writes_into_the_other_run(
     run: RunFolder, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = make_run(tmp_path / "other", [material / "table.csv"], material / "weights.safetensors")

@@ -189,7 +189,7 @@ def test_numbers_are_short() -> None:
     assert summary.number(float("nan")) == "-"
 
 
-def test_a_model_costs_what_it_hangs_on(run: RunFolder, copy: RunFolder) -> None:
+def test_a_model_costs_what_it_depends_on(run: RunFolder, copy: RunFolder) -> None:
     config = read_config(run)
     found = costs.load_costs(run, config)
     stages = {model: set(own["stage"]) for model, own in found.groupby("model")}
@@ -206,8 +206,8 @@ def test_a_model_costs_what_it_hangs_on(run: RunFolder, copy: RunFolder) -> None
     log.write_text(log.read_text().replace('"resumed": false', '"resumed": true'))
     again = costs.load_costs(copy, config)
     assert costs.partly_known(again) == ["adaptors/k00004"]
-    by_row = {row[0]: row for row in costs.cost_table(again, ["k00004", "k00008"]).rows}
-    assert by_row["k00004"][-2].endswith("*") and not by_row["k00008"][-2].endswith("*")
+    by_model = {cells[0]: cells for cells in costs.cost_table(again, ["k00004", "k00008"]).rows}
+    assert by_model["k00004"][-2].endswith("*") and not by_model["k00008"][-2].endswith("*")
 
 
 def test_shares_of_domains_in_clusters() -> None:

@@ -1,4 +1,4 @@
-"""`grappa init`: new runs, changed runs, artifacts taken over, and what is refused."""
+"""`grappa init`: new runs, changed runs, artifacts reused, and what is refused."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_artifacts_with_the_same_fingerprint_are_taken_over(desk: Desk, monkeypa
     other = desk.folder / "other"
     config = desk.init(other, other=desk.root, assignments=["fusion.seed=1"])
     assert config.clusters.num_clusters == (2, 4)
-    taken = next(line for line in desk.said if line.startswith("taken over"))
+    taken = next(line for line in desk.said if line.startswith("reused"))
     assert "adaptors/k00004" in taken and "embeddings/mean" in taken and "fusion" not in taken
     found = {each.name: str(each.state) for each in states(RunFolder.open(other), config, verify=True)}
     assert {name for name, state in found.items() if state != "fresh"} == {
@@ -180,7 +180,7 @@ def test_nothing_stale_is_taken_over(desk: Desk, monkeypatch: pytest.MonkeyPatch
     desk.init(assignments=["clusters.seed=1"])
     other = desk.folder / "other"
     desk.init(other, other=desk.root)
-    taken = next(line for line in desk.said if line.startswith("taken over"))
+    taken = next(line for line in desk.said if line.startswith("reused"))
     assert "features" in taken and "clusters" not in taken and "adaptors" not in taken
 
 

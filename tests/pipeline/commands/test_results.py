@@ -1,4 +1,4 @@
-"""The results table from a metrics.csv, and the stage times."""
+"""The result table from a metrics.csv, and the stage times."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from safetensors.numpy import load_file
 from torch.distributed import HashStore
 
 from grappa.core.distributed import ALONE, Processes
-from grappa.pipeline.engine import heartbeat as boards
-from grappa.pipeline.engine.heartbeat import Board, ProcessesError
+from grappa.pipeline.engine import heartbeat
+from grappa.pipeline.engine.heartbeat import ProcessesError, WatchedStore
 from grappa.pipeline.engine.team import Team, joined, place
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.checkpoints import FileCheckpoint
@@ -188,10 +188,10 @@ def _assert_same_module(found: RunFolder, expected: RunFolder, name: str) -> Non
 KILLED = """
 import os, sys
 import grappa.training.loop
-from grappa.pipeline.engine import heartbeat as board
+from grappa.pipeline.engine import heartbeat
 from grappa.pipeline.cli import main
 
-board.BROKEN_SECONDS = 2.0
+heartbeat.BROKEN_SECONDS = 2.0
 step, number = grappa.training.loop._step, 0
 
 def killed(*arguments):
@@ -225,25 +225,25 @@ def test_a_killed_process_ends_all_and_the_rest_is_done_bit_for_bit(
 
 
 @pytest.fixture
-def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Board, Board]]:
-    """The boards of two processes, here in one; signs of life are due at once."""
-    monkeypatch.setattr(boards, "BEAT_SECONDS", 0.01)
-    monkeypatch.setattr(boards, "HEARD_SECONDS", 1.0)
-    store = HashStore()
-    both = Board(store, 0, 2), Board(store, 1, 2)
+def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[WatchedStore, WatchedStore]]:
+    """The watched stores of two processes, here in one process; signs of life are due at once."""
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(heartbeat, "HEARD_SECONDS", 1.0)
+    shared = HashStore()
+    both = WatchedStore(shared, 0, 2), WatchedStore(shared, 1, 2)
     yield both
-    for board in reversed(both):
-        board.close()
+    for store in reversed(both):
+        store.close()
 
 
-def _raised_by(board: Board) -> Exception:
+def _raised_by(store: WatchedStore) -> Exception:
     with pytest.raises((ProcessesError, LockedError)) as found:
-        board.read("never")
+        store.read("never")
     assert isinstance(found.value, Exception)
     return found.value
 
 
-def test_who_waits_is_told_why_another_one_ended(two: tuple[Board, Board]) -> None:
+def test_who_waits_is_told_why_another_one_ended(two: tuple[WatchedStore, WatchedStore]) -> None:
     two[1].fail("the disk is full")
     two[0].fail("a later failure")
     host = re.escape(socket.gethostname())
@@ -251,14 +251,14 @@ def test_who_waits_is_told_why_another_one_ended(two: tuple[Board, Board]) -> No
     assert "the disk is full" in str(_raised_by(two[1]))
 
 
-def test_a_lock_that_the_first_could_not_get_is_what_all_raise(two: tuple[Board, Board]) -> None:
+def test_a_lock_that_the_first_could_not_get_is_what_all_raise(two: tuple[WatchedStore, WatchedStore]) -> None:
     two[0].fail("is being written by process 7", "LockedError")
     assert isinstance(_raised_by(two[1]), LockedError)
 
 
-def test_silence_is_a_failure(two: tuple[Board, Board], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silence_is_a_failure(two: tuple[WatchedStore, WatchedStore], monkeypatch: pytest.MonkeyPatch) -> None:
     two[1].close()
-    monkeypatch.setattr(boards, "BROKEN_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "BROKEN_SECONDS", 0.1)
     assert "rank 1 of 2: no sign of life for" in str(two[0].broken(OSError("the connection is lost")))
 
 
@@ -267,9 +267,9 @@ def test_a_process_that_cannot_be_told_is_ended(tmp_path: Path) -> None:
     code = """
 import time
 from torch.distributed import HashStore
-from grappa.pipeline.engine import heartbeat as board
-board.BEAT_SECONDS, board.GRACE_SECONDS = 0.01, 0.2
-mine, other = board.Board(store := HashStore(), 0, 2), board.Board(store, 1, 2)
+from grappa.pipeline.engine import heartbeat
+heartbeat.BEAT_SECONDS, heartbeat.GRACE_SECONDS = 0.01, 0.2
+mine, other = heartbeat.WatchedStore(shared := HashStore(), 0, 2), heartbeat.WatchedStore(shared, 1, 2)
 other.fail("out of memory")
 time.sleep(60)
 """
@@ -278,7 +278,7 @@ time.sleep(60)
     assert re.search("grappa: rank 1 of 2 on .*: out of memory", done.stderr)
 
 
-def test_followers_take_the_steps_and_the_words_of_the_leader(two: tuple[Board, Board]) -> None:
+def test_followers_take_the_steps_and_the_words_of_the_leader(two: tuple[WatchedStore, WatchedStore]) -> None:
     leader, follower = Team(two[0]), Team(two[1])
     seen: list[Any] = []
 
@@ -286,7 +286,7 @@ def test_followers_take_the_steps_and_the_words_of_the_leader(two: tuple[Board, 
         for step in follower.steps():
             seen.append((step["stage"], follower.agree("precision", "float32")))
             follower.wait_for_all("decoded")
-        follower.part()
+        follower.leave()
 
     thread = threading.Thread(target=follow)
     thread.start()
@@ -294,7 +294,7 @@ def test_followers_take_the_steps_and_the_words_of_the_leader(two: tuple[Board, 
         leader.announce({"stage": stage})
         assert leader.agree("precision", precision) == precision
         leader.wait_for_all("decoded")
-    leader.part()
+    leader.leave()
     thread.join()
     assert seen == [("features", "bfloat16"), ("fusion", "float32")]
     assert (leader.leads, follower.leads) == (True, False)

@@ -75,7 +75,7 @@ class Desk:
         return self.fakes.ran.count(name)
 
     def source(self, run: str, name: str) -> str | None:
-        """The run that an artifact was taken over from."""
+        """The run that an artifact was reused from."""
         stage, _, instance = name.partition("/")
         manifest = RunFolder.open(self.out / run).artifact(Node(stage, instance or None)).manifest()
         assert manifest is not None
@@ -107,7 +107,7 @@ def test_what_runs_share_is_computed_once(desk: Desk) -> None:
     assert desk.source("swapped", "adaptors/k00002") == "base"
     assert desk.source("wide", "clusters/k00002") == "base"
     assert desk.source("wide", "adaptors/k00002") is None
-    assert "taken over from base: backbone, images, features, neighbors, clusters/{" in result.stdout
+    assert "reused from base: backbone, images, features, neighbors, clusters/{" in result.stdout
 
 
 def test_every_run_is_an_ordinary_one_and_a_second_sweep_does_nothing(desk: Desk) -> None:
@@ -192,7 +192,7 @@ def test_another_run_gives_what_it_has(desk: Desk) -> None:
     desk.sweep()
     result = desk.sweep("--out", desk.folder / "elsewhere", "--from", desk.out / "wide")
     assert result.exit_code == 0, result.output
-    assert f"taken over from {desk.out / 'wide'}: backbone, images" in result.stdout
+    assert f"reused from {desk.out / 'wide'}: backbone, images" in result.stdout
     assert "features" not in desk.fakes.ran and desk.times("adaptors/k00002") == 1
 
 
