@@ -35,9 +35,8 @@ def load_model(folder: str | Path) -> GrappaModel:
     """
     path = Path(folder)
     if (path / "run.json").exists():
-        from grappa.pipeline.commands.search import load_run_model
-
-        return load_run_model(path)
+        loaded: GrappaModel = _imported("grappa.pipeline.commands.search", "load_run_model", asked="load_model")(path)
+        return loaded
     from grappa.model import load_model as load_exported
 
     return load_exported(path)
@@ -46,15 +45,19 @@ def load_model(folder: str | Path) -> GrappaModel:
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = _imported(_HOMES[name], name, asked=name)
+    return value
+
+
+def _imported(module: str, name: str, *, asked: str) -> Any:
+    """Return a name of a module; where a package is missing, the error says how to install it for what was asked."""
     try:
-        value = getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(module), name)
     except ModuleNotFoundError as error:
         sentence = missing_sentence(error.name)
         if sentence is None:
             raise
-        raise ModuleNotFoundError(f"grappa.{name}: {sentence}", name=error.name) from error
-    globals()[name] = value
-    return value
+        raise ModuleNotFoundError(f"grappa.{asked}: {sentence}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

@@ -146,7 +146,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / "model.json"
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ModelError(f"{folder} has no model.json; give a folder written by `grappa export`") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not JSON ({error}); export the model again") from error

@@ -320,4 +320,4 @@ def main() -> None:
     """Run the command line."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    app()
+    app(prog_name="grappa")  # also as `python -m grappa`: completion is installed for this name

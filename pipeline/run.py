@@ -20,7 +20,7 @@ from grappa.pipeline.config.schema import Config, num_clusters_of
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.graph.models import deployed_model, evaluated_models
 from grappa.pipeline.graph.node import Node
-from grappa.pipeline.graph.stages import find_stage
+from grappa.pipeline.graph.stages import find_stage, nodes
 from grappa.pipeline.store.artifacts import MANIFEST_FILE, Manifest, RunFolder, check_same_origin, published, quoted
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Which = Literal["test", "train", "all"]
 BLOCK_ROWS = 65536
+NAMES = ("model", "domain", "gallery")
 
 
 def open_run(folder: str | Path) -> Run:
@@ -58,10 +59,11 @@ class Run:
         """
         from grappa.images.table import image_file
 
+        table = self._image_table()
         check_same_origin(self._folder, "images", "sources")
         manifest = self._folder.artifact("sources").manifest()
         assert manifest is not None, "the images were listed before they were decoded"
-        roots, table = manifest.provenance["roots"], self._image_table()
+        roots = manifest.provenance["roots"]
         files = [image_file(roots[root], path) for root, path in zip(table["root"], table["path"], strict=True)]
         table.insert(0, "file", pd.Series(files, index=table.index, dtype=object))  # a path need not be UTF-8
         table.insert(list(table.columns).index("split") + 1, "label", self._labels())
@@ -137,7 +139,7 @@ class Run:
         parts, config = [], self.config
         for stage in ("adaptors", "fusion", "student"):
             for instance in find_stage(stage).instances(config):
-                lines = (self._published(Node(stage, instance)) / "metrics.jsonl").read_text().splitlines()
+                lines = (self._published(Node(stage, instance).name) / "metrics.jsonl").read_text().splitlines()
                 part = pd.DataFrame([json.loads(line) for line in lines])
                 part.insert(0, "stage", stage)
                 part.insert(1, "instance", instance or stage)
@@ -146,14 +148,12 @@ class Run:
 
     def metrics(self) -> pd.DataFrame:
         """Return the result table: model, domain (``_mean``: over all domains), gallery (domain | merged), metrics."""
-        names = ("model", "domain", "gallery")  # read as texts: a domain may be called NA
-        table = pd.read_csv(self._published("evaluation") / "metrics.csv", converters=dict.fromkeys(names, str))
-        return _categorical(table, *names)
+        return _categorical(read_metrics(self._published("evaluation") / "metrics.csv"), *NAMES)
 
     def per_query(self) -> pd.DataFrame:
         """Return the metrics of every query: image_id, domain, model, gallery, num_positives, average_precision, ..."""
         table = pd.read_parquet(self._published("evaluation") / "per_query.parquet")
-        return _categorical(table, "domain", "model", "gallery")
+        return _categorical(table, *NAMES)
 
     def jobs(self) -> pd.DataFrame:
         """Return the jobs of a run, a row for each artifact of each job, in the order of submission.
@@ -221,7 +221,7 @@ class Run:
         if model not in sources:
             raise ValueError(f"there are no embeddings of a model {model!r}; the run has {', '.join(sources)}")
         node = sources[model] if head else Node("embeddings", sources[model].instance)
-        folder = self._published(node)
+        folder = self._published(node.name)
         check_same_origin(self._folder, "images", node.name)
         embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
         return embeddings, self._image_table().index.to_numpy(dtype=object)
@@ -234,6 +234,8 @@ class Run:
         """
         import numpy as np
 
+        if k < 1:
+            raise ValueError(f"k is {k}; ask for at least one image")
         embeddings, ids = self.embeddings(model)
         (rows,) = np.nonzero(ids == image_id)
         if len(rows) != 1:
@@ -253,8 +255,12 @@ class Run:
     def _folder(self) -> RunFolder:
         return RunFolder.open(self.root)
 
-    def _published(self, node: Node | str) -> Path:
-        return published(self._folder, node)
+    def _published(self, name: str) -> Path:
+        folder = self._folder
+        artifact = folder.artifact(name)
+        if artifact.manifest() is None and folder.config_path.exists() and artifact.node not in nodes(self.config):
+            raise ValueError(f"{name} is no part of the run {self.root}: its configuration asks for none")
+        return published(folder, name)
 
     def _granularities(self) -> tuple[str, ...]:
         names = self.config.granularities
@@ -280,6 +286,11 @@ class Run:
         names = [name.removeprefix("adaptors/") for name in inputs if name.startswith("adaptors/")]
         attention = np.load(folder / "attention.npy", mmap_mode="r", allow_pickle=False)
         return attention[chosen], images["domain"].to_numpy()[chosen], sorted(names, key=num_clusters_of)
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """Return a ``metrics.csv``; only an empty cell is no number, since a domain may be called NA."""
+    return pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), keep_default_na=False, na_values=[""])
 
 
 def _categorical(table: pd.DataFrame, *columns: str) -> pd.DataFrame:

@@ -157,7 +157,7 @@ class StageJob(submitit.helpers.Checkpointable):
         return Path(self.submission) / "events" / f"{self._task_id}.jsonl"
 
     def _note_progress(self, snapshot: Snapshot) -> None:
-        with suppress(StorageError):  # the disk is full; only `grappa status` reads this file
+        with suppress(OSError):  # the disk cannot take it; only `grappa status` reads this file
             atomic_write_json(progress_file(Path(self.submission), self._task_id), asdict(snapshot))
 
     def _tell(self, event: str, **fields: object) -> None:

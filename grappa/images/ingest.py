@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from grappa.core.files import write_whole
+from grappa.core.atomic import write_whole
 from grappa.images.files import DecodedFile, ImagesChangedError, ListedFile, RejectedFileError, decode_file
 from grappa.images.pixels import shard_file, write_index, write_shard
 from grappa.images.table import BOX_COLUMNS

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa.core.files import write_whole
+from grappa.core.atomic import write_whole
 
 INDEX_FILE = "index.npy"
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from grappa.core.files import write_whole
+from grappa.core.atomic import write_whole
 from grappa.core.randomness import id_numbers, key
 from grappa.images.table import BOX_COLUMNS
 from grappa.images.transforms import whole_batch

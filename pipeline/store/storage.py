@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from grappa.core.files import write_whole
+from grappa.core.atomic import write_whole
 
 
 class StorageError(OSError):

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from grappa.core.files import fsync_folder
+from grappa.core.atomic import fsync_folder
 from grappa.pipeline.store.artifacts import (
     CHECKPOINT_FILES,
     FINGERPRINT_FILE,

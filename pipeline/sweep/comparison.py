@@ -51,11 +51,11 @@ class SweepTable:
 
 def _result_rows(run: SweepRun, file: SweepFile) -> pd.DataFrame | None:
     """Return the part of the table that belongs to a run; None while its evaluation is not fresh."""
-    import pandas as pd
+    from grappa.pipeline.run import read_metrics
 
     if Judge(run.folder, run.config).state(Node("evaluation")).kind != "fresh":
         return None
-    metrics = pd.read_csv(run.folder.artifact("evaluation").home / "metrics.csv")
+    metrics = read_metrics(run.folder.artifact("evaluation").home / "metrics.csv")
     chosen = [any(fnmatchcase(model, pattern) for pattern in file.rows) for model in metrics["model"]]
     rows = metrics[chosen].assign(**_seconds(run, file.until))
     columns = {"run": run.name, "variant": run.variant, **{key: setting(run.config, key) for key in varied(file)}}

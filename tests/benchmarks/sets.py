@@ -37,7 +37,7 @@ def one_run(options: Options) -> Iterator[Pair]:
 
         setup = (
             f"{len(sizes)} runs of `grappa init` and `grappa run --until adaptors` with one set each, start of process "
-            f"and decoding included; {options.size(512, 320)} JPEGs of 500 x 375, recipe `small`"
+            f"and decoding included; {options.size(512, 320)} JPEGs of 500 x 375, preset `small`"
         )
         yield Pair(lambda: cost([sizes]), lambda: cost([[k] for k in sizes]), setup, repeats=3, warm_up=False)
 

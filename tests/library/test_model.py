@@ -89,6 +89,8 @@ def test_extraction_resumes_at_a_row(tmp_path: Path) -> None:
 def test_damaged_model_folders_are_refused_in_one_sentence(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no model.json"):
         grappa.load_model(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"model.json has no model.json"):
+        grappa.load_model(folder / "model.json")
     record = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps({**record, "format": 4}))
     with pytest.raises(ModelError, match="has format 4, this version reads 3;"):

@@ -118,7 +118,7 @@ def test_attention_is_recorded_for_every_image_and_told_by_domain(run: RunFolder
     assert 0 <= whole["domain_information"] <= whole["image_information"] <= np.log(2)
     with pytest.raises(ValueError, match="rows is 'some'; expected test, train or all"):
         tables.load_attention(run.root, rows="some")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"attention/views is missing .* run `grappa run .* --until attention`"):
+    with pytest.raises(ValueError, match=r"attention/views is no part of the run .*: its configuration asks for none"):
         tables.attention_summary(run.root, pairs="views")
 
 

@@ -18,6 +18,7 @@ from grappa.pipeline.commands import notebook
 from grappa.pipeline.commands.search import export
 from grappa.pipeline.config.yaml_file import parse_assignments
 from grappa.pipeline.engine.status import states
+from grappa.pipeline.run import read_metrics
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import draw_images, settings, split_of, write_table, write_weights
 
@@ -185,6 +186,8 @@ def test_neighbors_are_the_nearest_images(run: grappa.Run) -> None:
     assert all(Path(file).is_file() for file in found["file"])
     with pytest.raises(ValueError, match="there is no image 'nothing'"):
         run.neighbors("nothing")
+    with pytest.raises(ValueError, match="k is -1; ask for at least one image"):
+        run.neighbors(ids[7], -1)
 
 
 def test_an_image_belongs_to_its_nearest_centroid(run: grappa.Run) -> None:
@@ -209,8 +212,17 @@ def test_what_is_not_made_yet_names_the_command(material: Path, tmp_path: Path) 
             call()
     with pytest.raises(ValueError, match="no job was submitted; do it by `grappa submit"):
         made.jobs()
-    with pytest.raises(ValueError, match="objects is missing"):
+    with pytest.raises(ValueError, match=r"objects is no part of the run .*: its configuration asks for none"):
         made.objects()
+    with pytest.raises(ValueError, match=r"attention/views is no part of the run "):
+        made.attention(pairs="views")
+
+
+def test_a_run_folder_without_anything_is_a_sentence_too(tmp_path: Path) -> None:
+    empty = grappa.open_run(RunFolder.create(tmp_path / "run").root)
+    for call in (empty.images, empty.rejected, empty.objects, empty.metrics, empty.attention):
+        with pytest.raises(ValueError, match=r"is missing in .*; run `grappa run .* --until"):
+            call()
 
 
 def test_the_model_of_a_run_is_the_exported_one(run: grappa.Run, tmp_path: Path) -> None:
@@ -223,3 +235,11 @@ def test_the_model_of_a_run_is_the_exported_one(run: grappa.Run, tmp_path: Path)
         embedding = of_run(batch)
         torch.testing.assert_close(embedding, exported(batch), rtol=0, atol=0)
     np.testing.assert_allclose(embedding[0].numpy(), run.embeddings()[0][0], atol=1e-4)
+
+
+def test_a_domain_may_be_called_na(tmp_path: Path) -> None:
+    text = "model,domain,gallery,map\nfused,NA,domain,0.5\nfused,7,domain,\nfused,_mean,domain,0.5\n"
+    (tmp_path / "metrics.csv").write_text(text)
+    table = read_metrics(tmp_path / "metrics.csv")
+    assert table["domain"].tolist() == ["NA", "7", "_mean"]
+    assert table["map"].isna().tolist() == [False, True, False]

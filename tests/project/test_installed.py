@@ -54,17 +54,22 @@ from PIL import Image
 model = grappa.load_model(sys.argv[1])
 image = Image.fromarray(numpy.zeros((50, 60, 3), numpy.uint8))
 print(tuple(model(model.preprocess(image)[None]).shape))
-try:
-    grappa.open_run
-except ModuleNotFoundError as error:
-    print(error)
+for ask in (lambda: grappa.open_run, lambda: grappa.load_model(sys.argv[2])):
+    try:
+        ask()
+    except ModuleNotFoundError as error:
+        print(error)
 """
-    done = python(code, tmp_path, without=EXTRA_ONLY)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    done = python(code, tmp_path, run, without=EXTRA_ONLY)
     assert done.returncode == 0, done.stderr
-    shape, sentence = done.stdout.splitlines()
+    shape, *sentences = done.stdout.splitlines()
     assert shape == "(1, 32)"
-    assert sentence.startswith("grappa.open_run: the package ")
-    assert sentence.endswith("is missing; install it by `pip install 'grappa-retrieval[pipeline]'`")
+    for name, sentence in zip(("open_run", "load_model"), sentences, strict=True):
+        assert sentence.startswith(f"grappa.{name}: the package ")
+        assert sentence.endswith("is missing; install it by `pip install 'grappa-retrieval[pipeline]'`")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ STAGES = "grappa.pipeline.stages."
 PICKLERS = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 500
+MAX_FOLDER_ENTRIES = 17
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,19 @@ def test_help_loads_nothing_heavy() -> None:
 def test_no_module_is_named_like_one_of_the_standard_library() -> None:
     shadows = [module for module in modules() if module.rpartition(".")[2] in sys.stdlib_module_names - {"__main__"}]
     assert not shadows
+
+
+def test_no_two_folders_of_the_library_have_a_file_of_one_name() -> None:
+    names = [file.stem for module, file in modules().items() if layer(module) == "grappa" and file.stem != "__init__"]
+    assert not [name for name in set(names) if names.count(name) > 1]
+
+
+def test_folders_are_short() -> None:
+    folders = [ROOT / name for name in (*FOLDERS, "tests")]
+    folders += [path for folder in folders for path in folder.rglob("*") if path.is_dir()]
+    numbers = {folder: sum(each.name != "__pycache__" for each in folder.iterdir()) for folder in folders}
+    large = {folder: number for folder, number in numbers.items() if number > MAX_FOLDER_ENTRIES}
+    assert not [folder for folder in large if folder.name != "__pycache__"]
 
 
 def test_files_are_short() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 import subprocess
@@ -131,6 +132,18 @@ def submitted(fakes: FakeStages, jobs: list[PlannedJob], cluster: str = "slurm")
         records.append(submission.record(job, ids, tuple(makers[name] for name in job.needs)))
     submission.write(records)
     return submission
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ENOSPC])
+def test_a_disk_that_takes_no_progress_ends_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(path: Path, content: object) -> None:
+        raise OSError(number, "the disk is ill", str(path))
+
+    monkeypatch.setattr("grappa.slurm.jobs.atomic_write_json", fail)
+    job = StageJob(str(tmp_path), str(tmp_path), (), Code(None, ""), 1, 0, task="1")
+    job._note_progress(Snapshot("features", "embedding", "images", 1, 2, 1.0, "0:01"))
 
 
 def test_jobs_in_this_process_make_what_a_run_makes(fakes: FakeStages) -> None:

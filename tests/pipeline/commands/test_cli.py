@@ -245,6 +245,7 @@ def test_the_module_is_the_same_command() -> None:
         [sys.executable, "-m", "grappa", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
+    assert done.stdout.startswith("Usage: grappa ")
     for name in ("init", "run", "status", "search", "embed", "export", "demo"):
         assert f"  {name} " in done.stdout
 

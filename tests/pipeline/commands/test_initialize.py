@@ -115,7 +115,7 @@ def test_set_changes_one_value_on_top_of_the_edited_file(desk: Desk) -> None:
     assert (config.clusters.num_iterations, config.clusters.seed) == (7, 5)
 
 
-def test_a_recipe_lies_under_the_assignments(desk: Desk) -> None:
+def test_a_preset_lies_under_the_assignments(desk: Desk) -> None:
     config = desk.init(images=[str(desk.images)], config="small", assignments=["images.cache_size=99"])
     assert config.backbone.image_size == 128
     assert config.images.cache_size == 99
@@ -158,7 +158,7 @@ def made(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> FakeStages:
     return fakes
 
 
-def test_artifacts_with_the_same_recipe_are_taken_over(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_artifacts_with_the_same_fingerprint_are_taken_over(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     made(desk, monkeypatch)
     other = desk.folder / "other"
     config = desk.init(other, other=desk.root, assignments=["fusion.seed=1"])
@@ -192,7 +192,7 @@ def test_what_is_stale_there_but_wanted_here_is_taken_over(desk: Desk, monkeypat
     assert {str(each.state) for each in states(RunFolder.open(other), config, verify=True)} == {"fresh"}
 
 
-def test_a_recipe_named_beside_from_begins_with_the_defaults(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preset_named_beside_from_begins_with_the_defaults(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     made(desk, monkeypatch)
     config = desk.init(desk.folder / "other", other=desk.root, config="small")
     assert config.images.sources == (str(desk.images),)

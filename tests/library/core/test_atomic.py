@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grappa.core.files import fsync_folder, write_whole
+from grappa.core.atomic import fsync_folder, write_whole
 from grappa.images.pixels import PixelCache, write_index, write_shard
 
 
