@@ -14,15 +14,15 @@ from grappa.core.extras import missing_sentence
 if TYPE_CHECKING:
     from grappa.model import GrappaModel
     from grappa.pipeline.commands.notebook import run
-    from grappa.pipeline.run import Run, open_run
+    from grappa.pipeline.open_run import Run, open_run
 
 __all__ = ["GrappaModel", "Run", "load_model", "open_run", "run"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "GrappaModel": "grappa.model",
-    "Run": "grappa.pipeline.run",
-    "open_run": "grappa.pipeline.run",
+    "Run": "grappa.pipeline.open_run",
+    "open_run": "grappa.pipeline.open_run",
     "run": "grappa.pipeline.commands.notebook",
 }
 
@@ -61,4 +61,4 @@ def _imported(module: str, name: str, *, asked: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, "__version__"})

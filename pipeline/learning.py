@@ -14,7 +14,7 @@ from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.opening import need_for_batches, open_pixels, read_images, settle_device, settle_precision
 from grappa.pipeline.store.checkpoints import FileCheckpoint, SharedCheckpoint
 from grappa.pipeline.store.storage import atomic_write_text
-from grappa.training.batches import Run, Views
+from grappa.training.batches import Runtime, Views
 from grappa.training.loop import FitResult, Optimization
 
 
@@ -61,7 +61,7 @@ def open_views(context: StageContext, settings: Augmented, image_size: int) -> V
 @contextmanager
 def training_task(
     context: StageContext, settings: Trained, num_train: int, need: Callable[[int, str], int], unit: str = "images"
-) -> Iterator[Run]:
+) -> Iterator[Runtime]:
     """Yield device, precision, checkpoint, progress and processes of a training.
 
     An epoch has only whole batches; images that do not fill a batch are left out. ``need(batch_size, precision)``
@@ -75,7 +75,7 @@ def training_task(
     need_for_batches(context, device, need(batch, precision))
     total = settings.num_epochs * (num_train // batch) * batch
     with context.task("training", total, unit, done=file.steps_done() * batch if context.leads else 0) as advance:
-        yield Run(device, precision, checkpoint, lambda steps: advance(steps * batch), context.processes)
+        yield Runtime(device, precision, checkpoint, lambda steps: advance(steps * batch), context.processes)
 
 
 def write_metrics(context: StageContext, result: FitResult) -> None:

@@ -1,4 +1,4 @@
-"""Pandas views of a run by the path of its folder: short names for the methods of :class:`grappa.pipeline.run.Run`."""
+"""Pandas views of a run by the path of its folder: short names for the methods of ``grappa.Run``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from grappa.pipeline.run import Which, open_run
+from grappa.pipeline.open_run import Which, open_run
 from grappa.pipeline.store.artifacts import quoted
 
 

@@ -23,7 +23,7 @@ from grappa.images.transforms import normalize
 from grappa.method import losses
 from grappa.method.adaptors import AdaptorSet
 from grappa.objects.backgrounds import Backgrounds
-from grappa.training.batches import BatchOrder, Run, Views, torch_seed
+from grappa.training.batches import BatchOrder, Runtime, Views, torch_seed
 from grappa.training.loop import FitResult, Group, Optimization, fit
 from grappa.training.targets import Targets
 
@@ -92,7 +92,7 @@ def train_adaptor_set(
     proxy_learning_rate: float,
     optimization: Optimization,
     seed: int,
-    run: Run,
+    run: Runtime,
     perception: Perception | None = None,
 ) -> tuple[AdaptorSet, FitResult]:
     """Train one adaptor set by the normalised softmax over its targets; with several, by the mean of their losses.

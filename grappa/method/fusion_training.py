@@ -22,7 +22,7 @@ from grappa.images.transforms import normalize
 from grappa.method import losses
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.fusion import AttentionLevel, Fusion, fused_forward
-from grappa.training.batches import BatchOrder, Run, Views, torch_seed
+from grappa.training.batches import BatchOrder, Runtime, Views, torch_seed
 from grappa.training.loop import FitResult, Group, Optimization, fit
 
 
@@ -50,7 +50,7 @@ def train_fusion(
     initial_std: float,
     optimization: Optimization,
     seed: int,
-    run: Run,
+    run: Runtime,
 ) -> tuple[Fusion, FitResult]:
     """Train the fusion layers by attention propagation; backbone and adaptor sets stay frozen.
 

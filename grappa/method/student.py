@@ -26,7 +26,7 @@ from grappa.images.pixels import ImageRows
 from grappa.images.transforms import eval_batch, normalize
 from grappa.method import losses
 from grappa.method.adaptors import AdaptorSet
-from grappa.training.batches import BatchOrder, Run, Views
+from grappa.training.batches import BatchOrder, Runtime, Views
 from grappa.training.loop import FitResult, Group, Optimization, fit
 
 
@@ -65,7 +65,7 @@ def train_student(
     transfer: Transfer,
     optimization: Optimization,
     seed: int,
-    run: Run,
+    run: Runtime,
     objects: ImageRows | None = None,
 ) -> tuple[AdaptorSet, FitResult]:
     """Train one adaptor set to embed the views of the train ``rows`` (n,) as the teacher does.
@@ -122,7 +122,7 @@ def _transferred(learned_BD: Tensor, taught: Sequence[Tensor], bank_MD: Tensor, 
 
 
 def _bank(
-    backbone: Backbone, teacher: Adaptation, views: Views, rows: Rows, bank_size: int, seed: int, run: Run
+    backbone: Backbone, teacher: Adaptation, views: Views, rows: Rows, bank_size: int, seed: int, run: Runtime
 ) -> Tensor:
     """Return the teacher's embeddings (M, D) of train images drawn by their ids, as retrieval sees them."""
     spec = backbone.spec

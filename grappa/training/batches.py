@@ -48,7 +48,7 @@ class Views:
 
 
 @dataclass(frozen=True)
-class Run:
+class Runtime:
     """Where and how a training runs: device, precision, checkpoint, progress, and the processes that share a batch."""
 
     device: torch.device

@@ -14,7 +14,8 @@ from grappa.pipeline.commands.run import run_and_report
 from grappa.pipeline.engine.execution import Selection, run_stages
 from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.status import read_config
-from grappa.pipeline.run import Run, open_run
+from grappa.pipeline.engine.team import place
+from grappa.pipeline.open_run import Run, open_run
 from grappa.pipeline.store.artifacts import RUN_FILE, RunFolder
 
 Source = str | os.PathLike[str]
@@ -49,6 +50,7 @@ def run(
     say = print if progress else _silent
     changes = Request(_sources(images), None if config is None else os.fspath(config), assignments(settings))
     if changes != Request() or not (root / RUN_FILE).exists():
+        _refuse_several_processes(root)
         initialize(root, changes, say=say)
     opened, selection = RunFolder.open(root, writable=True), Selection(stage=stage, until=until)
     if progress:
@@ -57,6 +59,15 @@ def run(
         silent = Progress(StringIO(), terminal=False)
         run_stages(opened, read_config(opened), selection, progress=silent, say=say)
     return open_run(root)
+
+
+def _refuse_several_processes(root: Path) -> None:
+    """Several processes share the work of a run; only one may make the run or change it."""
+    if place()[1] > 1:
+        raise ValueError(
+            f"{root} would be made or changed by several processes at once; make it by one process first "
+            '(`grappa init`, or `grappa.run(..., until="backbone")`), then start them with the folder alone'
+        )
 
 
 def assignments(settings: Changes) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 L blocks, and G pseudo-granularities in the order of their numbers; the values of an image and a block sum to 1 over G.
 Where the sets adapt outputs, queries and keys, a block attends twice and counts as two blocks. No other stage reads
-this artifact; ``grappa.pipeline.run`` opens it.
+this artifact; ``grappa.pipeline.open_run`` opens it.
 """
 
 from __future__ import annotations

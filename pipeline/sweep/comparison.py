@@ -51,7 +51,7 @@ class SweepTable:
 
 def _result_rows(run: SweepRun, file: SweepFile) -> pd.DataFrame | None:
     """Return the part of the table that belongs to a run; None while its evaluation is not fresh."""
-    from grappa.pipeline.run import read_metrics
+    from grappa.pipeline.open_run import read_metrics
 
     if Judge(run.folder, run.config).state(Node("evaluation")).kind != "fresh":
         return None

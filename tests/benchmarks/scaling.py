@@ -36,7 +36,7 @@ from grappa.search import kmeans as clustering
 from grappa.search import neighbors as neighborhoods
 from grappa.search.kmeans import cluster
 from grappa.search.neighbors import nearest_neighbors
-from grappa.training.batches import Run, Views
+from grappa.training.batches import Runtime, Views
 from grappa.training.loop import Optimization
 from grappa.training.targets import Targets
 from tests.benchmarks import data
@@ -124,7 +124,7 @@ def training(number: int, num_sets: int = 1) -> Callable[[], object]:
         proxy_learning_rate=0.01,
         optimization=Optimization(num_epochs=1, batch_size=32, learning_rate=1e-3, weight_decay=0.0, warmup=0.1),
         seed=0,
-        run=Run(CPU, "float32"),
+        run=Runtime(CPU, "float32"),
     )
     return lambda: [once() for _ in range(num_sets)]
 

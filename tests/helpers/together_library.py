@@ -22,7 +22,7 @@ from grappa.method import losses
 from grappa.method.adaptor_training import AdaptorLoss, new_adaptor_set, train_adaptor_set
 from grappa.method.fusion_training import PropagationLoss, train_fusion
 from grappa.method.student import Transfer, new_student, train_student
-from grappa.training.batches import Run, Views
+from grappa.training.batches import Runtime, Views
 from grappa.training.loop import Optimization, schedule
 from grappa.training.targets import Targets
 from tests.helpers.tiny import tiny_backbone, tiny_cache, tiny_set
@@ -63,9 +63,9 @@ def results(folder: Path, processes: Processes = ALONE) -> dict[str, np.ndarray[
     """
     cache = tiny_cache(folder / f"pixels{processes.rank}", NUM)
     views = Views(cache, id_numbers([str(i) for i in range(NUM)]), 32, Augmentation(0.7, 0.5, 0.2, 0.2, 0.2, 0.1))
-    run = Run(torch.device("cpu"), "float32", processes=processes)
+    run = Runtime(torch.device("cpu"), "float32", processes=processes)
     found = {"gradient": _gradient(processes)}
-    trainings: dict[str, Callable[[Run], Any]] = {
+    trainings: dict[str, Callable[[Runtime], Any]] = {
         "set": lambda run: _set(views, run, 1),
         "heads": lambda run: _set(views, run, 2),
         "student": lambda run: _student(views, run),
@@ -91,7 +91,7 @@ def _gradient(processes: Processes) -> np.ndarray[Any, Any]:
     return weight.grad.numpy()
 
 
-def _set(views: Views, run: Run, num_targets: int) -> Any:
+def _set(views: Views, run: Runtime, num_targets: int) -> Any:
     rng = np.random.default_rng(0)
     targets = [Targets(ROWS % (4 + i), rng.normal(size=(4 + i, 32)).astype(np.float32)) for i in range(num_targets)]
     return train_adaptor_set(
@@ -109,7 +109,7 @@ def _set(views: Views, run: Run, num_targets: int) -> Any:
     )
 
 
-def _fusion(views: Views, propagation: PropagationLoss, run: Run) -> Any:
+def _fusion(views: Views, propagation: PropagationLoss, run: Runtime) -> Any:
     return train_fusion(
         tiny_backbone(),
         [tiny_set(i) for i in range(3)],
@@ -126,7 +126,7 @@ def _fusion(views: Views, propagation: PropagationLoss, run: Run) -> Any:
     )
 
 
-def _student(views: Views, run: Run) -> Any:
+def _student(views: Views, run: Runtime) -> Any:
     backbone = tiny_backbone()
     return train_student(
         backbone,

@@ -23,7 +23,7 @@ from grappa.method.adaptor_training import (
     train_adaptor_set,
 )
 from grappa.method.fusion_training import PropagationLoss, train_fusion
-from grappa.training.batches import BatchOrder, Run, Views
+from grappa.training.batches import BatchOrder, Runtime, Views
 from grappa.training.loop import Optimization, fit, schedule
 from grappa.training.targets import Targets
 from tests.helpers.tiny import tiny_backbone, tiny_cache, tiny_set
@@ -78,7 +78,7 @@ def _train_set(views: Views, checkpoint: Any = None, *, targets: tuple[Targets, 
         "proxy_learning_rate": 3e-3,
         "optimization": OPTIMIZATION,
         "seed": 0,
-        "run": Run(CPU, "float32", checkpoint),
+        "run": Runtime(CPU, "float32", checkpoint),
     }
     return train_adaptor_set(tiny_backbone(), views, ROWS, targets, **{**arguments, **changes})
 
@@ -92,7 +92,7 @@ def _train_fusion(views: Views, checkpoint: Any = None, **changes: Any) -> Any:
         "initial_std": 0.02,
         "optimization": OPTIMIZATION,
         "seed": 0,
-        "run": Run(CPU, "float32", checkpoint),
+        "run": Runtime(CPU, "float32", checkpoint),
     }
     sets = [tiny_set(i) for i in range(3)]
     return train_fusion(tiny_backbone(), sets, views, ROWS, neighbors, **{**arguments, **changes})
@@ -222,7 +222,7 @@ def test_the_ablation_with_views_needs_no_neighbors(views: Views) -> None:
         initial_std=0.02,
         optimization=OPTIMIZATION,
         seed=0,
-        run=Run(CPU, "float32"),
+        run=Runtime(CPU, "float32"),
     )
     assert fusion.outputs[0].level == "cls"
 

@@ -17,7 +17,7 @@ from grappa.images.transforms import Augmentation, eval_batch, normalize
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.fusion import Fusion
 from grappa.method.student import Transfer, new_student, train_student
-from grappa.training.batches import Run, Views
+from grappa.training.batches import Runtime, Views
 from grappa.training.loop import FitResult, Optimization
 from tests.helpers.tiny import tiny_backbone, tiny_cache, tiny_set
 
@@ -38,7 +38,7 @@ def _teacher() -> Fusion:
     return fusion.requires_grad_(False)
 
 
-def _train(views: Views, run: Run, *, num_epochs: int = 20) -> tuple[AdaptorSet, FitResult]:
+def _train(views: Views, run: Runtime, *, num_epochs: int = 20) -> tuple[AdaptorSet, FitResult]:
     backbone = tiny_backbone()
     return train_student(
         backbone,
@@ -68,7 +68,7 @@ def test_a_new_student_is_the_backbone_and_a_trained_one_is_near_its_teacher(vie
         torch.testing.assert_close(
             embed(tiny_backbone(), images, untrained), embed(tiny_backbone(), images), rtol=0, atol=0
         )
-    student, result = _train(views, Run(CPU, "float32"))
+    student, result = _train(views, Runtime(CPU, "float32"))
     before, after = _similarity(views, untrained), _similarity(views, student)
     assert 1 - after < 0.5 * (1 - before), (before, after)
     first, last = result.metrics[0], result.metrics[-1]
@@ -89,7 +89,7 @@ def test_the_teacher_is_not_changed_and_gets_no_gradient(views: Views) -> None:
         transfer=Transfer(),
         optimization=Optimization(1, 7, 0.01, 0.0, 0.1),
         seed=0,
-        run=Run(CPU, "float32"),
+        run=Runtime(CPU, "float32"),
     )
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     frozen = tiny_backbone().vit.state_dict()
@@ -122,11 +122,11 @@ class _Memory:
 
 
 def test_an_interrupted_training_ends_with_the_same_bits(views: Views) -> None:
-    whole, metrics = _train(views, Run(CPU, "float32"), num_epochs=6)
+    whole, metrics = _train(views, Runtime(CPU, "float32"), num_epochs=6)
     memory = _Memory(stop_at=8)
     with pytest.raises(_Stop):
-        _train(views, Run(CPU, "float32", memory), num_epochs=6)
-    resumed, again = _train(views, Run(CPU, "float32", memory), num_epochs=6)
+        _train(views, Runtime(CPU, "float32", memory), num_epochs=6)
+    resumed, again = _train(views, Runtime(CPU, "float32", memory), num_epochs=6)
     assert memory.kept is not None
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     assert again.metrics == metrics.metrics
@@ -158,7 +158,7 @@ def test_object_views_are_taught_by_their_share(views: Views) -> None:
             transfer=Transfer(object_share=share),
             optimization=Optimization(1, len(ROWS), 1e-3, 0.0, 0.0),
             seed=0,
-            run=Run(CPU, "float32"),
+            run=Runtime(CPU, "float32"),
             objects=objects,
         )
         return float(result.metrics[0]["loss"])

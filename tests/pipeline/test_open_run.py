@@ -18,7 +18,7 @@ from grappa.pipeline.commands import notebook
 from grappa.pipeline.commands.search import export
 from grappa.pipeline.config.yaml_file import parse_assignments
 from grappa.pipeline.engine.status import states
-from grappa.pipeline.run import read_metrics
+from grappa.pipeline.open_run import read_metrics
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import draw_images, settings, split_of, write_table, write_weights
 
@@ -81,6 +81,18 @@ def test_a_notebook_changes_a_setting_and_runs_some_stages(
     made = [line.partition(":")[0] for line in lines if line.startswith("clusters/") and " is stale" not in line]
     assert made == ["clusters/k00004", "clusters/k00008"]
     assert "clusters/k00004 is stale: config clusters.num_iterations: 20 -> 3" in lines
+
+
+def test_only_one_process_makes_or_changes_a_run(
+    run: grappa.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="by several processes at once; make it by one process first"):
+        grappa.run(tmp_path / "new", images=tmp_path)
+    with pytest.raises(ValueError, match="by several processes at once"):
+        grappa.run(run.root, settings={"fusion.seed": 7})
+    assert not (tmp_path / "new").exists() and run.config.fusion.seed == 0
 
 
 def test_every_public_name_is_there_and_explained() -> None:
