@@ -90,7 +90,7 @@ def test_the_tasks_of_a_job_compute_together_and_are_preempted_together(desk: De
 
 
 def _processes(run: RunFolder, name: str) -> int:
-    manifest = run.artifact(*name.split("/")).manifest()
+    manifest = run.artifact(name).manifest()
     assert manifest is not None
     return int(manifest.provenance["processes"])
 
