@@ -147,7 +147,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise ModelError(f"{folder} has no model.json; give a folder written by `grappa export`") from error
+        advice = "give a folder written by `grappa export`, or a run folder"
+        raise ModelError(f"{folder} has no model.json; {advice}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not JSON ({error}); export the model again") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:

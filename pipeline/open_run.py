@@ -53,9 +53,11 @@ class Run:
     def images(self) -> pd.DataFrame:
         """Return the images of the run, without rejected files: index image_id.
 
-        Columns: file (str, the absolute path that opens), path (relative to its image root), domain, split and label
-        (missing where not given), height and width (int64 pixels of the EXIF-oriented original), box_x0 .. box_y1
-        (float64 pixels, NaN: none), sha256, duplicate_of (image_id of the first image with the same bytes, or "").
+        Columns: file (str, the absolute path that opens), path (relative to its image root), domain, split ("train",
+        "test", or "" where nothing is split), label (missing where not given), height and width (int64 pixels of the
+        EXIF-oriented original), box_x0 .. box_y1 (float64 pixels, NaN: none), sha256, duplicate_of (image_id of the
+        first image with the same bytes, or ""). A file name that is no UTF-8 is held as Python opens it: such a table
+        cannot be written as Parquet.
         """
         from grappa.images.table import image_file
 
