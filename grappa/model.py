@@ -2,7 +2,7 @@
 
 A model folder holds ``model.json`` (architecture and preprocessing) and ``weights.safetensors`` (backbone, adaptor
 sets, fusion if there is one, and head): no pickle, and neither network nor other files are needed to open it. A model
-without a fusion has exactly one adaptor set: a student's, or one that was trained alone.
+without a fusion has one adaptor set (a student's, or one that was trained alone) or none (the frozen backbone).
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ class ModelError(ValueError):
 
 
 class GrappaModel(nn.Module):
-    """The backbone, the fusion or adaptor set that adapts its blocks (in its folded inference form), and the embedding
-    head (None: no head)."""
+    """The backbone, the fusion or adaptor set that adapts its blocks (in its folded inference form; None: it is frozen
+    as it came), and the embedding head (None: no head)."""
 
     def __init__(
-        self, backbone: Backbone, adapted: Fusion | AdaptorSet, *, cache_size: int, head: Head | None = None
+        self, backbone: Backbone, adapted: Fusion | AdaptorSet | None, *, cache_size: int, head: Head | None = None
     ) -> None:
         super().__init__()
-        self.adaptation: FoldedFusion | AdaptorSet
-        if isinstance(adapted, Fusion):
+        self.adaptation: FoldedFusion | AdaptorSet | None
+        if adapted is None:
+            self.backbone, self.adaptation = backbone, None
+        elif isinstance(adapted, Fusion):
             self.backbone, self.adaptation = backbone, adapted.folded()
         else:
             self.backbone, self.adaptation = folded(backbone, adapted)
@@ -86,12 +88,13 @@ def save_model(
     """Write ``model.json`` and ``weights.safetensors`` into an existing folder.
 
     Args:
-        sets: the adaptor sets by pseudo-granularity, in the fusion's order; without a fusion the only adaptor set.
+        sets: the adaptor sets by pseudo-granularity, in the fusion's order; without a fusion the only adaptor set, or
+            none for the frozen backbone.
         cache_size: pixels of the shorter side of the images the model was adapted on.
         head: the embedding head, fitted on the model's embeddings; None: no head.
     """
-    if fusion is None and len(sets) != 1:
-        raise ValueError(f"found {len(sets)} adaptor sets and no fusion; a model without one has exactly one set")
+    if fusion is None and len(sets) > 1:
+        raise ValueError(f"found {len(sets)} adaptor sets and no fusion; a model without one has at most one set")
     head = IdentityHead() if head is None else head
     tensors = {f"backbone.{name}": value for name, value in backbone.vit.state_dict().items()}
     for name, adaptor_set in sets.items():
@@ -132,10 +135,10 @@ def load_model(folder: str | Path) -> GrappaModel:
         ) from error
 
 
-def _open_adapted(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fusion | AdaptorSet:
+def _open_adapted(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fusion | AdaptorSet | None:
     sets = [AdaptorSet.from_state_dict(below(tensors, f"sets.{name}.")) for name in record["sets"]]
     if record["fusion"] is None:
-        (only,) = sets
+        (only,) = sets or (None,)
         return only
     fusion = Fusion(sets, level=record["fusion"]["level"], temperature=record["fusion"]["temperature"])
     fusion.load_trained_state(below(tensors, "fusion."))

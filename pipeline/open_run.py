@@ -17,8 +17,9 @@ import pandas as pd
 
 from grappa.images.splits import chosen_rows
 from grappa.pipeline.config.schema import Config, num_clusters_of
+from grappa.pipeline.engine.choice import deployed_in
 from grappa.pipeline.engine.status import read_config
-from grappa.pipeline.graph.models import deployed_model, evaluated_models
+from grappa.pipeline.graph.models import evaluated_models
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage, nodes
 from grappa.pipeline.store.artifacts import MANIFEST_FILE, Manifest, RunFolder, check_same_origin, published, quoted
@@ -201,8 +202,9 @@ class Run:
 
     @property
     def deployed(self) -> str:
-        """The model that is exported, indexed and searched: ``fused``, ``student`` or a single adaptor set."""
-        return deployed_model(self.config)
+        """The model that is exported, indexed and searched, such as ``student``: the given one (``model.source``), or the
+        choice of the verdict, without which it is a ValueError."""
+        return deployed_in(self._folder, self.config)
 
     def embeddings(
         self, model: str | None = None, *, head: bool = True

@@ -27,6 +27,7 @@ from grappa.method.head import Head
 from grappa.method.head import open_head as open_form
 from grappa.objects.backgrounds import Backgrounds
 from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.graph.models import deployed_model
 
 
 def read_images(folder: Path) -> pd.DataFrame:
@@ -64,6 +65,14 @@ def open_fusion(context: StageContext, instance: str, sets: Mapping[str, Adaptor
     fusion = Fusion(list(sets.values()), level=form["level"], temperature=form["temperature"])
     fusion.load_trained_state(state)
     return fusion
+
+
+def open_deployed(context: StageContext) -> str:
+    """Return the model that is deployed: the given one, or the one that the verdict chose."""
+    if context.config.model.source != "auto":
+        return deployed_model(context.config)
+    found = json.loads((context.input("verdict") / "verdict.json").read_text())
+    return deployed_model(context.config, found["deployed"])
 
 
 def open_head(context: StageContext, model: str) -> Head:

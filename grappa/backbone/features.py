@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from grappa.backbone.vit import Adaptation, Backbone, embed
 from grappa.core.devices import autocast, moved, staged
 from grappa.core.distributed import ALONE, Processes
-from grappa.images.pixels import PixelCache
+from grappa.images.pixels import ImageRows
 from grappa.images.transforms import eval_batch, normalize, prefetch
 
 Read = Callable[[Backbone, Tensor, Adaptation | None], Tensor]
-Batch = Callable[[PixelCache, NDArray[np.int64]], Tensor]
+Batch = Callable[[ImageRows, NDArray[np.int64]], Tensor]
 
 
 def extract_features(
     backbone: Backbone,
-    cache: PixelCache,
+    cache: ImageRows,
     out: NDArray[np.float32] | None,
     *,
     adaptation: Adaptation | None = None,

@@ -64,6 +64,20 @@ class ImageRows(Protocol):
 
 
 @dataclass(frozen=True)
+class ChosenRows:
+    """Some of the images: row i is row ``rows[i]`` of ``images``; rows: (m,) int64."""
+
+    images: ImageRows
+    rows: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, row: int) -> NDArray[np.uint8]:
+        return self.images.image(int(self.rows[row]))
+
+
+@dataclass(frozen=True)
 class PixelCache:
     """Read access to the images of a pixel cache, by row of the image table; no image is loaded ahead.
 

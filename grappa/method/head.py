@@ -15,6 +15,9 @@ temperature at which a train embedding has ``perplexity`` neighbouring centroids
 No label and no domain is read.
 
 ``whitening`` is PCA whitening (``grappa.metrics.whitening``), ``none`` passes embeddings on unchanged.
+``whitened_neighborhood`` is ``neighborhood`` behind PCA whitening: where a few directions hold most of the variance
+(DINOv2's first two hold half of it), they decide which centroids are near unless they are damped first.
+``grappa.method.head_choice`` chooses its g without labels.
 
 Fitting is in float64 and in the order of the ids, so that the order of the rows changes nothing. First come the heads
 and how they are applied, then how they are fitted.
@@ -34,6 +37,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grappa.core.arrays import below
 from grappa.core.memory import DOUBLE, FLOAT, WORK
 from grappa.core.vectors import as_tensor, check_unit_vectors, full_float32
 from grappa.metrics.whitening import MIN_VARIANCE, fit_whitening
@@ -140,7 +144,31 @@ class NeighborhoodHead(nn.Module):
         return F.normalize(a_BD + self.neighborhood_weight * b_BD, dim=-1)
 
 
-Head = IdentityHead | WhiteningHead | NeighborhoodHead
+class WhitenedNeighborhoodHead(nn.Module):
+    """PCA whitening, then a neighbourhood head that was fitted on the whitened train embeddings."""
+
+    def __init__(self, whitening: WhiteningHead, neighborhood: NeighborhoodHead) -> None:
+        super().__init__()
+        self.whitening, self.neighborhood = whitening, neighborhood
+
+    def form(self) -> dict[str, Any]:
+        """Return what ``open_head`` needs beside the tensors, for JSON."""
+        return self.neighborhood.form() | {"kind": "whitened_neighborhood"}
+
+    def forward(self, embeddings_BD: Tensor) -> Tensor:
+        """Return embeddings (B, D), L2-normalised, as (B, D), L2-normalised."""
+        made: Tensor = self.neighborhood(self.whitening(embeddings_BD))
+        return made
+
+    def with_weight(self, neighborhood_weight: float) -> WhitenedNeighborhoodHead:
+        """Return a head of the same tensors with another g."""
+        form = self.neighborhood.form() | {"neighborhood_weight": neighborhood_weight}
+        after = open_head(form, self.neighborhood.state_dict())
+        assert isinstance(after, NeighborhoodHead)
+        return WhitenedNeighborhoodHead(self.whitening, after)
+
+
+Head = IdentityHead | WhiteningHead | NeighborhoodHead | WhitenedNeighborhoodHead
 
 
 def open_head(form: Mapping[str, Any], state: Mapping[str, Tensor]) -> Head:
@@ -153,7 +181,11 @@ def open_head(form: Mapping[str, Any], state: Mapping[str, Tensor]) -> Head:
         return WhiteningHead(**tensors)
     if form["kind"] == "neighborhood":
         return NeighborhoodHead(**tensors, **settings)
-    raise ValueError(f"head kind is {form['kind']!r}; expected none, whitening or neighborhood: update grappa")
+    if form["kind"] == "whitened_neighborhood":
+        before, after = (below(tensors, f"{part}.") for part in ("whitening", "neighborhood"))
+        return WhitenedNeighborhoodHead(WhiteningHead(**before), NeighborhoodHead(**after, **settings))
+    kinds = "none, whitening, neighborhood or whitened_neighborhood"
+    raise ValueError(f"head kind is {form['kind']!r}; expected {kinds}: update grappa")
 
 
 def apply_head(head: Head, embeddings: NDArray[np.float32], *, device: str = "cpu") -> NDArray[np.float32]:
@@ -163,7 +195,7 @@ def apply_head(head: Head, embeddings: NDArray[np.float32], *, device: str = "cp
     """
     embeddings = check_unit_vectors("embeddings", embeddings)
     head, out = head.to(device), np.empty_like(embeddings)
-    num_rows = block_rows(len(head.centroids) if isinstance(head, NeighborhoodHead) else embeddings.shape[1], device)
+    num_rows = block_rows(_num_columns(head, embeddings.shape[1]), device)
     with torch.inference_mode(), full_float32():
         for start in range(0, len(out), num_rows):
             rows = slice(start, start + num_rows)
@@ -172,6 +204,11 @@ def apply_head(head: Head, embeddings: NDArray[np.float32], *, device: str = "cp
     if len(lost):
         raise ValueError(f"embeddings row {lost[0]} equals the mean of the train rows; it has no direction to keep")
     return out
+
+
+def _num_columns(head: Head, width: int) -> int:
+    last = head.neighborhood if isinstance(head, WhitenedNeighborhoodHead) else head
+    return len(last.centroids) if isinstance(last, NeighborhoodHead) else width
 
 
 def neighborhood_mean(centered_BD: Tensor, centroids_MD: Tensor, biases_M: Tensor, temperature: float) -> Tensor:
@@ -268,6 +305,24 @@ def fit_neighborhood_head(
     return _fit_around(
         points, centroids.double(), min(perplexity, (number + 1) / 2), deviation_power, neighborhood_weight
     )
+
+
+def fit_whitened_neighborhood_head(
+    embeddings: NDArray[np.float32],
+    ids: NDArray[np.uint64],
+    *,
+    whitening_power: float = 0.5,
+    device: str = "cpu",
+    **neighborhood: Any,
+) -> WhitenedNeighborhoodHead:
+    """Fit whitening of ``whitening_power`` (0 none, 1 full), then a neighbourhood head on what it makes.
+
+    Arguments, ``neighborhood`` and errors are those of :func:`fit_neighborhood_head`.
+    """
+    before = fit_whitening_head(embeddings, ids, power=whitening_power)
+    whitened = apply_head(before, embeddings, device=device)
+    after = fit_neighborhood_head(whitened, ids, device=device, **neighborhood)
+    return WhitenedNeighborhoodHead(before.cpu(), after)
 
 
 def _fit_around(

@@ -1,11 +1,14 @@
-"""A label-free indicator of retrieval quality: how often two images choose each other as neighbours.
+"""Label-free indicators of retrieval quality.
+
+``reciprocity`` tells how often two images choose each other as neighbours; ``neighborhood_standout`` how far an image's
+neighbours stand out for another view of it, and is what heads and the deployed model are chosen by.
 
 Where neighbourhoods agree, most of an image's K nearest neighbours have the image among their K nearest; hubs, images
 that are near to everything, break this. The indicator needs no label, so it can rank configurations where no image has
 one. That it ranks them well is an observation, not a law: RESULTS.md, "Choosing without labels", names the data. It
 compares spaces of one kind, and says nothing about how images lie within a class.
 
-Shapes: N images, D width, K neighbours.
+Shapes: N or m images, D width, K neighbours.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from grappa.search.neighbors import nearest_neighbors
 
 NUM_NEIGHBORS = 10
 BLOCK_ROWS = 65536
+STANDOUT_ROWS, MIN_DEVIATION = 1024, 1e-9
 
 
 def reciprocity(embeddings: NDArray[np.float32], *, num_neighbors: int = NUM_NEIGHBORS) -> NDArray[np.float64]:
@@ -54,3 +58,34 @@ def reciprocity_table(
     else:
         means = [float(reciprocity(embeddings[domains == name], num_neighbors=num_neighbors).mean()) for name in names]
     return pd.DataFrame({"domain": [*names, MEAN], "reciprocity": [*means, float(np.nanmean(means))]})
+
+
+def neighborhood_standout(
+    embeddings: NDArray[np.float32], views: NDArray[np.float32], *, num_neighbors: int = NUM_NEIGHBORS
+) -> NDArray[np.float64]:
+    """Return for each image how far its neighbours stand out for another view of it, in standard deviations: (m,).
+
+    embeddings (m, D): images, L2-normalised; views (m, D): of each image one augmented view, likewise. Of an image's
+    similarities to all other images, those of its view are taken: the mean over the K nearest of the *image*, minus the
+    mean over all, over the standard deviation over all. What holds the neighbourhood together must so survive a change
+    of crop and colours; a space in which an image is only near itself scores low, and so does one with hubs.
+
+    K is at most a third of the other images; ValueError for fewer than 4 images or arrays of different shapes.
+    """
+    number = len(embeddings)
+    if number < 4 or embeddings.shape != views.shape:
+        raise ValueError(
+            f"embeddings have shape {embeddings.shape} and views {views.shape}; expected the same, of at least 4 rows"
+        )
+    nearest = min(num_neighbors, (number - 1) // 3)
+    found = np.empty(number)
+    for start in range(0, number, STANDOUT_ROWS):
+        rows = np.arange(start, min(start + STANDOUT_ROWS, number))
+        own, seen = (each[rows] @ embeddings.T for each in (embeddings, views))
+        own[np.arange(len(rows)), rows] = -np.inf
+        around = np.argpartition(-own, nearest, axis=1)[:, :nearest]
+        near = np.take_along_axis(seen, around, axis=1).mean(axis=1, dtype=np.float64)
+        seen[np.arange(len(rows)), rows] = np.nan
+        deviation = np.nanstd(seen, axis=1, dtype=np.float64)
+        found[rows] = (near - np.nanmean(seen, axis=1, dtype=np.float64)) / np.maximum(deviation, MIN_DEVIATION)
+    return found

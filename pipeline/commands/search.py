@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grappa.pipeline.engine.choice import read_verdict
 from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, published, quoted
 from grappa.pipeline.store.storage import new_folder, refuse_existing
 
@@ -38,7 +39,7 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
     folder = RunFolder.open(run)
     model = load_run_model(run)
     source = _source(folder)
-    check_same_origin(folder, "index", "images", f"heads/{source}", f"embeddings/{source}", "model")
+    check_same_origin(folder, "index", "images", f"heads/{source}", f"embeddings/{source}", "verdict", "model")
     index = SearchIndex.load(published(folder, "index"))
     images = pd.read_parquet(published(folder, "images") / "images.parquet").set_index("image_id")
     with torch.inference_mode():
@@ -51,18 +52,24 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
 
 def _source(folder: RunFolder) -> str:
     """Return the model whose embeddings the index holds, such as ``fused``; ValueError where another is deployed."""
-    heads: dict[str, str] = {}
-    for name in ("model", "index"):
-        published(folder, name)
-        manifest = folder.artifact(name).manifest()
-        assert manifest is not None, f"{name} is published"
-        heads[name] = next(each for each in manifest.fingerprint["inputs"] if each.startswith("heads/"))
-    model, index = (heads[name].removeprefix("heads/") for name in ("model", "index"))
+    model, index = (_deployed_by(folder, name) for name in ("model", "index"))
     if model != index:
         raise ValueError(
             f"the model in {folder.root} is {model}, the index is of {index}; run `grappa run {quoted(folder.root)}`"
         )
     return index
+
+
+def _deployed_by(folder: RunFolder, name: str) -> str:
+    """Return the model that an artifact was made of: the one that its inputs name, or the choice of the verdict."""
+    published(folder, name)
+    manifest = folder.artifact(name).manifest()
+    assert manifest is not None, f"{name} is published"
+    inputs = manifest.fingerprint["inputs"]
+    if "verdict" in inputs:
+        return read_verdict(folder)["deployed"]
+    final = (each.removeprefix("heads/") for each in inputs if each.startswith("heads/"))
+    return next(final, "zero_shot")
 
 
 def open_image(path: Path) -> Image.Image:

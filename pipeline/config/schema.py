@@ -228,10 +228,20 @@ class Embeddings(Section):
     whitening_power: Fraction = Field(0.5, description="strength of zero_shot_whitened: 0 none, 1 full PCA whitening")
 
 
+class SampledViews(Augmented):
+    """Views by which heads and the deployed model are chosen without labels; no training sees them."""
+
+    num_images: Annotated[int, Field(ge=16)] = Field(
+        1024, description="train images with a view, at most, and as many test images"
+    )
+    seed: NonNegativeInt = Field(0, description="seed of the sample and of its views")
+
+
 class Heads(Section):
-    kind: Literal["none", "whitening", "neighborhood"] = Field(
-        "neighborhood",
-        description="the last step of every adapted model, fitted without labels (see grappa.method.head)",
+    kind: Literal["auto", "none", "whitening", "neighborhood"] = Field(
+        "auto",
+        description="the last step of every adapted model, fitted without labels (see grappa.method.head); auto: "
+        "whitening and a neighbourhood whose weight is chosen for each model",
     )
     num_centroids: Literal["auto"] | Annotated[int, Field(ge=2)] = Field(
         "auto", description="neighborhood: centroids of the train embeddings; auto: a third of the images, at most 4096"
@@ -248,10 +258,20 @@ class Heads(Section):
 
 
 class Model(Section):
-    source: Literal["fused", "student", "single"] = provenance(
-        "fused",
-        "the deployed and searched model: fused; student; single: the only set (no fusion, no student is trained)",
+    source: str = provenance(
+        "auto",
+        "the deployed and searched model: auto: what the verdict chooses; zero_shot, mean, fused, student, or a "
+        "granularity such as k00256; single: the only set (no fusion, no student is trained)",
     )
+
+    @field_validator("source")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|zero_shot|mean|fused|student|single|k\d{5,}", value):
+            raise ValueError(
+                f"found {value!r}; give auto, zero_shot, mean, fused, student, single, or a granularity such as k00256"
+            )
+        return value
 
 
 class Evaluation(Section):
@@ -300,6 +320,7 @@ class Config(Section):
     fusion: Fusion = Fusion()
     student: Student = Student()
     embeddings: Embeddings = Embeddings()
+    views: SampledViews = SampledViews()
     heads: Heads = Heads()
     model: Model = Model()
     evaluation: Evaluation = Evaluation()
@@ -334,6 +355,18 @@ class Config(Section):
         if self.adaptors.supervision == "labels" or values == "auto:1" or (values != "auto" and len(values) == 1):
             return self
         raise ValueError(f"model.source is single, but clusters.num_clusters is {values}; give one number, or auto:1")
+
+    @model_validator(mode="after")
+    def _deploys_what_there_is(self) -> Config:
+        source, values = self.model.source, self.clusters.num_clusters
+        if source.startswith("k") and not isinstance(values, str) and source not in self.granularities:
+            raise ValueError(f"model.source is {source}, but the granularities are {', '.join(self.granularities)}")
+        if source == "auto" and "adapted_objects" in self.evaluation.extra_rows:
+            raise ValueError(
+                "evaluation.extra_rows asks for adapted_objects, but model.source is auto: the deployed model is known "
+                "only at the end; set model.source, such as to fused"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_objects(self) -> Config:

@@ -114,8 +114,9 @@ def follow(run: RunFolder, team: Team) -> None:
 
 
 def _compute(context: StageContext) -> str:
-    """Call the stage's ``run``; the stage's module, with all that it imports, is loaded only now."""
-    sentence: str = importlib.import_module(context.stage.module).run(context)
+    """Call the stage's function; the stage's module, with all that it imports, is loaded only now."""
+    compute = getattr(importlib.import_module(context.stage.module), context.stage.entry)
+    sentence: str = compute(context)
     return sentence
 
 

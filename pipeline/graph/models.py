@@ -203,9 +203,40 @@ def taught_by(config: Config, adaptor_set: str) -> tuple[str, ...]:
     return config.granularities if adaptor_set == MULTI_HEAD else (adaptor_set,)
 
 
-def deployed_model(config: Config) -> str:
-    """Return the model that is deployed, indexed and searched."""
-    return adaptor_sets(config)[0] if config.model.source == "single" else config.model.source
+def candidate_models(config: Config) -> tuple[str, ...]:
+    """Return the models that the verdict compares: the frozen backbone, then every model that could be deployed."""
+    sets = adaptor_sets(config)[:1] if config.model.source == "single" else config.granularities
+    return ("zero_shot", *sets, *(("mean", "fused", "student") if _has_several_sets(config) else ()))
+
+
+def viewed_models(config: Config) -> tuple[str, ...]:
+    """Return the models whose embeddings of views are needed: by the verdict, and to choose heads."""
+    choosing = head_models(config) if config.heads.kind == "auto" else ()
+    return tuple(name for name in embedding_models(config) if name in {*candidate_models(config), *choosing})
+
+
+def deployable_models(config: Config) -> tuple[str, ...]:
+    """Return the models that may be deployed: the given one, or all candidates where the verdict chooses."""
+    return candidate_models(config) if config.model.source == "auto" else (deployed_model(config),)
+
+
+def deployed_model(config: Config, chosen: str | None = None) -> str:
+    """Return the model that is deployed, indexed and searched.
+
+    ``chosen``: the model that the verdict chose; needed where ``model.source`` is auto, ignored elsewhere.
+    """
+    if config.model.source == "single":
+        return adaptor_sets(config)[0]
+    if config.model.source != "auto":
+        return config.model.source
+    if chosen not in candidate_models(config):
+        raise ValueError(f"the verdict chose {chosen!r}, not one of {', '.join(candidate_models(config))}; run it again")
+    return str(chosen)
+
+
+def final_node(config: Config, model: str) -> Node:
+    """Return the node with the final embeddings of a model, with its head where it has one."""
+    return Node("heads" if model in head_models(config) else "embeddings", model)
 
 
 def fusions(config: Config) -> tuple[str, ...]:

@@ -14,18 +14,23 @@ from grappa.pipeline.config.schema import Config
 from grappa.pipeline.graph.models import (
     Part,
     adaptor_sets,
+    candidate_models,
+    deployable_models,
     deployed_model,
     embedding_models,
     evaluated_models,
+    final_node,
     find_model,
     fusions,
     head_models,
     taught_by,
+    viewed_models,
 )
 from grappa.pipeline.graph.node import Node
 
 PIXELS = ("images.parquet", "pixels/")
 WEIGHTS = ("weights.safetensors", "backbone.json")
+VIEWS = ("views.npy", "rows.npy")
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Stage:
     ``settings`` returns the sections or single fields of the configuration that an instance reads. ``externals`` names
     the inputs that no stage makes (``sources``: the list of images; ``weights``: the backbone's file; ``originals``:
     the image files, whose digests the image table holds; ``detector``: the model of ``objects.model``). ``parallel``:
-    whether several processes can compute the stage together; otherwise the first process computes it.
+    whether several processes can compute the stage together; otherwise the first process computes it. ``function``:
+    what computes it, by default ``run`` of the module of its name.
     """
 
     name: str
@@ -58,10 +64,17 @@ class Stage:
     instances: Callable[[Config], tuple[str | None, ...]] = lambda config: (None,)
     externals: tuple[str, ...] = ()
     parallel: bool = False
+    function: str = ""
 
     @property
     def module(self) -> str:
-        return f"grappa.pipeline.stages.{self.name}"
+        """The module that computes the stage."""
+        return f"grappa.pipeline.stages.{self.function.partition('.')[0] or self.name}"
+
+    @property
+    def entry(self) -> str:
+        """The function of the module that computes an instance."""
+        return self.function.partition(".")[2] or "run"
 
 
 def _settings(*names: str) -> Callable[[str | None], tuple[str, ...]]:
@@ -159,13 +172,49 @@ def _embedding_inputs(config: Config, instance: str | None) -> tuple[Input, ...]
     return _parts_of(config, str(instance))
 
 
+def _choice(config: Config) -> tuple[Input, ...]:
+    """Return the verdict as an input where it chooses the deployed model."""
+    return (Input("verdict", ("verdict.json",)),) if config.model.source == "auto" else ()
+
+
+def _final(config: Config, model: str) -> Input:
+    """Return the final embeddings of a model that can be deployed."""
+    node = final_node(config, model)
+    return Input(node.stage, ("embeddings.npy",), node.instance)
+
+
+def _head_of(config: Config, model: str) -> tuple[Input, ...]:
+    return (Input("heads", ("head.safetensors",), model),) if model in head_models(config) else ()
+
+
 def _model_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
-    model = deployed_model(config)
-    return (*_parts_of(config, model, but=("pixels",)), Input("heads", ("head.safetensors",), model))
+    models = deployable_models(config)
+    parts = [each for model in models for each in _parts_of(config, model, but=("pixels", "features"))]
+    heads = [each for model in models for each in _head_of(config, model)]
+    return (*dict.fromkeys([Input("backbone", WEIGHTS), *parts, *heads, *_choice(config)]),)
+
+
+def _view_settings(instance: str | None) -> tuple[str, ...]:
+    return ("views", "embeddings.precision")
+
+
+def _view_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    if find_model(str(instance)).making == "side_by_side":
+        return tuple(Input("views", VIEWS, name) for name in config.granularities)
+    parts = _parts_of(config, str(instance), but=("features",))
+    return (*dict.fromkeys([Input("images", PIXELS), Input("backbone", WEIGHTS), *parts]),)
 
 
 def _head_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
-    return (Input("images", ("images.parquet",)), Input("embeddings", ("embeddings.npy",), instance))
+    views = (Input("views", VIEWS, instance),) if config.heads.kind == "auto" else ()
+    return (Input("images", ("images.parquet",)), Input("embeddings", ("embeddings.npy",), instance), *views)
+
+
+def _verdict_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    models = candidate_models(config)
+    views = (Input("views", VIEWS, model) for model in models)
+    embeddings = (Input("embeddings", ("embeddings.npy",), model) for model in models)
+    return (Input("images", ("images.parquet",)), *embeddings, *views)
 
 
 def _attention_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
@@ -203,6 +252,7 @@ STAGES: tuple[Stage, ...] = (
         lambda config, instance: (Input("objects", ("pixels/",)), Input("backbone", WEIGHTS)),
         _object_instances,
         parallel=True,
+        function="features.run_on_objects",
     ),
     Stage(
         "neighbors",
@@ -233,7 +283,17 @@ STAGES: tuple[Stage, ...] = (
         parallel=True,
     ),
     Stage("embeddings", 2, _embedding_settings, _embedding_inputs, embedding_models, parallel=True),
-    Stage("heads", 2, _settings("heads"), _head_inputs, head_models),
+    Stage(
+        "views",
+        1,
+        _view_settings,
+        _view_inputs,
+        viewed_models,
+        parallel=True,
+        function="embeddings.run_on_views",
+    ),
+    Stage("heads", 3, _settings("heads"), _head_inputs, head_models),
+    Stage("verdict", 1, _settings(), _verdict_inputs),
     Stage(
         "model",
         1,
@@ -247,7 +307,8 @@ STAGES: tuple[Stage, ...] = (
         _settings("index"),
         lambda config, instance: (
             Input("images", ("images.parquet",)),
-            Input("heads", ("embeddings.npy",), deployed_model(config)),
+            *_choice(config),
+            *(_final(config, model) for model in deployable_models(config)),
         ),
     ),
     Stage(

@@ -12,8 +12,9 @@ from grappa.core.names import MEAN
 from grappa.metrics.attention import MEAN_BLOCK
 from grappa.pipeline import tables
 from grappa.pipeline.config.schema import Config
+from grappa.pipeline.engine.choice import deployed_in
 from grappa.pipeline.engine.status import read_config, states
-from grappa.pipeline.graph.models import deployed_model, evaluated_models, find_entry, fusions
+from grappa.pipeline.graph.models import evaluated_models, find_entry, fusions
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import nodes
 from grappa.pipeline.report import costs, examples, figures, summary
@@ -58,14 +59,15 @@ def _content(
     """Return all values that the templates show, by name."""
     models = list(dict.fromkeys(metrics["model"])) if metrics["map"].notna().any() else []
     sources = evaluated_models(config)
-    pictured = dict.fromkeys([*examples.PICTURED, deployed_model(config)])
+    deployed = deployed_in(run, config)
+    pictured = dict.fromkeys([*examples.PICTURED, deployed])
     shown = {each: sources[each] for each in pictured if each in sources and _is_made(run, sources[each])}
     spent = costs.load_costs(run, config)
     return {
         "name": run.root.resolve().name,
         "facts": _facts(run, config),
         "not_fresh": [f"{each.name} {each.state}" for each in states(run, config) if each.state.kind != "fresh"],
-        "galleries": [_gallery(metrics, per_query, gallery, deployed_model(config)) for gallery in summary.GALLERIES]
+        "galleries": [_gallery(metrics, per_query, gallery, deployed) for gallery in summary.GALLERIES]
         if models
         else [],
         "means": summary.means_table(metrics) if models else None,

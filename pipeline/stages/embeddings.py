@@ -1,4 +1,7 @@
-"""Stage ``embeddings``: the embeddings of all images by a model of the result table, (N, D) float32, L2-normalised.
+"""Stages ``embeddings`` and ``views``: what a model of the result table makes of images, float32, L2-normalised.
+
+``embeddings`` embeds all images, (N, D). ``views`` embeds one augmented view of some train and some test images, (m, D),
+with their rows of the image table, (m,) int64 ascending; labels are not read.
 
 ``grappa.pipeline.graph.models`` names for each model the function that makes its embeddings. ``COMPUTED`` holds the
 functions that need no pass through the backbone, ``OPENED`` those that open the adaptor sets of the backbone.
@@ -6,37 +9,53 @@ functions that need no pass through the backbone, ``OPENED`` those that open the
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
 from grappa.backbone.vit import Adaptation, Backbone
+from grappa.core.randomness import id_numbers, key, shuffled
 from grappa.core.vectors import side_by_side
-from grappa.images.splits import train_rows
+from grappa.images.pixels import ChosenRows
+from grappa.images.splits import test_rows, train_rows
 from grappa.method.adaptors import AdaptorSet, folded
 from grappa.method.fusion import Fusion
 from grappa.metrics.whitening import fit_whitening
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import Making, deployed_model, find_model
-from grappa.pipeline.opening import open_backbone, open_fusion, open_objects, open_sets, open_student, read_images
+from grappa.pipeline.learning import open_views
+from grappa.pipeline.opening import (
+    open_backbone,
+    open_fusion,
+    open_objects,
+    open_pixels,
+    open_sets,
+    open_student,
+    read_images,
+)
 from grappa.pipeline.stages.features import extract, new_array
 
-FILE = "embeddings.npy"
+FILE, VIEWS_FILE, ROWS_FILE = "embeddings.npy", "views.npy", "rows.npy"
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """The trained parts that adapt the backbone: one adaptor set, or several sets and the fusion over them."""
+    """The trained parts that adapt the backbone: one adaptor set, several sets and the fusion over them, or nothing."""
 
     sets: dict[str, AdaptorSet]
     fusion: Fusion | None = None
 
-    def inference_form(self, backbone: Backbone) -> tuple[Backbone, Adaptation]:
-        """Return the backbone and its adaptation, folded for inference."""
+    def inference_form(self, backbone: Backbone) -> tuple[Backbone, Adaptation | None]:
+        """Return the backbone and its adaptation, folded for inference; None for the frozen backbone."""
         if self.fusion is not None:
             return backbone, self.fusion.folded()
+        if not self.sets:
+            return backbone, None
         (only,) = self.sets.values()
         return folded(backbone, only)
 
@@ -55,9 +74,58 @@ def run(context: StageContext) -> str:
     return f"{num_rows} embeddings of {width} dimensions by {name}"
 
 
+def run_on_views(context: StageContext) -> str:
+    """Run the stage ``views``."""
+    name = str(context.instance)
+    if find_model(name).making == "side_by_side":
+        return _views_side_by_side(context) if context.leads else ""
+    images, settings = read_images(context.input("images")), context.config.views
+    ids, rows = id_numbers(images["image_id"].tolist()), _viewed_rows(images, settings.num_images, settings.seed)
+    backbone = open_backbone(context)
+    size = backbone.spec.image_size
+    views = replace(open_views(context, settings, size), cache=ChosenRows(open_pixels(context), rows), ids=ids[rows])
+    backbone, adaptation = open_model(context, name).inference_form(backbone)
+    drawn = key(settings.seed, "views")
+    num_rows, width = extract(
+        context,
+        backbone,
+        adaptation,
+        VIEWS_FILE,
+        context.config.embeddings.precision,
+        cache=views.cache,
+        view=lambda cache, chosen: views.draw(drawn, chosen),
+    )
+    if context.leads:
+        np.save(context.path / ROWS_FILE, rows, allow_pickle=False)
+    return f"{num_rows} embeddings of views, of {width} dimensions, by {name}"
+
+
+def _viewed_rows(images: pd.DataFrame, most: int, seed: int) -> NDArray[np.int64]:
+    """Return at most ``most`` train rows and, where there is a split, as many test rows, drawn by their ids."""
+    tested, transductive = test_rows(images)
+    parts = [train_rows(images)] if transductive else [train_rows(images), tested]
+    ids = id_numbers(images["image_id"].tolist())
+    drawn = [rows[shuffled(key(seed, "viewed"), ids[rows])[:most]] for rows in parts]
+    return np.sort(np.concatenate(drawn))
+
+
+def _views_side_by_side(context: StageContext) -> str:
+    folders = [context.input("views", name) for name in context.config.granularities]
+    parts = [np.load(folder / VIEWS_FILE, allow_pickle=False) for folder in folders]
+    out = new_array(context.path / VIEWS_FILE, (len(parts[0]), sum(part.shape[1] for part in parts)))
+    side_by_side(parts, out)
+    out.flush()
+    shutil.copyfile(folders[0] / ROWS_FILE, context.path / ROWS_FILE)
+    return f"{out.shape[0]} embeddings of views, of {out.shape[1]} dimensions, side by side"
+
+
 def open_model(context: StageContext, name: str) -> Adapted:
     """Return the trained parts that adapt the backbone in a model of the result table."""
     return OPENED[find_model(name).making](context, name)
+
+
+def _frozen(context: StageContext, name: str) -> Adapted:
+    return Adapted({})
 
 
 def _set(context: StageContext, name: str) -> Adapted:
@@ -113,6 +181,7 @@ COMPUTED: Mapping[Making, Callable[[StageContext], str]] = {
     "side_by_side": _side_by_side,
 }
 OPENED: Mapping[Making, Callable[[StageContext, str], Adapted]] = {
+    "features": _frozen,
     "set": _set,
     "mean": _mean,
     "neighbors_fusion": partial(_fused, pairs="neighbors"),

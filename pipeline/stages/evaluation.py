@@ -17,6 +17,7 @@ from grappa.core.randomness import id_numbers
 from grappa.images.splits import test_rows
 from grappa.metrics.indicators import reciprocity_table
 from grappa.metrics.retrieval import SUMMARY_COLUMNS, evaluate, memory_needed, oracle, summarize
+from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import FREE, deployed_model, evaluated_models
 from grappa.pipeline.graph.node import Node
@@ -33,7 +34,7 @@ def run(context: StageContext) -> str:
     if not num_labeled:
         return "no test image has a label: only the reciprocity of neighbours is known (model and index are complete)"
     where = "transductive: no image is split, all rows are both" if transductive else "test rows"
-    return f"{_headline(metrics, deployed_model(context.config))} ({where}, {num_labeled} of {len(rows)} labeled)"
+    return f"{_headline(metrics, _deployed(context.config))} ({where}, {num_labeled} of {len(rows)} labeled)"
 
 
 def _evaluate_all(
@@ -100,6 +101,11 @@ def _write(context: StageContext, per_query: pd.DataFrame, reciprocity: pd.DataF
     per_query.to_parquet(context.path / "per_query.parquet", index=False)
     metrics.to_csv(context.path / "metrics.csv", index=False)
     return metrics
+
+
+def _deployed(config: Config) -> str:
+    """Return the model that the sentence names beside others: where the verdict chooses, its choice is told there."""
+    return "student" if config.model.source == "auto" else deployed_model(config)
 
 
 def _headline(metrics: pd.DataFrame, deployed: str) -> str:

@@ -1,4 +1,5 @@
-"""Stage ``features``: the frozen backbone's L2-normalised class tokens of all images, (N, D) float32."""
+"""Stages ``features`` and ``object_features``: the frozen backbone's L2-normalised class tokens of all images, and of
+all object views, (N, D) float32."""
 
 from __future__ import annotations
 
@@ -11,11 +12,12 @@ import numpy as np
 from grappa.backbone.features import Batch, Read, extract_features
 from grappa.backbone.vit import Adaptation, Backbone, embed
 from grappa.core import memory
-from grappa.images.pixels import PixelCache
+from grappa.images.pixels import ImageRows
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.opening import (
     need_for_batches,
     open_backbone,
+    open_objects,
     open_pixels,
     settle_device,
     settle_precision,
@@ -29,6 +31,13 @@ def run(context: StageContext) -> str:
     return f"{num_rows} features of {width} dimensions"
 
 
+def run_on_objects(context: StageContext) -> str:
+    """Run the stage ``object_features``."""
+    precision, cache = context.config.features.precision, open_objects(context)
+    num_rows, width = extract(context, open_backbone(context), None, "features.npy", precision, cache=cache)
+    return f"{num_rows} features of object views, of {width} dimensions"
+
+
 def extract(
     context: StageContext,
     backbone: Backbone,
@@ -36,7 +45,7 @@ def extract(
     file: str,
     precision: str,
     *,
-    cache: PixelCache | None = None,
+    cache: ImageRows | None = None,
     view: Batch | None = None,
     read: Read | None = None,
     row_shape: tuple[int, ...] | None = None,

@@ -1,8 +1,9 @@
 """Stage ``heads``: an embedding head for each model, fitted without labels on the train rows, applied to all rows.
 
 ``embeddings.npy`` (N, D) float32, L2-normalised, holds the final embeddings of the model, which are evaluated and
-searched. ``head.json`` describes the fitted head. The equations are in ``grappa.method.head``; the head is ours, not
-the paper's.
+searched. ``head.json`` describes the fitted head; where it was chosen (``heads.kind: auto``), ``choice.json`` holds the
+weights that were tried and the indicator of each. The equations are in ``grappa.method.head``, the choice is in
+``grappa.method.head_choice``; both are ours, not the paper's.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from grappa.method.head import (
     Head,
     IdentityHead,
     NeighborhoodHead,
+    WhitenedNeighborhoodHead,
     apply_head,
     automatic_num_centroids,
     fit_neighborhood_head,
+    fit_whitened_neighborhood_head,
     fit_whitening_head,
     memory_needed,
 )
+from grappa.method.head_choice import choose_weight
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.opening import read_images, settle_device
-from grappa.search.kmeans import num_assignments
+from grappa.search.kmeans import count_distinct, num_assignments
 
 
 def run(context: StageContext) -> str:
@@ -53,9 +57,46 @@ def _fit(
     if settings.kind == "none":
         return IdentityHead()
     ids = id_numbers(image_ids[rows].tolist())
+    if settings.kind == "auto":
+        return _fit_chosen(context, embeddings, ids, rows)
     if settings.kind == "whitening":
         return fit_whitening_head(embeddings[rows], ids, power=settings.deviation_power)
     return _fit_neighborhood(context, embeddings[rows], ids, device)
+
+
+def _fit_chosen(
+    context: StageContext, embeddings: NDArray[np.float32], ids: NDArray[np.uint64], rows: NDArray[np.int64]
+) -> Head:
+    """Return a head whose weight was chosen by the views of train images."""
+    settings, device, train = context.config.heads, str(settle_device(context)), embeddings[rows]
+    if count_distinct(train, 4) < 4:
+        return IdentityHead()
+    centroids = settings.num_centroids
+    number = automatic_num_centroids(train) if centroids == "auto" else centroids
+    context.need_memory(memory_needed(len(embeddings), len(ids), embeddings.shape[1], number))
+
+    def fit(points: NDArray[np.float32], point_ids: NDArray[np.uint64]) -> WhitenedNeighborhoodHead:
+        return fit_whitened_neighborhood_head(
+            points,
+            point_ids,
+            whitening_power=settings.deviation_power,
+            num_centroids=None if centroids == "auto" else min(centroids, len(points) // 2),
+            perplexity=settings.perplexity,
+            deviation_power=settings.deviation_power,
+            num_iterations=settings.num_iterations,
+            seed=settings.seed,
+            device=device,
+        )
+
+    folder = context.input("views", context.instance)
+    views, viewed = (np.load(folder / name, allow_pickle=False) for name in ("views.npy", "rows.npy"))
+    learned = np.isin(viewed, rows)
+    choice = choose_weight(
+        train, ids, np.searchsorted(rows, viewed[learned]), views[learned], fit, seed=settings.seed
+    )
+    record = {"chosen": choice.weight, "standout": {f"{weight:g}": score for weight, score in choice.scores.items()}}
+    (context.path / "choice.json").write_text(json.dumps(record, indent=2) + "\n")
+    return fit(train, ids).with_weight(choice.weight)
 
 
 def _fit_neighborhood(
@@ -82,7 +123,8 @@ def _fit_neighborhood(
 
 
 def _described(form: dict[str, Any]) -> str:
-    if form["kind"] != "neighborhood":
+    if form["kind"] not in ("neighborhood", "whitened_neighborhood"):
         return {"none": "unchanged", "whitening": "whitened"}[form["kind"]]
     number, temperature, perplexity = form["num_centroids"], form["temperature"], form["perplexity"]
-    return f"{number} centroids at temperature {temperature:.4g}, of which {perplexity:.3g} are near an image"
+    near = f"{number} centroids at temperature {temperature:.4g}, of which {perplexity:.3g} are near an image"
+    return f"{near}, at weight {form['neighborhood_weight']:g}"

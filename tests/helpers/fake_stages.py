@@ -126,6 +126,7 @@ def fake_stages(root: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStages:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr("grappa.pipeline.engine.execution.provenance", lambda **origin: {"device": origin["device"]})
     fakes = FakeStages(root)
+    entries = {stage.entry: fakes.stage for stage in STAGES}
     for stage in STAGES:
-        monkeypatch.setitem(sys.modules, stage.module, SimpleNamespace(run=fakes.stage))
+        monkeypatch.setitem(sys.modules, stage.module, SimpleNamespace(**entries))
     return fakes

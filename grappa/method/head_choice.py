@@ -1,0 +1,103 @@
+"""The head of a model, chosen without labels: which weight g does an image's neighbourhood deserve (not the paper's)?
+
+A head is fitted on train embeddings, and serves images of classes that may not be among them. On the images that it was
+fitted on it looks better or worse than it is: their own centroids lie beside them. So the choice is cross-fitted, and
+by whole *regions*, since retrieval is asked for classes that were never seen:
+
+1. the train images are cut into regions of some 60 images (k-means of whitened embeddings), the regions into halves;
+2. on each half a head is fitted; each weight is judged by how far the neighbours of the other half's images stand out
+   for another view of them (``grappa.metrics.indicators.neighborhood_standout``);
+3. the weight with the largest mean over images, halves and two such cuts is taken.
+
+How well that chooses is measured in RESULTS.md ("The last step chooses itself").
+
+Shapes: n train images, m of them with a view, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grappa.core.randomness import key, shuffled, uniforms
+from grappa.method.head import WhitenedNeighborhoodHead, apply_head, fit_whitening_head
+from grappa.metrics.indicators import neighborhood_standout
+from grappa.search.kmeans import cluster, count_distinct
+
+WEIGHTS = (0.0, 0.1, 0.25, 0.5, 1.0)
+DEFAULT_WEIGHT = 0.25  # where there are too few images to choose
+MIN_VIEWED, MIN_FITTED = 20, 40  # images of a half on which a weight is judged, and on which a head is fitted
+IMAGES_PER_REGION, MIN_REGIONS, NUM_CUTS = 60, 6, 2
+MAX_IMAGES = 16_384  # more train images than that are sampled: the choice is a mean, the head itself uses all
+
+Fit = Callable[[NDArray[np.float32], NDArray[np.uint64]], WhitenedNeighborhoodHead]
+
+
+@dataclass(frozen=True)
+class WeightChoice:
+    """The chosen g, and the mean standout by weight; no scores where there were too few images to choose."""
+
+    weight: float
+    scores: dict[float, float]
+
+
+def choose_weight(
+    embeddings: NDArray[np.float32],
+    ids: NDArray[np.uint64],
+    viewed: NDArray[np.int64],
+    views: NDArray[np.float32],
+    fit: Fit,
+    *,
+    seed: int = 0,
+) -> WeightChoice:
+    """Choose g among ``WEIGHTS`` for a head that ``fit(embeddings, ids)`` fits with any g.
+
+    Args:
+        embeddings: of the train images, (n, D), L2-normalised, with unique ids (n,).
+        viewed: the rows (m,) of which there is a view; ``views``: its embedding (m, D), L2-normalised.
+    """
+    rows = _sampled(ids, viewed, seed)
+    embeddings, ids, viewed = embeddings[rows], ids[rows], np.searchsorted(rows, viewed)
+    scores: dict[float, list[NDArray[np.float64]]] = {weight: [] for weight in WEIGHTS}
+    for cut in range(NUM_CUTS):
+        half = region_halves(embeddings, ids, seed=key(seed, "regions", cut) >> 33)
+        for fitted, judged in ((~half, half), (half, ~half)):
+            if min(fitted.sum() - MIN_FITTED, judged[viewed].sum() - MIN_VIEWED) < 0:
+                return WeightChoice(DEFAULT_WEIGHT, {})
+            if count_distinct(embeddings[fitted], 4) < 4:
+                return WeightChoice(DEFAULT_WEIGHT, {})
+            head = fit(embeddings[fitted], ids[fitted])
+            chosen = judged[viewed]
+            for weight, found in scores.items():
+                found.append(_standout(head.with_weight(weight), embeddings[viewed[chosen]], views[chosen]))
+    means = {weight: float(np.concatenate(found).mean()) for weight, found in scores.items()}
+    return WeightChoice(max(means, key=lambda weight: means[weight]), means)
+
+
+def region_halves(embeddings: NDArray[np.float32], ids: NDArray[np.uint64], *, seed: int) -> NDArray[np.bool_]:
+    """Return which half each of the n images is in, (n,): regions of the whitened embeddings are never cut."""
+    whitened = apply_head(fit_whitening_head(embeddings, ids), embeddings)
+    most = count_distinct(whitened, len(whitened) // 2)
+    number = max(2, min(max(MIN_REGIONS, len(ids) // IMAGES_PER_REGION), most))
+    region = cluster(whitened, num_clusters=number, ids=ids, seed=seed).pseudo_labels
+    order = np.argsort(uniforms(key(seed, "halves"), np.arange(number, dtype=np.uint64), 1)[:, 0])
+    sizes = np.bincount(region, minlength=number)[order]
+    first = np.zeros(number, dtype=bool)
+    first[order[np.cumsum(sizes) - sizes / 2 < len(ids) / 2]] = True
+    halves: NDArray[np.bool_] = first[region]
+    return halves
+
+
+def _sampled(ids: NDArray[np.uint64], viewed: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    if len(ids) <= MAX_IMAGES:
+        return np.arange(len(ids))
+    return np.union1d(shuffled(key(seed, "head choice"), ids)[:MAX_IMAGES], viewed)
+
+
+def _standout(
+    head: WhitenedNeighborhoodHead, embeddings: NDArray[np.float32], views: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    return neighborhood_standout(apply_head(head, embeddings), apply_head(head, views))
