@@ -202,8 +202,8 @@ class Run:
 
     @property
     def deployed(self) -> str:
-        """The model that is exported, indexed and searched, such as ``student``: the given one (``model.source``), or the
-        choice of the verdict, without which it is a ValueError."""
+        """The model that is exported, indexed and searched, such as ``student``: the given one, or the choice of the
+        verdict, without which it is a ValueError."""
         return deployed_in(self._folder, self.config)
 
     def embeddings(

@@ -7,7 +7,7 @@ by whole *regions*, since retrieval is asked for classes that were never seen:
 1. the train images are cut into regions of some 60 images (k-means of whitened embeddings), the regions into halves;
 2. on each half a head is fitted; each weight is judged by how far the neighbours of the other half's images stand out
    for another view of them (``grappa.metrics.indicators.neighborhood_standout``);
-3. the weight with the largest mean over images, halves and two such cuts is taken.
+3. the weight with the largest mean over all images is taken.
 
 How well that chooses is measured in RESULTS.md ("The last step chooses itself").
 
@@ -27,10 +27,10 @@ from grappa.method.head import WhitenedNeighborhoodHead, apply_head, fit_whiteni
 from grappa.metrics.indicators import neighborhood_standout
 from grappa.search.kmeans import cluster, count_distinct
 
-WEIGHTS = (0.0, 0.1, 0.25, 0.5, 1.0)
+WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 DEFAULT_WEIGHT = 0.25  # where there are too few images to choose
 MIN_VIEWED, MIN_FITTED = 20, 40  # images of a half on which a weight is judged, and on which a head is fitted
-IMAGES_PER_REGION, MIN_REGIONS, NUM_CUTS = 60, 6, 2
+IMAGES_PER_REGION, MIN_REGIONS = 60, 6
 MAX_IMAGES = 16_384  # more train images than that are sampled: the choice is a mean, the head itself uses all
 
 Fit = Callable[[NDArray[np.float32], NDArray[np.uint64]], WhitenedNeighborhoodHead]
@@ -62,17 +62,14 @@ def choose_weight(
     rows = _sampled(ids, viewed, seed)
     embeddings, ids, viewed = embeddings[rows], ids[rows], np.searchsorted(rows, viewed)
     scores: dict[float, list[NDArray[np.float64]]] = {weight: [] for weight in WEIGHTS}
-    for cut in range(NUM_CUTS):
-        half = region_halves(embeddings, ids, seed=key(seed, "regions", cut) >> 33)
-        for fitted, judged in ((~half, half), (half, ~half)):
-            if min(fitted.sum() - MIN_FITTED, judged[viewed].sum() - MIN_VIEWED) < 0:
-                return WeightChoice(DEFAULT_WEIGHT, {})
-            if count_distinct(embeddings[fitted], 4) < 4:
-                return WeightChoice(DEFAULT_WEIGHT, {})
-            head = fit(embeddings[fitted], ids[fitted])
-            chosen = judged[viewed]
-            for weight, found in scores.items():
-                found.append(_standout(head.with_weight(weight), embeddings[viewed[chosen]], views[chosen]))
+    half = region_halves(embeddings, ids, seed=seed)
+    for fitted, judged in ((~half, half), (half, ~half)):
+        chosen = judged[viewed]
+        if fitted.sum() < MIN_FITTED or chosen.sum() < MIN_VIEWED or count_distinct(embeddings[fitted], 4) < 4:
+            return WeightChoice(DEFAULT_WEIGHT, {})
+        head = fit(embeddings[fitted], ids[fitted])
+        for weight, found in scores.items():
+            found.append(_standout(head.with_weight(weight), embeddings[viewed[chosen]], views[chosen]))
     means = {weight: float(np.concatenate(found).mean()) for weight, found in scores.items()}
     return WeightChoice(max(means, key=lambda weight: means[weight]), means)
 

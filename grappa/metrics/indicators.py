@@ -23,6 +23,7 @@ from grappa.search.neighbors import nearest_neighbors
 NUM_NEIGHBORS = 10
 BLOCK_ROWS = 65536
 STANDOUT_ROWS, MIN_DEVIATION = 1024, 1e-9
+IMAGES_PER_STANDING, MIN_STANDING = 40, 3
 
 
 def reciprocity(embeddings: NDArray[np.float32], *, num_neighbors: int = NUM_NEIGHBORS) -> NDArray[np.float64]:
@@ -61,7 +62,7 @@ def reciprocity_table(
 
 
 def neighborhood_standout(
-    embeddings: NDArray[np.float32], views: NDArray[np.float32], *, num_neighbors: int = NUM_NEIGHBORS
+    embeddings: NDArray[np.float32], views: NDArray[np.float32], *, num_neighbors: int | None = None
 ) -> NDArray[np.float64]:
     """Return for each image how far its neighbours stand out for another view of it, in standard deviations: (m,).
 
@@ -70,14 +71,16 @@ def neighborhood_standout(
     mean over all, over the standard deviation over all. What holds the neighbourhood together must so survive a change
     of crop and colours; a space in which an image is only near itself scores low, and so does one with hubs.
 
-    K is at most a third of the other images; ValueError for fewer than 4 images or arrays of different shapes.
+    K is a 40th of the images (at least 3), so that the same collection gives the same picture whatever the size of the
+    sample; it is at most a third of the other images. ValueError for fewer than 4 images or different shapes.
     """
     number = len(embeddings)
     if number < 4 or embeddings.shape != views.shape:
         raise ValueError(
             f"embeddings have shape {embeddings.shape} and views {views.shape}; expected the same, of at least 4 rows"
         )
-    nearest = min(num_neighbors, (number - 1) // 3)
+    wanted = max(MIN_STANDING, round(number / IMAGES_PER_STANDING)) if num_neighbors is None else num_neighbors
+    nearest = min(wanted, (number - 1) // 3)
     found = np.empty(number)
     for start in range(0, number, STANDOUT_ROWS):
         rows = np.arange(start, min(start + STANDOUT_ROWS, number))

@@ -230,7 +230,10 @@ def deployed_model(config: Config, chosen: str | None = None) -> str:
     if config.model.source != "auto":
         return config.model.source
     if chosen not in candidate_models(config):
-        raise ValueError(f"the verdict chose {chosen!r}, not one of {', '.join(candidate_models(config))}; run it again")
+        known = ", ".join(candidate_models(config))
+        raise ValueError(f"the verdict chose {chosen!r}, not one of {known}; run it again")
+            f"the verdict chose {chosen!r}, not one of {', '.join(candidate_models(config))}; run it again"
+        )
     return str(chosen)
 
 

@@ -1,6 +1,6 @@
 """Stages ``embeddings`` and ``views``: what a model of the result table makes of images, float32, L2-normalised.
 
-``embeddings`` embeds all images, (N, D). ``views`` embeds one augmented view of some train and some test images, (m, D),
+``embeddings`` embeds all images, (N, D). ``views`` embeds an augmented view of some train and some test images, (m, D),
 with their rows of the image table, (m,) int64 ascending; labels are not read.
 
 ``grappa.pipeline.graph.models`` names for each model the function that makes its embeddings. ``COMPUTED`` holds the
