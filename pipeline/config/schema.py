@@ -240,8 +240,7 @@ class SampledViews(Augmented):
 class Heads(Section):
     kind: Literal["auto", "none", "whitening", "neighborhood"] = Field(
         "auto",
-        description="the last step of every adapted model, fitted without labels (see grappa.method.head); auto: "
-        "whitening and a neighbourhood whose weight is chosen for each model",
+        description="the models' last step, fitted without labels; auto: whitening and a neighbourhood of chosen weight",
     )
     num_centroids: Literal["auto"] | Annotated[int, Field(ge=2)] = Field(
         "auto", description="neighborhood: centroids of the train embeddings; auto: a third of the images, at most 4096"
@@ -260,8 +259,7 @@ class Heads(Section):
 class Model(Section):
     source: str = provenance(
         "auto",
-        "the deployed and searched model: auto: what the verdict chooses; zero_shot, mean, fused, student, or a "
-        "granularity such as k00256; single: the only set (no fusion, no student is trained)",
+        "the deployed model: auto: by the verdict; zero_shot, mean, fused, student, k00256; single: the only set",
     )
 
     @field_validator("source")
@@ -361,11 +359,6 @@ class Config(Section):
         source, values = self.model.source, self.clusters.num_clusters
         if source.startswith("k") and not isinstance(values, str) and source not in self.granularities:
             raise ValueError(f"model.source is {source}, but the granularities are {', '.join(self.granularities)}")
-        if source == "auto" and "adapted_objects" in self.evaluation.extra_rows:
-            raise ValueError(
-                "evaluation.extra_rows asks for adapted_objects, but model.source is auto: the deployed model is known "
-                "only at the end; set model.source, such as to fused"
-            )
         return self
 
     @model_validator(mode="after")

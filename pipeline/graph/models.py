@@ -19,7 +19,7 @@ from grappa.pipeline.graph.node import Node
 # fmt: off
 Part = Literal[
     "table", "pixels", "features", "object_features", "object_views", "backbone", "set", "sets", "neighbors_fusion",
-    "views_fusion", "student", "embeddings", "deployed",
+    "views_fusion", "student", "embeddings", "on_objects",
 ]
 Making = Literal[
     "features", "object_features", "whitening", "side_by_side", "set", "mean", "neighbors_fusion", "views_fusion",
@@ -131,8 +131,8 @@ MODELS = (
     Model(SUPERVISED, "adaptors trained on the train labels: what labels would have bought",
           "set", ("pixels", "backbone", "set"), _learns_from_labels, labels=True),
     Model("*_objects", "the same model on object views, as queries and as gallery",
-          "on_objects", ("object_views", "deployed"), _asked("adapted_objects"),
-          lambda config: (f"{deployed_model(config)}_objects",), head=False),
+          "on_objects", ("object_views", "on_objects"), _asked("adapted_objects"),
+          lambda config: (f"{model_on_objects(config)}_objects",), head=False),
 )
 VARIANTS = (
     Variant("zero_shot_head", "the unadapted backbone with an embedding head: free too",
@@ -232,9 +232,12 @@ def deployed_model(config: Config, chosen: str | None = None) -> str:
     if chosen not in candidate_models(config):
         known = ", ".join(candidate_models(config))
         raise ValueError(f"the verdict chose {chosen!r}, not one of {known}; run it again")
-            f"the verdict chose {chosen!r}, not one of {', '.join(candidate_models(config))}; run it again"
-        )
     return str(chosen)
+
+
+def model_on_objects(config: Config) -> str:
+    """Return the model that is also evaluated on object views: the deployed one, or fused where the verdict chooses."""
+    return "fused" if config.model.source == "auto" else deployed_model(config)
 
 
 def final_node(config: Config, model: str) -> Node:

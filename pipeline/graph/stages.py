@@ -16,13 +16,13 @@ from grappa.pipeline.graph.models import (
     adaptor_sets,
     candidate_models,
     deployable_models,
-    deployed_model,
     embedding_models,
     evaluated_models,
     final_node,
     find_model,
     fusions,
     head_models,
+    model_on_objects,
     taught_by,
     viewed_models,
 )
@@ -159,7 +159,7 @@ PARTS: dict[Part, Callable[[Config, str], tuple[Input, ...]]] = {
     "embeddings": lambda config, model: tuple(
         Input("embeddings", ("embeddings.npy",), name) for name in config.granularities
     ),
-    "deployed": lambda config, model: _parts_of(config, deployed_model(config)),
+    "on_objects": lambda config, model: _parts_of(config, model_on_objects(config)),
 }
 
 

@@ -27,7 +27,7 @@ from grappa.method.adaptors import AdaptorSet, folded
 from grappa.method.fusion import Fusion
 from grappa.metrics.whitening import fit_whitening
 from grappa.pipeline.engine.context import StageContext
-from grappa.pipeline.graph.models import Making, deployed_model, find_model
+from grappa.pipeline.graph.models import Making, find_model, model_on_objects
 from grappa.pipeline.learning import open_views
 from grappa.pipeline.opening import (
     open_backbone,
@@ -121,11 +121,8 @@ def _views_side_by_side(context: StageContext) -> str:
 
 def open_model(context: StageContext, name: str) -> Adapted:
     """Return the trained parts that adapt the backbone in a model of the result table."""
-    return OPENED[find_model(name).making](context, name)
-
-
-def _frozen(context: StageContext, name: str) -> Adapted:
-    return Adapted({})
+    making = find_model(name).making
+    return Adapted({}) if making == "features" else OPENED[making](context, name)
 
 
 def _set(context: StageContext, name: str) -> Adapted:
@@ -146,8 +143,8 @@ def _student(context: StageContext, name: str) -> Adapted:
     return Adapted({"student": open_student(context)})
 
 
-def _deployed(context: StageContext, name: str) -> Adapted:
-    return open_model(context, deployed_model(context.config))
+def _on_objects(context: StageContext, name: str) -> Adapted:
+    return open_model(context, model_on_objects(context.config))
 
 
 def _unchanged(context: StageContext, *, stage: str) -> str:
@@ -181,11 +178,10 @@ COMPUTED: Mapping[Making, Callable[[StageContext], str]] = {
     "side_by_side": _side_by_side,
 }
 OPENED: Mapping[Making, Callable[[StageContext, str], Adapted]] = {
-    "features": _frozen,
     "set": _set,
     "mean": _mean,
     "neighbors_fusion": partial(_fused, pairs="neighbors"),
     "views_fusion": partial(_fused, pairs="views"),
     "student": _student,
-    "on_objects": _deployed,
+    "on_objects": _on_objects,
 }
