@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Which = Literal["test", "train", "all"]
 BLOCK_ROWS = 65536
-NAMES = ("model", "domain", "gallery")
+NAMES = ("model", "granularity", "domain", "gallery")
 
 
 def open_run(folder: str | Path) -> Run:
@@ -124,6 +124,21 @@ class Run:
             counts.insert(0, "granularity", name)
             parts.append(counts)
         return _categorical(pd.concat(parts, ignore_index=True), "granularity", "domain")
+
+    def cluster_metrics(self) -> pd.DataFrame:
+        """Return how well the clusters agree with the labels of the train images: granularity, domain, metrics.
+
+        Columns: num_images (labelled train images), num_clusters (those that hold one of them), purity (0 to 1), nmi (0
+        to 1), ami (at most 1, about 0 by chance), NaN where no image has a label; the domain ``_mean`` is the mean over
+        domains. ``grappa.metrics.clustering.cluster_metrics`` defines them. Only the ami compares granularities: purity
+        and nmi grow with the number of clusters.
+        """
+        self._granularities()
+        file = self._published("evaluation") / "clusters.csv"
+        if not file.is_file():
+            command = f"grappa run {quoted(self.root)} --until evaluation"
+            raise ValueError(f"{file} is missing: an older version made the evaluation; run `{command}`")
+        return _categorical(read_metrics(file), *NAMES)
 
     def centroids(self, granularity: str) -> NDArray[np.float32]:
         """Return the L2-normalised centroids (k, D) of a granularity such as ``k00256``; row c is pseudo-label c."""
@@ -291,7 +306,7 @@ class Run:
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """Return a ``metrics.csv``; only an empty cell is no number, since a domain may be called NA."""
+    """Return a ``metrics.csv`` or ``clusters.csv``; only an empty cell is no number: a domain may be called NA."""
     return pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), keep_default_na=False, na_values=[""])
 
 
