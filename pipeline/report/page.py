@@ -76,6 +76,7 @@ def _content(
         "attention": _attention(run, config) if attention else None,
         "attention_command": f"grappa run {quoted(run.root)} --stage attention" if fusions(config) else None,
         "clusters": _clusters(run) if config.granularities else None,
+        "agreement": _agreement(run) if config.granularities else None,
         "config": run.config_path.read_text(encoding="utf-8", errors="replace"),
         "thumbnails": THUMBNAILS,
         "figures": FIGURES,
@@ -155,11 +156,17 @@ def _clusters(run: RunFolder) -> Table:
     sizes, mix, rows = tables.cluster_sizes(run.root), tables.domain_mix(run.root), []
     for name, own in sizes.groupby("granularity", sort=False, observed=True):
         part = mix[mix["granularity"] == name]
-        purity = (part["share"] * part["num_images"]).sum() / part["num_images"].sum()
+        own_domain = (part["share"] * part["num_images"]).sum() / part["num_images"].sum()
         train = own["num_train"]
         counts = [len(own), int((train == 0).sum()), int((train == 1).sum()), f"{train.median():g}", int(train.max())]
-        rows.append([str(name), *map(str, counts), number(float(purity))])
+        rows.append([str(name), *map(str, counts), number(float(own_domain))])
     return Table("clusters", ["", "clusters", "empty", "of one", "median", "largest", "own domain"], rows)
+
+
+def _agreement(run: RunFolder) -> Table | None:
+    """Return how well clusters and labels agree; None without labels, and where the evaluation is too old to say it."""
+    known = (run.artifact("evaluation").home / "clusters.csv").exists()
+    return summary.agreement_table(tables.cluster_metrics(run.root)) if known else None
 
 
 def _write_figures(run: Path, folder: Path, *, attention: bool, clusters: bool) -> None:

@@ -73,6 +73,27 @@ def means_table(metrics: pd.DataFrame) -> Table:
     return Table("mean over domains", ["", *header], rows)
 
 
+def agreement_table(found: pd.DataFrame) -> Table | None:
+    """Return granularities by the AMI in each domain, then the means over domains; None where no image has a label.
+
+    ``found`` is the table of ``grappa.pipeline.tables.cluster_metrics``; the best granularity of a domain is stressed.
+    """
+    if not found["num_images"].any():
+        return None
+    wide = found.astype({"granularity": str, "domain": str}).set_index(["granularity", "domain"])
+    granularities, domains = (list(dict.fromkeys(wide.index.get_level_values(level))) for level in (0, 1))
+    values = wide["ami"].unstack("domain").reindex(index=granularities, columns=domains)
+    means = wide.xs(MEAN, level="domain").loc[granularities, ["nmi", "purity"]]
+    rows = [[name, *map(_cell, values.loc[name]), *map(_cell, means.loc[name])] for name in granularities]
+    strong = {
+        (row, column + 1)
+        for row, name in enumerate(granularities)
+        for column, domain in enumerate(domains)
+        if values.loc[name, domain] == values[domain].max()
+    }
+    return Table("agreement", ["AMI", *map(domain_name, domains), "mean NMI", "mean purity"], rows, frozenset(strong))
+
+
 def comparisons(
     metrics: pd.DataFrame, per_query: pd.DataFrame, gallery: str, *, deployed: str = "fused", seed: int = 0
 ) -> pd.DataFrame:

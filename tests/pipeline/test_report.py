@@ -178,6 +178,38 @@ def test_the_best_of_a_column_is_stressed_what_saw_labels_aside(reader: str) -> 
     assert table.markdown().splitlines()[2] == "| zero_shot | .300 | **.600** | .450 |"
 
 
+def test_the_agreement_of_clusters_and_labels_is_shown(run: RunFolder, report: Path) -> None:
+    found = tables.cluster_metrics(run.root).set_index(["granularity", "domain"])
+    text = (report / "results.md").read_text(encoding="utf-8")
+    assert "| AMI | checks | discs | stripes | mean | mean NMI | mean purity |" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| k00008 | ") and len(line.split("|")) == 9]
+    cells = line.replace("*", "").strip("| ").split(" | ")[1:]
+    domains = ["checks", "discs", "stripes", "_mean"]
+    expected = [found.loc[("k00008", domain), "ami"] for domain in domains]
+    expected += [found.loc[("k00008", "_mean"), name] for name in ("nmi", "purity")]
+    assert cells == [summary.number(value) for value in expected]
+    assert "Agreement with the labels of the train images" in Page(report / "index.html").text
+
+
+def test_the_best_granularity_of_a_domain_is_stressed() -> None:
+    values = {"k00004": [0.5, 0.1, 0.3], "k00008": [0.2, 0.4, 0.3]}
+    rows = [
+        {"granularity": name, "domain": domain, "num_images": 9, "purity": 0.9, "nmi": 0.8, "ami": ami}
+        for name, own in values.items()
+        for domain, ami in zip(["birds", "cars", "_mean"], own, strict=True)
+    ]
+    table = summary.agreement_table(pd.DataFrame(rows))
+    assert table is not None and table.strong == {(0, 1), (1, 2), (0, 3), (1, 3)}
+    assert table.rows[0] == ["k00004", ".500", ".100", ".300", ".800", ".900"]
+    assert summary.agreement_table(pd.DataFrame(rows).assign(num_images=0)) is None
+
+
+def test_a_run_that_an_older_version_evaluated_is_reported_as_before(copy: RunFolder, tmp_path: Path) -> None:
+    (copy.root / "evaluation" / "clusters.csv").unlink()
+    write_report(copy.root, tmp_path / "report")
+    assert "Agreement with the labels" not in Page(tmp_path / "report" / "index.html").text
+
+
 def test_numbers_are_short() -> None:
     assert [summary.number(value) for value in (0.0864, -0.05, 1.3863, 0.0, 1.0)] == [
         ".086",
@@ -262,7 +294,7 @@ def test_odd_names_and_a_run_without_labels(material: Path, tmp_path: Path) -> N
     for name in odd.values():
         assert name in page.text, "the page's text is the name, not a tag"
     assert "No test image has a label: nothing was evaluated." in page.text
-    assert "✓" not in page.text
+    assert "✓" not in page.text and "Agreement with the labels" not in page.text
     assert f"grappa run {made.root} --stage attention" in page.text
     assert "attention/neighbors missing" in page.text
     assert "not split: all to learn from and to test" in page.text
