@@ -92,7 +92,7 @@ def _gallery(metrics: pd.DataFrame, per_query: pd.DataFrame, gallery: str, deplo
         "where": summary.GALLERIES[gallery],
         "table": summary.result_table(metrics, gallery),
         "gains": summary.gain_table(found) if len(found) else None,
-        "verdicts": [summary.verdict(row) for _, row in means.iterrows()],
+        "sentences": [summary.gain_sentence(row) for _, row in means.iterrows()],
     }
 
 

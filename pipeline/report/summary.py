@@ -161,7 +161,7 @@ def gain_text(row: Any) -> str:
     return f"{_signed(row['difference'])} [{_signed(row['low'])},\u00a0{_signed(row['high'])}]"
 
 
-def verdict(row: Any) -> str:
+def gain_sentence(row: Any) -> str:
     """Return the outcome of a comparison in one sentence."""
     side = "above" if row["low"] > 0 else "below" if row["high"] < 0 else "not to be told apart from"
     share = f"{row['relative']:+.1%}, " if np.isfinite(row["relative"]) else ""

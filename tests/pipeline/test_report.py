@@ -162,11 +162,11 @@ def test_only_gains_beyond_their_interval_are_stressed_and_called_above() -> Non
     assert table.rows[1][1] == "+.200 [+.100,\u00a0+.300]"
     assert (1, 1) in table.strong and (1, 2) not in table.strong and (1, 3) not in table.strong
     lines = dict(zip(zip(found["candidate"], found["against"], found["domain"], strict=True), found.iloc, strict=True))
-    assert summary.verdict(lines["fused", "zero-shot", "birds"]).startswith(
+    assert summary.gain_sentence(lines["fused", "zero-shot", "birds"]).startswith(
         "fused is above zero_shot_whitened (+50.0%, "
     )
-    assert summary.verdict(lines["fused", "zero-shot", "cars"]).startswith("fused is below zero_shot (")
-    assert "not to be told apart from" in summary.verdict(lines["fused", "zero-shot", "_mean"])
+    assert summary.gain_sentence(lines["fused", "zero-shot", "cars"]).startswith("fused is below zero_shot (")
+    assert "not to be told apart from" in summary.gain_sentence(lines["fused", "zero-shot", "_mean"])
 
 
 @pytest.mark.parametrize("reader", ["oracle", "supervised"])
