@@ -21,6 +21,7 @@ from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.graph.models import deployed_model, evaluated_models
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage, nodes
+from grappa.pipeline.report.verdict_file import VERDICT, Verdict, read_verdict
 from grappa.pipeline.store.artifacts import MANIFEST_FILE, Manifest, RunFolder, check_same_origin, published, quoted
 
 if TYPE_CHECKING:
@@ -162,6 +163,20 @@ class Run:
                 part.insert(1, "instance", instance or stage)
                 parts.append(part)
         return _categorical(pd.concat(parts, ignore_index=True), "stage", "instance")
+
+    def verdict(self) -> Verdict:
+        """Return whether adaptation helped, told without labels.
+
+        Its attributes: verdict ("helped", "no certain difference", "hurt", "too few images"), evidence (two sentences),
+        sentence (both in one line), deployed (the model that was chosen), images ("test" or "train") and num_images (on
+        which it rests), models. ``pandas.DataFrame(run.verdict().models)`` is a row for each compared model: model,
+        indicator (its neighbourhood standout, higher is better), difference (to the frozen backbone with its head),
+        low, high (the 95 % interval of the difference).
+        """
+        self._published(VERDICT.name)
+        found = read_verdict(self._folder)
+        assert found is not None, "it was published"
+        return found
 
     def metrics(self) -> pd.DataFrame:
         """Return the result table: model, domain (``_mean``: over all domains), gallery (domain | merged), metrics."""

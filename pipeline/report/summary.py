@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pandas as pd
 
 from grappa.core.names import MEAN
 from grappa.pipeline.graph.models import FREE, MODELS, saw_labels
+from grappa.pipeline.report.verdict_file import Verdict
 
 GALLERIES = {"domain": "each domain's own gallery", "merged": "the merged gallery"}
 METRICS = {"map": "mAP", "map_at_r": "MAP@R", "r_precision": "R-precision", "recall_at_1": "R@1"}
@@ -73,6 +74,16 @@ def means_table(metrics: pd.DataFrame) -> Table:
     return Table("mean over domains", ["", *header], rows)
 
 
+def verdict_table(found: Verdict) -> Table:
+    """Return the models that the verdict compares by their label-free indicator; intervals above 0 are stressed."""
+    rows = []
+    for each in found.models:
+        reference = each.difference == each.low == each.high == 0
+        rows.append([each.model, number(each.indicator), "-" if reference else gain_text(asdict(each))])
+    strong = frozenset((row, 2) for row, each in enumerate(found.models) if each.low > 0)
+    return Table("verdict", ["", "neighbourhood standout", "difference"], rows, strong)
+
+
 def agreement_table(found: pd.DataFrame) -> Table | None:
     """Return granularities by the AMI in each domain, then the means over domains; None where no image has a label.
 
@@ -99,6 +110,8 @@ def comparisons(
 ) -> pd.DataFrame:
     """Return the mAP gain of each learned model and of ``deployed``, a row for each (candidate, against, domain).
 
+    A deployed model that needs no training has no gain.
+
     ``against`` is "zero-shot" (``reference``: the best zero-shot model in this domain) or "mean" (the sets with equal
     attention, for models that learn more than the sets). Columns: candidate, against, domain, reference, difference,
     low, high (95 % interval by paired bootstrap over queries; for ``_mean`` queries are drawn within domains), relative
@@ -108,7 +121,7 @@ def comparisons(
     precision = scored.pivot(index="image_id", columns="model", values="average_precision")
     domains = scored.drop_duplicates("image_id").set_index("image_id")["domain"].reindex(precision.index)
     own = metrics[metrics["gallery"] == gallery].set_index(["model", "domain"])["map"]
-    candidates = list(dict.fromkeys([*COMPARED, deployed]))
+    candidates = [each for each in dict.fromkeys([*COMPARED, deployed]) if each not in FREE]
     wanted: list[tuple[str, str, tuple[str, ...]]] = [(model, "zero-shot", FREE) for model in candidates]
     wanted += [(model, "mean", ("mean",)) for model in candidates if model != "mean"]
     rows = [
