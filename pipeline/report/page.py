@@ -13,11 +13,12 @@ from grappa.metrics.attention import MEAN_BLOCK
 from grappa.pipeline import tables
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.status import read_config, states
-from grappa.pipeline.graph.models import deployed_model, evaluated_models, find_entry, fusions
+from grappa.pipeline.graph.models import FREE, deployed_model, evaluated_models, find_entry, fusions
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import nodes
 from grappa.pipeline.report import costs, examples, figures, summary
 from grappa.pipeline.report.summary import Table, number
+from grappa.pipeline.report.verdict_file import Verdict, read_verdict
 from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, quoted
 from grappa.pipeline.store.storage import new_folder, refuse_existing
 
@@ -57,17 +58,18 @@ def _content(
 ) -> dict[str, Any]:
     """Return all values that the templates show, by name."""
     models = list(dict.fromkeys(metrics["model"])) if metrics["map"].notna().any() else []
-    sources = evaluated_models(config)
-    pictured = dict.fromkeys([*examples.PICTURED, deployed_model(config)])
+    sources, verdict = evaluated_models(config), read_verdict(run)
+    deployed = verdict.deployed if verdict else deployed_model(config)
+    galleries = [_gallery(metrics, per_query, gallery, deployed) for gallery in summary.GALLERIES] if models else []
+    pictured = dict.fromkeys([*examples.PICTURED, deployed])
     shown = {each: sources[each] for each in pictured if each in sources and _is_made(run, sources[each])}
     spent = costs.load_costs(run, config)
     return {
         "name": run.root.resolve().name,
         "facts": _facts(run, config),
         "not_fresh": [f"{each.name} {each.state}" for each in states(run, config) if each.state.kind != "fresh"],
-        "galleries": [_gallery(metrics, per_query, gallery, deployed_model(config)) for gallery in summary.GALLERIES]
-        if models
-        else [],
+        "verdict": _verdict(verdict, galleries) if verdict else None,
+        "galleries": galleries,
         "means": summary.means_table(metrics) if models else None,
         "meanings": [(model, find_entry(model).meaning) for model in models],
         "costs": costs.cost_table(spent, models or list(dict.fromkeys(spent["model"]))),
@@ -93,6 +95,27 @@ def _gallery(metrics: pd.DataFrame, per_query: pd.DataFrame, gallery: str, deplo
         "table": summary.result_table(metrics, gallery),
         "gains": summary.gain_table(found) if len(found) else None,
         "sentences": [summary.gain_sentence(row) for _, row in means.iterrows()],
+        "of_deployed": [summary.gain_sentence(row) for _, row in means.iterrows() if _tells_of(row, deployed)],
+    }
+
+
+def _tells_of(row: pd.Series[Any], deployed: str) -> bool:
+    """Tell whether a gain is the deployed model's; where that needs no training, the gains of all others tell of it."""
+    return row["against"] == "zero-shot" and (row["candidate"] == deployed or deployed in FREE)
+
+
+def _verdict(found: Verdict, galleries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the verdict in words, the label-free table, and what the labels of test images say of the deployed model.
+
+    ``by_labels``: pairs of a gallery in words and a sentence; empty where no test image has a label.
+    """
+    return {
+        "word": found.verdict,
+        "evidence": found.evidence,
+        "deployed": found.deployed,
+        "by_labels": [(gallery["where"], line) for gallery in galleries for line in gallery["of_deployed"]],
+        "table": summary.verdict_table(found),
+        "images": f"{found.num_images:,} {found.images} images",
     }
 
 

@@ -21,6 +21,7 @@ from grappa.pipeline.report import costs, examples, figures, summary
 from grappa.pipeline.report.page import write_report
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import draw_images, make_run, run_all, split_of, write_table, write_weights
+from tests.helpers.verdicts import VERDICT, publish_verdict
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,53 @@ def test_the_tables_hold_the_numbers_of_the_evaluation(run: RunFolder, report: P
     assert "Not up to date" not in page
     shown = (report / "index.html").read_text(encoding="utf-8")
     assert shown.count('class="shown right"') > 0 and shown.count('class="shown wrong"') > 0
+
+
+def test_the_verdict_stands_on_top_beside_what_the_labels_say(copy: RunFolder, tmp_path: Path) -> None:
+    publish_verdict(copy)
+    write_report(copy.root, tmp_path / "report")
+    page = Page(tmp_path / "report" / "index.html").text
+    text = (tmp_path / "report" / "results.md").read_text(encoding="utf-8")
+    assert f"Verdict: helped. {VERDICT['evidence']} The deployed model is fused." in page
+    assert page.index("Verdict: helped.") < page.index("pseudo-granularities")
+    assert text.splitlines()[2] == f"**Verdict: helped.** {VERDICT['evidence']} The deployed model is fused."
+    assert "| fused | 2.950 | **+.340 [+.290,\u00a0+.380]** |" in text
+    assert "of 1,024 test images" in page and "of 1,024 test images" in text
+    metrics, per_query = tables.load_metrics(copy.root), tables.load_per_query(copy.root)
+    for gallery, where in summary.GALLERIES.items():
+        found = summary.comparisons(metrics, per_query, gallery).set_index(["candidate", "against", "domain"])
+        row = found.loc[("fused", "zero-shot", "_mean")]
+        sentence = f"{row['reference']} ({row['relative']:+.1%}, {summary.gain_text(row)})"
+        assert f"By the labels of the test images, mean mAP in {where}: fused is " in page
+        (line,) = [
+            each
+            for each in text.splitlines()
+            if each.startswith(f"- by the labels of the test images, mean mAP in {where}")
+        ]
+        assert line.endswith(sentence)
+
+
+def test_where_the_frozen_backbone_is_deployed_the_labels_tell_what_training_gave(
+    copy: RunFolder, tmp_path: Path
+) -> None:
+    publish_verdict(copy, VERDICT | {"verdict": "hurt", "deployed": "zero_shot"})
+    write_report(copy.root, tmp_path / "report")
+    text = (tmp_path / "report" / "results.md").read_text(encoding="utf-8")
+    told = [line.split(": ")[1].split()[0] for line in text.splitlines() if line.startswith("- by the labels of")]
+    assert told == ["mean", "fused", "student"] * 2
+
+
+def test_a_run_without_a_verdict_shows_nothing_of_it(copy: RunFolder, tmp_path: Path) -> None:
+    shutil.rmtree(copy.root / "verdict", ignore_errors=True)
+    write_report(copy.root, tmp_path / "report")
+    for file in ("index.html", "results.md"):
+        written = (tmp_path / "report" / file).read_text(encoding="utf-8")
+        assert "Verdict" not in written and "standout" not in written
+
+
+def test_a_deployed_model_that_needs_no_training_has_no_gain() -> None:
+    found = summary.comparisons(*_frames(), "domain", deployed="zero_shot")
+    assert set(found["candidate"]) == {"mean", "fused"}
 
 
 def _frames() -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -289,11 +337,14 @@ def test_odd_names_and_a_run_without_labels(material: Path, tmp_path: Path) -> N
     made = make_run(tmp_path / "odd", [tmp_path / "odd.csv"], material / "weights.safetensors")
     run_all(made)
     shutil.rmtree(made.root / "attention")
+    publish_verdict(made, VERDICT | {"verdict": "hurt", "deployed": "zero_shot", "images": "train"})
     write_report(made.root, tmp_path / "report")
     page = Page(tmp_path / "report" / "index.html")
     for name in odd.values():
         assert name in page.text, "the page's text is the name, not a tag"
     assert "No test image has a label: nothing was evaluated." in page.text
+    assert "Verdict: hurt." in page.text and "of 1,024 train images" in page.text
+    assert "By the labels" not in page.text and "By labels" not in page.text
     assert "✓" not in page.text and "Agreement with the labels" not in page.text
     assert f"grappa run {made.root} --stage attention" in page.text
     assert "attention/neighbors missing" in page.text
