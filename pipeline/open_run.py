@@ -17,8 +17,8 @@ import pandas as pd
 
 from grappa.images.splits import chosen_rows
 from grappa.pipeline.config.schema import Config, num_clusters_of
-from grappa.pipeline.engine.choice import deployed_in
 from grappa.pipeline.engine.status import read_config
+from grappa.pipeline.engine.verdict_file import VERDICT, Verdict, deployed_in, read_verdict
 from grappa.pipeline.graph.models import evaluated_models
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage, nodes
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Which = Literal["test", "train", "all"]
 BLOCK_ROWS = 65536
-NAMES = ("model", "domain", "gallery")
+NAMES = ("model", "granularity", "domain", "gallery")
 
 
 def open_run(folder: str | Path) -> Run:
@@ -126,6 +126,21 @@ class Run:
             parts.append(counts)
         return _categorical(pd.concat(parts, ignore_index=True), "granularity", "domain")
 
+    def cluster_metrics(self) -> pd.DataFrame:
+        """Return how well the clusters agree with the labels of the train images: granularity, domain, metrics.
+
+        Columns: num_images (labelled train images), num_clusters (those that hold one of them), purity (0 to 1), nmi (0
+        to 1), ami (at most 1, about 0 by chance), NaN where no image has a label; the domain ``_mean`` is the mean over
+        domains. ``grappa.metrics.clustering.cluster_metrics`` defines them. Only the ami compares granularities: purity
+        and nmi grow with the number of clusters.
+        """
+        self._granularities()
+        file = self._published("evaluation") / "clusters.csv"
+        if not file.is_file():
+            command = f"grappa run {quoted(self.root)} --until evaluation"
+            raise ValueError(f"{file} is missing: an older version made the evaluation; run `{command}`")
+        return _categorical(read_metrics(file), *NAMES)
+
     def centroids(self, granularity: str) -> NDArray[np.float32]:
         """Return the L2-normalised centroids (k, D) of a granularity such as ``k00256``; row c is pseudo-label c."""
         import numpy as np
@@ -148,6 +163,20 @@ class Run:
                 part.insert(1, "instance", instance or stage)
                 parts.append(part)
         return _categorical(pd.concat(parts, ignore_index=True), "stage", "instance")
+
+    def verdict(self) -> Verdict:
+        """Return whether adaptation helped, told without labels.
+
+        Its attributes: verdict ("helped", "no certain difference", "hurt", "too few images"), evidence (two sentences),
+        sentence (both in one line), deployed (the model that was chosen), images ("test" or "train") and num_images (on
+        which it rests), models. ``pandas.DataFrame(run.verdict().models)`` is a row for each compared model: model,
+        indicator (its neighbourhood standout, higher is better), difference (to the frozen backbone with its head),
+        low, high (the 95 % interval of the difference).
+        """
+        self._published(VERDICT.name)
+        found = read_verdict(self._folder)
+        assert found is not None, "it was published"
+        return found
 
     def metrics(self) -> pd.DataFrame:
         """Return the result table: model, domain (``_mean``: over all domains), gallery (domain | merged), metrics."""
@@ -293,7 +322,7 @@ class Run:
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """Return a ``metrics.csv``; only an empty cell is no number, since a domain may be called NA."""
+    """Return a ``metrics.csv`` or ``clusters.csv``; only an empty cell is no number: a domain may be called NA."""
     return pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), keep_default_na=False, na_values=[""])
 
 

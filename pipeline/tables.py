@@ -25,6 +25,11 @@ def domain_mix(run: str | Path) -> pd.DataFrame:
     return open_run(run).domain_mix()
 
 
+def cluster_metrics(run: str | Path) -> pd.DataFrame:
+    """Return how well the clusters agree with the labels; see ``Run.cluster_metrics``."""
+    return open_run(run).cluster_metrics()
+
+
 def learning_curves(run: str | Path) -> pd.DataFrame:
     """Return the metrics along training; see ``Run.learning_curves``."""
     return open_run(run).learning_curves()

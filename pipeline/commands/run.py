@@ -1,4 +1,4 @@
-"""`grappa run`: run stages, or print the plan of a dry run; print the result table and the times at the end."""
+"""`grappa run`: run stages, or print the plan of a dry run; print verdict, result table and times at the end."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from grappa.core.names import MEAN
 from grappa.pipeline.engine.execution import Say, Selection, planned, run_stages, selected, spent
 from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.status import read_config
+from grappa.pipeline.engine.verdict_file import read_verdict
 from grappa.pipeline.graph.models import FREE, SUPERVISED
 from grappa.pipeline.store.artifacts import RunFolder
 
 
 def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, say: Say) -> None:
-    """Run the selected stages, then print the result table (if the evaluation was selected) and the times."""
+    """Run the selected stages, then print the verdict (if all stages were selected), the result table (if the
+    evaluation was selected) and the times."""
     config = read_config(run)
     report = run_stages(run, config, selection, progress=progress, say=say)
     if not report.leads:
         return
     if not report.seconds:
         say(f"{report.num_fresh} fresh; --force runs {'it' if report.num_fresh == 1 else 'them'} again")
+    verdict = None if selection.stage or selection.until else read_verdict(run)
+    if verdict:
+        say(f"verdict: {verdict.sentence}")
     metrics = run.artifact("evaluation").path / "metrics.csv"
     if metrics.exists() and any(node.stage == "evaluation" for node in selected(config, selection)):
         print_table(metrics)

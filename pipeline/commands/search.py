@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grappa.pipeline.engine.choice import read_verdict
+from grappa.pipeline.engine.verdict_file import chosen_model
 from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, published, quoted
 from grappa.pipeline.store.storage import new_folder, refuse_existing
 
@@ -67,7 +67,7 @@ def _deployed_by(folder: RunFolder, name: str) -> str:
     assert manifest is not None, f"{name} is published"
     inputs = manifest.fingerprint["inputs"]
     if "verdict" in inputs:
-        return read_verdict(folder)["deployed"]
+        return chosen_model(folder)
     final = (each.removeprefix("heads/") for each in inputs if each.startswith("heads/"))
     return next(final, "zero_shot")
 

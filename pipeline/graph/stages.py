@@ -224,7 +224,8 @@ def _attention_inputs(config: Config, instance: str | None) -> tuple[Input, ...]
 def _evaluation_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     nodes = evaluated_models(config).values()
     embeddings = tuple(Input(node.stage, ("embeddings.npy",), node.instance) for node in nodes)
-    return (Input("images", ("images.parquet", "labels.parquet")), *embeddings)
+    clusters = tuple(Input("clusters", ("assignments.parquet",), name) for name in config.granularities)
+    return (Input("images", ("images.parquet", "labels.parquet")), *clusters, *embeddings)
 
 
 STAGES: tuple[Stage, ...] = (
@@ -300,7 +301,7 @@ STAGES: tuple[Stage, ...] = (
         _settings("images.cache_size"),
         _model_inputs,
     ),
-    Stage("evaluation", 2, _settings("evaluation"), _evaluation_inputs),
+    Stage("evaluation", 3, _settings("evaluation"), _evaluation_inputs),
     Stage(
         "index",
         1,

@@ -12,9 +12,9 @@ from grappa.core.names import MEAN
 from grappa.metrics.attention import MEAN_BLOCK
 from grappa.pipeline import tables
 from grappa.pipeline.config.schema import Config
-from grappa.pipeline.engine.choice import deployed_in
 from grappa.pipeline.engine.status import read_config, states
-from grappa.pipeline.graph.models import evaluated_models, find_entry, fusions
+from grappa.pipeline.engine.verdict_file import Verdict, deployed_in, read_verdict
+from grappa.pipeline.graph.models import FREE, evaluated_models, find_entry, fusions
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import nodes
 from grappa.pipeline.report import costs, examples, figures, summary
@@ -58,8 +58,9 @@ def _content(
 ) -> dict[str, Any]:
     """Return all values that the templates show, by name."""
     models = list(dict.fromkeys(metrics["model"])) if metrics["map"].notna().any() else []
-    sources = evaluated_models(config)
+    sources, verdict = evaluated_models(config), read_verdict(run)
     deployed = deployed_in(run, config)
+    galleries = [_gallery(metrics, per_query, gallery, deployed) for gallery in summary.GALLERIES] if models else []
     pictured = dict.fromkeys([*examples.PICTURED, deployed])
     shown = {each: sources[each] for each in pictured if each in sources and _is_made(run, sources[each])}
     spent = costs.load_costs(run, config)
@@ -67,9 +68,8 @@ def _content(
         "name": run.root.resolve().name,
         "facts": _facts(run, config),
         "not_fresh": [f"{each.name} {each.state}" for each in states(run, config) if each.state.kind != "fresh"],
-        "galleries": [_gallery(metrics, per_query, gallery, deployed) for gallery in summary.GALLERIES]
-        if models
-        else [],
+        "verdict": _verdict(verdict, galleries) if verdict else None,
+        "galleries": galleries,
         "means": summary.means_table(metrics) if models else None,
         "meanings": [(model, find_entry(model).meaning) for model in models],
         "costs": costs.cost_table(spent, models or list(dict.fromkeys(spent["model"]))),
@@ -78,6 +78,7 @@ def _content(
         "attention": _attention(run, config) if attention else None,
         "attention_command": f"grappa run {quoted(run.root)} --stage attention" if fusions(config) else None,
         "clusters": _clusters(run) if config.granularities else None,
+        "agreement": _agreement(run) if config.granularities else None,
         "config": run.config_path.read_text(encoding="utf-8", errors="replace"),
         "thumbnails": THUMBNAILS,
         "figures": FIGURES,
@@ -93,7 +94,28 @@ def _gallery(metrics: pd.DataFrame, per_query: pd.DataFrame, gallery: str, deplo
         "where": summary.GALLERIES[gallery],
         "table": summary.result_table(metrics, gallery),
         "gains": summary.gain_table(found) if len(found) else None,
-        "verdicts": [summary.verdict(row) for _, row in means.iterrows()],
+        "sentences": [summary.gain_sentence(row) for _, row in means.iterrows()],
+        "of_deployed": [summary.gain_sentence(row) for _, row in means.iterrows() if _tells_of(row, deployed)],
+    }
+
+
+def _tells_of(row: pd.Series[Any], deployed: str) -> bool:
+    """Tell whether a gain is the deployed model's; where that needs no training, the gains of all others tell of it."""
+    return row["against"] == "zero-shot" and (row["candidate"] == deployed or deployed in FREE)
+
+
+def _verdict(found: Verdict, galleries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the verdict in words, the label-free table, and what the labels of test images say of the deployed model.
+
+    ``by_labels``: pairs of a gallery in words and a sentence; empty where no test image has a label.
+    """
+    return {
+        "word": found.verdict,
+        "evidence": found.evidence,
+        "deployed": found.deployed,
+        "by_labels": [(gallery["where"], line) for gallery in galleries for line in gallery["of_deployed"]],
+        "table": summary.verdict_table(found),
+        "images": f"{found.num_images:,} {found.images} images",
     }
 
 
@@ -157,11 +179,17 @@ def _clusters(run: RunFolder) -> Table:
     sizes, mix, rows = tables.cluster_sizes(run.root), tables.domain_mix(run.root), []
     for name, own in sizes.groupby("granularity", sort=False, observed=True):
         part = mix[mix["granularity"] == name]
-        purity = (part["share"] * part["num_images"]).sum() / part["num_images"].sum()
+        own_domain = (part["share"] * part["num_images"]).sum() / part["num_images"].sum()
         train = own["num_train"]
         counts = [len(own), int((train == 0).sum()), int((train == 1).sum()), f"{train.median():g}", int(train.max())]
-        rows.append([str(name), *map(str, counts), number(float(purity))])
+        rows.append([str(name), *map(str, counts), number(float(own_domain))])
     return Table("clusters", ["", "clusters", "empty", "of one", "median", "largest", "own domain"], rows)
+
+
+def _agreement(run: RunFolder) -> Table | None:
+    """Return how well clusters and labels agree; None without labels, and where the evaluation is too old to say it."""
+    known = (run.artifact("evaluation").home / "clusters.csv").exists()
+    return summary.agreement_table(tables.cluster_metrics(run.root)) if known else None
 
 
 def _write_figures(run: Path, folder: Path, *, attention: bool, clusters: bool) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from grappa.core.names import MEAN
+from grappa.pipeline.engine.verdict_file import Verdict
 from grappa.pipeline.graph.models import FREE, MODELS, saw_labels
 
 GALLERIES = {"domain": "each domain's own gallery", "merged": "the merged gallery"}
@@ -73,10 +74,43 @@ def means_table(metrics: pd.DataFrame) -> Table:
     return Table("mean over domains", ["", *header], rows)
 
 
+def verdict_table(found: Verdict) -> Table:
+    """Return the models that the verdict compares by their label-free indicator; intervals above 0 are stressed."""
+    rows = []
+    for each in found.models:
+        reference = each.difference == each.low == each.high == 0
+        rows.append([each.model, number(each.indicator), "-" if reference else gain_text(asdict(each))])
+    strong = frozenset((row, 2) for row, each in enumerate(found.models) if each.low > 0)
+    return Table("verdict", ["", "neighbourhood standout", "difference"], rows, strong)
+
+
+def agreement_table(found: pd.DataFrame) -> Table | None:
+    """Return granularities by the AMI in each domain, then the means over domains; None where no image has a label.
+
+    ``found`` is the table of ``grappa.pipeline.tables.cluster_metrics``; the best granularity of a domain is stressed.
+    """
+    if not found["num_images"].any():
+        return None
+    wide = found.astype({"granularity": str, "domain": str}).set_index(["granularity", "domain"])
+    granularities, domains = (list(dict.fromkeys(wide.index.get_level_values(level))) for level in (0, 1))
+    values = wide["ami"].unstack("domain").reindex(index=granularities, columns=domains)
+    means = wide.xs(MEAN, level="domain").loc[granularities, ["nmi", "purity"]]
+    rows = [[name, *map(_cell, values.loc[name]), *map(_cell, means.loc[name])] for name in granularities]
+    strong = {
+        (row, column + 1)
+        for row, name in enumerate(granularities)
+        for column, domain in enumerate(domains)
+        if values.loc[name, domain] == values[domain].max()
+    }
+    return Table("agreement", ["AMI", *map(domain_name, domains), "mean NMI", "mean purity"], rows, frozenset(strong))
+
+
 def comparisons(
     metrics: pd.DataFrame, per_query: pd.DataFrame, gallery: str, *, deployed: str = "fused", seed: int = 0
 ) -> pd.DataFrame:
     """Return the mAP gain of each learned model and of ``deployed``, a row for each (candidate, against, domain).
+
+    A deployed model that needs no training has no gain.
 
     ``against`` is "zero-shot" (``reference``: the best zero-shot model in this domain) or "mean" (the sets with equal
     attention, for models that learn more than the sets). Columns: candidate, against, domain, reference, difference,
@@ -87,7 +121,7 @@ def comparisons(
     precision = scored.pivot(index="image_id", columns="model", values="average_precision")
     domains = scored.drop_duplicates("image_id").set_index("image_id")["domain"].reindex(precision.index)
     own = metrics[metrics["gallery"] == gallery].set_index(["model", "domain"])["map"]
-    candidates = list(dict.fromkeys([*COMPARED, deployed]))
+    candidates = [each for each in dict.fromkeys([*COMPARED, deployed]) if each not in FREE]
     wanted: list[tuple[str, str, tuple[str, ...]]] = [(model, "zero-shot", FREE) for model in candidates]
     wanted += [(model, "mean", ("mean",)) for model in candidates if model != "mean"]
     rows = [
@@ -140,7 +174,7 @@ def gain_text(row: Any) -> str:
     return f"{_signed(row['difference'])} [{_signed(row['low'])},\u00a0{_signed(row['high'])}]"
 
 
-def verdict(row: Any) -> str:
+def gain_sentence(row: Any) -> str:
     """Return the outcome of a comparison in one sentence."""
     side = "above" if row["low"] > 0 else "below" if row["high"] < 0 else "not to be told apart from"
     share = f"{row['relative']:+.1%}, " if np.isfinite(row["relative"]) else ""

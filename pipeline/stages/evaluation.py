@@ -1,5 +1,7 @@
 """Stage ``evaluation``: retrieval metrics of every model on the test rows, per domain and over the merged gallery.
 
+``clusters.csv`` says how well the clusters agree with the labels of the train rows, which were clustered.
+
 ``reciprocity`` (``grappa.metrics.indicators``) reads no label; where no test image has a label, it is the only metric.
 
 Adapted models are evaluated with their embedding head. ``zero_shot_head`` is the frozen backbone with a head (a free
@@ -14,7 +16,8 @@ from numpy.typing import NDArray
 
 from grappa.core.names import GALLERIES, MEAN
 from grappa.core.randomness import id_numbers
-from grappa.images.splits import test_rows
+from grappa.images.splits import test_rows, train_rows
+from grappa.metrics.clustering import COLUMNS, cluster_metrics
 from grappa.metrics.indicators import reciprocity_table
 from grappa.metrics.retrieval import SUMMARY_COLUMNS, evaluate, memory_needed, oracle, summarize
 from grappa.pipeline.config.schema import Config
@@ -31,6 +34,7 @@ def run(context: StageContext) -> str:
     num_labeled = int(labels.iloc[rows].notna().sum())
     per_query = _evaluate_all(context, images.iloc[rows], labels.iloc[rows], rows) if num_labeled else _nothing()
     metrics = _write(context, per_query, _reciprocity(context, images["domain"].to_numpy()[rows], rows))
+    _clusters(context, images, labels).to_csv(context.path / "clusters.csv", index=False)
     if not num_labeled:
         return "no test image has a label: only the reciprocity of neighbours is known (model and index are complete)"
     where = "transductive: no image is split, all rows are both" if transductive else "test rows"
@@ -106,6 +110,23 @@ def _write(context: StageContext, per_query: pd.DataFrame, reciprocity: pd.DataF
 def _deployed(config: Config) -> str:
     """Return the model that the sentence names beside others: where the verdict chooses, its choice is told there."""
     return "student" if config.model.source == "auto" else deployed_model(config)
+
+
+def _clusters(context: StageContext, images: pd.DataFrame, labels: pd.Series) -> pd.DataFrame:
+    """Return the agreement of clusters and labels on the train rows, by granularity; no row where there are none."""
+    names, rows = context.config.granularities, train_rows(images)
+    columns = ["granularity", *COLUMNS]
+    if not names:
+        return pd.DataFrame(columns=columns)
+    classes, domains, parts = labels.to_numpy(dtype=object)[rows], images["domain"].to_numpy()[rows], []
+    with context.task("clusters", len(names), unit="granularities") as advance:
+        for name in names:
+            file = context.input("clusters", name) / "assignments.parquet"
+            pseudo_labels = pd.read_parquet(file, columns=["pseudo_label"])["pseudo_label"].to_numpy()[rows]
+            found = cluster_metrics(pseudo_labels, labels=classes, domains=domains)
+            parts.append(found.assign(granularity=name))
+            advance(1)
+    return pd.concat(parts, ignore_index=True)[columns]
 
 
 def _headline(metrics: pd.DataFrame, deployed: str) -> str:

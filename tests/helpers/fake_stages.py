@@ -6,6 +6,7 @@ Each fake stage writes every file that some other stage reads from it; the bytes
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.work import open_work
 
 Hook = Callable[[StageContext], None]
+
+VERDICT = {"verdict": "helped", "deployed": "fused", "images": "test", "num_images": 8, "models": []}
 
 
 class FakeStages:
@@ -92,6 +95,8 @@ class FakeStages:
             path.write_bytes(name.encode() + content)
             if name == "images.parquet":
                 _write_table(path, content)
+            if name == "verdict.json":
+                path.write_text(json.dumps(VERDICT | {"evidence": content.hex()}))
         return f"{len(names)} files"
 
 

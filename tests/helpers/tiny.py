@@ -121,6 +121,7 @@ def settings(weights: Path, **changes: object) -> list[str]:
         "student.bottleneck_dim": 4,
         "student.num_epochs": 1,
         "student.batch_size": 4,
+        "model.source": "fused",
         "compute.num_threads": 1,
         "compute.num_workers": 1,
         "compute.device": "cpu",

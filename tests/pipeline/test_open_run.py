@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import adjusted_mutual_info_score
 
 import grappa
 from grappa.pipeline import tables
@@ -28,6 +29,7 @@ CATEGORICAL = {
     "assignments": ["domain", "split", "label"],
     "cluster_sizes": ["granularity"],
     "domain_mix": ["granularity", "domain"],
+    "cluster_metrics": ["granularity", "domain"],
     "learning_curves": ["stage", "instance"],
     "metrics": ["model", "domain", "gallery"],
     "per_query": ["model", "domain", "gallery"],
@@ -209,6 +211,24 @@ def test_an_image_belongs_to_its_nearest_centroid(run: grappa.Run) -> None:
     assert (features @ centroids.T).argmax(1).tolist() == run.assignments()["k00008"].tolist()
     with pytest.raises(ValueError, match="no granularity 'k00009'; the run has k00004, k00008"):
         run.centroids("k00009")
+
+
+def test_clusters_are_compared_with_the_labels_of_the_train_images(run: grappa.Run, tmp_path: Path) -> None:
+    table, found = run.assignments(), run.cluster_metrics().set_index(["granularity", "domain"])
+    assert list(found.index.unique("domain")) == ["checks", "discs", "stripes", "_mean"]
+    train = table[table["split"] == "train"]
+    for granularity in ("k00004", "k00008"):
+        for domain, own in train.groupby("domain", observed=True):
+            row, clusters = found.loc[(granularity, domain)], own.groupby(granularity)["label"]
+            assert (row["num_images"], row["num_clusters"]) == (10, len(clusters))
+            assert row["purity"] == pytest.approx(clusters.agg(lambda labels: labels.value_counts().max()).sum() / 10)
+            assert row["ami"] == pytest.approx(adjusted_mutual_info_score(own["label"], own[granularity]))
+        assert found.loc[(granularity, "_mean"), "num_images"] == 30
+    assert found["ami"].max() > 0.2 and found["purity"].between(0.5, 1).all()
+    copy = Path(shutil.copytree(run.root, tmp_path / "copy"))
+    (copy / "evaluation" / "clusters.csv").unlink()
+    with pytest.raises(ValueError, match=r"an older version made the evaluation; run `grappa run .* --until evaluat"):
+        grappa.open_run(copy).cluster_metrics()
 
 
 def test_what_is_not_made_yet_names_the_command(material: Path, tmp_path: Path) -> None:

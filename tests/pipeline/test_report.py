@@ -21,6 +21,7 @@ from grappa.pipeline.report import costs, examples, figures, summary
 from grappa.pipeline.report.page import write_report
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import draw_images, make_run, run_all, split_of, write_table, write_weights
+from tests.helpers.verdicts import VERDICT, publish_verdict
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,53 @@ def test_the_tables_hold_the_numbers_of_the_evaluation(run: RunFolder, report: P
     assert shown.count('class="shown right"') > 0 and shown.count('class="shown wrong"') > 0
 
 
+def test_the_verdict_stands_on_top_beside_what_the_labels_say(copy: RunFolder, tmp_path: Path) -> None:
+    publish_verdict(copy)
+    write_report(copy.root, tmp_path / "report")
+    page = Page(tmp_path / "report" / "index.html").text
+    text = (tmp_path / "report" / "results.md").read_text(encoding="utf-8")
+    assert f"Verdict: helped. {VERDICT['evidence']} The deployed model is fused." in page
+    assert page.index("Verdict: helped.") < page.index("pseudo-granularities")
+    assert text.splitlines()[2] == f"**Verdict: helped.** {VERDICT['evidence']} The deployed model is fused."
+    assert "| fused | 2.950 | **+.340 [+.290,\u00a0+.380]** |" in text
+    assert "of 1,024 test images" in page and "of 1,024 test images" in text
+    metrics, per_query = tables.load_metrics(copy.root), tables.load_per_query(copy.root)
+    for gallery, where in summary.GALLERIES.items():
+        found = summary.comparisons(metrics, per_query, gallery).set_index(["candidate", "against", "domain"])
+        row = found.loc[("fused", "zero-shot", "_mean")]
+        sentence = f"{row['reference']} ({row['relative']:+.1%}, {summary.gain_text(row)})"
+        assert f"By the labels of the test images, mean mAP in {where}: fused is " in page
+        (line,) = [
+            each
+            for each in text.splitlines()
+            if each.startswith(f"- by the labels of the test images, mean mAP in {where}")
+        ]
+        assert line.endswith(sentence)
+
+
+def test_where_the_frozen_backbone_is_deployed_the_labels_tell_what_training_gave(
+    copy: RunFolder, tmp_path: Path
+) -> None:
+    publish_verdict(copy, VERDICT | {"verdict": "hurt", "deployed": "zero_shot"})
+    write_report(copy.root, tmp_path / "report")
+    text = (tmp_path / "report" / "results.md").read_text(encoding="utf-8")
+    told = [line.split(": ")[1].split()[0] for line in text.splitlines() if line.startswith("- by the labels of")]
+    assert told == ["mean", "fused", "student"] * 2
+
+
+def test_a_run_without_a_verdict_shows_nothing_of_it(copy: RunFolder, tmp_path: Path) -> None:
+    shutil.rmtree(copy.root / "verdict", ignore_errors=True)
+    write_report(copy.root, tmp_path / "report")
+    for file in ("index.html", "results.md"):
+        written = (tmp_path / "report" / file).read_text(encoding="utf-8")
+        assert "Verdict" not in written and "standout" not in written
+
+
+def test_a_deployed_model_that_needs_no_training_has_no_gain() -> None:
+    found = summary.comparisons(*_frames(), "domain", deployed="zero_shot")
+    assert set(found["candidate"]) == {"mean", "fused"}
+
+
 def _frames() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Metrics and queries of two domains of two: whitening is the better zero-shot row for birds, plain for cars."""
     values = {
@@ -162,11 +210,11 @@ def test_only_gains_beyond_their_interval_are_stressed_and_called_above() -> Non
     assert table.rows[1][1] == "+.200 [+.100,\u00a0+.300]"
     assert (1, 1) in table.strong and (1, 2) not in table.strong and (1, 3) not in table.strong
     lines = dict(zip(zip(found["candidate"], found["against"], found["domain"], strict=True), found.iloc, strict=True))
-    assert summary.verdict(lines["fused", "zero-shot", "birds"]).startswith(
+    assert summary.gain_sentence(lines["fused", "zero-shot", "birds"]).startswith(
         "fused is above zero_shot_whitened (+50.0%, "
     )
-    assert summary.verdict(lines["fused", "zero-shot", "cars"]).startswith("fused is below zero_shot (")
-    assert "not to be told apart from" in summary.verdict(lines["fused", "zero-shot", "_mean"])
+    assert summary.gain_sentence(lines["fused", "zero-shot", "cars"]).startswith("fused is below zero_shot (")
+    assert "not to be told apart from" in summary.gain_sentence(lines["fused", "zero-shot", "_mean"])
 
 
 @pytest.mark.parametrize("reader", ["oracle", "supervised"])
@@ -176,6 +224,38 @@ def test_the_best_of_a_column_is_stressed_what_saw_labels_aside(reader: str) -> 
     table = summary.result_table(pd.concat([metrics, oracle]), "domain")
     assert table.strong == {(3, 1), (0, 2), (2, 3), (3, 3)}, "the two means are equal"
     assert table.markdown().splitlines()[2] == "| zero_shot | .300 | **.600** | .450 |"
+
+
+def test_the_agreement_of_clusters_and_labels_is_shown(run: RunFolder, report: Path) -> None:
+    found = tables.cluster_metrics(run.root).set_index(["granularity", "domain"])
+    text = (report / "results.md").read_text(encoding="utf-8")
+    assert "| AMI | checks | discs | stripes | mean | mean NMI | mean purity |" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| k00008 | ") and len(line.split("|")) == 9]
+    cells = line.replace("*", "").strip("| ").split(" | ")[1:]
+    domains = ["checks", "discs", "stripes", "_mean"]
+    expected = [found.loc[("k00008", domain), "ami"] for domain in domains]
+    expected += [found.loc[("k00008", "_mean"), name] for name in ("nmi", "purity")]
+    assert cells == [summary.number(value) for value in expected]
+    assert "Agreement with the labels of the train images" in Page(report / "index.html").text
+
+
+def test_the_best_granularity_of_a_domain_is_stressed() -> None:
+    values = {"k00004": [0.5, 0.1, 0.3], "k00008": [0.2, 0.4, 0.3]}
+    rows = [
+        {"granularity": name, "domain": domain, "num_images": 9, "purity": 0.9, "nmi": 0.8, "ami": ami}
+        for name, own in values.items()
+        for domain, ami in zip(["birds", "cars", "_mean"], own, strict=True)
+    ]
+    table = summary.agreement_table(pd.DataFrame(rows))
+    assert table is not None and table.strong == {(0, 1), (1, 2), (0, 3), (1, 3)}
+    assert table.rows[0] == ["k00004", ".500", ".100", ".300", ".800", ".900"]
+    assert summary.agreement_table(pd.DataFrame(rows).assign(num_images=0)) is None
+
+
+def test_a_run_that_an_older_version_evaluated_is_reported_as_before(copy: RunFolder, tmp_path: Path) -> None:
+    (copy.root / "evaluation" / "clusters.csv").unlink()
+    write_report(copy.root, tmp_path / "report")
+    assert "Agreement with the labels" not in Page(tmp_path / "report" / "index.html").text
 
 
 def test_numbers_are_short() -> None:
@@ -257,12 +337,15 @@ def test_odd_names_and_a_run_without_labels(material: Path, tmp_path: Path) -> N
     made = make_run(tmp_path / "odd", [tmp_path / "odd.csv"], material / "weights.safetensors")
     run_all(made)
     shutil.rmtree(made.root / "attention")
+    publish_verdict(made, VERDICT | {"verdict": "hurt", "deployed": "zero_shot", "images": "train"})
     write_report(made.root, tmp_path / "report")
     page = Page(tmp_path / "report" / "index.html")
     for name in odd.values():
         assert name in page.text, "the page's text is the name, not a tag"
     assert "No test image has a label: nothing was evaluated." in page.text
-    assert "✓" not in page.text
+    assert "Verdict: hurt." in page.text and "of 1,024 train images" in page.text
+    assert "By the labels" not in page.text and "By labels" not in page.text
+    assert "✓" not in page.text and "Agreement with the labels" not in page.text
     assert f"grappa run {made.root} --stage attention" in page.text
     assert "attention/neighbors missing" in page.text
     assert "not split: all to learn from and to test" in page.text

@@ -69,7 +69,8 @@ class Reads:
         ([SINGLE | {"clusters__num_clusters": "[6]"}], ["embeddings/k00006", "model"]),
         ([SINGLE | {"adaptors__supervision": "labels"}], ["embeddings/supervised", "adaptors/supervised"]),
         ([{"adaptors__object_weight": 0.5, "adaptors__background_weight": 0.5, "student__object_share": 0.5,
-           "objects__provider": "backbone", "clusters__view": "objects"}], ["student", "clusters/k00004"]),
+           "objects__provider": "backbone", "clusters__view": "objects", "model__source": "auto"}],
+         ["student", "clusters/k00004", "verdict"]),
     ],
     ids=["several", "single", "labels", "object views"],
 )  # fmt: skip

@@ -99,7 +99,10 @@ def test_absent_labels_change_nothing_at_all_of_the_rest(run: RunFolder, materia
     pd.testing.assert_series_equal(told["reciprocity"], whole["reciprocity"].loc[told.index])
     mine, theirs = digests(run), digests(other)
     differing = {name for name in theirs if mine[name] != theirs[name]}
-    assert differing == {LABELS, "evaluation/metrics.csv", "evaluation/per_query.parquet"}
+    tables_with_labels = {f"evaluation/{file}" for file in ("metrics.csv", "per_query.parquet", "clusters.csv")}
+    assert differing == {LABELS, *tables_with_labels}
+    agreement = tables.cluster_metrics(other.root)
+    assert agreement[["purity", "nmi", "ami"]].isna().all(axis=None) and not agreement["num_images"].any()
     missing = {name.rpartition("/")[0] for name in mine.keys() - theirs.keys()}
     assert missing == _below_readers(_config()) - {"evaluation"}
 

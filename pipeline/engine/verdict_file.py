@@ -1,0 +1,86 @@
+"""The verdict of a run: whether adaptation helped, told without labels. Report, command line and ``Run`` read it here.
+
+Nothing heavy is imported: `grappa run` says the verdict at its end.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from grappa.pipeline.config.schema import Config
+from grappa.pipeline.config.yaml_file import validation_sentence
+from grappa.pipeline.graph.models import deployed_model
+from grappa.pipeline.graph.node import Node
+from grappa.pipeline.store.artifacts import RunFolder, published, quoted
+
+VERDICT = Node("verdict")
+VERDICT_FILE = "verdict.json"
+
+
+@dataclass(frozen=True)
+class JudgedModel:
+    """A model that the verdict compares.
+
+    ``indicator``: its neighbourhood standout, label-free, higher is better. ``difference``: to the indicator of the
+    frozen backbone with its head; ``low``, ``high``: the 95 % interval of the difference, by paired bootstrap over
+    images (all three are 0 for the frozen backbone itself).
+    """
+
+    model: str
+    indicator: float
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether adaptation helped, told without labels.
+
+    ``evidence``: two sentences for people. ``deployed``: the model that was chosen. ``images``, ``num_images``: the
+    images that the indicator was computed on, of which split and how many. ``models``: the models that were compared.
+    """
+
+    verdict: Literal["helped", "no certain difference", "hurt", "too few images"]
+    evidence: str
+    deployed: str
+    images: Literal["test", "train"]
+    num_images: int
+    models: tuple[JudgedModel, ...]
+
+    @property
+    def sentence(self) -> str:
+        """The verdict and its evidence, in one line."""
+        return " ".join(f"{self.verdict}. {self.evidence}".split())
+
+
+def chosen_model(run: RunFolder) -> str:
+    """Return the model that the verdict names as deployed; ValueError, with the command, where there is no verdict."""
+    found = read_verdict(run)
+    return found.deployed if found else str(published(run, VERDICT))
+
+
+def deployed_in(run: RunFolder, config: Config) -> str:
+    """Return the model that is deployed, indexed and searched: the given one, or the choice of the verdict."""
+    return deployed_model(config, chosen_model(run) if config.model.source == "auto" else None)
+
+
+def read_verdict(run: RunFolder) -> Verdict | None:
+    """Return the verdict of a run, or None where it has none; ValueError, with the cure, for a file of another form."""
+    if run.artifact(VERDICT).manifest() is None:
+        return None
+    file = published(run, VERDICT) / VERDICT_FILE
+    try:
+        content: Any = json.loads(file.read_bytes())
+        return TypeAdapter(Verdict).validate_python(content)
+    except FileNotFoundError:
+        problem = "the file is missing"
+    except ValidationError as error:
+        problem = validation_sentence(error, str).removeprefix(": ")
+    except ValueError as error:
+        problem = f"not JSON ({error})"
+    raise ValueError(f"{file}: {problem}; make it again by `grappa run {quoted(run.root)} --stage verdict --force`")
