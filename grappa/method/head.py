@@ -46,7 +46,7 @@ from grappa.search.assignment import BLOCK_ELEMENTS, Progress
 from grappa.search.kmeans import cluster, count_distinct
 
 IMAGES_PER_CENTROID, MAX_CENTROIDS = 3, 4096
-MIN_EIGENVALUE_SHARE = 1e-4
+MIN_EIGENVALUE_SHARE, MIN_WHITENED_SHARE = 1e-4, 3e-3
 MAX_SAMPLE, NUM_HALVINGS = 2048, 40  # embeddings on which the temperature is fitted, and steps of its bisection
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-8, 1e2
 MEAN_ROWS = 65536  # rows of a block whose sum is made at once
@@ -239,10 +239,10 @@ def _check_shapes(width: int, **tensors: Tensor) -> None:
 
 
 def fit_whitening_head(
-    embeddings: NDArray[np.float32], ids: NDArray[np.uint64], *, power: float = 0.5
+    embeddings: NDArray[np.float32], ids: NDArray[np.uint64], *, power: float = 0.5, min_share: float = 0.0
 ) -> WhiteningHead:
     """Fit PCA whitening (``metrics.whitening``) on train embeddings (n, D), L2-normalised, with unique ids (n,)."""
-    fitted = fit_whitening(_in_order(embeddings, ids), power=power)
+    fitted = fit_whitening(_in_order(embeddings, ids), power=power, min_share=min_share)
     return WhiteningHead(torch.from_numpy(fitted.mean).float(), torch.from_numpy(fitted.matrix).float())
 
 
@@ -317,9 +317,11 @@ def fit_whitened_neighborhood_head(
 ) -> WhitenedNeighborhoodHead:
     """Fit whitening of ``whitening_power`` (0 none, 1 full), then a neighbourhood head on what it makes.
 
+    Of the whitening, eigenvalues below ``MIN_WHITENED_SHARE`` of the largest are raised to that.
+
     Arguments, ``neighborhood`` and errors are those of :func:`fit_neighborhood_head`.
     """
-    before = fit_whitening_head(embeddings, ids, power=whitening_power)
+    before = fit_whitening_head(embeddings, ids, power=whitening_power, min_share=MIN_WHITENED_SHARE)
     whitened = apply_head(before, embeddings, device=device)
     after = fit_neighborhood_head(whitened, ids, device=device, **neighborhood)
     return WhitenedNeighborhoodHead(before.cpu(), after)

@@ -39,11 +39,12 @@ class Whitening:
         return whitened
 
 
-def fit_whitening(features: NDArray[np.float32], *, power: float = 0.5) -> Whitening:
+def fit_whitening(features: NDArray[np.float32], *, power: float = 0.5, min_share: float = 0.0) -> Whitening:
     """Learn from features (N, D): principal axes scaled by eigenvalue ** (-power / 2).
 
     power 1 is full whitening (equal variances), 0 only centers and rotates, 0.5 lies between. Axes without variance
-    (rank below D) are set to zero. ValueError unless N >= 2, 0 <= power <= 1 and the rows differ.
+    (rank below D) are set to zero. Eigenvalues below ``min_share`` of the largest are raised to that, so that directions
+    of little variance, and the rounding in them, are not blown up. ValueError unless N >= 2, 0 <= power <= 1 and the rows differ.
     """
     features = check_vectors("features", features)
     if not 0.0 <= power <= 1.0:
@@ -55,7 +56,8 @@ def fit_whitening(features: NDArray[np.float32], *, power: float = 0.5) -> White
             f"the {len(features)} rows of features do not differ; whitening needs at least two different ones"
         )
     kept = eigenvalues > RANK_TOLERANCE * eigenvalues[-1]
-    scales = np.where(kept, np.where(kept, eigenvalues, 1.0) ** (-power / 2.0), 0.0)
+    raised = np.maximum(np.where(kept, eigenvalues, 1.0), min_share * eigenvalues[-1])
+    scales = np.where(kept, raised ** (-power / 2.0), 0.0)
     return Whitening(mean=mean, matrix=axes * scales)
 
 

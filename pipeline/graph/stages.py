@@ -293,8 +293,8 @@ STAGES: tuple[Stage, ...] = (
         parallel=True,
         function="embeddings.run_on_views",
     ),
-    Stage("heads", 3, _settings("heads"), _head_inputs, head_models),
     Stage("verdict", 1, _settings(), _verdict_inputs),
+    Stage("heads", 3, _settings("heads"), _head_inputs, head_models),
     Stage(
         "model",
         1,

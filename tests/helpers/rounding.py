@@ -54,3 +54,9 @@ def assert_same_training(found: Floats, expected: Floats, *, path: float, terms:
 def training_error(terms: int) -> float:
     """Return ``2 sqrt(e)`` of `assert_same_training`: also how far the metrics of such trainings may be, relatively."""
     return float(2 * np.sqrt(sum_error(terms)))
+
+
+def normalized(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the rows (N, D) at length 1."""
+    unit: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit

@@ -65,7 +65,8 @@ def test_the_whole_graph_as_jobs(fakes: FakeStages) -> None:
         "fusion",
         "student",
         "embeddings (array of 7)",
-        "heads+model+evaluation+index",
+        "views (array of 6)",
+        "verdict+heads+model+evaluation+index",
         "attention",
     ]
     needs = {job.title: job.needs for job in jobs}
@@ -85,7 +86,15 @@ def test_what_reads_another_instance_of_its_stage_follows_the_array_of_these(fak
 def test_only_what_is_not_fresh_is_planned_and_its_inputs_are_pinned(fakes: FakeStages) -> None:
     fakes.execute(until="clusters")
     jobs = planned(fakes)
-    assert [job.stages[0] for job in jobs] == ["adaptors", "fusion", "student", "embeddings", "heads", "attention"]
+    assert [job.stages[0] for job in jobs] == [
+        "adaptors",
+        "fusion",
+        "student",
+        "embeddings",
+        "views",
+        "verdict",
+        "attention",
+    ]
     (first, *_), (fusion,) = jobs[0].tasks, jobs[1].tasks
     assert first[0].fingerprint is not None
     assert set(first[0].fingerprint["inputs"]) == {"images", "backbone", "clusters/k00002"}

@@ -58,7 +58,9 @@ def test_run_status_and_run_again(fakes: FakeStages) -> None:
     assert "clusters/k00002: 2 files (" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("times: backbone ")
     assert "missing" not in grappa("status", fakes.root).stdout
-    assert grappa("run", fakes.root).stdout == f"{len(fakes.ran)} fresh; --force runs them again\n"
+    again = grappa("run", fakes.root).stdout.splitlines()
+    assert again[0] == f"{len(fakes.ran)} fresh; --force runs them again"
+    assert len(again) == 2 and again[1].startswith("verdict: helped. ")
 
 
 def test_status_json_is_all_of_stdout(fakes: FakeStages) -> None:

@@ -73,7 +73,7 @@ def test_a_new_run_has_a_listing_and_an_explicit_configuration(desk: Desk) -> No
     assert config.images.sources == (str(desk.images),)
     assert len(desk.listing()) == 16
     assert desk.said[0] == "16 images of 2 domains, no split: birds 6, cars 10"
-    assert desk.said[-1].startswith("35 artifacts: 35 missing; next: grappa run ")
+    assert desk.said[-1].startswith("44 artifacts: 44 missing; next: grappa run ")
 
 
 def test_relative_paths_become_absolute(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_it_says_what_becomes_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fakes = made(desk, monkeypatch)
     desk.init(assignments=["fusion.seed=1"])
     assert "fusion/neighbors is stale: config fusion.seed: 0 -> 1" in desk.said
-    assert "index is stale: upstream heads/fused is stale" in desk.said
+    assert any(line.startswith("index is stale: upstream verdict is stale") for line in desk.said)
     assert fakes.root == desk.root
 
 
@@ -168,7 +168,7 @@ def test_artifacts_with_the_same_fingerprint_are_taken_over(desk: Desk, monkeypa
     found = {each.name: str(each.state) for each in states(RunFolder.open(other), config, verify=True)}
     assert {name for name, state in found.items() if state != "fresh"} == {
         *("fusion/neighbors", "student", "embeddings/fused", "embeddings/student", "heads/fused", "heads/student"),
-        *("model", "evaluation", "index", "attention/neighbors"),
+        *("views/fused", "views/student", "verdict", "model", "evaluation", "index", "attention/neighbors"),
     }
     manifest = RunFolder.open(other).artifact("features").manifest()
     assert manifest and manifest.provenance["taken_from"] == str(desk.root / "features")

@@ -28,6 +28,8 @@ ALL = [
         "fusion/neighbors",
         "student",
         *EMBEDDINGS,
+        *(name.replace("heads/", "views/") for name in HEADS),
+        "verdict",
         *HEADS,
         "model",
         "evaluation",
@@ -84,8 +86,11 @@ def test_provenance_says_how_a_result_came_to_be(fakes: FakeStages) -> None:
 def test_an_edited_setting_runs_its_stage_and_all_that_hangs_on_it(complete: FakeStages) -> None:
     complete.configure(fusion={"seed": 1})
     complete.execute()
-    rows = [f"{stage}/{row}" for stage in ("embeddings", "heads") for row in ("fused", "student")]
-    assert complete.ran == ["fusion/neighbors", "student", *rows, "model", "evaluation", "index", "attention/neighbors"]
+    made, seen, last = (
+        [f"{stage}/{row}" for row in ("fused", "student")] for stage in ("embeddings", "views", "heads")
+    )
+    end = ["model", "evaluation", "index", "attention/neighbors"]
+    assert complete.ran == ["fusion/neighbors", "student", *made, *seen, "verdict", *last, *end]
 
 
 def test_upstream_run_again_with_the_same_bytes_leaves_downstream_fresh(complete: FakeStages) -> None:
@@ -146,8 +151,9 @@ def test_a_plan_changes_nothing(complete: FakeStages) -> None:
     before = sorted(str(path) for path in complete.root.rglob("*"))
     steps = {name: str(state) for name, state in planned(complete.run, complete.config, Selection())}
     assert steps["fusion/neighbors"] == "stale: config fusion.seed: 0 -> 1"
-    assert steps["index"] == "stale: upstream heads/fused is stale"
-    assert len(steps) == 10
+    stale = ("verdict", "heads/fused", "heads/student")
+    assert steps["index"] == f"stale: {'; '.join(f'upstream {name} is stale' for name in stale)}"
+    assert len(steps) == 13
     assert sorted(str(path) for path in complete.root.rglob("*")) == before
     forced = planned(complete.run, complete.config, Selection(stage="clusters", force=True))
     assert [name for name, _ in forced] == ["clusters/k00002", "clusters/k00004"]

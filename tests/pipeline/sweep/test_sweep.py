@@ -37,8 +37,8 @@ fused,_mean,domain,8,{0}
 fused,_mean,merged,8,0.25
 """
 
-BELOW_FUSION = {f"{stage}/{row}" for stage in ("embeddings", "heads") for row in ("fused", "student")}
-BELOW_FUSION |= {"fusion/neighbors", "student", "model", "evaluation"}
+BELOW_FUSION = {f"{stage}/{row}" for stage in ("embeddings", "views", "heads") for row in ("fused", "student")}
+BELOW_FUSION |= {"fusion/neighbors", "student", "verdict", "model", "evaluation"}
 
 
 class Desk:

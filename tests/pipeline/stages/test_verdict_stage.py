@@ -1,0 +1,110 @@
+"""The verdict in whole runs: what it chooses is deployed, indexed, searched and exported, and nothing is chosen blindly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import grappa
+from grappa.metrics import verdict as rule
+from grappa.pipeline.commands.search import search
+from grappa.pipeline.config.yaml_file import ConfigError
+from grappa.pipeline.engine.status import read_config, states
+from grappa.pipeline.store.artifacts import RunFolder
+from tests.helpers.tiny import draw_images, make_run, run_all, split_of, write_table, write_weights
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    images = draw_images(folder / "images")
+    write_weights(folder / "weights.safetensors")
+    write_table(images, folder / "split.csv", split=split_of)
+    write_table(images, folder / "whole.csv")
+    return folder
+
+
+def _make(root: Path, material: Path, table: str = "split", **changes: object) -> RunFolder:
+    return make_run(root, [material / f"{table}.csv"], material / "weights.safetensors", **changes)
+
+
+@pytest.fixture(scope="module")
+def chosen(material: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    run = _make(tmp_path_factory.mktemp("runs") / "run", material, model__source="auto")
+    run_all(run)
+    return run
+
+
+def _query(material: Path) -> Path:
+    return sorted(path for path in (material / "images").rglob("*") if path.is_file())[0]
+
+
+def _found(run: RunFolder, material: Path) -> NDArray[np.float64]:
+    return np.array([each["similarity"] for each in search(run.root, _query(material), 3)])
+
+
+def test_too_few_images_deploy_the_frozen_backbone_with_its_head(chosen: RunFolder, material: Path) -> None:
+    record = json.loads((chosen.root / "verdict" / "verdict.json").read_text())
+    assert (record["verdict"], record["deployed"], record["images"]) == ("too few images", "zero_shot", "test")
+    opened = grappa.open_run(chosen.root)
+    assert opened.deployed == "zero_shot"
+    model = grappa.load_model(chosen.root)
+    assert model.adaptation is None and model.head.form()["kind"] == "whitened_neighborhood"
+    assert (np.diff(_found(chosen, material)) <= 0).all() and _found(chosen, material)[0] > 0.9
+
+
+def test_another_choice_is_deployed_everywhere(
+    chosen: RunFolder, material: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rule, "MIN_IMAGES", 1)
+    monkeypatch.setattr(rule, "MIN_SHARE", -9.0)
+    monkeypatch.setattr(rule, "paired_bootstrap", lambda difference, seed: (0.1, 0.2))
+    run_all(chosen, stage="verdict", force=True)
+    run_all(chosen)
+    opened = grappa.open_run(chosen.root)
+    assert opened.deployed != "zero_shot" and opened.deployed in ("k00004", "k00008", "mean", "fused", "student")
+    assert grappa.load_model(chosen.root).adaptation is not None
+    stored, _ = opened.embeddings()
+    np.testing.assert_array_equal(stored, opened.embeddings(opened.deployed)[0])
+    assert _found(chosen, material)[0] > 0.9
+
+
+def test_any_model_can_be_deployed_by_hand(chosen: RunFolder, material: Path) -> None:
+    for source in ("k00004", "mean", "zero_shot"):
+        _make(chosen.root, material, model__source=source)
+        run_all(chosen)
+        assert grappa.open_run(chosen.root).deployed == source
+        assert _found(chosen, material)[0] > 0.9
+        evidence = json.loads((chosen.root / "verdict" / "verdict.json").read_text())["evidence"]
+        assert f"Deployed is {source}, as model.source says." in evidence
+
+
+def test_a_model_that_the_run_does_not_have_is_refused(material: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model.source is k00005, but the granularities are k00004, k00008"):
+        _make(tmp_path / "run", material, model__source="k00005")
+    with pytest.raises(ConfigError, match="found 'best'; give auto, zero_shot, mean, fused, student, single"):
+        _make(tmp_path / "run", material, model__source="best")
+
+
+def test_without_a_split_the_train_images_are_judged_behind_heads_of_other_regions(
+    material: Path, tmp_path: Path
+) -> None:
+    run = _make(tmp_path / "run", material, "whole", model__source="auto")
+    run_all(run, until="verdict")
+    record = json.loads((run.root / "verdict" / "verdict.json").read_text())
+    assert record["images"] == "train"
+    assert record["num_images"] == len(np.load(run.root / "views" / "zero_shot" / "rows.npy"))
+    fresh = {each.name: each.state.kind for each in states(run, read_config(run))}
+    assert fresh["verdict"] == "fresh"
+
+
+def test_heads_say_what_was_chosen(chosen: RunFolder) -> None:
+    choice = json.loads((chosen.root / "heads" / "fused" / "choice.json").read_text())
+    assert (
+        choice["chosen"]
+        == json.loads((chosen.root / "heads" / "fused" / "head.json").read_text())["neighborhood_weight"]
+    )
