@@ -47,7 +47,7 @@ def init(
     run: Run,
     images: Annotated[
         list[str] | None,
-        typer.Option(metavar="DIR_OR_TABLE", help="a folder DOMAIN/..., or a table (.csv, .parquet); can be repeated"),
+        typer.Option(metavar="DIR_OR_TABLE", help="a folder, or a table (.csv, .parquet); can be repeated"),
     ] = None,
     config: Annotated[
         str | None, typer.Option(metavar="NAME_OR_FILE", help="a preset (grappa, small ...) or a YAML file")
@@ -60,6 +60,17 @@ def init(
         Path | None,
         typer.Option("--from", metavar="OTHER_RUN", help="reuse artifacts of this run that have the same fingerprint"),
     ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYOUT",
+            help="what the folders are: domain/class, class, flat, split/class ... (default: recognised)",
+        ),
+    ] = None,
+    domains: Annotated[
+        list[str] | None,
+        typer.Option("--domain", metavar="NAME=DIR", help="a folder whose images are one domain; can be repeated"),
+    ] = None,
 ) -> None:
     """Make a run folder, or change one.
 
@@ -68,7 +79,7 @@ def init(
     """
     from grappa.pipeline.commands.init import Request, initialize
 
-    initialize(run, Request(images or (), config, assignments or (), other), say=say)
+    initialize(run, Request(images or (), config, assignments or (), other, domains or (), layout), say=say)
 
 
 @app.command("run")
@@ -306,7 +317,7 @@ def demo(
     weights = [f"backbone.weights={Path(__file__).parent / 'demo' / 'vit_demo.safetensors'}"]
     initialize(folder, Request([os.fspath(table)], "demo", weights), say=say)
     run_and_report(RunFolder.open(folder, writable=True), Selection(), progress=Progress(), say=say)
-    say("With your own images (a folder DOMAIN/..., or a table with path, domain and perhaps label, split):")
+    say("With your own images (a folder, or a table with path, domain and perhaps label, split):")
     say("  grappa init runs/mine --images DIR_OR_TABLE --config small --set backbone.weights=FILE")
     say("  grappa run runs/mine && grappa search runs/mine IMAGE")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grappa.pipeline.commands.listed import say_images, say_lone_classes
 from grappa.pipeline.config.schema import Config, Images, automatic_num_clusters
 from grappa.pipeline.config.yaml_file import (
     ConfigError,
@@ -43,6 +44,8 @@ class Request:
     config: str | None = None
     assignments: Sequence[str] = ()
     other: Path | None = None
+    domains: Sequence[str] = ()
+    layout: str | None = None
 
 
 def initialize(root: Path, request: Request, *, say: Say) -> Config:
@@ -60,7 +63,7 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     run, former = write_run(root, config, listing)
     say_images(listing, former, say)
     if SUPERVISED in adaptor_sets(config):
-        _say_lone_classes(listing, say)
+        say_lone_classes(listing, say)
     for sentence in missing_packages(config).values():
         say(f"warning: {sentence}")
     if other:
@@ -73,17 +76,27 @@ def write_run(root: Path, config: Config, listing: pd.DataFrame) -> tuple[RunFol
     """Make or open a run folder, publish the listing, write the configuration; return run and former listing."""
     run = RunFolder.create(root)
     former = published_listing(run)
-    publish_listing(run, listing, config.images.sources, former)
+    publish_listing(run, listing, config.images, former)
     atomic_write_text(run.config_path, dump_config(config))
     return run, former
 
 
 def fitted(config: Config, listing: pd.DataFrame) -> Config:
-    """Return the configuration with its granularities as numbers; ConfigError where the images do not suffice."""
+    """Return the configuration with layout and granularities settled; ConfigError where the images do not suffice."""
+    config = _settle_layout(config, listing)
     config = resolve_num_clusters(config, _count_train(listing))
     _check_labels(config, listing)
     _check_boxes(config, listing)
     return config
+
+
+def _settle_layout(config: Config, listing: pd.DataFrame) -> Config:
+    """Replace ``images.layout: auto`` by what was recognised, unless folders differ: new files change no reading."""
+    found = set(listing.attrs["layouts"].values())
+    if config.images.layout != "auto" or len(found) != 1:
+        return config
+    images = config.images.model_copy(update={"layout": found.pop()})
+    return config.model_copy(update={"images": images})
 
 
 def resolve_num_clusters(config: Config, num_train: int) -> Config:
@@ -109,8 +122,13 @@ def _requested(known: RunFolder | None, request: Request) -> Config:
         layers.append((f"--config {request.config}", read_settings(preset_path(request.config))))
     if request.assignments:
         layers.append(("--set", parse_assignments(request.assignments)))
-    if request.images:
-        layers.append(("--images", {"images": {"sources": list(request.images)}}))
+    for option, field, value in (
+        ("--images", "sources", list(request.images)),
+        ("--domain", "domains", list(request.domains)),
+        ("--layout", "layout", request.layout),
+    ):
+        if value:
+            layers.append((option, {"images": {field: value}}))
     return layered({}, layers)[1]
 
 
@@ -128,11 +146,15 @@ def layered(settings: Settings, layers: Iterable[tuple[str, Settings]]) -> tuple
 
 def _base(known: RunFolder | None, request: Request) -> Settings:
     if known and known.config_path.exists():
-        return read_settings(known.config_path)
+        return merged({"images": {"layout": "domain/class"}}, read_settings(known.config_path))  # what older runs have
     if request.other is None:
         return {}
     other = read_config(RunFolder.open(request.other)).model_dump(mode="json")
-    return {"images": {"sources": other["images"]["sources"]}} if request.config else other
+    return (
+        {"images": {name: other["images"][name] for name in ("sources", "domains", "layout")}}
+        if request.config
+        else other
+    )
 
 
 def _absolute(settings: Settings) -> Settings:
@@ -147,7 +169,15 @@ def _absolute(settings: Settings) -> Settings:
     sources: Any = settings.get("images", {}).get("sources")
     if isinstance(sources, list) and all(isinstance(source, str) for source in sources):
         changed["images"] = {"sources": [os.path.abspath(source) for source in sources]}
+    domains: Any = settings.get("images", {}).get("domains")
+    if isinstance(domains, list) and all(isinstance(text, str) for text in domains):
+        changed.setdefault("images", {})["domains"] = [_absolute_domain(text) for text in domains]
     return merged(settings, changed)
+
+
+def _absolute_domain(text: str) -> str:
+    name, _, folder = text.partition("=")
+    return f"{name}={os.path.abspath(folder)}" if folder else text
 
 
 def check_weights(config: Config, known: RunFolder | None) -> None:
@@ -187,39 +217,14 @@ def _check_boxes(config: Config, listing: pd.DataFrame) -> None:
 
 def given_images(config: Config) -> Images:
     """Return the section that names the images; ConfigError when it names none."""
-    if not config.images.sources:
-        raise ConfigError("no images given; name a folder (DOMAIN/...) or a table (.csv, .parquet) by --images")
+    if not config.images.sources and not config.images.domains:
+        raise ConfigError("no images given; name a folder or a table (.csv, .parquet) by --images")
     return config.images
 
 
 def _count_train(listing: pd.DataFrame) -> int:
     """Count the images that models learn from: all but the test images; all images where none has a split."""
     return int((listing["split"] != "test").sum())
-
-
-def say_images(listing: pd.DataFrame, former: pd.DataFrame | None, say: Say) -> None:
-    """Say how many images each domain has, how many were added and removed, and which domain has only one image."""
-    sizes = listing["domain"].value_counts().sort_index()
-    splits = listing["split"].value_counts()
-    split = f", {splits.get('train', 0)} train and {splits.get('test', 0)} test" if len(splits) else ", no split"
-    say(f"{len(listing)} images of {len(sizes)} domains{split}: {', '.join(f'{d} {n}' for d, n in sizes.items())}")
-    if former is not None:
-        old, new = (set(zip(table["domain"], table["path"], strict=True)) for table in (former, listing))
-        say(f"{len(new - old)} images added, {len(old - new)} removed")
-    for domain in sizes.index[sizes == 1]:
-        say(f"warning: domain {domain} has one image only: a query there has nothing to find")
-
-
-def _say_lone_classes(listing: pd.DataFrame, say: Say) -> None:
-    """Warn of classes with one train image: an adaptor set that is trained on labels learns little from them."""
-    learned = listing[listing["label"].notna() & (listing["split"] != "test")]
-    sizes = learned.groupby(["domain", "label"]).size()
-    lone = sizes.index[sizes == 1]
-    if len(lone):
-        first = "/".join(lone[0])
-        say(
-            f"warning: {len(lone)} of {len(sizes)} classes have one train image, such as {first}: little to learn there"
-        )
 
 
 def _say_states(run: RunFolder, config: Config, say: Say) -> None:

@@ -86,8 +86,10 @@ class Judge:
             Problem(SOURCES, "corrupt", f"upstream sources is corrupt: {line}; {advice}")
             for line in sources.check(self._verify)
         ]
-        if manifest and manifest.provenance.get("sources") != list(self._config.images.sources):
-            text = f"images.sources was edited since the images were listed: {advice}"
+        wanted, known = self._config.images.listed_by, manifest.provenance if manifest else {}
+        edited = [name for name, value in wanted.items() if name in known and known[name] != value]
+        if edited:
+            text = f"images.{edited[0]} was edited since the images were listed: {advice}"
             problems.append(Problem(SOURCES, "stale", text))
         if self._verify and not problems:
             problems += self._changed_images(advice)

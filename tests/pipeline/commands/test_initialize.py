@@ -205,6 +205,98 @@ def test_one_image_in_a_domain_is_a_warning(desk: Desk) -> None:
     assert any(line.startswith("warning: domain planes has one image only") for line in desk.said)
 
 
+def test_many_domains_are_named_in_one_line(desk: Desk) -> None:
+    rows = [f"images/birds/class/{n}.png,d{n:03d}" for n in range(300)]
+    for number in range(6, 300):
+        desk.add(f"birds/class/{number}.png")
+    (desk.folder / "table.csv").write_text("\n".join(["path,domain", *rows]))
+    desk.init(images=[str(desk.folder / "table.csv")])
+    assert desk.said[0].endswith("d010 1, d011 1, and 288 more")
+    warnings = [line for line in desk.said if line.startswith("warning: ") and "image" in line]
+    assert warnings == [
+        "warning: 300 domains have one image only, such as d000: a query there has nothing to find",
+    ]
+
+
+def test_the_layout_is_recognised_said_and_kept(desk: Desk) -> None:
+    config = desk.new()
+    assert config.images.layout == "domain/class"
+    assert desk.said[1].startswith(f"{desk.images} is read as DOMAIN/CLASS/image (--layout domain/class); if it is not")
+    for number in range(6):
+        desk.add(f"test/class/{number}.png")
+    desk.init()
+    assert any(line.startswith("warning: test is taken for a domain, and its images are learned") for line in desk.said)
+    assert not any("is read as" in line for line in desk.said)
+    assert desk.init(layout="flat").images.layout == "flat"
+    assert desk.said[0] == "22 images of 1 domains, no split: images 22"
+
+
+def test_images_of_a_test_folder_are_not_learned_from(desk: Desk) -> None:
+    root = desk.folder / "split"
+    for name in ("train/robin", "train/wren", "val/robin", "test/wren"):
+        for number in range(4):
+            desk.add(f"../split/{name}/{number}.png")
+    config = desk.init(images=[str(root)])
+    assert config.images.layout == "split/class"
+    assert desk.said[0] == "16 images of 1 domains, 8 train and 8 test: split 16"
+    assert config.clusters.num_clusters == (2, 3)
+    assert not any(line.startswith("warning: val") for line in desk.said)
+    desk.init(layout="domain/class")
+    assert any(line.startswith("warning: test is taken for a domain") for line in desk.said)
+
+
+def test_domains_are_given_their_folders(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk.folder)
+    config = desk.init(domains=["vögel=images/birds", "autos=images/cars"])
+    assert config.images.domains == (f"vögel={desk.images}/birds", f"autos={desk.images}/cars")
+    assert desk.said[0] == "16 images of 2 domains, no split: autos 10, vögel 6"
+    assert set(desk.listing()["label"]) == {"class"}
+    with pytest.raises(ConfigError, match=r"--domain: images.domains: found 'birds'; give NAME=DIR"):
+        desk.init(domains=["birds"])
+
+
+def test_an_edited_layout_asks_for_init(desk: Desk) -> None:
+    desk.new()
+    path = desk.root / "config.yaml"
+    path.write_text(path.read_text().replace("layout: domain/class", "layout: flat"))
+    assert desk.states()["images"].startswith("missing")
+    desk.init()
+    assert desk.said[0] == "16 images of 1 domains, no split: images 16"
+
+
+def test_a_run_from_before_layouts_is_read_as_it_was(desk: Desk) -> None:
+    for number in range(6):
+        desk.add(f"d{number}/0.png")
+    for name in ("birds", "cars"):
+        (desk.images / name).rename(desk.folder / name)
+    desk.new("images.layout=domain/class")
+    before = desk.digest
+    path = desk.root / "config.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "layout:" not in line))
+    desk.init()
+    assert (desk.digest, desk.config.images.layout) == (before, "domain/class")
+
+
+def test_missing_files_are_counted_and_more_than_a_run_allows_are_refused(desk: Desk) -> None:
+    rows = [f"images/cars/class/{n}.png,cars" for n in range(10)] + ["images\\cars\\class\\1.png,cars"]
+    table = desk.folder / "table.csv"
+    table.write_text("\n".join(["path,domain", *rows]))
+    with pytest.raises(ValueError, match=r"^1 of 11 files are missing, .* \(it has backslashes.*allows 5%"):
+        desk.init(images=[str(table)])
+    assert not desk.root.exists()
+    desk.init(images=[str(table)], assignments=["images.max_rejected=0.2"])
+    assert any(line.startswith("warning: 1 of 11 files are missing") for line in desk.said)
+
+
+def test_a_run_within_its_images_is_none_of_them(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.root = desk.images / "runs" / "mine"
+    made(desk, monkeypatch)
+    desk.init(assignments=["fusion.seed=1"])
+    assert "0 images added, 0 removed" in desk.said
+    assert "passed over: 1 folder (runs/mine 1)" in desk.said
+    assert desk.states()["images"] == "fresh"
+
+
 def test_more_clusters_than_half_the_train_images_are_refused(desk: Desk) -> None:
     with pytest.raises(ConfigError, match="9 clusters are more than half of the 16 train images; give at most 8"):
         desk.new("clusters.num_clusters=[2, 9]")
