@@ -83,8 +83,7 @@ def write_run(root: Path, config: Config, listing: pd.DataFrame) -> tuple[RunFol
 
 def fitted(config: Config, listing: pd.DataFrame) -> Config:
     """Return the configuration with layout and granularities settled; ConfigError where the images do not suffice."""
-    config = _settle_layout(config, listing)
-    config = resolve_num_clusters(config, _count_train(listing))
+    config = resolve_num_clusters(_settle_layout(config, listing), count_train(config, listing))
     _check_labels(config, listing)
     _check_boxes(config, listing)
     return config
@@ -222,9 +221,24 @@ def given_images(config: Config) -> Images:
     return config.images
 
 
-def _count_train(listing: pd.DataFrame) -> int:
-    """Count the images that models learn from: all but the test images; all images where none has a split."""
-    return int((listing["split"] != "test").sum())
+def count_train(config: Config, listing: pd.DataFrame) -> int:
+    """Count the different images that models learn from: all but the test images; copies of one file count once.
+
+    Where the numbers of clusters are given, a lower bound that suffices for them may be returned. ConfigError where
+    copies are the reason that the images do not suffice for clusters.
+    """
+    from grappa.images.copies import count_distinct_files
+    from grappa.images.table import MISSING
+
+    values, learned = config.clusters.num_clusters, listing[(listing["split"] != "test") & (listing["size"] != MISSING)]
+    enough = None if isinstance(values, str) else 2 * max(values)
+    number = count_distinct_files(learned, listing.attrs["roots"], enough=enough)
+    if number < (enough or 4) <= len(learned):
+        raise ConfigError(
+            f"only {number} of {len(learned)} train images differ, the others are copies; give at least "
+            f"{enough or 4} different ones" + ("" if enough is None else ", or fewer clusters (clusters.num_clusters)")
+        )
+    return number
 
 
 def _say_states(run: RunFolder, config: Config, say: Say) -> None:

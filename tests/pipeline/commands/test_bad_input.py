@@ -121,9 +121,13 @@ def test_divergence_and_no_memory_are_sentences(desk: Path, monkeypatch: pytest.
 
 
 def test_too_few_different_images_for_the_clusters_are_refused(desk: Path) -> None:
+    same = (desk / "images" / "discs" / "class_0" / "0.png").read_bytes()
     for path in (desk / "images").rglob("*.png"):
-        shutil.copy(desk / "images" / "discs" / "class_0" / "0.png", f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        path.write_bytes(same)
+    with pytest.raises(ValueError, match="only 1 of 24 train images differ, the others are copies; give at least 16"):
+        make_run(desk / "run", [desk / "images"], desk / "weights.safetensors")
+    for number, path in enumerate((desk / "images").rglob("*.png")):
+        path.write_bytes(same + b"%d" % number)  # other files with the same pixels
     run = make_run(desk / "run", [desk / "images"], desk / "weights.safetensors")
     assert "only 1 of 24 images differ; ask for fewer" in _fails(run)
 

@@ -93,6 +93,18 @@ def test_only_train_rows_count_for_the_number_of_clusters(desk: Desk) -> None:
     assert desk.said[0] == "10 images of 1 domains, 5 train and 4 test: cars 10"
 
 
+@pytest.mark.parametrize("again", ["copy of {}", "much longer copy of {}"])
+def test_copies_count_once_for_the_number_of_clusters(desk: Desk, again: str) -> None:
+    alone = desk.new().clusters.num_clusters
+    for file in sorted((desk.images / "birds/class").glob("*.png")):
+        for number in range(9):
+            (file.parent / (again.format(number) + file.name)).write_bytes(file.read_bytes())
+    assert desk.init(desk.folder / "other", images=[str(desk.images)]).clusters.num_clusters == alone
+    assert desk.said[0].startswith("70 images")
+    with pytest.raises(ConfigError, match="only 16 of 70 train images differ, the others are copies; give at least 18"):
+        desk.init(assignments=["clusters.num_clusters=[9]"])
+
+
 def test_init_again_keeps_everything_and_finds_new_images(desk: Desk) -> None:
     desk.new("clusters.num_clusters=[2, 4]", "fusion.seed=3")
     before = desk.digest
