@@ -111,13 +111,15 @@ def run_command(
 def status(
     run: Run,
     verify: Annotated[bool, typer.Option("--verify", help="read every byte of artifacts and images again")] = False,
+    long: Annotated[bool, typer.Option("--long", help="a line for every artifact, with all reasons")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="repeat every half minute until no job is left")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which artifacts are fresh, and what their jobs do.
 
-    An artifact is missing, fresh, stale (with the reasons) or corrupt (with the files).
+    An artifact is missing, fresh, stale (with the cause) or corrupt (with the files).
     """
+    from grappa.pipeline.engine.glance import short_lines
     from grappa.pipeline.engine.status import read_config, states, status_lines
     from grappa.pipeline.store.artifacts import RunFolder
 
@@ -125,13 +127,13 @@ def status(
     if (folder.root / "jobs").is_dir():
         from grappa.slurm.commands import say_status
 
-        say_status(folder, verify=verify, watch=watch, as_json=as_json, say=say)
+        say_status(folder, verify=verify, watch=watch, long=long, as_json=as_json, say=say)
         return
     found = states(folder, read_config(folder), verify=verify)
     if as_json:
         say(json.dumps([each.to_json() for each in found], indent=2))
         return
-    for line in status_lines(found):
+    for line in (status_lines if long else short_lines)(found):
         say(line)
 
 
@@ -205,6 +207,7 @@ def search(
     """
     from grappa.pipeline.commands.search import search as find
 
+    _warn_if_stale(run, "model", "index")
     found = find(run, image, k)
     if as_json:
         say(json.dumps(found, indent=2))
@@ -227,6 +230,7 @@ def embed(
     from grappa.pipeline.commands.embed import embed as write_embeddings
     from grappa.pipeline.engine.progress import Progress, totals
 
+    _warn_if_stale(run_or_model, "model")
     with totals(Progress(), "embedding") as report:
         sentence = write_embeddings(run_or_model, images, out, report)
     say(sentence)
@@ -243,6 +247,7 @@ def export(
     """
     from grappa.pipeline.commands.search import export as write_model
 
+    _warn_if_stale(run, "model")
     say(write_model(run, folder))
 
 
@@ -257,6 +262,7 @@ def report(
     """
     from grappa.pipeline.report.page import write_report
 
+    _warn_if_stale(run, "evaluation")
     say(write_report(run, folder))
 
 
@@ -320,6 +326,15 @@ def demo(
     say("With your own images (a folder, or a table with path, domain and perhaps label, split):")
     say("  grappa init runs/mine --images DIR_OR_TABLE --config small --set backbone.weights=FILE")
     say("  grappa run runs/mine && grappa search runs/mine IMAGE")
+
+
+def _warn_if_stale(run: Path, *names: str) -> None:
+    """Warn on stderr where artifacts of a run that a command reads are not what its configuration asks for."""
+    from grappa.pipeline.engine.glance import stale_notice
+
+    notice = stale_notice(run, *names)
+    if notice:
+        print(f"grappa: warning: {notice}", file=sys.stderr, flush=True)
 
 
 def say(line: str) -> None:

@@ -22,6 +22,7 @@ from grappa.pipeline.config.yaml_file import (
 )
 from grappa.pipeline.engine.externals import detector_digests, is_hub_name
 from grappa.pipeline.engine.fingerprints import read_manifest
+from grappa.pipeline.engine.glance import cause_lines
 from grappa.pipeline.engine.packages import missing_packages
 from grappa.pipeline.engine.reuse import reuse_artifacts
 from grappa.pipeline.engine.sources import NO_BOXES, list_sources, publish_listing, published_listing
@@ -243,9 +244,8 @@ def count_train(config: Config, listing: pd.DataFrame) -> int:
 
 def _say_states(run: RunFolder, config: Config, say: Say) -> None:
     found = states(run, config)
-    for each in found:
-        if each.state.kind in ("stale", "corrupt"):
-            say(f"{each.name} is {each.state}")
+    for line in cause_lines(found):
+        say(line)
     kinds = [each.state.kind for each in found]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     next_step = f"{len(found)} artifacts: {counts}; next: grappa run {quoted(run.root)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grappa.pipeline.config.schema import Config
@@ -68,13 +68,15 @@ class Judge:
         return problems + [Problem(each, kind) for each, kind in kinds.items() if kind != "fresh"]
 
     def _judge(self, node: Node) -> State:
-        problems = [str(problem) for problem in self.upstream_problems(node)]
+        found = self.upstream_problems(node)
+        problems, above = [str(each) for each in found], {str(each) for each in found if not each.text}
         fingerprint = None
         try:
             fingerprint = expected_fingerprint(self._run, self._config, node).fingerprint
         except MissingInputError as error:
             problems = problems or [str(error)]
-        return artifact_state(self._run.artifact(node), fingerprint, problems, self._verify)
+        state = artifact_state(self._run.artifact(node), fingerprint, problems, self._verify)
+        return replace(state, causes=tuple(reason for reason in state.reasons if reason not in above))
 
     def _sources_problems(self) -> list[Problem]:
         """Return the problems of the listed images; `grappa init` solves them."""

@@ -156,7 +156,9 @@ def test_it_says_what_becomes_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fakes = made(desk, monkeypatch)
     desk.init(assignments=["fusion.seed=1"])
     assert "fusion/neighbors is stale: config fusion.seed: 0 -> 1" in desk.said
-    assert "index is stale: upstream heads/fused is stale" in desk.said
+    (following,) = (line for line in desk.said if "follow" in line)
+    assert following.startswith("9 artifacts follow (`grappa status --long` names all): student, embeddings 2, heads 2")
+    assert not any(line.startswith("index") for line in desk.said)
     assert fakes.root == desk.root
 
 
