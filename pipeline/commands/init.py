@@ -8,19 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grappa.backbone.catalog import name_problem
 from grappa.pipeline.commands.listed import say_images, say_lone_classes
 from grappa.pipeline.config.schema import Config, Images, automatic_num_clusters
 from grappa.pipeline.config.yaml_file import (
     ConfigError,
     Settings,
     dump_config,
+    flow,
+    load_config,
     merged,
     parse_assignments,
     parse_settings,
     preset_path,
     read_settings,
 )
-from grappa.pipeline.engine.externals import detector_digests, is_hub_name
+from grappa.pipeline.engine.externals import detector_digests, hub_problems, is_hub_name
 from grappa.pipeline.engine.fingerprints import read_manifest
 from grappa.pipeline.engine.glance import cause_lines
 from grappa.pipeline.engine.packages import missing_packages
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Say = Callable[[str], None]
+MOST_CHANGES = 12  # changed settings that are named in a line
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,9 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     """
     known = RunFolder.open(root, writable=True) if (root / RUN_FILE).exists() else None
     other = RunFolder.open(request.other) if request.other else None
+    before = load_config(known.config_path) if known and known.config_path.exists() else None
     config = _requested(known, request)
-    check_weights(config, known)
+    check_backbone(config, known)
     listing = list_sources(given_images(config))
     config = fitted(config, listing)
     run, former = write_run(root, config, listing)
@@ -67,6 +72,8 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
         say_lone_classes(listing, say)
     for sentence in missing_packages(config).values():
         say(f"warning: {sentence}")
+    if before and request.config:
+        _say_changes(before, config, say)
     if other:
         reuse_artifacts(other, run, config, say=say)
     _say_states(run, config, say)
@@ -116,10 +123,14 @@ def resolve_num_clusters(config: Config, num_train: int) -> Config:
 
 
 def _requested(known: RunFolder | None, request: Request) -> Config:
-    """Return the configuration: the first one, overridden by the preset, by the assignments and by the images given."""
+    """Return the configuration: the first one, overridden by the preset, by the assignments and by the images given.
+
+    A preset replaces all settings of a run but those that say which images it has.
+    """
     layers = [(str(known.config_path) if known else "the defaults", _base(known, request))]
     if request.config:
-        layers.append((f"--config {request.config}", read_settings(preset_path(request.config))))
+        preset = read_settings(preset_path(request.config))
+        layers.append((f"--config {request.config}", merged(_same_weights(known, preset), preset)))
     if request.assignments:
         layers.append(("--set", parse_assignments(request.assignments)))
     for option, field, value in (
@@ -146,15 +157,27 @@ def layered(settings: Settings, layers: Iterable[tuple[str, Settings]]) -> tuple
 
 def _base(known: RunFolder | None, request: Request) -> Settings:
     if known and known.config_path.exists():
-        return merged({"images": {"layout": "domain/class"}}, read_settings(known.config_path))  # what older runs have
+        settings = merged({"images": {"layout": "domain/class"}}, read_settings(known.config_path))  # of older runs
+        return _images_only(settings) if request.config else settings
     if request.other is None:
         return {}
     other = read_config(RunFolder.open(request.other)).model_dump(mode="json")
-    return (
-        {"images": {name: other["images"][name] for name in ("sources", "domains", "layout")}}
-        if request.config
-        else other
-    )
+    return _images_only(other) if request.config else other
+
+
+def _images_only(settings: Settings) -> Settings:
+    """Return the settings that say which images a run has."""
+    names = (*Images().listed_by, "max_rejected")
+    return {"images": {name: value for name, value in settings["images"].items() if name in names}}
+
+
+def _same_weights(known: RunFolder | None, preset: Settings) -> Settings:
+    """Return the weights' file of a run where a preset has the same architecture: the file is this machine's."""
+    if known is None or not known.config_path.exists():
+        return {}
+    before, after = load_config(known.config_path).backbone, parse_settings(preset, "the preset").backbone
+    same = (before.name, before.options) == (after.name, after.options)
+    return {"backbone": {"weights": before.weights}} if same else {}
 
 
 def _absolute(settings: Settings) -> Settings:
@@ -180,14 +203,15 @@ def _absolute_domain(text: str) -> str:
     return f"{name}={os.path.abspath(folder)}" if folder else text
 
 
-def check_weights(config: Config, known: RunFolder | None) -> None:
-    """Refuse missing weights and a missing detector, unless the run has read them already."""
+def check_backbone(config: Config, known: RunFolder | None) -> None:
+    """Refuse an unknown backbone, missing weights and a missing detector, unless the run has read them already."""
     detector_digests(config, None if known is None else _known_detector(known))
-    path = config.backbone.weights
-    if path is None or os.path.isfile(path):
-        return
-    before = read_settings(known.config_path) if known and known.config_path.exists() else {}
-    if before.get("backbone", {}).get("weights") != path:
+    name, path = config.backbone.name, config.backbone.weights
+    before = read_settings(known.config_path).get("backbone", {}) if known and known.config_path.exists() else {}
+    problem = name_problem(name) if before.get("name") != name else ""
+    if problem:
+        raise ConfigError(f"backbone.name: {problem}")
+    if path is not None and not os.path.isfile(path) and before.get("weights") != path:
         raise ConfigError(f"backbone.weights: no such file {path}; give a .safetensors file or a state dict")
 
 
@@ -242,10 +266,28 @@ def count_train(config: Config, listing: pd.DataFrame) -> int:
     return number
 
 
+def _say_changes(before: Config, after: Config, say: Say) -> None:
+    """Say which settings a preset changed."""
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    names = [(section, field) for section, fields in new.items() for field in fields]
+    changed = [
+        f"{section}.{field} {flow(old[section][field])} -> {flow(new[section][field])}"
+        for section, field in names
+        if old[section][field] != new[section][field]
+    ]
+    more = [f"and {len(changed) - MOST_CHANGES} more"] if len(changed) > MOST_CHANGES else []
+    if changed:
+        say(f"changed by the preset: {', '.join(changed[:MOST_CHANGES] + more)}")
+
+
 def _say_states(run: RunFolder, config: Config, say: Say) -> None:
     found = states(run, config)
     for line in cause_lines(found):
         say(line)
+    made = {each.node.stage for each in found if each.state.kind == "fresh"}
+    for stage, sentence in hub_problems(config).items():
+        if stage not in made:
+            say(f"warning: {sentence}")
     kinds = [each.state.kind for each in found]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     next_step = f"{len(found)} artifacts: {counts}; next: grappa run {quoted(run.root)}"

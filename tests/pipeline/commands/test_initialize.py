@@ -133,6 +133,83 @@ def test_a_preset_lies_under_the_assignments(desk: Desk) -> None:
     assert config.images.cache_size == 99
 
 
+def test_a_preset_replaces_the_other_one_as_a_whole(desk: Desk) -> None:
+    weights = desk.folder / "vit.safetensors"
+    weights.write_bytes(b"")
+    given = [f"backbone.weights={weights}", "fusion.seed=3", "images.max_rejected=0.5"]
+    desk.init(images=[str(desk.images)], config="small", assignments=given)
+    found = desk.init(config="grappa")
+    other = desk.init(desk.folder / "other", images=[str(desk.images)], config="grappa")
+    assert found.images.max_rejected == 0.5 and found.images.sources == other.images.sources
+    assert found.model_dump(exclude={"images"}) == other.model_dump(exclude={"images"})
+    assert found.images.cache_size == other.images.cache_size
+
+
+def test_what_a_preset_changes_is_said(desk: Desk) -> None:
+    desk.init(images=[str(desk.images)], config="small", assignments=["fusion.seed=3"])
+    desk.init(config="small")
+    assert "changed by the preset: fusion.seed 3 -> 0" in desk.said
+    desk.init(config="small")
+    assert not any("changed by the preset" in line for line in desk.said)
+    desk.init(config="grappa")
+    (line,) = (line for line in desk.said if line.startswith("changed by the preset: "))
+    assert "backbone.name vit_tiny_patch16_224 -> vit_small_patch16_224.dino" in line and " more" in line
+
+
+def test_a_preset_of_the_same_backbone_keeps_the_file_of_its_weights(desk: Desk) -> None:
+    weights = desk.folder / "vit.safetensors"
+    weights.write_bytes(b"")
+    desk.init(images=[str(desk.images)], config="small", assignments=[f"backbone.weights={weights}"])
+    own = desk.folder / "own.yaml"
+    own.write_text("backbone: {name: vit_tiny_patch16_224, image_size: 96}\n")
+    assert desk.init(config=str(own)).backbone.weights == str(weights)
+    own.write_text("backbone: {name: vit_tiny_patch16_224, options: {depth: 4}}\n")
+    assert desk.init(config=str(own)).backbone.weights is None
+
+
+def test_a_file_replaces_what_a_preset_said(desk: Desk) -> None:
+    desk.init(images=[str(desk.images)], config="small")
+    own = desk.folder / "own.yaml"
+    own.write_text("fusion: {seed: 5}\n")
+    config = desk.init(config=str(own))
+    assert config.model_dump(exclude={"images", "clusters", "fusion"}) == Config().model_dump(
+        exclude={"images", "clusters", "fusion"}
+    )
+    assert config.fusion.seed == 5
+
+
+def test_a_hub_out_of_reach_is_said_with_the_way_out(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warnings() -> list[str]:
+        return [line for line in desk.said if line.startswith("warning: backbone.weights names no file")]
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    desk.new()
+    assert warnings()[0].endswith("HF_HUB_OFFLINE forbids it; give a file by --set backbone.weights=FILE")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:1")
+    monkeypatch.setattr("grappa.pipeline.engine.externals.getproxies", dict)
+    desk.init()
+    assert "but localhost cannot be reached from here" in warnings()[0]
+    monkeypatch.setattr("grappa.pipeline.engine.externals.getproxies", lambda: {"https": "http://proxy"})
+    desk.init()
+    assert not warnings()
+
+
+def test_what_the_hubs_cache_holds_needs_no_hub(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = desk.folder / "cache"
+    (cache / "models--timm--vit_small_patch16_224.dino" / "snapshots" / "abc").mkdir(parents=True)
+    (cache / "models--timm--vit_small_patch16_224.dino" / "snapshots" / "abc" / "model.safetensors").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    desk.new()
+    assert not any("come from the hub" in line for line in desk.said)
+
+
+def test_a_backbone_that_cannot_be_one_is_refused(desk: Desk) -> None:
+    with pytest.raises(ConfigError, match=r"backbone\.name: 'resnet50' is no VisionTransformer"):
+        desk.new("backbone.name=resnet50")
+    assert not desk.root.exists()
+
+
 def test_auto_is_resolved_again_when_asked(desk: Desk) -> None:
     desk.new("clusters.num_clusters=[2]")
     assert desk.init().clusters.num_clusters == (2,)
