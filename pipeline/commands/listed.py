@@ -53,17 +53,19 @@ def _warnings(listing: pd.DataFrame) -> Iterator[str]:
 
 
 def _learned_splits(listing: pd.DataFrame) -> Iterator[str]:
-    """Warn of images that are learned from although their domain or class has the name of a tested split."""
+    """Warn of images that are learned from although their folder or their domain has the name of a tested split."""
     from grappa.images.folders import is_split, split_of
 
     learned = listing[listing["split"] != "test"]
-    for column in ("domain", "label"):
-        names = [name for name in learned[column].dropna().unique() if is_split(name) and split_of(name) == "test"]
-        if names:
-            yield (
-                f"{names[0]} is taken for a {column}, and its images are learned from; if it is a split, say so by "
-                "--layout split/class, split/domain/class or domain/split/class, or by a table with the column split"
-            )
+    given = {root for root, folder in enumerate(listing.attrs["roots"]) if folder != "/"}  # else of absolute paths
+    paths = learned["path"][learned["root"].isin(given)]
+    names = {name for path in paths for name in path.split("/")[:-1][:2]} | set(learned["domain"])
+    tested = sorted(name for name in names if is_split(name) and split_of(name) == "test")
+    if tested:
+        yield (
+            f"images of {tested[0]} are learned from; if it is a split, say so by --layout split/class, "
+            "split/domain/class or domain/split/class, or by a table with the column split"
+        )
 
 
 def say_lone_classes(listing: pd.DataFrame, say: Say) -> None:

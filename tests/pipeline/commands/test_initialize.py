@@ -316,7 +316,7 @@ def test_the_layout_is_recognised_said_and_kept(desk: Desk) -> None:
     for number in range(6):
         desk.add(f"test/class/{number}.png")
     desk.init()
-    assert any(line.startswith("warning: test is taken for a domain, and its images are learned") for line in desk.said)
+    assert any(line.startswith("warning: images of test are learned from; if it is a split") for line in desk.said)
     assert not any("is read as" in line for line in desk.said)
     assert desk.init(layout="flat").images.layout == "flat"
     assert desk.said[0] == "22 images of 1 domains, no split: images 22"
@@ -331,9 +331,14 @@ def test_images_of_a_test_folder_are_not_learned_from(desk: Desk) -> None:
     assert config.images.layout == "split/class"
     assert desk.said[0] == "16 images of 1 domains, 8 train and 8 test: split 16"
     assert config.clusters.num_clusters == (2, 3)
-    assert not any(line.startswith("warning: val") for line in desk.said)
-    desk.init(layout="domain/class")
-    assert any(line.startswith("warning: test is taken for a domain") for line in desk.said)
+    assert not any("are learned from" in line for line in desk.said)
+    for layout in ("domain/class", "class", "flat"):
+        desk.init(layout=layout)
+        assert any(line.startswith("warning: images of test are learned from") for line in desk.said), layout
+    rows = [f"{name}/{number}.png,birds" for name in ("train/robin", "test/wren") for number in range(4)]
+    (root / "table.csv").write_text("\n".join(["path,domain", *rows]))
+    desk.init(desk.folder / "other", images=[str(root / "table.csv")])
+    assert any(line.startswith("warning: images of test are learned from") for line in desk.said)
 
 
 def test_domains_are_given_their_folders(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
