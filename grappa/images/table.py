@@ -118,9 +118,10 @@ def list_images(
     for source in map(Path, sources):
         if source.is_dir():
             found.append(_found(source))
+            root = show(os.path.abspath(source))
             if layout == "auto":
-                layouts[show(source)] = recognize(_paths(found[-1]))
-            listed += _in_folder(source, found[-1], layouts.get(show(source), layout), loose_domain)
+                layouts[root] = recognize(_paths(found[-1]))
+            listed += _in_folder(source, found[-1], layouts.get(root, layout), loose_domain)
         else:
             listed += _list_table(source)
     for domain, folder in domains:

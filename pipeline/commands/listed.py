@@ -30,7 +30,9 @@ def say_images(listing: pd.DataFrame, former: pd.DataFrame | None, say: Say) -> 
     more = [f"and {len(counts) - MOST_NAMES} more"] if len(counts) > MOST_NAMES else []
     say(f"{len(listing)} images of {len(sizes)} domains{split}: {', '.join(counts[:MOST_NAMES] + more)}")
     for folder, layout in listing.attrs["layouts"].items():
-        say(f"{folder} is read as {MEANINGS[layout]} (--layout {layout}); if it is not, give --layout or --domain")
+        classes = _num_classes(listing, folder)
+        number = f", {classes} class{'es' if classes > 1 else ''}" if classes else ""
+        say(f"{folder} is read as {MEANINGS[layout]}{number} (--layout {layout}); else give --layout or --domain")
     if former is not None:
         old, new = (set(zip(table["domain"], table["path"], strict=True)) for table in (former, listing))
         say(f"{len(new - old)} images added, {len(old - new)} removed")
@@ -38,6 +40,13 @@ def say_images(listing: pd.DataFrame, former: pd.DataFrame | None, say: Say) -> 
         say(f"passed over: {', '.join(listing.attrs['passed_over'])}")
     for warning in _warnings(listing):
         say(f"warning: {warning}")
+
+
+def _num_classes(listing: pd.DataFrame, folder: str) -> int:
+    """Count the classes of a source folder, each in its domain."""
+    root = listing.attrs["roots"].index(folder)
+    found = listing.loc[listing["root"] == root, ["domain", "label"]].dropna()
+    return len(found.drop_duplicates())
 
 
 def _warnings(listing: pd.DataFrame) -> Iterator[str]:

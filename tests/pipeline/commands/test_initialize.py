@@ -312,7 +312,7 @@ def test_many_domains_are_named_in_one_line(desk: Desk) -> None:
 def test_the_layout_is_recognised_said_and_kept(desk: Desk) -> None:
     config = desk.new()
     assert config.images.layout == "domain/class"
-    assert desk.said[1].startswith(f"{desk.images} is read as DOMAIN/CLASS/image (--layout domain/class); if it is not")
+    assert desk.said[1].startswith(f"{desk.images} is read as DOMAIN/CLASS/image, 2 classes (--layout domain/class); ")
     for number in range(6):
         desk.add(f"test/class/{number}.png")
     desk.init()
