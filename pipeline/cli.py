@@ -47,7 +47,7 @@ def init(
     run: Run,
     images: Annotated[
         list[str] | None,
-        typer.Option(metavar="DIR_OR_TABLE", help="a folder DOMAIN/..., or a table (.csv, .parquet); can be repeated"),
+        typer.Option(metavar="DIR_OR_TABLE", help="a folder, or a table (.csv, .parquet); can be repeated"),
     ] = None,
     config: Annotated[
         str | None, typer.Option(metavar="NAME_OR_FILE", help="a preset (grappa, small ...) or a YAML file")
@@ -60,6 +60,17 @@ def init(
         Path | None,
         typer.Option("--from", metavar="OTHER_RUN", help="reuse artifacts of this run that have the same fingerprint"),
     ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYOUT",
+            help="what the folders are: domain/class, class, flat, split/class ... (default: recognised)",
+        ),
+    ] = None,
+    domains: Annotated[
+        list[str] | None,
+        typer.Option("--domain", metavar="NAME=DIR", help="a folder whose images are one domain; can be repeated"),
+    ] = None,
 ) -> None:
     """Make a run folder, or change one.
 
@@ -68,7 +79,7 @@ def init(
     """
     from grappa.pipeline.commands.init import Request, initialize
 
-    initialize(run, Request(images or (), config, assignments or (), other), say=say)
+    initialize(run, Request(images or (), config, assignments or (), other, domains or (), layout), say=say)
 
 
 @app.command("run")
@@ -100,13 +111,15 @@ def run_command(
 def status(
     run: Run,
     verify: Annotated[bool, typer.Option("--verify", help="read every byte of artifacts and images again")] = False,
+    long: Annotated[bool, typer.Option("--long", help="a line for every artifact, with all reasons")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="repeat every half minute until no job is left")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which artifacts are fresh, and what their jobs do.
 
-    An artifact is missing, fresh, stale (with the reasons) or corrupt (with the files).
+    An artifact is missing, fresh, stale (with the cause) or corrupt (with the files).
     """
+    from grappa.pipeline.engine.glance import short_lines
     from grappa.pipeline.engine.status import read_config, states, status_lines
     from grappa.pipeline.store.artifacts import RunFolder
 
@@ -114,13 +127,13 @@ def status(
     if (folder.root / "jobs").is_dir():
         from grappa.slurm.commands import say_status
 
-        say_status(folder, verify=verify, watch=watch, as_json=as_json, say=say)
+        say_status(folder, verify=verify, watch=watch, long=long, as_json=as_json, say=say)
         return
     found = states(folder, read_config(folder), verify=verify)
     if as_json:
         say(json.dumps([each.to_json() for each in found], indent=2))
         return
-    for line in status_lines(found):
+    for line in (status_lines if long else short_lines)(found):
         say(line)
 
 
@@ -194,6 +207,7 @@ def search(
     """
     from grappa.pipeline.commands.search import search as find
 
+    _warn_if_stale(run, "model", "index")
     found = find(run, image, k)
     if as_json:
         say(json.dumps(found, indent=2))
@@ -216,6 +230,7 @@ def embed(
     from grappa.pipeline.commands.embed import embed as write_embeddings
     from grappa.pipeline.engine.progress import Progress, totals
 
+    _warn_if_stale(run_or_model, "model")
     with totals(Progress(), "embedding") as report:
         sentence = write_embeddings(run_or_model, images, out, report)
     say(sentence)
@@ -232,6 +247,7 @@ def export(
     """
     from grappa.pipeline.commands.search import export as write_model
 
+    _warn_if_stale(run, "model")
     say(write_model(run, folder))
 
 
@@ -246,6 +262,7 @@ def report(
     """
     from grappa.pipeline.report.page import write_report
 
+    _warn_if_stale(run, "evaluation")
     say(write_report(run, folder))
 
 
@@ -306,9 +323,18 @@ def demo(
     weights = [f"backbone.weights={Path(__file__).parent / 'demo' / 'vit_demo.safetensors'}"]
     initialize(folder, Request([os.fspath(table)], "demo", weights), say=say)
     run_and_report(RunFolder.open(folder, writable=True), Selection(), progress=Progress(), say=say)
-    say("With your own images (a folder DOMAIN/..., or a table with path, domain and perhaps label, split):")
+    say("With your own images (a folder, or a table with path, domain and perhaps label, split):")
     say("  grappa init runs/mine --images DIR_OR_TABLE --config small --set backbone.weights=FILE")
     say("  grappa run runs/mine && grappa search runs/mine IMAGE")
+
+
+def _warn_if_stale(run: Path, *names: str) -> None:
+    """Warn on stderr where artifacts of a run that a command reads are not what its configuration asks for."""
+    from grappa.pipeline.engine.glance import stale_notice
+
+    notice = stale_notice(run, *names)
+    if notice:
+        print(f"grappa: warning: {notice}", file=sys.stderr, flush=True)
 
 
 def say(line: str) -> None:

@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 Which = Literal["test", "train", "all"]
 BLOCK_ROWS = 65536
 NAMES = ("model", "granularity", "domain", "gallery")
+# The settings by which a run gets artifacts that are no part of every run.
+ASKING = {
+    "objects": "objects.provider=backbone",
+    "attention/views": "fusion.pairs=[neighbors,views]",
+    "student": "model.source=fused",
+}
 
 
 def open_run(folder: str | Path) -> Run:
@@ -292,7 +298,11 @@ class Run:
         folder = self._folder
         artifact = folder.artifact(name)
         if artifact.manifest() is None and folder.config_path.exists() and artifact.node not in nodes(self.config):
-            raise ValueError(f"{name} is no part of the run {self.root}: its configuration asks for none")
+            setting = ASKING.get(name, "SECTION.KEY=VALUE")
+            raise ValueError(
+                f"{name} is no part of the run {self.root}: its configuration asks for none; change that by `grappa "
+                f"init {quoted(self.root)} --set {setting}`, then `grappa run {quoted(self.root)}` makes it"
+            )
         return published(folder, name)
 
     def _granularities(self) -> tuple[str, ...]:

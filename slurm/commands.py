@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from grappa.pipeline.engine.execution import Say, Selection, selected
+from grappa.pipeline.engine.glance import short_lines
 from grappa.pipeline.engine.status import read_config, states, status_lines
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import RunFolder, quoted
@@ -20,8 +21,11 @@ from grappa.slurm.states import live_tasks
 WATCH_SECONDS = 30.0
 
 
-def say_status(run: RunFolder, *, verify: bool, watch: bool, as_json: bool, say: Say) -> None:
-    """Print the table of artifacts and jobs; ``watch``: repeat it every half minute until no job is left."""
+def say_status(run: RunFolder, *, verify: bool, watch: bool, long: bool, as_json: bool, say: Say) -> None:
+    """Print the artifacts and jobs; ``watch``: repeat it every half minute until no job is left.
+
+    ``long``: a line for every artifact, with all its reasons.
+    """
     while True:
         found = states(run, read_config(run), verify=verify)
         notes, warning = job_notes(run, found)
@@ -31,7 +35,8 @@ def say_status(run: RunFolder, *, verify: bool, watch: bool, as_json: bool, say:
             jobs = ({"job": texts.get(each.name, ""), "job_state": _state(notes.get(each.name))} for each in found)
             say(json.dumps([{**each.to_json(), **job} for each, job in zip(found, jobs, strict=True)], indent=2))
             return
-        for line in ([f"warning: {warning}"] if warning else []) + status_lines(found, texts):
+        lines = (status_lines if long else short_lines)(found, texts)
+        for line in ([f"warning: {warning}"] if warning else []) + lines:
             say(line)
         if not (watch and any(note.alive for note in notes.values())):
             return

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grappa.backbone.vit import Adaptation, Backbone, embed
 from grappa.core.devices import autocast, moved, staged
 from grappa.core.distributed import ALONE, Processes
-from grappa.images.pixels import ImageRows
+from grappa.images.pixels import ImageRows, repeated_rows
 from grappa.images.transforms import eval_batch, normalize, prefetch
 
 Read = Callable[[Backbone, Tensor, Adaptation | None], Tensor]
@@ -40,6 +40,9 @@ def extract_features(
     processes: Processes = ALONE,
 ) -> None:
     """Write the L2-normalised embeddings of the cache's images ``start``..N-1 into ``out`` (N, D) float32.
+
+    Images with the same pixels in neighbouring rows, as copies of one file are, get the same bits: a batch of another
+    size may round otherwise.
 
     Args:
         out: an array or a memory map; its rows are the cache's rows. Of several processes only rank 0 has one.
@@ -76,3 +79,6 @@ def extract_features(
             out[begin : begin + len(part)] = part.cpu().numpy()
         if progress:
             progress(min(begins[-1] + batch_size, len(cache)) - begins[0])
+    if out is not None:
+        for row, first in repeated_rows(cache):
+            out[row] = out[first]

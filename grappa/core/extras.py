@@ -7,9 +7,11 @@ from importlib.util import find_spec
 DISTRIBUTION = "grappa-retrieval"
 EXTRAS = {
     "faiss": "cpu",
+    "huggingface_hub": "pipeline",
     "jinja2": "report",
     "matplotlib": "report",
     "pandas": "pipeline",
+    "pillow_heif": "heic",
     "pyarrow": "pipeline",
     "pydantic": "pipeline",
     "rich": "pipeline",

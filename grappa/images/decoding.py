@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+from grappa.core.extras import is_installed, missing_sentence
+
+# AVIF is read where Pillow was built with it, HEIF where the package of the extra heic is installed.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", "HEIF")
+TWELVE_BITS = "12 bits or less in 16, scaled by their own range"
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _EXIF_ORIENTATION, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 274, 262, 0
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -25,11 +32,12 @@ class ImageDecodeError(ValueError):
     """The bytes cannot be used as an image; the message is the plain reason, without the file's name."""
 
 
-def decode_image(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
-    """Decode a JPEG, PNG, WebP, BMP or TIFF file to (H, W, 3) uint8 RGB.
+def decode_image(data: bytes, *, max_pixels: int, notes: list[str] | None = None) -> NDArray[np.uint8]:
+    """Decode an image file of one of ``FORMATS`` to (H, W, 3) uint8 RGB.
 
     EXIF orientation is applied (an EXIF block that cannot be read counts as none). Of several frames the first is used.
-    Transparency is laid on white; of 16-bit samples the high byte is kept; color profiles are ignored.
+    Transparency is laid on white; color profiles are ignored. Of 16-bit samples the high byte is kept; where a grey
+    image has none above 12 bits, the 8 highest bits that it uses. ``notes`` gets a text where that was so.
 
     Raises:
         ImageDecodeError: empty, not an image of these formats, truncated or broken, more than ``max_pixels`` pixels
@@ -39,21 +47,21 @@ def decode_image(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
         raise ImageDecodeError("empty file")
     try:
         with _open(data, max_pixels) as image:
-            return image_to_rgb(image)
+            return image_to_rgb(image, notes)
     except (ImageDecodeError, MemoryError):
         raise
     except Exception as error:  # a broken file makes PIL raise nearly anything: SyntaxError, struct.error, KeyError ...
         raise ImageDecodeError(f"truncated or broken image: {_first_line(error)}") from error
 
 
-def image_to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+def image_to_rgb(image: Image.Image, notes: list[str] | None = None) -> NDArray[np.uint8]:
     """Return a PIL image as (H, W, 3) uint8 RGB, oriented, on white, of 8 bits, as ``decode_image`` says.
 
     Raises:
         ImageDecodeError: samples without a known range (32-bit, floating point). A broken file raises what PIL raises.
     """
     image.load()
-    return np.array(_oriented(_rgb(image), _orientation(image)))
+    return np.array(_oriented(_rgb(image, notes), _orientation(image)))
 
 
 def shrink(image: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]:
@@ -68,9 +76,9 @@ def shrink(image: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]:
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_known_formats())
     except UnidentifiedImageError:
-        raise ImageDecodeError("not an image in JPEG, PNG, WebP, BMP or TIFF format") from None
+        raise ImageDecodeError(_unidentified(data)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageDecodeError(f"decompression bomb: {error}") from None
     if image.width * image.height > max_pixels:
@@ -80,21 +88,39 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+@cache
+def _known_formats() -> tuple[str, ...]:
+    """Return those of ``FORMATS`` that are installed."""
+    Image.init()
+    if is_installed("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _unidentified(data: bytes) -> str:
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS and "HEIF" not in _known_formats():
+        return f"an image in HEIC format: {missing_sentence('pillow_heif')}, or save it as JPEG"
+    return "not an image in JPEG, PNG, WebP, BMP, TIFF, GIF, JPEG 2000, AVIF or HEIC format"
+
+
+def _rgb(image: Image.Image, notes: list[str] | None) -> Image.Image:
     if image.mode in ("I", "F") and image.format != "PNG":
         raise ImageDecodeError(f"samples of 32 bits (mode {image.mode}) have no known range: save it with 8 or 16 bits")
     if image.mode.startswith("I"):
-        image = _eight_bits(image)
+        image = _eight_bits(image, notes)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image, notes: list[str] | None) -> Image.Image:
     """Return a grey image of 16-bit samples as 8-bit grey, with alpha where one grey value is declared transparent."""
     samples = np.asarray(image).astype(np.uint16)
-    grey = (samples >> 8).astype(np.uint8)
+    num_bits = int(samples.max()).bit_length()
+    if num_bits <= 12 and notes is not None:
+        notes.append(TWELVE_BITS)
+    grey = (samples >> (max(num_bits - 8, 0) if num_bits <= 12 else 8)).astype(np.uint8)
     if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
         grey = 255 - grey
     transparent = image.info.get("transparency")

@@ -45,13 +45,17 @@ class ListedFile(NamedTuple):
 
 @dataclass(frozen=True)
 class DecodedFile:
-    """A usable file: pixels (h, w, 3) uint8 at cache size; height, width and clipped box of the oriented original."""
+    """A usable file: pixels (h, w, 3) uint8 at cache size; height, width and clipped box of the oriented original.
+
+    ``notes``: what was decided in decoding it, in words.
+    """
 
     pixels: NDArray[np.uint8]
     sha256: str
     height: int
     width: int
     box: Box
+    notes: tuple[str, ...] = ()
 
 
 def decode_file(listed: ListedFile, root: str, *, cache_size: int, max_pixels: int) -> DecodedFile:
@@ -62,13 +66,15 @@ def decode_file(listed: ListedFile, root: str, *, cache_size: int, max_pixels: i
         ImagesChangedError: the file's size is not the listed one, it has gone, or it has come since.
     """
     data = _read(listed, image_file(root, listed.path), max_pixels)
+    notes: list[str] = []
     try:
-        image = decode_image(data, max_pixels=max_pixels)
+        image = decode_image(data, max_pixels=max_pixels, notes=notes)
     except ImageDecodeError as error:
         raise RejectedFileError(str(error)) from error
     height, width = image.shape[:2]
     box = _clip(listed.box, height, width)
-    return DecodedFile(shrink(image, cache_size), hashlib.sha256(data).hexdigest(), height, width, box)
+    digest = hashlib.sha256(data).hexdigest()
+    return DecodedFile(shrink(image, cache_size), digest, height, width, box, tuple(notes))
 
 
 def _read(listed: ListedFile, file: str, max_pixels: int) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
@@ -27,7 +28,7 @@ from grappa.images.table import BOX_COLUMNS
 __all__ = ["ImagesChangedError", "decode_all", "decode_shards"]
 
 _ID_DIGITS = 16
-Record = dict[str, Any]  # {"reason"} of a rejected file, or {"sha256", "height", "width", "box", "place"}
+Record = dict[str, Any]  # {"reason"} of a rejected file, or {"sha256", "height", "width", "box", "place", "notes"}
 
 
 def decode_all(
@@ -57,8 +58,8 @@ def decode_all(
         ``images`` (image_id, path, root, domain, split, height, width, box_*, sha256, duplicate_of), sorted by
         image_id, the row order of the cache; image_id is the first 16 digits of the file's SHA-256, and copies of the
         same bytes get "-2", "-3", ... in (domain, path) order; split "" and duplicate_of "" mean none; height and width
-        are the oriented original's. ``labels`` (image_id, label: str or None), same rows. ``rejected`` (path, root,
-        domain, reason) in listing order.
+        are the oriented original's; ``attrs["notes"]``: how many images each note of decoding was for. ``labels``
+        (image_id, label: str or None), same rows. ``rejected`` (path, root, domain, reason) in listing order.
 
     Raises:
         ImagesChangedError: a file is not what was listed.
@@ -172,7 +173,8 @@ def _record(outcome: DecodedFile | RejectedFileError, places: Iterator[list[int]
         return {"reason": str(outcome)}
     box = None if np.isnan(outcome.box[0]) else outcome.box
     size = {"height": outcome.height, "width": outcome.width}
-    return {"sha256": outcome.sha256, **size, "box": box, "place": next(places)}
+    notes = {"notes": list(outcome.notes)} if outcome.notes else {}
+    return {"sha256": outcome.sha256, **size, "box": box, "place": next(places), **notes}
 
 
 # ---------------------------------------------------------------- files
@@ -220,6 +222,7 @@ def _tables(
     write_index(folder, np.array([records[row]["place"] for row in rows], dtype=np.int64).reshape(-1, 4))
     image_id = pd.Series([ids[position] for position in order], dtype="str")
     images = _images(image_id, listing.iloc[rows], [records[row] for row in rows])
+    images.attrs["notes"] = dict(Counter(note for row in rows for note in records[row].get("notes", ())))
     images["duplicate_of"] = pd.Series([originals[position] for position in order], dtype="str")
     label = [None if pd.isna(label) else label for label in listing["label"].iloc[rows]]
     labels = pd.DataFrame({"image_id": image_id, "label": pd.Series(label, dtype="object")})

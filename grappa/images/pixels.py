@@ -111,6 +111,21 @@ class PixelCache:
         return pixels.reshape(height, width, 3)
 
 
+def repeated_rows(cache: ImageRows) -> list[tuple[int, int]]:
+    """Return (row, first) for every row whose pixels are those of the row before it; first: where they begin.
+
+    Copies of one file are neighbours, because the rows are in the order of their ids.
+    """
+    found: list[tuple[int, int]] = []
+    first = 0
+    for row in range(1, len(cache)):
+        if np.array_equal(cache.image(first), cache.image(row)):
+            found.append((row, first))
+        else:
+            first = row
+    return found
+
+
 _REDO = "decode the images again"
 
 

@@ -1,7 +1,8 @@
 """Listing images: which files a run uses, with the domain, label, split and box that are given for them.
 
-A source is a folder ``DOMAIN/[CLASS/...]file``, or a CSV or Parquet table, which :func:`read_table` reads and checks.
-Listing opens no image: decoding finds out later which files cannot be used, and reports their reasons.
+A source is a folder, whose layout says what its folders mean (see ``grappa.images.folders``), or a CSV or Parquet
+table, which :func:`read_table` reads and checks. Listing opens no image: decoding finds out later which files cannot be
+used, and reports their reasons.
 
 A file name may hold bytes that are not UTF-8; paths stand in tables percent-escaped, see :func:`escape_path`.
 """
@@ -12,33 +13,60 @@ import csv
 import math
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import pandas as pd
 
 from grappa.core.arrays import Box
 from grappa.core.names import MEAN
+from grappa.images.folders import Found, find_files, passed_over, place, recognize
+from grappa.images.paths import (
+    MISSING,
+    ImageTableError,
+    escape_path,
+    image_file,
+    show,
+    size_of,
+    unescape_path,
+)
+
+__all__ = [
+    "BOX_COLUMNS",
+    "MISSING",
+    "ImageTableError",
+    "TableRow",
+    "escape_path",
+    "image_file",
+    "list_images",
+    "read_table",
+    "unescape_path",
+]
 
 BOX_COLUMNS = ("box_x0", "box_y0", "box_x1", "box_y1")
-MISSING = -1  # the size of a listed file that is not there, or is not a regular file
 _COLUMNS = ("path", "domain", "label", "split", *BOX_COLUMNS)
 _SPLITS = ("train", "test")
 _NO_BOX = (float("nan"),) * 4
-# What the escape produces: an undecodable byte (80-FF), or the percent sign of a text that looks like an escape.
-_ESCAPED = re.compile(r"%(25|[89A-F][0-9A-F])")
-_TO_ESCAPE = re.compile(r"%(?=25|[89A-F][0-9A-F])|[\udc80-\udcff]")
+_SEPARATORS = (",", ";", "\t")
+_ENCODINGS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_WHOLE_FLOAT = re.compile(r"(-?\d+)\.0")
+_EXACT_FLOATS = 2**53  # whole numbers below it are told apart as floats
+# Why a path that a table names may lead nowhere, by what it looks like.
+_HINTS = {
+    r"[A-Za-z][A-Za-z0-9+.-]+:/": "it is a URL: fetch the file, and give its path",
+    r"[A-Za-z]:[\\/]": "it begins with a drive letter: give the path on this machine",
+    r"~": "`~` is not expanded: write the home folder out",
+    r".*\\": "it has backslashes: write / between folders",
+    r"\s|.*\s$": "it begins or ends with a blank: remove it",
+}
 
 Cells = list[str | None]
 
 
-class ImageTableError(ValueError):
-    """The listed images or the table that lists them break a rule; the message says which rule, and what to do."""
-
-
 class _Listed(NamedTuple):
+    """A file; ``written`` is its path as a table or a folder names it."""
+
     root: str
     path: str
     domain: str
@@ -46,110 +74,121 @@ class _Listed(NamedTuple):
     split: str | None
     box: Box
     size: int
+    written: str
 
 
-def list_images(sources: Sequence[Path], *, loose_domain: str | None = None) -> pd.DataFrame:
+def list_images(
+    sources: Sequence[Path],
+    *,
+    domains: Sequence[tuple[str, Path]] = (),
+    layout: str = "domain/class",
+    loose_domain: str | None = None,
+) -> pd.DataFrame:
     """List the files of all sources, one row a file, sorted by (domain, path, root).
 
-    A folder's first level is the domain, its second the label; hidden files and folders are skipped, links followed,
-    every other regular file is listed. A table (``.csv``, ``.parquet``) has the columns ``path`` (relative to the
-    table's folder, or absolute), ``domain`` and optionally ``label``, ``split``, ``box_x0, box_y0, box_x1, box_y1``;
-    other columns are ignored, every CSV cell is text, an empty cell is "not given". ``loose_domain`` is the domain of
-    files directly in a source folder; None: such files are refused.
+    In folders hidden files and folders are skipped, links are followed, and what is evidently no image is passed over
+    (``grappa.images.folders.find_files``). A table (``.csv``, ``.tsv``, ``.parquet``) has the columns ``path``
+    (relative to the table's folder, or absolute), ``domain`` and optionally ``label``, ``split``, ``box_x0, box_y0,
+    box_x1, box_y1``; other columns are ignored, every CSV cell is text, an empty cell is "not given".
+
+    Args:
+        sources: folders and tables.
+        domains: further folders, each with the domain of all its images; a first level of folders is the label.
+        layout: what the folders of ``sources`` mean, one of ``grappa.images.folders.LAYOUTS``, or ``auto``: for each
+            source what :func:`recognize` says.
+        loose_domain: the domain of files directly in a source folder; None: such files are refused where a domain is
+            expected.
 
     Returns:
         columns ``path`` (relative to its root, "/" between folders, escaped), ``root`` (int64, number in
         ``attrs["roots"]``), ``domain``, ``label`` and ``split`` (object: str or None), ``box_*`` (float64 pixels of the
-        EXIF-oriented original, NaN = none), ``size`` (int64 bytes, -1 = not there). ``attrs["roots"]``: absolute
-        folders (str, escaped).
+        EXIF-oriented original, NaN = none), ``size`` (int64 bytes, -1 = not there). ``attrs``: ``roots``, the absolute
+        folders (str, escaped); ``layouts``, the layout recognised in each folder; ``passed_over``, what was
+        passed over, in words; ``missing``, a sentence about listed files that are not there, or "".
 
     Raises:
-        ImageTableError: nothing given or found, a file outside a domain folder, a table that breaks a rule, or the
-            same file twice.
+        ImageTableError: nothing given or found, a file that has no place in the layout, a table that breaks a rule, or
+            the same file twice.
     """
-    if not sources:
+    if not sources and not domains:
         raise ImageTableError("no images given: name at least one folder or table")
-    listed = [row for source in sources for row in _list_source(Path(source), loose_domain)]
+    found: list[Found] = []
+    layouts: dict[str, str] = {}
+    listed: list[_Listed] = []
+    for source in map(Path, sources):
+        if source.is_dir():
+            found.append(_found(source))
+            root = show(os.path.abspath(source))
+            if layout == "auto":
+                layouts[root] = recognize(_paths(found[-1]))
+            listed += _in_folder(source, found[-1], layouts.get(root, layout), loose_domain)
+        else:
+            listed += _list_table(source)
+    for domain, folder in domains:
+        found.append(_found(Path(folder)))
+        inner = "split/class" if recognize(_paths(found[-1])).startswith("split") else "class"
+        listed += _in_folder(Path(folder), found[-1], inner, domain)
     _refuse_repeats(listed)
-    return _frame(listed)
-
-
-def _list_source(source: Path, loose_domain: str | None) -> list[_Listed]:
-    if source.is_dir():
-        return _list_folder(source, loose_domain)
-    if not source.exists():
-        raise ImageTableError(f"no such folder or table: {_show(source)}")
-    return list(_list_table(source))
+    frame = _frame(listed)
+    frame.attrs.update(layouts=layouts, passed_over=list(passed_over(found)), missing=_missing(listed))
+    return frame
 
 
 # ---------------------------------------------------------------- folders
 
 
-def _list_folder(source: Path, loose_domain: str | None) -> list[_Listed]:
-    root = os.path.abspath(source)
-    listed = [_from_folder(root, path, size, loose_domain) for path, size in _walk(root, "", ())]
-    if not listed:
-        raise ImageTableError(f"the folder {_show(source)} holds no files: expected DOMAIN/image or DOMAIN/CLASS/image")
-    return listed
-
-
-def _walk(root: str, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
-    """Yield (relative path, size) of every visible regular file; ``above``: folders we are in, to end link loops."""
-    here = os.path.join(root, folder)
-    try:
-        status = os.stat(here)
-        entries = sorted(os.scandir(here), key=lambda entry: entry.name)
-    except OSError as error:
-        raise ImageTableError(f"cannot read the folder {_show(here)}: {error.strerror}; make it readable") from error
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-    for entry in entries:
-        path = os.path.join(folder, entry.name)
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk(root, path, (*above, identity))
-        elif entry.is_file() or entry.is_symlink():
-            yield path, _size(entry.path)
-
-
-def _from_folder(root: str, path: str, size: int, loose_domain: str | None) -> _Listed:
-    parts = path.split("/")
-    if len(parts) == 1 and loose_domain is not None:
-        return _Listed(root, path, loose_domain, None, None, _NO_BOX, size)
-    if len(parts) == 1:
+def _found(folder: Path) -> Found:
+    if not folder.is_dir():
+        raise ImageTableError(f"no such folder: {show(folder)}")
+    found = find_files(os.path.abspath(folder))
+    if not found.files:
+        passed = ", ".join(passed_over([found]))
+        but = f" but what is no image: {passed}" if passed else ""
         raise ImageTableError(
-            f"{_show(path)} lies directly in {_show(root)}: expected DOMAIN/image; move it into a folder "
-            "named after its domain, or give a table"
+            f"the folder {show(folder)} holds no files{but}; expected DOMAIN/CLASS/image, CLASS/image or images"
         )
-    label = parts[1] if len(parts) > 2 else None
-    return _Listed(root, path, parts[0], label, None, _NO_BOX, size)
+    return found
+
+
+def _paths(found: Found) -> list[str]:
+    return [path for path, _ in found.files]
+
+
+def _in_folder(folder: Path, found: Found, layout: str, domain: str | None) -> Iterator[_Listed]:
+    root = os.path.abspath(folder)
+    for path, size in found.files:
+        meaning = place(layout, root, path, domain)
+        yield _Listed(root, path, *meaning, _NO_BOX, size, path)
 
 
 # ---------------------------------------------------------------- rows of a table
 
 
 def _list_table(source: Path) -> Iterator[_Listed]:
+    if not source.exists():
+        raise ImageTableError(f"no such folder or table: {show(source)}")
     folder = os.path.abspath(source.parent)
     rows = read_table(source)
     if not rows:
-        raise ImageTableError(f"the table {_show(source)} has no rows: expected one row an image")
+        raise ImageTableError(f"the table {show(source)} has no rows: expected one row an image")
     for row in rows:
         root, path = ("/", row.path.lstrip("/")) if row.path.startswith("/") else (folder, row.path)
         path = os.path.normpath(path)
-        yield _Listed(root, path, row.domain, row.label, row.split, row.box, _size(os.path.join(root, path)))
+        size = size_of(os.path.join(root, path))
+        yield _Listed(root, path, row.domain, row.label, row.split, row.box, size, row.path)
 
 
 # ---------------------------------------------------------------- folders and tables alike
 
 
-def _size(file: str) -> int:
-    try:
-        status = os.stat(file)
-    except OSError:
-        return MISSING
-    return status.st_size if stat.S_ISREG(status.st_mode) else MISSING
+def _missing(listed: Sequence[_Listed]) -> str:
+    """Return a sentence about the listed files that are not there, with the likely reason; "" where all are there."""
+    gone = [row.written for row in listed if row.size == MISSING]
+    if not gone:
+        return ""
+    hint = next((hint for look, hint in _HINTS.items() if re.match(look, gone[0])), "")
+    first = f"first {show(gone[0])!r}" + (f" ({hint})" if hint else "")
+    return f"{len(gone)} of {len(listed)} files are missing, {first}"
 
 
 def _refuse_repeats(listed: Iterable[_Listed]) -> None:
@@ -159,7 +198,7 @@ def _refuse_repeats(listed: Iterable[_Listed]) -> None:
     for row in listed:
         file = os.path.normpath(os.path.join(real[row.root], row.path))
         if file in seen:
-            raise ImageTableError(f"the file {_show(file)} is listed twice: name every file once, in one domain")
+            raise ImageTableError(f"the file {show(file)} is listed twice: name every file once, in one domain")
         if row.domain == MEAN:
             raise ImageTableError(f"a domain is named `{MEAN}`, which is the result tables' row of means: rename it")
         seen.add(file)
@@ -186,10 +225,6 @@ def _frame(listed: list[_Listed]) -> pd.DataFrame:
     return frame
 
 
-def _show(path: str | Path) -> str:
-    return escape_path(str(path))
-
-
 # ---------------------------------------------------------------- reading a table
 
 
@@ -207,51 +242,82 @@ def read_table(table: Path) -> list[TableRow]:
     """Read and check a table; cells are text, an empty cell (CSV) or a null (Parquet) is "not given".
 
     Raises:
-        ImageTableError: neither .csv nor .parquet, unreadable, no ``path`` or ``domain`` column, or a row that breaks a
-            rule: which one, and its number (from 1, the header not counted).
+        ImageTableError: neither .csv (.tsv) nor .parquet, unreadable, no ``path`` or ``domain`` column, or a row that
+            breaks a rule: which one, and its number (from 1, the header not counted).
     """
-    readers = {".csv": _read_csv, ".parquet": _read_parquet}
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
     if table.suffix.lower() not in readers:
-        raise ImageTableError(f"{_show(table)} is neither a folder nor a table: expected a name in .csv or .parquet")
+        raise ImageTableError(f"{show(table)} is neither a folder nor a table: expected a name in .csv or .parquet")
     columns = readers[table.suffix.lower()](table)
     num_rows = len(columns["path"])
     cells = [columns.get(name, [None] * num_rows) for name in _COLUMNS]
-    return [
-        _check(f"{_show(table)}, row {number}", row) for number, row in enumerate(zip(*cells, strict=True), start=1)
-    ]
+    return [_check(f"{show(table)}, row {number}", row) for number, row in enumerate(zip(*cells, strict=True), start=1)]
 
 
 def _check_columns(table: Path, found: Sequence[str]) -> list[str]:
     for name in ("path", "domain"):
         if name not in found:
             raise ImageTableError(
-                f"{_show(table)} has no column `{name}`: found {', '.join(found)}; expected path, domain"
+                f"{show(table)} has no column `{name}`: found {', '.join(found)}; expected path, domain"
             )
     for name in _COLUMNS:
         if found.count(name) > 1:
-            raise ImageTableError(f"{_show(table)} has the column `{name}` twice: keep one")
+            raise ImageTableError(f"{show(table)} has the column `{name}` twice: keep one")
     num_box = sum(name in found for name in BOX_COLUMNS)
     if num_box not in (0, 4):
-        raise ImageTableError(f"{_show(table)} has {num_box} of the columns {', '.join(BOX_COLUMNS)}: give all or none")
+        raise ImageTableError(f"{show(table)} has {num_box} of the columns {', '.join(BOX_COLUMNS)}: give all or none")
     return [name for name in _COLUMNS if name in found]
 
 
 def _read_csv(table: Path) -> dict[str, Cells]:
     try:
-        with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            lines = [line for line in csv.reader(file, strict=True) if line]
-    except (OSError, csv.Error) as error:
-        raise ImageTableError(f"cannot read the table {_show(table)}: {error}") from error
+        with _open_text(table) as file:
+            separator = _separator(file.readline())
+            file.seek(0)
+            lines = [line for line in csv.reader(file, delimiter=separator, strict=True) if line]
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise ImageTableError(f"cannot read the table {show(table)}: {error}") from error
     if not lines:
-        raise ImageTableError(f"the table {_show(table)} is empty: expected a header with path, domain")
-    header, rows = lines[0], lines[1:]
+        raise ImageTableError(f"the table {show(table)} is empty: expected a header with path, domain")
+    header, rows = [name.strip() for name in lines[0]], lines[1:]
     for number, row in enumerate(rows, start=1):
         if len(row) != len(header):
             raise ImageTableError(
-                f"{_show(table)}, row {number} has {len(row)} cells, the header {len(header)}: quote cells with commas"
+                f"{show(table)}, row {number} has {len(row)} cells, the header {len(header)}: quote cells that hold "
+                f"{separator!r}"
             )
     names = _check_columns(table, header)
-    return {name: [row[header.index(name)] or None for row in rows] for name in names}
+    columns = {name: [row[header.index(name)] or None for row in rows] for name in names}
+    return columns | {name: _whole_numbers(columns[name]) for name in names if name == "label"}
+
+
+def _open_text(table: Path) -> IO[str]:
+    """Open a text file in UTF-8, or in UTF-16 or UTF-32 as its first bytes say."""
+    with open(table, "rb") as file:
+        start = file.read(4096)
+    encoding = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), None)
+    if encoding is None and b"\0" in start:
+        raise ImageTableError(f"{show(table)} is no UTF-8 text, it holds NUL bytes: save it as CSV in UTF-8")
+    if encoding:
+        return open(table, encoding=encoding, newline="")
+    return open(table, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _separator(header: str) -> str:
+    """Return what parts the cells of a table: the character by which its header has the columns path and domain."""
+    for separator in _SEPARATORS:
+        names = {name.strip() for name in next(csv.reader([header], delimiter=separator), [])}
+        if names >= {"path", "domain"}:
+            return separator
+    return _SEPARATORS[0]
+
+
+def _whole_numbers(cells: Cells) -> Cells:
+    """Return integers that pandas wrote as floats (a column with gaps) as integers; any other column as it is."""
+    found = [None if cell is None else _WHOLE_FLOAT.fullmatch(cell) for cell in cells]
+    if any(match is None and cell is not None for match, cell in zip(found, cells, strict=True)):
+        return cells
+    return [None if match is None else match[1] for match in found]
 
 
 def _read_parquet(table: Path) -> dict[str, Cells]:
@@ -262,17 +328,23 @@ def _read_parquet(table: Path) -> dict[str, Cells]:
         names = _check_columns(table, pq.read_schema(table).names)
         content = pq.read_table(table, columns=names)
     except (OSError, pa.ArrowException) as error:
-        raise ImageTableError(f"cannot read the table {_show(table)}: {error}") from error
+        raise ImageTableError(f"cannot read the table {show(table)}: {error}") from error
     return {name: [_as_text(table, name, value) for value in content[name].to_pylist()] for name in names}
 
 
 def _as_text(table: Path, column: str, value: object) -> str | None:
     if value is None or value == "":
         return None
+    if column == "label" and isinstance(value, float):  # what pandas makes of integers with gaps
+        if math.isnan(value):
+            return None
+        if value.is_integer() and abs(value) < _EXACT_FLOATS:
+            return str(int(value))
+        raise ImageTableError(f"{show(table)}: column `label` holds {value!r}: expected text or whole numbers")
     number_allowed = (int, float) if column in BOX_COLUMNS else (int,)
     if isinstance(value, str) or (isinstance(value, number_allowed) and not isinstance(value, bool)):
         return str(value)
-    raise ImageTableError(f"{_show(table)}: column `{column}` holds {type(value).__name__} values: expected text")
+    raise ImageTableError(f"{show(table)}: column `{column}` holds {type(value).__name__} values: expected text")
 
 
 def _check(where: str, row: tuple[str | None, ...]) -> TableRow:
@@ -306,29 +378,3 @@ def _number(where: str, name: str, cell: str | None) -> float:
     if math.isinf(value):
         raise ImageTableError(f"{where}: {name} is {cell!r}: expected a number of pixels")
     return value
-
-
-# ---------------------------------------------------------------- paths as text
-
-
-def escape_path(path: str) -> str:
-    """Return ``path`` with each undecodable byte as ``%XX``; names that are proper UTF-8 stay as they are.
-
-    Only a percent sign in front of ``25`` or of two digits ``80``-``FF`` becomes ``%25``, so that
-    ``unescape_path(escape_path(path)) == path`` for every path of the file system (``os.fsdecode`` form).
-    """
-    return _TO_ESCAPE.sub(lambda found: f"%{ord(found[0]) & 0xFF:02X}", path)
-
-
-def unescape_path(text: str) -> str:
-    """Return the path (``os.fsdecode`` form, what ``open`` takes) whose escaped text is ``text``."""
-    return _ESCAPED.sub(lambda found: _character(int(found[1], 16)), text)
-
-
-def image_file(root: str, path: str) -> str:
-    """Return the file to open for an image table's escaped ``root`` and ``path``."""
-    return os.path.join(unescape_path(root), unescape_path(path))
-
-
-def _character(byte: int) -> str:
-    return "%" if byte == 0x25 else chr(0xDC00 + byte)

@@ -43,8 +43,9 @@ def fit_whitening(features: NDArray[np.float32], *, power: float = 0.5, min_shar
     """Learn from features (N, D): principal axes scaled by eigenvalue ** (-power / 2).
 
     power 1 is full whitening (equal variances), 0 only centers and rotates, 0.5 lies between. Axes without variance
-    (rank below D) are set to zero. Eigenvalues below ``min_share`` of the largest are raised to that, so that directions
-    of little variance, and the rounding in them, are not blown up. ValueError unless N >= 2, 0 <= power <= 1 and the rows differ.
+    (rank below D) are set to zero. Eigenvalues below ``min_share`` of the largest are raised to that: directions of
+    little variance, and the rounding in them, are not blown up. ValueError unless N >= 2, 0 <= power <= 1 and the rows
+    differ.
     """
     features = check_vectors("features", features)
     if not 0.0 <= power <= 1.0:

@@ -7,6 +7,7 @@ shard that is not whole and ends with the same bytes (``grappa.images.ingest``).
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,8 +24,10 @@ from grappa.images.decoding import ImageDecodeError, decode_image
 from grappa.images.files import ERRORS_OF_THE_FILE, ImagesChangedError
 from grappa.images.ingest import Record, fingerprint, read_shard_manifest, write_shard_manifest
 from grappa.images.pixels import PixelCache, write_index, write_shard
-from grappa.images.table import escape_path, image_file
+from grappa.images.table import escape_path, image_file, unescape_path
 from grappa.objects.boxes import object_view
+
+_ADVICE = "bring it back; if the images moved, say where: `grappa init RUN --images FOLDER_OR_TABLE`"
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,13 @@ def _view(
     )
 
 
+def check_roots(roots: Sequence[str]) -> None:
+    """Raise ImagesChangedError where a folder of originals is gone, before boxes are sought for nothing."""
+    for root in roots:
+        if not os.path.isdir(unescape_path(root)):
+            raise ImagesChangedError(f"the folder {root} of the originals is gone: {_ADVICE}")
+
+
 def read_original(path: str, root: str, sha256: str, *, max_pixels: int) -> Pixels:
     """Decode an image of the image table once more, (H, W, 3) uint8, oriented, at its full size.
 
@@ -137,16 +147,15 @@ def read_original(path: str, root: str, sha256: str, *, max_pixels: int) -> Pixe
         ImagesChangedError: it is gone, cannot be read, or has other bytes than when the table was made.
     """
     file = image_file(root, path)
-    advice = "bring it back; if the images moved, say where: `grappa init RUN --images FOLDER_OR_TABLE`"
     try:
         data = Path(file).read_bytes()
     except OSError as error:
         if error.errno not in ERRORS_OF_THE_FILE:
             raise
         shown = escape_path(file)
-        raise ImagesChangedError(f"the original {shown} cannot be read now ({error.strerror}): {advice}") from error
+        raise ImagesChangedError(f"the original {shown} cannot be read now ({error.strerror}): {_ADVICE}") from error
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise ImagesChangedError(f"the original {escape_path(file)} has other bytes than were decoded: {advice}")
+        raise ImagesChangedError(f"the original {escape_path(file)} has other bytes than were decoded: {_ADVICE}")
     try:
         return decode_image(data, max_pixels=max_pixels)
     except ImageDecodeError as error:

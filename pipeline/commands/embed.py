@@ -35,7 +35,8 @@ def embed(run_or_model: Path, images: Path, out: Path, progress: Callable[[int, 
     model, listing = load_model(run_or_model), list_images([images], loose_domain="")
     with new_folder(out) as draft:
         sentence = _write(model, listing, draft, progress)
-    return f"{sentence} in {out}"
+    passed = "".join(f", {words} passed over" for words in listing.attrs["passed_over"])
+    return f"{sentence} in {out}{passed}"
 
 
 def _write(model: GrappaModel, listing: pd.DataFrame, folder: Path, progress: Callable[[int, int], None] | None) -> str:

@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grappa.backbone.catalog import name_problem
+from grappa.pipeline.commands.listed import say_images, say_lone_classes
 from grappa.pipeline.config.schema import Config, Images, automatic_num_clusters
 from grappa.pipeline.config.yaml_file import (
     ConfigError,
     Settings,
     dump_config,
+    flow,
+    load_config,
     merged,
     parse_assignments,
     parse_settings,
     preset_path,
     read_settings,
 )
-from grappa.pipeline.engine.externals import detector_digests, is_hub_name
+from grappa.pipeline.engine.externals import detector_digests, hub_problems, is_hub_name
 from grappa.pipeline.engine.fingerprints import read_manifest
+from grappa.pipeline.engine.glance import cause_lines
 from grappa.pipeline.engine.packages import missing_packages
 from grappa.pipeline.engine.reuse import reuse_artifacts
 from grappa.pipeline.engine.sources import NO_BOXES, list_sources, publish_listing, published_listing
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Say = Callable[[str], None]
+MOST_CHANGES = 12  # changed settings that are named in a line
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Request:
     config: str | None = None
     assignments: Sequence[str] = ()
     other: Path | None = None
+    domains: Sequence[str] = ()
+    layout: str | None = None
 
 
 def initialize(root: Path, request: Request, *, say: Say) -> Config:
@@ -53,16 +61,19 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     """
     known = RunFolder.open(root, writable=True) if (root / RUN_FILE).exists() else None
     other = RunFolder.open(request.other) if request.other else None
+    before = load_config(known.config_path) if known and known.config_path.exists() else None
     config = _requested(known, request)
-    check_weights(config, known)
+    check_backbone(config, known)
     listing = list_sources(given_images(config))
     config = fitted(config, listing)
     run, former = write_run(root, config, listing)
     say_images(listing, former, say)
     if SUPERVISED in adaptor_sets(config):
-        _say_lone_classes(listing, say)
+        say_lone_classes(listing, say)
     for sentence in missing_packages(config).values():
         say(f"warning: {sentence}")
+    if before and request.config:
+        _say_changes(before, config, say)
     if other:
         reuse_artifacts(other, run, config, say=say)
     _say_states(run, config, say)
@@ -73,17 +84,26 @@ def write_run(root: Path, config: Config, listing: pd.DataFrame) -> tuple[RunFol
     """Make or open a run folder, publish the listing, write the configuration; return run and former listing."""
     run = RunFolder.create(root)
     former = published_listing(run)
-    publish_listing(run, listing, config.images.sources, former)
+    publish_listing(run, listing, config.images, former)
     atomic_write_text(run.config_path, dump_config(config))
     return run, former
 
 
 def fitted(config: Config, listing: pd.DataFrame) -> Config:
-    """Return the configuration with its granularities as numbers; ConfigError where the images do not suffice."""
-    config = resolve_num_clusters(config, _count_train(listing))
+    """Return the configuration with layout and granularities settled; ConfigError where the images do not suffice."""
+    config = resolve_num_clusters(_settle_layout(config, listing), count_train(config, listing))
     _check_labels(config, listing)
     _check_boxes(config, listing)
     return config
+
+
+def _settle_layout(config: Config, listing: pd.DataFrame) -> Config:
+    """Replace ``images.layout: auto`` by what was recognised, unless folders differ: new files change no reading."""
+    found = set(listing.attrs["layouts"].values())
+    if config.images.layout != "auto" or len(found) != 1:
+        return config
+    images = config.images.model_copy(update={"layout": found.pop()})
+    return config.model_copy(update={"images": images})
 
 
 def resolve_num_clusters(config: Config, num_train: int) -> Config:
@@ -103,14 +123,23 @@ def resolve_num_clusters(config: Config, num_train: int) -> Config:
 
 
 def _requested(known: RunFolder | None, request: Request) -> Config:
-    """Return the configuration: the first one, overridden by the preset, by the assignments and by the images given."""
+    """Return the configuration: the first one, overridden by the preset, by the assignments and by the images given.
+
+    A preset replaces all settings of a run but those that say which images it has.
+    """
     layers = [(str(known.config_path) if known else "the defaults", _base(known, request))]
     if request.config:
-        layers.append((f"--config {request.config}", read_settings(preset_path(request.config))))
+        preset = read_settings(preset_path(request.config))
+        layers.append((f"--config {request.config}", merged(_same_weights(known, preset), preset)))
     if request.assignments:
         layers.append(("--set", parse_assignments(request.assignments)))
-    if request.images:
-        layers.append(("--images", {"images": {"sources": list(request.images)}}))
+    for option, field, value in (
+        ("--images", "sources", list(request.images)),
+        ("--domain", "domains", list(request.domains)),
+        ("--layout", "layout", request.layout),
+    ):
+        if value:
+            layers.append((option, {"images": {field: value}}))
     return layered({}, layers)[1]
 
 
@@ -128,11 +157,27 @@ def layered(settings: Settings, layers: Iterable[tuple[str, Settings]]) -> tuple
 
 def _base(known: RunFolder | None, request: Request) -> Settings:
     if known and known.config_path.exists():
-        return read_settings(known.config_path)
+        settings = merged({"images": {"layout": "domain/class"}}, read_settings(known.config_path))  # of older runs
+        return _images_only(settings) if request.config else settings
     if request.other is None:
         return {}
     other = read_config(RunFolder.open(request.other)).model_dump(mode="json")
-    return {"images": {"sources": other["images"]["sources"]}} if request.config else other
+    return _images_only(other) if request.config else other
+
+
+def _images_only(settings: Settings) -> Settings:
+    """Return the settings that say which images a run has."""
+    names = (*Images().listed_by, "max_rejected")
+    return {"images": {name: value for name, value in settings["images"].items() if name in names}}
+
+
+def _same_weights(known: RunFolder | None, preset: Settings) -> Settings:
+    """Return the weights' file of a run where a preset has the same architecture: the file is this machine's."""
+    if known is None or not known.config_path.exists():
+        return {}
+    before, after = load_config(known.config_path).backbone, parse_settings(preset, "the preset").backbone
+    same = (before.name, before.options) == (after.name, after.options)
+    return {"backbone": {"weights": before.weights}} if same else {}
 
 
 def _absolute(settings: Settings) -> Settings:
@@ -147,17 +192,26 @@ def _absolute(settings: Settings) -> Settings:
     sources: Any = settings.get("images", {}).get("sources")
     if isinstance(sources, list) and all(isinstance(source, str) for source in sources):
         changed["images"] = {"sources": [os.path.abspath(source) for source in sources]}
+    domains: Any = settings.get("images", {}).get("domains")
+    if isinstance(domains, list) and all(isinstance(text, str) for text in domains):
+        changed.setdefault("images", {})["domains"] = [_absolute_domain(text) for text in domains]
     return merged(settings, changed)
 
 
-def check_weights(config: Config, known: RunFolder | None) -> None:
-    """Refuse missing weights and a missing detector, unless the run has read them already."""
+def _absolute_domain(text: str) -> str:
+    name, _, folder = text.partition("=")
+    return f"{name}={os.path.abspath(folder)}" if folder else text
+
+
+def check_backbone(config: Config, known: RunFolder | None) -> None:
+    """Refuse an unknown backbone, missing weights and a missing detector, unless the run has read them already."""
     detector_digests(config, None if known is None else _known_detector(known))
-    path = config.backbone.weights
-    if path is None or os.path.isfile(path):
-        return
-    before = read_settings(known.config_path) if known and known.config_path.exists() else {}
-    if before.get("backbone", {}).get("weights") != path:
+    name, path = config.backbone.name, config.backbone.weights
+    before = read_settings(known.config_path).get("backbone", {}) if known and known.config_path.exists() else {}
+    problem = name_problem(name) if before.get("name") != name else ""
+    if problem:
+        raise ConfigError(f"backbone.name: {problem}")
+    if path is not None and not os.path.isfile(path) and before.get("weights") != path:
         raise ConfigError(f"backbone.weights: no such file {path}; give a .safetensors file or a state dict")
 
 
@@ -187,46 +241,53 @@ def _check_boxes(config: Config, listing: pd.DataFrame) -> None:
 
 def given_images(config: Config) -> Images:
     """Return the section that names the images; ConfigError when it names none."""
-    if not config.images.sources:
-        raise ConfigError("no images given; name a folder (DOMAIN/...) or a table (.csv, .parquet) by --images")
+    if not config.images.sources and not config.images.domains:
+        raise ConfigError("no images given; name a folder or a table (.csv, .parquet) by --images")
     return config.images
 
 
-def _count_train(listing: pd.DataFrame) -> int:
-    """Count the images that models learn from: all but the test images; all images where none has a split."""
-    return int((listing["split"] != "test").sum())
+def count_train(config: Config, listing: pd.DataFrame) -> int:
+    """Count the different images that models learn from: all but the test images; copies of one file count once.
 
+    Where the numbers of clusters are given, a lower bound that suffices for them may be returned. ConfigError where
+    copies are the reason that the images do not suffice for clusters.
+    """
+    from grappa.images.copies import count_distinct_files
+    from grappa.images.table import MISSING
 
-def say_images(listing: pd.DataFrame, former: pd.DataFrame | None, say: Say) -> None:
-    """Say how many images each domain has, how many were added and removed, and which domain has only one image."""
-    sizes = listing["domain"].value_counts().sort_index()
-    splits = listing["split"].value_counts()
-    split = f", {splits.get('train', 0)} train and {splits.get('test', 0)} test" if len(splits) else ", no split"
-    say(f"{len(listing)} images of {len(sizes)} domains{split}: {', '.join(f'{d} {n}' for d, n in sizes.items())}")
-    if former is not None:
-        old, new = (set(zip(table["domain"], table["path"], strict=True)) for table in (former, listing))
-        say(f"{len(new - old)} images added, {len(old - new)} removed")
-    for domain in sizes.index[sizes == 1]:
-        say(f"warning: domain {domain} has one image only: a query there has nothing to find")
-
-
-def _say_lone_classes(listing: pd.DataFrame, say: Say) -> None:
-    """Warn of classes with one train image: an adaptor set that is trained on labels learns little from them."""
-    learned = listing[listing["label"].notna() & (listing["split"] != "test")]
-    sizes = learned.groupby(["domain", "label"]).size()
-    lone = sizes.index[sizes == 1]
-    if len(lone):
-        first = "/".join(lone[0])
-        say(
-            f"warning: {len(lone)} of {len(sizes)} classes have one train image, such as {first}: little to learn there"
+    values, learned = config.clusters.num_clusters, listing[(listing["split"] != "test") & (listing["size"] != MISSING)]
+    enough = None if isinstance(values, str) else 2 * max(values)
+    number = count_distinct_files(learned, listing.attrs["roots"], enough=enough)
+    if number < (enough or 4) <= len(learned):
+        raise ConfigError(
+            f"only {number} of {len(learned)} train images differ, the others are copies; give at least "
+            f"{enough or 4} different ones" + ("" if enough is None else ", or fewer clusters (clusters.num_clusters)")
         )
+    return number
+
+
+def _say_changes(before: Config, after: Config, say: Say) -> None:
+    """Say which settings a preset changed."""
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    names = [(section, field) for section, fields in new.items() for field in fields]
+    changed = [
+        f"{section}.{field} {flow(old[section][field])} -> {flow(new[section][field])}"
+        for section, field in names
+        if old[section][field] != new[section][field]
+    ]
+    more = [f"and {len(changed) - MOST_CHANGES} more"] if len(changed) > MOST_CHANGES else []
+    if changed:
+        say(f"changed by the preset: {', '.join(changed[:MOST_CHANGES] + more)}")
 
 
 def _say_states(run: RunFolder, config: Config, say: Say) -> None:
     found = states(run, config)
-    for each in found:
-        if each.state.kind in ("stale", "corrupt"):
-            say(f"{each.name} is {each.state}")
+    for line in cause_lines(found):
+        say(line)
+    made = {each.node.stage for each in found if each.state.kind == "fresh"}
+    for stage, sentence in hub_problems(config).items():
+        if stage not in made:
+            say(f"warning: {sentence}")
     kinds = [each.state.kind for each in found]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     next_step = f"{len(found)} artifacts: {counts}; next: grappa run {quoted(run.root)}"

@@ -36,7 +36,7 @@ def run(
 
     Args:
         folder: the run folder, made if it is not there.
-        images: folders ``DOMAIN/...`` or tables (.csv, .parquet), one or several; empty keeps the images of the run.
+        images: folders or tables (.csv, .parquet), one or several; empty keeps the images of the run.
         config: a preset such as ``small`` or ``grappa``, or a YAML file; None keeps the configuration of the run.
         settings: settings to change: ``{"fusion.learning_rate": 0.001}``, ``{"fusion": {"learning_rate": 0.001}}`` or
             ``["fusion.learning_rate=0.001"]``.

@@ -25,6 +25,11 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 CropFraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Triple = tuple[float, float, float]
+# fmt: off
+Layout = Literal[
+    "auto", "domain/class", "class", "flat", "split/domain/class", "split/class", "split/flat", "domain/split/class",
+]
+# fmt: on
 PositiveTriple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
@@ -40,7 +45,12 @@ def provenance(default: Any, description: str) -> Any:
 
 
 class Images(Section):
-    sources: tuple[str, ...] = provenance((), "folders (DOMAIN/...) or tables (.csv, .parquet) of images")
+    sources: tuple[str, ...] = provenance((), "folders or tables (.csv, .parquet) of images")
+    domains: tuple[str, ...] = provenance((), "further folders as NAME=DIR: all their images are the domain NAME's")
+    layout: Layout = provenance(
+        "auto",
+        "what the folders above an image are, from outside; class, flat: one domain; auto: recognised",
+    )
     protocol: Literal["as_given", "closed_set"] = provenance(
         "as_given",
         "the tested images: those of the given split; closed_set: half of each train class, without the given test",
@@ -50,6 +60,20 @@ class Images(Section):
     max_rejected: Fraction = provenance(0.05, "share of unreadable files above which the stage stops")
     max_pixels: PositiveInt = Field(100_000_000, description="a larger image is refused as a decompression bomb")
     shard_size: PositiveInt = Field(1024, description="images a file of the pixel cache; the unit of resuming")
+
+    @field_validator("domains")
+    @classmethod
+    def _with_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            name, equals, folder = text.partition("=")
+            if not (name and equals and folder):
+                raise ValueError(f"found {text!r}; give NAME=DIR, such as birds=/data/birds")
+        return value
+
+    @property
+    def listed_by(self) -> dict[str, Any]:
+        """The fields that decide which images are listed, and as what."""
+        return self.model_dump(mode="json", include={"sources", "domains", "layout", "protocol", "protocol_seed"})
 
 
 class Backbone(Section):
@@ -240,7 +264,7 @@ class SampledViews(Augmented):
 class Heads(Section):
     kind: Literal["auto", "none", "whitening", "neighborhood"] = Field(
         "auto",
-        description="the models' last step, fitted without labels; auto: whitening and a neighbourhood, its weight chosen",
+        description="the models' last step, fitted without labels; auto: its weight is chosen for each model",
     )
     num_centroids: Literal["auto"] | Annotated[int, Field(ge=2)] = Field(
         "auto", description="neighborhood: centroids of the train embeddings; auto: a third of the images, at most 4096"

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.store.storage import file_digest
 
+HUB_SECONDS = 3.0  # how long `grappa init` waits for the hub
 SUFFIXES = (".json", ".safetensors", ".txt")  # of the files that are read from a detector's folder
 
 
@@ -64,3 +69,61 @@ def detector_digests(config: Config, known: Mapping[str, Any] | None) -> tuple[d
 
 def _files(model: str) -> list[str]:
     return sorted(path.name for path in Path(model).glob("*") if path.suffix in SUFFIXES and path.is_file())
+
+
+def hub_problems(config: Config) -> dict[str, str]:
+    """Return, for each stage that would load a model from the hub in vain, a sentence with the way out.
+
+    A model that lies in the hub's cache is no problem. Behind a proxy the hub is not tried.
+    """
+    wanted = dict(_from_hub(config))
+    problem = _hub_problem() if wanted else ""
+    if not problem:
+        return {}
+    return {
+        stage: f"{setting} names no file, so its weights come from the hub, but {problem}; {advice}"
+        for stage, (setting, advice) in wanted.items()
+    }
+
+
+def _from_hub(config: Config) -> Iterator[tuple[str, tuple[str, str]]]:
+    if config.backbone.weights is None and not _is_cached(f"timm--{config.backbone.name}*"):
+        yield "backbone", ("backbone.weights", "give a file by --set backbone.weights=FILE")
+    model = config.objects.model
+    asked = config.objects.provider == "grounding_dino" and model is not None and is_hub_name(model)
+    if asked and not _is_cached(str(model).replace("/", "--")):
+        yield "objects", ("objects.model", "give a folder by --set objects.model=FOLDER")
+
+
+def _is_cached(pattern: str) -> bool:
+    from huggingface_hub import constants
+
+    return any(Path(constants.HF_HUB_CACHE).glob(f"models--{pattern}/snapshots/*/*"))
+
+
+def _hub_problem() -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE forbids it"
+    place = urlsplit(constants.ENDPOINT)
+    if getproxies() or _answers(str(place.hostname), place.port or (80 if place.scheme == "http" else 443)):
+        return ""
+    return f"{place.hostname} cannot be reached from here"
+
+
+def _answers(host: str, port: int) -> bool:
+    """Tell whether a host takes a connection in time; a thread waits, because looking a name up has no limit."""
+    found: list[bool] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), HUB_SECONDS).close()
+        except OSError:
+            return
+        found.append(True)
+
+    thread = Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return bool(found)

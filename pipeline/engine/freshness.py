@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from grappa.pipeline.graph.node import Node
@@ -16,10 +16,20 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class State:
-    """An artifact's state; `reasons` are lines for people, empty unless the artifact is stale or corrupt."""
+    """An artifact's state; `reasons` are lines for people, empty unless the artifact is stale or corrupt.
+
+    `causes` are those of the reasons that lie in the artifact itself. Where a stale artifact has none, it follows from
+    an artifact that it reads.
+    """
 
     kind: Kind
     reasons: list[str]
+    causes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def follows(self) -> bool:
+        """Whether the artifact is stale only because one that it reads is not fresh."""
+        return self.kind == "stale" and not self.causes
 
     def __str__(self) -> str:
         return f"{self.kind}: {'; '.join(self.reasons)}" if self.reasons else self.kind

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,11 +24,19 @@ NO_BOXES = (
 
 
 def list_sources(images: Images) -> pd.DataFrame:
-    """Return the listing of ``grappa.images.table.list_images``, split as ``images.protocol`` says."""
-    from grappa.images.closed_set import closed_set
-    from grappa.images.table import list_images
+    """Return the listing of ``grappa.images.table.list_images``, split as ``images.protocol`` says.
 
-    listing = list_images([Path(source) for source in images.sources])
+    ValueError where more files are missing than ``images.max_rejected`` allows: the stage ``images`` would refuse them.
+    """
+    from grappa.images.closed_set import closed_set
+    from grappa.images.table import MISSING, list_images
+
+    pairs = (text.partition("=") for text in images.domains)
+    domains = [(name, Path(folder)) for name, _, folder in pairs]
+    listing = list_images([Path(source) for source in images.sources], domains=domains, layout=images.layout)
+    if (listing["size"] == MISSING).sum() > images.max_rejected * len(listing):
+        allowed = f"images.max_rejected allows {images.max_rejected:.0%}"
+        raise ValueError(f"{listing.attrs['missing']}; {allowed}: correct the paths, or bring the files")
     return listing if images.protocol == "as_given" else closed_set(listing, images.protocol_seed)
 
 
@@ -44,11 +51,11 @@ def published_listing(run: RunFolder) -> pd.DataFrame | None:
     return pd.read_parquet(artifact.home / SOURCES_FILE)
 
 
-def publish_listing(run: RunFolder, listing: pd.DataFrame, sources: Sequence[str], former: pd.DataFrame | None) -> None:
+def publish_listing(run: RunFolder, listing: pd.DataFrame, images: Images, former: pd.DataFrame | None) -> None:
     """Publish a listing. If its content equals ``former``, the bytes of the former file stay: nothing becomes stale."""
     manifest, roots = read_manifest(run, "sources"), list(listing.attrs["roots"])
     same = former is not None and _plain(former).equals(_plain(listing))
-    origin = {"roots": roots, "sources": list(sources)}
+    origin = {"roots": roots, **images.listed_by}
     if same and manifest and origin.items() <= dict(manifest.provenance).items():
         return
     started = datetime.now(UTC)

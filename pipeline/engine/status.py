@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grappa.pipeline.config.schema import Config
@@ -68,13 +68,15 @@ class Judge:
         return problems + [Problem(each, kind) for each, kind in kinds.items() if kind != "fresh"]
 
     def _judge(self, node: Node) -> State:
-        problems = [str(problem) for problem in self.upstream_problems(node)]
+        found = self.upstream_problems(node)
+        problems, above = [str(each) for each in found], {str(each) for each in found if not each.text}
         fingerprint = None
         try:
             fingerprint = expected_fingerprint(self._run, self._config, node).fingerprint
         except MissingInputError as error:
             problems = problems or [str(error)]
-        return artifact_state(self._run.artifact(node), fingerprint, problems, self._verify)
+        state = artifact_state(self._run.artifact(node), fingerprint, problems, self._verify)
+        return replace(state, causes=tuple(reason for reason in state.reasons if reason not in above))
 
     def _sources_problems(self) -> list[Problem]:
         """Return the problems of the listed images; `grappa init` solves them."""
@@ -86,8 +88,10 @@ class Judge:
             Problem(SOURCES, "corrupt", f"upstream sources is corrupt: {line}; {advice}")
             for line in sources.check(self._verify)
         ]
-        if manifest and manifest.provenance.get("sources") != list(self._config.images.sources):
-            text = f"images.sources was edited since the images were listed: {advice}"
+        wanted, known = self._config.images.listed_by, manifest.provenance if manifest else {}
+        edited = [name for name, value in wanted.items() if name in known and known[name] != value]
+        if edited:
+            text = f"images.{edited[0]} was edited since the images were listed: {advice}"
             problems.append(Problem(SOURCES, "stale", text))
         if self._verify and not problems:
             problems += self._changed_images(advice)

@@ -41,13 +41,13 @@ class JudgedModel:
 class Verdict:
     """Whether adaptation helped, told without labels.
 
-    ``evidence``: two sentences for people. ``deployed``: the model that was chosen. ``images``, ``num_images``: the
+    ``evidence``: two sentences for people. ``choice``: the model to deploy. ``images``, ``num_images``: the
     images that the indicator was computed on, of which split and how many. ``models``: the models that were compared.
     """
 
     verdict: Literal["helped", "no certain difference", "hurt", "too few images"]
     evidence: str
-    deployed: str
+    choice: str
     images: Literal["test", "train"]
     num_images: int
     models: tuple[JudgedModel, ...]
@@ -59,9 +59,9 @@ class Verdict:
 
 
 def chosen_model(run: RunFolder) -> str:
-    """Return the model that the verdict names as deployed; ValueError, with the command, where there is no verdict."""
+    """Return the model that the verdict chose; ValueError, with the command, where there is no verdict."""
     found = read_verdict(run)
-    return found.deployed if found else str(published(run, VERDICT))
+    return found.choice if found else str(published(run, VERDICT))
 
 
 def deployed_in(run: RunFolder, config: Config) -> str:

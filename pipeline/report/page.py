@@ -68,7 +68,7 @@ def _content(
         "name": run.root.resolve().name,
         "facts": _facts(run, config),
         "not_fresh": [f"{each.name} {each.state}" for each in states(run, config) if each.state.kind != "fresh"],
-        "verdict": _verdict(verdict, galleries) if verdict else None,
+        "verdict": _verdict(verdict, galleries, deployed) if verdict else None,
         "galleries": galleries,
         "means": summary.means_table(metrics) if models else None,
         "meanings": [(model, find_entry(model).meaning) for model in models],
@@ -104,7 +104,7 @@ def _tells_of(row: pd.Series[Any], deployed: str) -> bool:
     return row["against"] == "zero-shot" and (row["candidate"] == deployed or deployed in FREE)
 
 
-def _verdict(found: Verdict, galleries: list[dict[str, Any]]) -> dict[str, Any]:
+def _verdict(found: Verdict, galleries: list[dict[str, Any]], deployed: str) -> dict[str, Any]:
     """Return the verdict in words, the label-free table, and what the labels of test images say of the deployed model.
 
     ``by_labels``: pairs of a gallery in words and a sentence; empty where no test image has a label.
@@ -112,7 +112,7 @@ def _verdict(found: Verdict, galleries: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "word": found.verdict,
         "evidence": found.evidence,
-        "deployed": found.deployed,
+        "deployed": deployed,
         "by_labels": [(gallery["where"], line) for gallery in galleries for line in gallery["of_deployed"]],
         "table": summary.verdict_table(found),
         "images": f"{found.num_images:,} {found.images} images",

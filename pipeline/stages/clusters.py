@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -35,7 +37,10 @@ def run(context: StageContext) -> str:
             device=device,
             progress=advance,
         )
-    _write(context, images["image_id"].tolist(), *_all_rows(features, rows, found, device))
+    labels, distances = _all_rows(features, rows, found, device)
+    for row, other in copies(images, features):
+        labels[row], distances[row] = labels[other], distances[other]
+    _write(context, images["image_id"].tolist(), labels, distances)
     np.save(context.path / "centroids.npy", found.centroids, allow_pickle=False)
     return _summary(found, len(rows))
 
@@ -54,6 +59,19 @@ def _all_rows(
     labels, distances = assign(features, found.centroids, device=device)
     labels[rows], distances[rows] = found.pseudo_labels, found.distances
     return labels, distances
+
+
+def copies(images: pd.DataFrame, features: NDArray[np.float32]) -> Iterator[tuple[int, int]]:
+    """Yield (row, other) for each copy of a file, where ``other`` is the copy whose cluster counts for all.
+
+    This is the first one that is learned from, or else the first one. Copies that have other features (views of other
+    boxes) have clusters of their own.
+    """
+    originals = images["duplicate_of"].where(images["duplicate_of"] != "", images["image_id"])
+    shared = images[originals.isin(images["duplicate_of"])]
+    for _, group in shared.groupby(originals, sort=False):
+        other = min(group.index, key=lambda row: (images["split"][row] == "test", row))
+        yield from ((row, other) for row in group.index if np.array_equal(features[row], features[other]))
 
 
 def _write(

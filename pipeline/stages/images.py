@@ -33,9 +33,10 @@ def run(context: StageContext) -> str:
     with context.task("decoding" if context.team.size == 1 else "collecting", len(listing)) as advance:
         images, labels, rejected = decode_all(listing, roots, context.path / "pixels", **how, progress=advance)
     _check_rejected(rejected, len(listing), settings.max_rejected)
+    notes = images.attrs.pop("notes")
     for name, table in (("images", images), ("labels", labels), ("rejected", rejected)):
         table.to_parquet(context.path / f"{name}.parquet", index=False)
-    return _summary(images, rejected)
+    return _summary(images, rejected) + "".join(f", {number} of {note}" for note, number in notes.items())
 
 
 def _decode_own_shards(context: StageContext, listing: pd.DataFrame, roots: list[str], how: dict[str, Any]) -> None:

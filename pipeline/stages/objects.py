@@ -22,7 +22,7 @@ from grappa.objects.boxes import Gate, acceptance, random_boxes, refusals
 from grappa.objects.foreground import boxes_of, foreground, grid_of, seeing_finely
 from grappa.objects.grounding import detect, load_detector
 from grappa.objects.sheet import contact_sheet
-from grappa.objects.views import Framing, write_object_views
+from grappa.objects.views import Framing, check_roots, write_object_views
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.engine.sources import NO_BOXES
 from grappa.pipeline.opening import accepted_boxes, open_backbone, open_pixels, read_images, settle_device
@@ -36,6 +36,7 @@ JPEG_QUALITY = 88
 
 
 def run(context: StageContext) -> str:
+    check_roots(context.originals())
     images = read_images(context.input("images"))
     table = _judged(context, images, *_found(context, images))
     _write_views(context, images, table)

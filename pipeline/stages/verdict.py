@@ -20,7 +20,7 @@ from grappa.method.head_choice import DEFAULT_WEIGHT, region_halves
 from grappa.metrics.indicators import neighborhood_standout
 from grappa.metrics.verdict import Verdict, judge
 from grappa.pipeline.engine.context import StageContext
-from grappa.pipeline.graph.models import candidate_models, deployed_model
+from grappa.pipeline.graph.models import candidate_models
 from grappa.pipeline.opening import read_images, settle_device
 
 Fold = tuple[NDArray[np.int64], NDArray[np.int64]]  # the rows on which heads are fitted, and the rows that are judged
@@ -86,13 +86,10 @@ def _embeddings(context: StageContext, model: str) -> NDArray[np.float32]:
 
 
 def _write(context: StageContext, verdict: Verdict, judged: str) -> str:
-    config = context.config
-    deployed = deployed_model(config, verdict.choice)
-    evidence = _evidence(verdict, deployed, judged, given=config.model.source != "auto")
+    evidence = _evidence(verdict, judged)
     record = {
         "verdict": verdict.word,
         "evidence": evidence,
-        "deployed": deployed,
         "choice": verdict.choice,
         "images": judged,
         "num_images": verdict.num_images,
@@ -102,10 +99,9 @@ def _write(context: StageContext, verdict: Verdict, judged: str) -> str:
     return f"{verdict.word}: {evidence}"
 
 
-def _evidence(verdict: Verdict, deployed: str, judged: str, *, given: bool) -> str:
-    """Return two sentences: what was measured, and what is deployed."""
-    reason = "as model.source says" if given else "chosen by this verdict"
-    last = f"Deployed is {deployed}, {reason}."
+def _evidence(verdict: Verdict, judged: str) -> str:
+    """Return two sentences: what was measured, and what follows."""
+    last = f"The choice is {verdict.choice}."
     if verdict.word == "too few images":
         return f"Only {verdict.num_images} images could be judged, too few to tell a gain from chance. {last}"
     frozen, best = verdict.models[0], max(verdict.models[1:], key=lambda each: each.indicator)

@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from grappa.pipeline.commands.init import say_images, write_run
+from grappa.pipeline.commands.init import write_run
+from grappa.pipeline.commands.listed import say_images
 from grappa.pipeline.commands.run import print_rows, times_line
 from grappa.pipeline.config.yaml_file import ConfigError, field_names, flow, load_config
 from grappa.pipeline.engine.execution import Say, Selection, run_stages

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grappa.core.names import ORACLE
-from grappa.pipeline.commands.init import check_weights, fitted, given_images, layered
+from grappa.pipeline.commands.init import check_backbone, fitted, given_images, layered
 from grappa.pipeline.config.schema import Config, Images
 from grappa.pipeline.config.yaml_file import (
     PRESETS,
@@ -122,7 +122,7 @@ def _check_folder(out: Path) -> None:
 def _check_known(root: Path, config: Config) -> None:
     """Refuse a run folder that cannot be used, and missing weights."""
     known = RunFolder.open(root, writable=True) if (root / RUN_FILE).exists() else None
-    check_weights(config, known)
+    check_backbone(config, known)
 
 
 def _run(out: Path, point: Point, config: Config, listing: pd.DataFrame) -> SweepRun:

@@ -30,7 +30,7 @@ from grappa.pipeline.store.work import open_work
 
 Hook = Callable[[StageContext], None]
 
-VERDICT = {"verdict": "helped", "deployed": "fused", "images": "test", "num_images": 8, "models": []}
+VERDICT = {"verdict": "helped", "choice": "fused", "images": "test", "num_images": 8, "models": []}
 
 
 class FakeStages:

@@ -17,9 +17,11 @@ import grappa
 from grappa.pipeline import tables
 from grappa.pipeline.commands import notebook
 from grappa.pipeline.commands.search import export
-from grappa.pipeline.config.yaml_file import parse_assignments
+from grappa.pipeline.config.yaml_file import merged, parse_assignments, parse_settings
 from grappa.pipeline.engine.status import states
-from grappa.pipeline.open_run import read_metrics
+from grappa.pipeline.graph.node import Node
+from grappa.pipeline.graph.stages import nodes
+from grappa.pipeline.open_run import ASKING, read_metrics
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import draw_images, settings, split_of, write_table, write_weights
 
@@ -80,9 +82,9 @@ def test_a_notebook_changes_a_setting_and_runs_some_stages(
     changed = grappa.run(copy, settings={"clusters": {"num_iterations": np.int64(3)}}, until="clusters")
     assert changed.config.clusters.num_iterations == 3
     lines = capsys.readouterr().out.splitlines()
-    made = [line.partition(":")[0] for line in lines if line.startswith("clusters/") and " is stale" not in line]
+    made = [line.partition(":")[0] for line in lines if line.startswith("clusters/") and " stale: " not in line]
     assert made == ["clusters/k00004", "clusters/k00008"]
-    assert "clusters/k00004 is stale: config clusters.num_iterations: 20 -> 3" in lines
+    assert "clusters/k00004, clusters/k00008 are stale: config clusters.num_iterations: 20 -> 3" in lines
 
 
 def test_only_one_process_makes_or_changes_a_run(
@@ -244,10 +246,19 @@ def test_what_is_not_made_yet_names_the_command(material: Path, tmp_path: Path) 
             call()
     with pytest.raises(ValueError, match="no job was submitted; do it by `grappa submit"):
         made.jobs()
-    with pytest.raises(ValueError, match=r"objects is no part of the run .*: its configuration asks for none"):
+    with pytest.raises(ValueError, match=r"objects is no part .* --set objects.provider=backbone`, then"):
         made.objects()
     with pytest.raises(ValueError, match=r"attention/views is no part of the run "):
         made.attention(pairs="views")
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_the_setting_that_an_error_names_brings_what_is_asked_for(name: str) -> None:
+    numbers = {"clusters": {"num_clusters": [2]}}
+    without = parse_settings({**numbers, "model": {"source": "single"}}, "the test")
+    assert Node.parse(name) not in nodes(without)
+    given = merged(numbers, parse_assignments([ASKING[name]]))
+    assert Node.parse(name) in nodes(parse_settings(given, "the test"))
 
 
 def test_a_run_folder_without_anything_is_a_sentence_too(tmp_path: Path) -> None:

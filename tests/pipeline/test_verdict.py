@@ -30,7 +30,7 @@ def test_a_verdict_is_read_as_it_was_written(run: RunFolder) -> None:
     publish_verdict(run)
     found = read_verdict(run)
     assert found is not None and found.sentence == SENTENCE
-    assert (found.verdict, found.deployed, found.images, found.num_images) == ("helped", "fused", "test", 1024)
+    assert (found.verdict, found.choice, found.images, found.num_images) == ("helped", "fused", "test", 1024)
     pd.testing.assert_frame_equal(pd.DataFrame(found.models), pd.DataFrame(VERDICT["models"]))
 
 

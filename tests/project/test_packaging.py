@@ -92,7 +92,7 @@ def test_every_package_of_an_extra_is_named_with_it() -> None:
     for module, extra in EXTRAS.items():
         assert canonicalize_name(PROVIDED_BY.get(module, module)) in requirements(extra), module
     known = {canonicalize_name(PROVIDED_BY.get(module, module)) for module in EXTRAS}
-    assert set(requirements("all", "cpu", "objects")) - set(requirements()) == known
+    assert set(requirements("all", "cpu", "objects", "heic")) - set(requirements()) == known
     assert project()["project"]["name"] == DISTRIBUTION
 
 
@@ -116,7 +116,7 @@ def test_both_faiss_builds_are_extras_only() -> None:
 
 
 def test_every_dependency_is_pinned_within_its_range() -> None:
-    for name, requirement in requirements("all", "cpu", "gpu", "objects", "dev").items():
+    for name, requirement in requirements("all", "cpu", "gpu", "objects", "heic", "dev").items():
         assert name in pins(), f"constraints.txt does not pin {name}"
         assert requirement.specifier.contains(pins()[name]), f"{requirement} excludes the tested {pins()[name]}"
 
@@ -139,7 +139,7 @@ def test_the_conda_environment_names_what_the_project_needs() -> None:
 
 def test_the_conda_environment_has_the_projects_ranges() -> None:
     lower = {name: str(requirement.specifier) for name, requirement in requirements("all").items()}
-    ranges = {spec.split()[0]: spec.split()[1] for spec in conda_specs() if " " in spec}
+    ranges = {str(canonicalize_name(spec.split()[0])): spec.split()[1] for spec in conda_specs() if " " in spec}
     for name, wanted in lower.items():
         assert ranges[CONDA_NAMES.get(name, name)] == wanted, name
     assert ranges["python"].startswith(project()["project"]["requires-python"])

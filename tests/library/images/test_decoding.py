@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
+from grappa.images import decoding
 from grappa.images.decoding import ImageDecodeError, decode_image, shrink
 
 LIMIT = 10**6
@@ -102,6 +103,19 @@ CASES: dict[str, tuple[bytes, Any, Any, int]] = {
     "TIFF palette": (encoded(palette()[0], "TIFF"), RED, BLUE, 0),
     "TIFF bits": (encoded(halves(1, 0, "1"), "TIFF"), WHITE, BLACK, 0),
     "TIFF gray 16": (encoded(sixteen(90 * 256 + 7, 65535), "TIFF"), GRAY, WHITE, 0),
+    "PNG gray 12 in 16": (encoded(sixteen(90 * 16 + 7, 4095), "PNG"), GRAY, WHITE, 0),
+    "PNG gray 10 in 16": (encoded(sixteen(90 * 4, 1023), "PNG"), GRAY, WHITE, 0),
+    "TIFF gray 12 in 16": (encoded(sixteen(90 * 16, 4095), "TIFF"), GRAY, WHITE, 0),
+    "TIFF gray 12 in 16 inverted": (encoded(sixteen(165 * 16, 4095), "TIFF", tiffinfo={262: 0}), GRAY, BLACK, 0),
+    "PNG gray 8 in 16": (encoded(sixteen(90, 255), "PNG"), GRAY, WHITE, 0),
+    "PNG black 16": (encoded(sixteen(0, 0), "PNG"), BLACK, BLACK, 0),
+    "GIF": (encoded(palette()[0], "GIF"), RED, BLUE, 0),
+    "GIF transparent": (encoded(palette()[0], "GIF", transparency=1), RED, WHITE, 0),
+    "GIF gray": (encoded(halves(90, 200, "L"), "GIF"), GRAY, (200,) * 3, 0),
+    "JPEG 2000": (encoded(halves(RED, BLUE), "JPEG2000"), RED, BLUE, 0),
+    "JPEG 2000 gray": (encoded(halves(90, 200, "L"), "JPEG2000"), GRAY, (200,) * 3, 0),
+    "JPEG 2000 alpha": (encoded(OPAQUE_AND_CLEAR, "JPEG2000"), RED, WHITE, 0),
+    "JPEG 2000 gray 16": (encoded(sixteen(90 * 256 + 7, 65535), "JPEG2000"), GRAY, WHITE, 0),
     "TIFF gray 16 inverted": (encoded(sixteen(165 * 256, 0), "TIFF", tiffinfo={262: 0}), GRAY, WHITE, 0),
 }
 
@@ -112,6 +126,41 @@ def test_every_format_and_mode_gives_the_expected_colors(name: str) -> None:
     pixels = decode(data)
     assert (pixels.shape, pixels.dtype) == ((32, 48, 3), np.uint8)
     np.testing.assert_allclose(two_colors(pixels), (left, right), atol=tolerance, rtol=0)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read_where_pillow_has_it() -> None:
+    data = encoded(halves(RED, BLUE), "AVIF", quality=100, subsampling="4:4:4")
+    np.testing.assert_allclose(two_colors(decode(data)), (RED, BLUE), atol=4)
+    with pytest.raises(ImageDecodeError, match="truncated or broken|not an image"):
+        decode(data[: len(data) // 2])
+
+
+def heic(image: Image.Image, **options: Any) -> bytes:
+    """A picture as phones take it; skips where the package of the extra is not installed."""
+    pytest.importorskip("pillow_heif", reason="pillow-heif (extra heic) is not installed").register_heif_opener()
+    return encoded(image, "HEIF", quality=100, chroma=444, **options)
+
+
+def test_heic_is_read_where_its_package_is() -> None:
+    np.testing.assert_allclose(two_colors(decode(heic(halves(RED, BLUE)))), (RED, BLUE), atol=4)
+    turned = Image.Exif()
+    turned[274] = 6
+    assert decode(heic(halves(RED, BLUE), exif=turned.tobytes())).shape == (48, 32, 3)
+
+
+def test_without_its_package_heic_is_refused_with_the_way_to_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_known_formats", lambda: ("JPEG", "PNG"))
+    data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+    with pytest.raises(ImageDecodeError, match=r"an image in HEIC format: .* `pip install 'grappa-retrieval\[heic\]'`"):
+        decode(data)
+
+
+@pytest.mark.parametrize(("highest", "noted"), [(255, True), (4095, True), (4096, False), (65535, False)])
+def test_that_a_gray_image_was_scaled_by_its_own_range_is_noted(highest: int, noted: bool) -> None:
+    notes: list[str] = []
+    decode_image(encoded(sixteen(7, highest), "PNG"), max_pixels=LIMIT, notes=notes)
+    assert notes == ([decoding.TWELVE_BITS] if noted else [])
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -137,7 +186,7 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     assert np.abs(pixels.astype(int) - upright).max() <= 12
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF"])
 def test_of_several_frames_the_first_is_used(kind: str) -> None:
     lossless = {"lossless": True} if kind == "WEBP" else {}
     frames = [halves(BLUE, RED), halves(GRAY, RED)]
@@ -157,7 +206,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000"])
 def test_a_truncated_image_is_refused(kind: str, keep: float) -> None:
     data = encoded(Image.fromarray(NOISE), kind)
     assert decode(data).shape == (64, 64, 3)
@@ -172,7 +221,7 @@ def test_empty_foreign_and_unranged_data_are_refused_with_the_reason() -> None:
     with pytest.raises(ImageDecodeError, match="not an image in JPEG"):
         decode(b"path,domain\n" * 20)
     with pytest.raises(ImageDecodeError, match="not an image in JPEG"):
-        decode(encoded(halves(0, 1, "L"), "GIF"))
+        decode(encoded(halves(0, 1, "L"), "ICO"))
     with pytest.raises(ImageDecodeError, match="32 bits"):
         decode(encoded(floating, "TIFF"))
 

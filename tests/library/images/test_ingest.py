@@ -120,6 +120,18 @@ def test_bad_files_are_listed_with_a_reason_and_shift_no_row(source: Path, tmp_p
     assert list(rejected.columns) == ["path", "root", "domain", "reason"]
 
 
+def test_notes_of_decoding_are_counted_and_survive_an_interruption(tmp_path: Path) -> None:
+    put(tmp_path / "s", **{f"d__{i}.png": png(i) for i in range(3)})
+    dark = Image.fromarray(np.full((8, 8), 4095, dtype=np.uint16))
+    for number in range(2):
+        dark.putpixel((0, 0), number)
+        dark.save(tmp_path / "s" / "d" / f"dark{number}.png")
+    images, _, _ = ingest(tmp_path / "s", tmp_path / "pixels")
+    again, _, _ = ingest(tmp_path / "s", tmp_path / "pixels")
+    expected = {"12 bits or less in 16, scaled by their own range": 2}
+    assert images.attrs["notes"] == again.attrs["notes"] == expected
+
+
 def test_all_files_bad_gives_empty_tables(tmp_path: Path) -> None:
     images, labels, rejected = ingest(put(tmp_path / "s", d__a=b"", d__b=b"x"), tmp_path / "pixels")
     assert (len(images), len(labels), len(rejected)) == (0, 0, 2)
@@ -228,11 +240,11 @@ def count_decodes(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -
     done: list[int] = []
     original = image_files.decode_image
 
-    def counting(data: bytes, *, max_pixels: int) -> np.ndarray:
+    def counting(data: bytes, **options: Any) -> np.ndarray:
         done.append(len(data))
         if stop_at is not None and len(done) == stop_at:
             raise KeyboardInterrupt
-        return original(data, max_pixels=max_pixels)
+        return original(data, **options)
 
     monkeypatch.setattr(image_files, "decode_image", counting)
     return done

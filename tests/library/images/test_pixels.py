@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grappa.images.pixels import PixelCache, shard_file, write_index, write_shard
+from grappa.images.pixels import PixelCache, repeated_rows, shard_file, write_index, write_shard
 
 
 def images(num: int, seed: int = 0) -> list[np.ndarray]:
@@ -73,3 +73,12 @@ def test_files_that_disagree_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "index.npy", np.zeros((3, 2)))
     with pytest.raises(ValueError, match=r"expected int64 \(N, 4\)"):
         PixelCache.open(tmp_path)
+
+
+def test_repeated_rows_are_those_with_the_pixels_of_the_row_before(tmp_path: Path) -> None:
+    pixels = images(3)
+    lines = write_shard(tmp_path, 0, [*pixels, pixels[1].copy()])
+    write_index(tmp_path, lines[[0, 1, 3, 1, 2, 0, 0]])
+    assert repeated_rows(PixelCache.open(tmp_path)) == [(2, 1), (3, 1), (6, 5)]
+    write_index(tmp_path, lines[:0])
+    assert repeated_rows(PixelCache.open(tmp_path)) == []

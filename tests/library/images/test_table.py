@@ -94,6 +94,71 @@ def test_parquet_equals_csv(tmp_path: Path) -> None:
     assert first[list(BOX_COLUMNS)].iloc[1].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("blank", ["", " "])
+def test_tables_as_spreadsheets_save_them_are_read(tmp_path: Path, encoding: str, separator: str, blank: str) -> None:
+    put(tmp_path, "grüße, 1.jpg", "2.jpg")
+    names = separator.join([f"{blank}path{blank}", "label", f"domain{blank}"])
+    rows = [names, separator.join(['"grüße, 1.jpg"', "x", "d"]), separator.join(["2.jpg", "", "d"]), ""]
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / "images.csv").write_bytes((mark + "\r\n".join(rows)).encode(encoding))
+    listing = list_images([tmp_path / "images.csv"])
+    assert listing["path"].tolist() == ["2.jpg", "grüße, 1.jpg"]
+    assert listing["label"].tolist() == [None, "x"]
+    assert (listing["size"] == 1).all()
+
+
+@pytest.mark.parametrize("content", ["path,domain\nx,d\n".encode("utf-16-le"), b"PK\3\4\0\0\6\0rest of a workbook"])
+def test_a_table_that_is_no_text_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "images.csv").write_bytes(content)
+    with pytest.raises(ImageTableError, match="is no UTF-8 text, it holds NUL bytes: save it as CSV in UTF-8"):
+        list_images([tmp_path / "images.csv"])
+    (tmp_path / "images.csv").write_bytes(b"\xff\xfe\0\xd8p")
+    with pytest.raises(ImageTableError, match="cannot read the table"):
+        list_images([tmp_path / "images.csv"])
+
+
+@pytest.mark.parametrize("name", ["images.parquet", "images.csv"])
+def test_integer_labels_that_pandas_made_float_are_integers(tmp_path: Path, name: str) -> None:
+    put(tmp_path, "1", "2", "3")
+    frame = pd.DataFrame({"path": ["1", "2", "3"], "domain": "d", "label": [0, None, 12]})
+    assert frame["label"].dtype == float
+    frame.to_parquet(tmp_path / name) if name.endswith("t") else frame.to_csv(tmp_path / name, index=False)
+    assert list_images([tmp_path / name])["label"].tolist() == ["0", None, "12"]
+
+
+@pytest.mark.parametrize("value", [1.5, float("inf"), 2.0**60])
+def test_other_float_labels_are_refused(tmp_path: Path, value: float) -> None:
+    pd.DataFrame({"path": ["1"], "domain": ["d"], "label": [value]}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(ImageTableError, match="column `label` holds .*: expected text or whole numbers"):
+        list_images([tmp_path / "x.parquet"])
+
+
+HINTS = {
+    "https://example.org/x.jpg": "'https://example.org/x.jpg' (it is a URL",
+    "file:///x.jpg": "it is a URL",
+    "s3://bucket/x.jpg": "it is a URL",
+    "C:\\photos\\x.jpg": "it begins with a drive letter",
+    "D:/photos/x.jpg": "it begins with a drive letter",
+    "d\\x.jpg": "it has backslashes: write / between folders",
+    "~/x.jpg": "`~` is not expanded",
+    "x.jpg ": "it begins or ends with a blank",
+    " x.jpg": "it begins or ends with a blank",
+    "y.jpg": "first 'y.jpg'",
+}
+
+
+@pytest.mark.parametrize("path", HINTS)
+def test_files_that_are_not_there_are_counted_with_the_likely_reason(tmp_path: Path, path: str) -> None:
+    put(tmp_path, "x.jpg", "d/x.jpg")
+    listing = list_images([table(tmp_path, f"path,domain\nx.jpg,d\n{path},d\n")])
+    assert (listing["size"] == -1).sum() == 1
+    assert listing.attrs["missing"].startswith("1 of 2 files are missing, first ")
+    assert HINTS[path] in listing.attrs["missing"]
+    assert list_images([table(tmp_path, "path,domain\nx.jpg,d\n")]).attrs["missing"] == ""
+
+
 def test_rows_shuffled_give_the_same_listing(tmp_path: Path) -> None:
     put(tmp_path, *(f"{i}.jpg" for i in range(5)))
     rows = [f"{i}.jpg,d{i % 2}\n" for i in range(5)]

@@ -93,6 +93,18 @@ def test_only_train_rows_count_for_the_number_of_clusters(desk: Desk) -> None:
     assert desk.said[0] == "10 images of 1 domains, 5 train and 4 test: cars 10"
 
 
+@pytest.mark.parametrize("again", ["copy of {}", "much longer copy of {}"])
+def test_copies_count_once_for_the_number_of_clusters(desk: Desk, again: str) -> None:
+    alone = desk.new().clusters.num_clusters
+    for file in sorted((desk.images / "birds/class").glob("*.png")):
+        for number in range(9):
+            (file.parent / (again.format(number) + file.name)).write_bytes(file.read_bytes())
+    assert desk.init(desk.folder / "other", images=[str(desk.images)]).clusters.num_clusters == alone
+    assert desk.said[0].startswith("70 images")
+    with pytest.raises(ConfigError, match="only 16 of 70 train images differ, the others are copies; give at least 18"):
+        desk.init(assignments=["clusters.num_clusters=[9]"])
+
+
 def test_init_again_keeps_everything_and_finds_new_images(desk: Desk) -> None:
     desk.new("clusters.num_clusters=[2, 4]", "fusion.seed=3")
     before = desk.digest
@@ -121,6 +133,83 @@ def test_a_preset_lies_under_the_assignments(desk: Desk) -> None:
     assert config.images.cache_size == 99
 
 
+def test_a_preset_replaces_the_other_one_as_a_whole(desk: Desk) -> None:
+    weights = desk.folder / "vit.safetensors"
+    weights.write_bytes(b"")
+    given = [f"backbone.weights={weights}", "fusion.seed=3", "images.max_rejected=0.5"]
+    desk.init(images=[str(desk.images)], config="small", assignments=given)
+    found = desk.init(config="grappa")
+    other = desk.init(desk.folder / "other", images=[str(desk.images)], config="grappa")
+    assert found.images.max_rejected == 0.5 and found.images.sources == other.images.sources
+    assert found.model_dump(exclude={"images"}) == other.model_dump(exclude={"images"})
+    assert found.images.cache_size == other.images.cache_size
+
+
+def test_what_a_preset_changes_is_said(desk: Desk) -> None:
+    desk.init(images=[str(desk.images)], config="small", assignments=["fusion.seed=3"])
+    desk.init(config="small")
+    assert "changed by the preset: fusion.seed 3 -> 0" in desk.said
+    desk.init(config="small")
+    assert not any("changed by the preset" in line for line in desk.said)
+    desk.init(config="grappa")
+    (line,) = (line for line in desk.said if line.startswith("changed by the preset: "))
+    assert "backbone.name vit_tiny_patch16_224 -> vit_small_patch16_224.dino" in line and " more" in line
+
+
+def test_a_preset_of_the_same_backbone_keeps_the_file_of_its_weights(desk: Desk) -> None:
+    weights = desk.folder / "vit.safetensors"
+    weights.write_bytes(b"")
+    desk.init(images=[str(desk.images)], config="small", assignments=[f"backbone.weights={weights}"])
+    own = desk.folder / "own.yaml"
+    own.write_text("backbone: {name: vit_tiny_patch16_224, image_size: 96}\n")
+    assert desk.init(config=str(own)).backbone.weights == str(weights)
+    own.write_text("backbone: {name: vit_tiny_patch16_224, options: {depth: 4}}\n")
+    assert desk.init(config=str(own)).backbone.weights is None
+
+
+def test_a_file_replaces_what_a_preset_said(desk: Desk) -> None:
+    desk.init(images=[str(desk.images)], config="small")
+    own = desk.folder / "own.yaml"
+    own.write_text("fusion: {seed: 5}\n")
+    config = desk.init(config=str(own))
+    assert config.model_dump(exclude={"images", "clusters", "fusion"}) == Config().model_dump(
+        exclude={"images", "clusters", "fusion"}
+    )
+    assert config.fusion.seed == 5
+
+
+def test_a_hub_out_of_reach_is_said_with_the_way_out(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warnings() -> list[str]:
+        return [line for line in desk.said if line.startswith("warning: backbone.weights names no file")]
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    desk.new()
+    assert warnings()[0].endswith("HF_HUB_OFFLINE forbids it; give a file by --set backbone.weights=FILE")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:1")
+    monkeypatch.setattr("grappa.pipeline.engine.externals.getproxies", dict)
+    desk.init()
+    assert "but localhost cannot be reached from here" in warnings()[0]
+    monkeypatch.setattr("grappa.pipeline.engine.externals.getproxies", lambda: {"https": "http://proxy"})
+    desk.init()
+    assert not warnings()
+
+
+def test_what_the_hubs_cache_holds_needs_no_hub(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = desk.folder / "cache"
+    (cache / "models--timm--vit_small_patch16_224.dino" / "snapshots" / "abc").mkdir(parents=True)
+    (cache / "models--timm--vit_small_patch16_224.dino" / "snapshots" / "abc" / "model.safetensors").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    desk.new()
+    assert not any("come from the hub" in line for line in desk.said)
+
+
+def test_a_backbone_that_cannot_be_one_is_refused(desk: Desk) -> None:
+    with pytest.raises(ConfigError, match=r"backbone\.name: 'resnet50' is no VisionTransformer"):
+        desk.new("backbone.name=resnet50")
+    assert not desk.root.exists()
+
+
 def test_auto_is_resolved_again_when_asked(desk: Desk) -> None:
     desk.new("clusters.num_clusters=[2]")
     assert desk.init().clusters.num_clusters == (2,)
@@ -144,7 +233,9 @@ def test_it_says_what_becomes_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fakes = made(desk, monkeypatch)
     desk.init(assignments=["fusion.seed=1"])
     assert "fusion/neighbors is stale: config fusion.seed: 0 -> 1" in desk.said
-    assert any(line.startswith("index is stale: upstream verdict is stale") for line in desk.said)
+    (following,) = (line for line in desk.said if "follow" in line)
+    assert following.startswith("9 artifacts follow (`grappa status --long` names all): student, embeddings 2, heads 2")
+    assert not any(line.startswith("index") for line in desk.said)
     assert fakes.root == desk.root
 
 
@@ -203,6 +294,103 @@ def test_one_image_in_a_domain_is_a_warning(desk: Desk) -> None:
     desk.add("planes/class/0.png")
     desk.new()
     assert any(line.startswith("warning: domain planes has one image only") for line in desk.said)
+
+
+def test_many_domains_are_named_in_one_line(desk: Desk) -> None:
+    rows = [f"images/birds/class/{n}.png,d{n:03d}" for n in range(300)]
+    for number in range(6, 300):
+        desk.add(f"birds/class/{number}.png")
+    (desk.folder / "table.csv").write_text("\n".join(["path,domain", *rows]))
+    desk.init(images=[str(desk.folder / "table.csv")])
+    assert desk.said[0].endswith("d010 1, d011 1, and 288 more")
+    warnings = [line for line in desk.said if line.startswith("warning: ") and "image" in line]
+    assert warnings == [
+        "warning: 300 domains have one image only, such as d000: a query there has nothing to find",
+    ]
+
+
+def test_the_layout_is_recognised_said_and_kept(desk: Desk) -> None:
+    config = desk.new()
+    assert config.images.layout == "domain/class"
+    assert desk.said[1].startswith(f"{desk.images} is read as DOMAIN/CLASS/image, 2 classes (--layout domain/class); ")
+    for number in range(6):
+        desk.add(f"test/class/{number}.png")
+    desk.init()
+    assert any(line.startswith("warning: images of test are learned from; if it is a split") for line in desk.said)
+    assert not any("is read as" in line for line in desk.said)
+    assert desk.init(layout="flat").images.layout == "flat"
+    assert desk.said[0] == "22 images of 1 domains, no split: images 22"
+
+
+def test_images_of_a_test_folder_are_not_learned_from(desk: Desk) -> None:
+    root = desk.folder / "split"
+    for name in ("train/robin", "train/wren", "val/robin", "test/wren"):
+        for number in range(4):
+            desk.add(f"../split/{name}/{number}.png")
+    config = desk.init(images=[str(root)])
+    assert config.images.layout == "split/class"
+    assert desk.said[0] == "16 images of 1 domains, 8 train and 8 test: split 16"
+    assert config.clusters.num_clusters == (2, 3)
+    assert not any("are learned from" in line for line in desk.said)
+    for layout in ("domain/class", "class", "flat"):
+        desk.init(layout=layout)
+        assert any(line.startswith("warning: images of test are learned from") for line in desk.said), layout
+    rows = [f"{name}/{number}.png,birds" for name in ("train/robin", "test/wren") for number in range(4)]
+    (root / "table.csv").write_text("\n".join(["path,domain", *rows]))
+    desk.init(desk.folder / "other", images=[str(root / "table.csv")])
+    assert any(line.startswith("warning: images of test are learned from") for line in desk.said)
+
+
+def test_domains_are_given_their_folders(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk.folder)
+    config = desk.init(domains=["vögel=images/birds", "autos=images/cars"])
+    assert config.images.domains == (f"vögel={desk.images}/birds", f"autos={desk.images}/cars")
+    assert desk.said[0] == "16 images of 2 domains, no split: autos 10, vögel 6"
+    assert set(desk.listing()["label"]) == {"class"}
+    with pytest.raises(ConfigError, match=r"--domain: images.domains: found 'birds'; give NAME=DIR"):
+        desk.init(domains=["birds"])
+
+
+def test_an_edited_layout_asks_for_init(desk: Desk) -> None:
+    desk.new()
+    path = desk.root / "config.yaml"
+    path.write_text(path.read_text().replace("layout: domain/class", "layout: flat"))
+    assert desk.states()["images"].startswith("missing")
+    desk.init()
+    assert desk.said[0] == "16 images of 1 domains, no split: images 16"
+
+
+def test_a_run_from_before_layouts_is_read_as_it_was(desk: Desk) -> None:
+    for number in range(6):
+        desk.add(f"d{number}/0.png")
+    for name in ("birds", "cars"):
+        (desk.images / name).rename(desk.folder / name)
+    desk.new("images.layout=domain/class")
+    before = desk.digest
+    path = desk.root / "config.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "layout:" not in line))
+    desk.init()
+    assert (desk.digest, desk.config.images.layout) == (before, "domain/class")
+
+
+def test_missing_files_are_counted_and_more_than_a_run_allows_are_refused(desk: Desk) -> None:
+    rows = [f"images/cars/class/{n}.png,cars" for n in range(10)] + ["images\\cars\\class\\1.png,cars"]
+    table = desk.folder / "table.csv"
+    table.write_text("\n".join(["path,domain", *rows]))
+    with pytest.raises(ValueError, match=r"^1 of 11 files are missing, .* \(it has backslashes.*allows 5%"):
+        desk.init(images=[str(table)])
+    assert not desk.root.exists()
+    desk.init(images=[str(table)], assignments=["images.max_rejected=0.2"])
+    assert any(line.startswith("warning: 1 of 11 files are missing") for line in desk.said)
+
+
+def test_a_run_within_its_images_is_none_of_them(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.root = desk.images / "runs" / "mine"
+    made(desk, monkeypatch)
+    desk.init(assignments=["fusion.seed=1"])
+    assert "0 images added, 0 removed" in desk.said
+    assert "passed over: 1 folder (runs/mine 1)" in desk.said
+    assert desk.states()["images"] == "fresh"
 
 
 def test_more_clusters_than_half_the_train_images_are_refused(desk: Desk) -> None:

@@ -150,7 +150,8 @@ def test_verify_finds_images_that_changed_since_they_were_listed(fakes: FakeStag
         (folder / "birds").mkdir(parents=True, exist_ok=True)
         (folder / "birds" / name).write_bytes(b"ten bytes!")
     fakes.configure(images={"sources": [str(folder)]})
-    publish_listing(fakes.run, list_sources(Images(sources=(str(folder),))), [str(folder)], None)
+    images = Images(sources=(str(folder),))
+    publish_listing(fakes.run, list_sources(images), images, None)
     fakes.execute()
     assert fakes.not_fresh(verify=True) == {}
     (folder / "birds" / "b.png").write_bytes(b"eleven bytes")

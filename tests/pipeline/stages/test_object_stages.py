@@ -179,14 +179,23 @@ def test_a_table_without_boxes_is_refused_by_init_and_by_the_stage(material: Pat
     assert not (run.root / "objects").exists()
 
 
-def test_originals_that_moved_are_named_and_init_mends_it(material: Path, tmp_path: Path) -> None:
+def test_originals_that_moved_are_named_and_init_mends_it(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = Path(shutil.copytree(material / "images", tmp_path / "images"))
     changes = {"objects__provider": "backbone", "compute__num_workers": 1}
     run = make_run(tmp_path / "run", [images], material / "weights.safetensors", **changes)
     run_all(run, until="features")
-    moved = images.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=rf"original {images}/\w+/.*png cannot be read now .*grappa init RUN --images"):
+    first = images / pd.read_parquet(run.root / "images/images.parquet")["path"][0]
+    away = first.rename(tmp_path / "away.png")
+    with pytest.raises(ValueError, match=rf"original {first} cannot be read now .*grappa init RUN --images"):
         run_all(run, stage="objects")
+    away.rename(first)
+    moved = images.rename(tmp_path / "moved")
+    with monkeypatch.context() as patch:
+        patch.setattr("grappa.pipeline.stages.objects.extract", None)  # no box is sought for nothing
+        with pytest.raises(ValueError, match=rf"folder {images} of the originals is gone: .*grappa init RUN --images"):
+            run_all(run, stage="objects", force=True)
     make_run(run.root, [moved], material / "weights.safetensors", **changes)
     assert [line.partition(":")[0] for line in run_all(run, until="objects")] == ["objects"]
 

@@ -1,0 +1,196 @@
+"""Folders of images: which of their files are listed, and what the names of the folders mean.
+
+A *layout* names what the folders above a file are, from the outside to the inside: ``domain/class``, ``class`` (one
+domain, as torchvision's ImageFolder), ``flat`` (one domain, no labels), and the same with ``split``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from grappa.images.paths import MISSING, ImageTableError, show, size_of
+
+LAYOUTS = ("domain/class", "class", "flat", "split/domain/class", "split/class", "split/flat", "domain/split/class")
+MOST_DOMAINS = 5  # more folders than these, with nothing but files in them, are taken for classes
+_SPLIT = re.compile(r"(?i)(train|training|val|valid|validation|dev|test|testing|eval|evaluation)([-_ ]?\d+)?")
+# Endings of files that lie beside images and are none. What could be an image, HEIC and raw formats too, is listed.
+_NO_IMAGES = frozenset(
+    "7z aae avi bak bin bz2 c cfg cpp css csv db doc docx gz h h5 hdf5 htm html ini ipynb js json jsonl lnk lock log "
+    "m4a mat md md5 mkv mov mp3 mp4 npy npz parquet part pdf pickle pkl pt pth py r rar rst rtf safetensors sh sha1 "
+    "sha256 sqlite sqlite3 tar tex tgz tmp toml tsv txt url wav webm xls xlsx xml xmp xz yaml yml zip".split()
+)
+_NO_IMAGE_NAMES = frozenset(
+    "authors changelog changes citation copying license licence makefile manifest notice readme".split()
+)
+# Folders in which systems and storage devices keep thumbnails and deleted files.
+_SYSTEM_FOLDERS = frozenset(
+    [
+        *("@eadir", "@recycle", "@recently-snapshot", "@sharebin", "@tmp", "#recycle", "#snapshot", "$recycle.bin"),
+        *("recycler", "system volume information", "lost+found", "__macosx", "network trash folder", "temporary items"),
+    ]
+)
+_RUN, _MODEL, _REPORT = "run.json", {"model.json", "weights.safetensors"}, {"index.html", "results.md"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in a folder: ``files`` as (path relative to it, bytes), and how much of what was passed over."""
+
+    files: list[tuple[str, int]] = field(default_factory=list)
+    passed_files: Counter[str] = field(default_factory=Counter)
+    passed_folders: Counter[str] = field(default_factory=Counter)
+
+
+class Place(NamedTuple):
+    """What a layout says of a file."""
+
+    domain: str
+    label: str | None
+    split: str | None
+
+
+def find_files(root: str) -> Found:
+    """Find every visible file of a folder, through links too; a link to a folder that we are in leads no further.
+
+    Passed over, and counted by ending or name: files that are evidently no images, folders of the operating system or
+    the storage device, and folders that hold a run, a model or a report of Grappa. An entry that cannot be followed (a
+    dangling link, a link to itself) is a file of the size ``MISSING``.
+    """
+    found = Found()
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        identity, entries = _entries(os.path.join(root, folder))
+        if identity in above:
+            continue
+        if _made_by_grappa(os.path.join(root, folder), {entry.name for entry in entries}):
+            found.passed_folders[folder or "."] += 1
+            continue
+        for entry in entries:
+            path = os.path.join(folder, entry.name)
+            if _is_folder(entry):
+                if entry.name.lower() in _SYSTEM_FOLDERS:
+                    found.passed_folders[entry.name] += 1
+                else:
+                    waiting.append((path, above | {identity}))
+            elif _kind_of_no_image(entry.name):
+                found.passed_files[_kind_of_no_image(entry.name)] += 1
+            elif entry.is_symlink() or entry.is_file():
+                found.files.append((path, size_of(entry.path)))
+    return found
+
+
+def is_split(name: str) -> bool:
+    """Tell whether a folder's name is that of a split, such as ``train`` or ``val2017``."""
+    return _SPLIT.fullmatch(name) is not None
+
+
+def split_of(name: str) -> str:
+    """Return ``train`` or ``test`` for a split's name; images of a validation split are tested, never learned from."""
+    return "train" if name.lower().startswith("train") else "test"
+
+
+def recognize(paths: Sequence[str]) -> str:
+    """Return the layout that the paths of a folder's files most likely have."""
+    above = [path.split("/")[:-1] for path in paths]
+    depths = {len(folders) for folders in above}
+    if depths == {0}:
+        return "flat"
+    if _are_splits([folders[0] for folders in above if folders]) and 0 not in depths:
+        return {1: "split/flat", 2: "split/class"}.get(max(depths), "split/domain/class")
+    if min(depths) > 1 and _are_splits([folders[1] for folders in above]):
+        return "domain/split/class"
+    if depths == {1} and len({folders[0] for folders in above}) > MOST_DOMAINS:
+        return "class"
+    return "domain/class"
+
+
+def place(layout: str, root: str, path: str, domain: str | None = None) -> Place:
+    """Return domain, label and split of a file by a layout.
+
+    domain: the domain of files for which the layout names none; None: the name of the folder ``root``.
+
+    Raises:
+        ImageTableError: the file lies directly in ``root`` where a domain or a split is expected, or in a folder that
+            is no split.
+    """
+    roles = [] if layout == "flat" else layout.removesuffix("/flat").split("/")
+    names = dict(zip(roles, path.split("/")[:-1], strict=False))
+    if "split" in roles and not is_split(names.get("split", "")):
+        raise ImageTableError(
+            f"{show(path)} in {show(root)} lies in no split: by the layout {layout} expected folders called train, val "
+            "or test; give another --layout, or a table"
+        )
+    if "domain" in roles and "domain" not in names and domain is None:
+        raise ImageTableError(
+            f"{show(path)} lies directly in {show(root)}: expected DOMAIN/image; move it into a folder named after its "
+            "domain, say --layout flat (all images are one domain), or give a table"
+        )
+    given = os.path.basename(root) or "images" if domain is None else domain
+    return Place(names.get("domain", given), names.get("class"), split_of(names["split"]) if "split" in roles else None)
+
+
+def _are_splits(names: Sequence[str]) -> bool:
+    return all(map(is_split, names)) and any(split_of(name) == "train" for name in names)
+
+
+def _entries(folder: str) -> tuple[tuple[int, int], list[os.DirEntry[str]]]:
+    """Return a folder's identity and its visible entries by name."""
+    try:
+        status = os.stat(folder)
+        with os.scandir(folder) as entries:
+            visible = sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
+    except OSError as error:
+        raise ImageTableError(f"cannot read the folder {show(folder)}: {error.strerror}; make it readable") from error
+    return (status.st_dev, status.st_ino), visible
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _kind_of_no_image(name: str) -> str:
+    """Return the ending (or the name) of a file that is evidently no image, else an empty text."""
+    stem, ending = os.path.splitext(name)
+    if ending:
+        return ending.lower() if ending[1:].lower() in _NO_IMAGES else ""
+    return stem if stem.lower() in _NO_IMAGE_NAMES else ""
+
+
+def _made_by_grappa(folder: str, names: set[str]) -> bool:
+    return names >= _MODEL or names >= _REPORT or (_RUN in names and _is_run_file(os.path.join(folder, _RUN)))
+
+
+def _is_run_file(file: str) -> bool:
+    """Tell whether a file is the marker of a run folder, which holds the number of its format and nothing else."""
+    if size_of(file) == MISSING:
+        return False
+    try:
+        with open(file, "rb") as opened:
+            content = json.loads(opened.read(4096))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and set(content) == {"format"}
+
+
+def passed_over(found: Sequence[Found]) -> Iterator[str]:
+    """Yield what was passed over, in words: ``8 files (.db 8)``, ``2 folders (@eaDir 2)``."""
+    files = sum((each.passed_files for each in found), Counter[str]())
+    folders = sum((each.passed_folders for each in found), Counter[str]())
+    yield from (_counted(noun, counts) for noun, counts in (("file", files), ("folder", folders)) if counts)
+
+
+def _counted(noun: str, counts: Counter[str]) -> str:
+    ordered = sorted(counts.items(), key=lambda each: (-each[1], each[0]))
+    names = [f"{show(name)} {count}" for name, count in ordered[:3]]
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return f"{counts.total()} {noun}{'s' if counts.total() > 1 else ''} ({', '.join(names)}{more})"

@@ -1,0 +1,54 @@
+"""Paths as texts of a table, and what is there: sizes, and the error of everything that lists images."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+MISSING = -1  # the size of a listed file that is not there, or is not a regular file
+# What the escape produces: an undecodable byte (80-FF), or the percent sign of a text that looks like an escape.
+_ESCAPED = re.compile(r"%(25|[89A-F][0-9A-F])")
+_TO_ESCAPE = re.compile(r"%(?=25|[89A-F][0-9A-F])|[\udc80-\udcff]")
+
+
+class ImageTableError(ValueError):
+    """The listed images or the table that lists them break a rule; the message says which rule, and what to do."""
+
+
+def escape_path(path: str) -> str:
+    """Return ``path`` with each undecodable byte as ``%XX``; names that are proper UTF-8 stay as they are.
+
+    Only a percent sign in front of ``25`` or of two digits ``80``-``FF`` becomes ``%25``, so that
+    ``unescape_path(escape_path(path)) == path`` for every path of the file system (``os.fsdecode`` form).
+    """
+    return _TO_ESCAPE.sub(lambda found: f"%{ord(found[0]) & 0xFF:02X}", path)
+
+
+def unescape_path(text: str) -> str:
+    """Return the path (``os.fsdecode`` form, what ``open`` takes) whose escaped text is ``text``."""
+    return _ESCAPED.sub(lambda found: _character(int(found[1], 16)), text)
+
+
+def image_file(root: str, path: str) -> str:
+    """Return the file to open for an image table's escaped ``root`` and ``path``."""
+    return os.path.join(unescape_path(root), unescape_path(path))
+
+
+def show(path: str | Path) -> str:
+    """Return a path for a sentence."""
+    return escape_path(str(path))
+
+
+def size_of(file: str) -> int:
+    """Return the bytes of a regular file, ``MISSING`` for everything else."""
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):
+        return MISSING
+    return status.st_size if stat.S_ISREG(status.st_mode) else MISSING
+
+
+def _character(byte: int) -> str:
+    return "%" if byte == 0x25 else chr(0xDC00 + byte)

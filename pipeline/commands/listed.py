@@ -1,0 +1,89 @@
+"""What `grappa init` says of the listed images: how many, read as what, and what looks wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Say = Callable[[str], None]
+MOST_NAMES = 12  # domains that are named in a line
+MEANINGS = {
+    "domain/class": "DOMAIN/CLASS/image",
+    "class": "CLASS/image, one domain",
+    "flat": "images of one domain",
+    "split/domain/class": "train and test (val is tested too), then DOMAIN/CLASS/image",
+    "split/class": "train and test (val is tested too), then CLASS/image, one domain",
+    "split/flat": "train and test (val is tested too), then images of one domain",
+    "domain/split/class": "DOMAIN, then train and test (val is tested too), then CLASS/image",
+}
+
+
+def say_images(listing: pd.DataFrame, former: pd.DataFrame | None, say: Say) -> None:
+    """Say how many images each domain has, how folders were read, what is missing, what was added and removed."""
+    sizes = listing["domain"].value_counts().sort_index()
+    splits = listing["split"].value_counts()
+    split = f", {splits.get('train', 0)} train and {splits.get('test', 0)} test" if len(splits) else ", no split"
+    counts = [f"{domain} {number}" for domain, number in sizes.items()]
+    more = [f"and {len(counts) - MOST_NAMES} more"] if len(counts) > MOST_NAMES else []
+    say(f"{len(listing)} images of {len(sizes)} domains{split}: {', '.join(counts[:MOST_NAMES] + more)}")
+    for folder, layout in listing.attrs["layouts"].items():
+        classes = _num_classes(listing, folder)
+        number = f", {classes} class{'es' if classes > 1 else ''}" if classes else ""
+        say(f"{folder} is read as {MEANINGS[layout]}{number} (--layout {layout}); else give --layout or --domain")
+    if former is not None:
+        old, new = (set(zip(table["domain"], table["path"], strict=True)) for table in (former, listing))
+        say(f"{len(new - old)} images added, {len(old - new)} removed")
+    if listing.attrs["passed_over"]:
+        say(f"passed over: {', '.join(listing.attrs['passed_over'])}")
+    for warning in _warnings(listing):
+        say(f"warning: {warning}")
+
+
+def _num_classes(listing: pd.DataFrame, folder: str) -> int:
+    """Count the classes of a source folder, each in its domain."""
+    root = listing.attrs["roots"].index(folder)
+    found = listing.loc[listing["root"] == root, ["domain", "label"]].dropna()
+    return len(found.drop_duplicates())
+
+
+def _warnings(listing: pd.DataFrame) -> Iterator[str]:
+    if listing.attrs["missing"]:
+        yield listing.attrs["missing"]
+    sizes = listing["domain"].value_counts().sort_index()
+    lone = sizes.index[sizes == 1]
+    if len(lone) == 1:
+        yield f"domain {lone[0]} has one image only: a query there has nothing to find"
+    elif len(lone):
+        yield f"{len(lone)} domains have one image only, such as {lone[0]}: a query there has nothing to find"
+    yield from _learned_splits(listing)
+
+
+def _learned_splits(listing: pd.DataFrame) -> Iterator[str]:
+    """Warn of images that are learned from although their folder or their domain has the name of a tested split."""
+    from grappa.images.folders import is_split, split_of
+
+    learned = listing[listing["split"] != "test"]
+    given = {root for root, folder in enumerate(listing.attrs["roots"]) if folder != "/"}  # else of absolute paths
+    paths = learned["path"][learned["root"].isin(given)]
+    names = {name for path in paths for name in path.split("/")[:-1][:2]} | set(learned["domain"])
+    tested = sorted(name for name in names if is_split(name) and split_of(name) == "test")
+    if tested:
+        yield (
+            f"images of {tested[0]} are learned from; if it is a split, say so by --layout split/class, "
+            "split/domain/class or domain/split/class, or by a table with the column split"
+        )
+
+
+def say_lone_classes(listing: pd.DataFrame, say: Say) -> None:
+    """Warn of classes with one train image: an adaptor set that is trained on labels learns little from them."""
+    learned = listing[listing["label"].notna() & (listing["split"] != "test")]
+    sizes = learned.groupby(["domain", "label"]).size()
+    lone = sizes.index[sizes == 1]
+    if len(lone):
+        first = "/".join(lone[0])
+        say(
+            f"warning: {len(lone)} of {len(sizes)} classes have one train image, such as {first}: little to learn there"
+        )
