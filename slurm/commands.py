@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from grappa.pipeline.engine.execution import Say, Selection, selected
-from grappa.pipeline.engine.status import read_config, states, status_lines
+from grappa.pipeline.engine.status import cure_lines, read_config, states, status_lines
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import RunFolder, quoted
 from grappa.slurm import scheduler
@@ -20,21 +20,25 @@ from grappa.slurm.states import live_tasks
 WATCH_SECONDS = 30.0
 
 
-def say_status(run: RunFolder, *, verify: bool, watch: bool, as_json: bool, say: Say) -> None:
-    """Print the table of artifacts and jobs; ``watch``: repeat it every half minute until no job is left."""
+def say_status(run: RunFolder, *, verify: bool, watch: bool, as_json: bool, say: Say) -> list[str]:
+    """Print the table of artifacts and jobs; ``watch``: repeat it every half minute until no job is left.
+
+    Returns the last lines, which name the commands that repair what is damaged; empty when nothing is.
+    """
     while True:
         found = states(run, read_config(run), verify=verify)
         notes, warning = job_notes(run, found)
         write_jobs_table(run)
+        cure = cure_lines(run, found)
         texts = {name: note.text for name, note in notes.items()}
         if as_json:
             jobs = ({"job": texts.get(each.name, ""), "job_state": _state(notes.get(each.name))} for each in found)
             say(json.dumps([{**each.to_json(), **job} for each, job in zip(found, jobs, strict=True)], indent=2))
-            return
-        for line in ([f"warning: {warning}"] if warning else []) + status_lines(found, texts):
+            return cure
+        for line in ([f"warning: {warning}"] if warning else []) + status_lines(found, texts) + cure:
             say(line)
         if not (watch and any(note.alive for note in notes.values())):
-            return
+            return cure
         time.sleep(WATCH_SECONDS)
         say("\033[2J\033[H" if sys.stdout.isatty() else "")
 

@@ -13,7 +13,9 @@ from grappa.pipeline.engine.execution import Say, Selection, planned, run_stages
 from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.graph.models import FREE, SUPERVISED
-from grappa.pipeline.store.artifacts import RunFolder
+from grappa.pipeline.store.artifacts import RunFolder, published, readable_manifest
+
+METRICS_FILE = "metrics.csv"
 
 
 def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, say: Say) -> None:
@@ -23,10 +25,15 @@ def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, 
     if not report.leads:
         return
     if not report.seconds:
-        say(f"{report.num_fresh} fresh; --force runs {'it' if report.num_fresh == 1 else 'them'} again")
-    metrics = run.artifact("evaluation").path / "metrics.csv"
-    if metrics.exists() and any(node.stage == "evaluation" for node in selected(config, selection)):
-        print_table(metrics)
+        how = "every byte was read" if selection.verify else "sizes were compared, --verify reads every byte"
+        say(f"{report.num_fresh} fresh ({how}); --force runs {'it' if report.num_fresh == 1 else 'them'} again")
+    evaluated = readable_manifest(run, "evaluation")
+    if (
+        evaluated
+        and METRICS_FILE in evaluated.outputs
+        and any(node.stage == "evaluation" for node in selected(config, selection))
+    ):
+        print_table(published(run, "evaluation", METRICS_FILE) / METRICS_FILE)
     if report.seconds:
         say(times_line(report.seconds))
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, published, quoted
+from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, published, quoted, readable_manifest
 from grappa.pipeline.store.storage import new_folder, refuse_existing
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
     source = _source(folder)
     check_same_origin(folder, "index", "images", f"heads/{source}", f"embeddings/{source}", "model")
     index = SearchIndex.load(published(folder, "index"))
-    images = pd.read_parquet(published(folder, "images") / "images.parquet").set_index("image_id")
+    images = pd.read_parquet(published(folder, "images", "images.parquet") / "images.parquet").set_index("image_id")
     with torch.inference_mode():
         query = model(model.preprocess(open_image(image)).unsqueeze(0))
     ids, similarities = index.search(query.numpy(), k)
@@ -54,7 +54,7 @@ def _source(folder: RunFolder) -> str:
     heads: dict[str, str] = {}
     for name in ("model", "index"):
         published(folder, name)
-        manifest = folder.artifact(name).manifest()
+        manifest = readable_manifest(folder, name)
         assert manifest is not None, f"{name} is published"
         heads[name] = next(each for each in manifest.fingerprint["inputs"] if each.startswith("heads/"))
     model, index = (heads[name].removeprefix("heads/") for name in ("model", "index"))

@@ -29,16 +29,20 @@ from grappa.pipeline.store.artifacts import (
     Manifest,
     folder_problems,
 )
+from grappa.pipeline.store.digests import read_digest
 from grappa.pipeline.store.locks import Lock, LockedError, acquire
 from grappa.pipeline.store.storage import (
     atomic_write_json,
-    file_digest,
     is_disk_full,
     is_scratch,
     storage_errors,
 )
 
 DROPPED_FILES = (FINGERPRINT_FILE, *CHECKPOINT_FILES)
+
+
+class OtherBytesError(ValueError):
+    """A copied file has other bytes than its manifest says; the message names the file."""
 
 
 class Work:
@@ -62,12 +66,17 @@ class Work:
         with storage_errors(self.path), (self.path / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def publish(self, provenance: Mapping[str, Any]) -> Manifest:
-        """Hash and sync every output, write the manifest last and give the folder its name."""
+    def publish(self, provenance: Mapping[str, Any], *, copied: Manifest | None = None) -> Manifest:
+        """Hash and sync every output, write the manifest last and give the folder its name.
+
+        `copied`: the manifest of the artifact whose files these are; OtherBytesError where a file has other bytes.
+        """
         self._lock.check()
         with storage_errors(self.path):
             _remove_drafts(self.path)
             manifest = Manifest(self.fingerprint, _seal_outputs(self.path), provenance)
+            if copied is not None:
+                _refuse_other_bytes(manifest.outputs, copied.outputs)
             atomic_write_json(self.path / MANIFEST_FILE, manifest.to_json())
             _swap(self.artifact)
         return manifest
@@ -188,10 +197,16 @@ def _seal_outputs(folder: Path) -> dict[str, FileDigest]:
             _fsync_file(path)
             relative = path.relative_to(folder).as_posix()
             if relative not in (*DROPPED_FILES, LOG_FILE, MANIFEST_FILE):
-                size, sha256 = file_digest(path)
+                size, sha256 = read_digest(path)
                 outputs[relative] = {"bytes": size, "sha256": sha256}
         fsync_folder(Path(parent))
     return dict(sorted(outputs.items()))
+
+
+def _refuse_other_bytes(found: Mapping[str, FileDigest], wanted: Mapping[str, FileDigest]) -> None:
+    for name in sorted({*found, *wanted}):
+        if found.get(name) != wanted.get(name):
+            raise OtherBytesError(f"{name}: {'sha256 differs' if name in found else 'missing'}")
 
 
 def _fsync_file(path: Path) -> None:

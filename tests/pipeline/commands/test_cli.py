@@ -58,7 +58,10 @@ def test_run_status_and_run_again(fakes: FakeStages) -> None:
     assert "clusters/k00002: 2 files (" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("times: backbone ")
     assert "missing" not in grappa("status", fakes.root).stdout
-    assert grappa("run", fakes.root).stdout == f"{len(fakes.ran)} fresh; --force runs them again\n"
+    assert (
+        grappa("run", fakes.root).stdout
+        == f"{len(fakes.ran)} fresh (sizes were compared, --verify reads every byte); --force runs them again\n"
+    )
 
 
 def test_status_json_is_all_of_stdout(fakes: FakeStages) -> None:
@@ -82,7 +85,8 @@ def test_dry_run_says_what_and_why(fakes: FakeStages) -> None:
 
 def test_one_stage_that_is_fresh_says_how_to_force_it(fakes: FakeStages) -> None:
     grappa("run", fakes.root)
-    assert grappa("run", fakes.root, "--stage", "model").stdout == "1 fresh; --force runs it again\n"
+    told = grappa("run", fakes.root, "--stage", "model", "--verify")
+    assert told.stdout == "1 fresh (every byte was read); --force runs it again\n"
     fakes.ran.clear()
     assert grappa("run", fakes.root, "--stage", "model", "--force").exit_code == 0
     assert fakes.ran == ["model"]
