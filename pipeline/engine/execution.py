@@ -182,6 +182,8 @@ def execute(
             shutil.rmtree(work.path)
             say(f"{node}: was finished, its interrupted publication is completed")
             return 0.0
+        if work.dropped:
+            say(f"{node}: {work.dropped}; the unfinished work is begun again")
         team = team if find_stage(node.stage).parallel else ALONE
         team.announce({"node": node.name, "config": config.model_dump(mode="json"), "resumed": work.resumed})
         context = StageContext(run, config, node, work, progress, team=team)

@@ -30,7 +30,8 @@ from grappa.pipeline.store.storage import (
 FORMAT = 1
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 MANIFEST_FILE, FINGERPRINT_FILE, LOG_FILE = "manifest.json", "recipe.json", "log.jsonl"
-CHECKPOINT_FILES = ("checkpoint.safetensors", "checkpoint.json")
+RESOLVED_FILE = "resolved.json"  # in a partial folder: the values that settings `auto` stand for
+CHECKPOINT_FILES = ("checkpoint.safetensors", "checkpoint.json", RESOLVED_FILE)
 SCRATCH_FOLDER = "scratch"  # in a partial folder: files with which a stage resumes after a crash; never published
 
 Fingerprint = Mapping[str, Any]

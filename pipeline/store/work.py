@@ -17,11 +17,13 @@ from types import TracebackType
 from typing import Any
 
 from grappa.core.atomic import fsync_folder
+from grappa.core.notes import UntrustedError, parse_json, read_note, write_note
 from grappa.pipeline.store.artifacts import (
     CHECKPOINT_FILES,
     FINGERPRINT_FILE,
     LOG_FILE,
     MANIFEST_FILE,
+    RESOLVED_FILE,
     SCRATCH_FOLDER,
     Artifact,
     FileDigest,
@@ -33,8 +35,10 @@ from grappa.pipeline.store.digests import read_digest
 from grappa.pipeline.store.locks import Lock, LockedError, acquire
 from grappa.pipeline.store.storage import (
     atomic_write_json,
+    atomic_write_text,
     is_disk_full,
     is_scratch,
+    read_json_lines,
     storage_errors,
 )
 
@@ -45,20 +49,47 @@ class OtherBytesError(ValueError):
     """A copied file has other bytes than its manifest says; the message names the file."""
 
 
+class _OtherWork(Exception):
+    """There is no unfinished work with this fingerprint."""
+
+
 class Work:
     """An artifact that is locked and being made: a context manager; write the outputs below `path`, then `publish`.
 
-    `resumed`: `path` holds unfinished work with the same fingerprint. `finished`: the manifest, where a crash had
-    interrupted the publication of this fingerprint and `open_work` has completed it; else None. An exception leaves
-    `path` as it is, for the next try.
+    `resumed`: `path` holds unfinished work with the same fingerprint. `dropped`: why unfinished work was damaged and
+    thrown away, or "". `finished`: the manifest, where a crash had interrupted the publication of this fingerprint and
+    `open_work` has completed it; else None. An exception leaves `path` as it is, for the next try.
     """
 
     def __init__(
-        self, artifact: Artifact, fingerprint: Fingerprint, lock: Lock, *, resumed: bool, finished: Manifest | None
+        self, artifact: Artifact, fingerprint: Fingerprint, lock: Lock, *, finished: Manifest | None = None
     ) -> None:
         self.artifact, self.fingerprint, self.path = artifact, fingerprint, artifact.partial
-        self.resumed, self.finished = resumed, finished
+        self.finished, self.resumed, self.dropped = finished, False, ""
         self._lock = lock
+        self._kept: dict[str, Any] = {}
+
+    def prepare(self) -> None:
+        """Keep the files of unfinished work with this fingerprint, or begin with an empty folder."""
+        try:
+            self._kept = _unfinished(self.path, self.fingerprint)
+            self.resumed = True
+        except UntrustedError as error:
+            self.dropped = str(error)
+        except _OtherWork:
+            pass
+        if not self.resumed:
+            _remove_folder(self.path)
+            self.path.mkdir()
+            atomic_write_json(self.path / FINGERPRINT_FILE, self.fingerprint)
+
+    def kept(self, name: str, value: Any) -> Any:
+        """Return the value (JSON) of this name with which the work began: ``value``, where it has none yet."""
+        if name not in self._kept:
+            self._kept[name] = value
+            with storage_errors(self.path):
+                write_note(self.path / RESOLVED_FILE, self._kept)
+        return self._kept[name]
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line with the time to `log.jsonl`; the file is published but is no part of the identity."""
@@ -117,11 +148,12 @@ def open_work(artifact: Artifact, fingerprint: Fingerprint, *, job: str | None =
         with storage_errors(artifact.partial):
             published = _recover(artifact)
             finished = published if published and published.fingerprint == wanted else None
-            resumed = _prepare(artifact.partial, wanted)
+            work = Work(artifact, wanted, lock, finished=finished)
+            work.prepare()
     except BaseException:
         lock.release()
         raise
-    return Work(artifact, wanted, lock, resumed=resumed, finished=finished)
+    return work
 
 
 def recover(artifact: Artifact, *, job: str | None = None) -> None:
@@ -137,7 +169,7 @@ def recover(artifact: Artifact, *, job: str | None = None) -> None:
 
 def _recover(artifact: Artifact) -> Manifest | None:
     """Recover while the lock is held; return the manifest if an interrupted publication was completed."""
-    if _is_whole(artifact.partial):
+    if _is_whole(artifact.partial, verify=True):
         _swap(artifact)
         return artifact.manifest()
     if artifact.old.exists():
@@ -149,35 +181,39 @@ def _recover(artifact: Artifact) -> Manifest | None:
     return None
 
 
-def _is_whole(folder: Path) -> bool:
-    return (folder / MANIFEST_FILE).exists() and not folder_problems(folder, verify=False)
+def _is_whole(folder: Path, *, verify: bool = False) -> bool:
+    return (folder / MANIFEST_FILE).exists() and not folder_problems(folder, verify=verify)
 
 
-def _prepare(partial: Path, fingerprint: Fingerprint) -> bool:
-    """Prepare the partial folder; True when it holds unfinished work with this fingerprint."""
-    if _stored_fingerprint(partial) == fingerprint:
-        (partial / MANIFEST_FILE).unlink(missing_ok=True)
-        _remove_drafts(partial)
-        _drop_torn_line(partial / LOG_FILE)
-        return True
-    _remove_folder(partial)
-    partial.mkdir()
-    atomic_write_json(partial / FINGERPRINT_FILE, fingerprint)
-    return False
+def _unfinished(partial: Path, fingerprint: Fingerprint) -> dict[str, Any]:
+    """Make the partial folder ready to go on with, and return the values with which the work began.
+
+    Raises _OtherWork where it holds no work of this fingerprint, UntrustedError where its own files are damaged.
+    """
+    if _stored_fingerprint(partial) != fingerprint:
+        raise _OtherWork
+    kept = read_note(partial / RESOLVED_FILE) or {}
+    (partial / MANIFEST_FILE).unlink(missing_ok=True)
+    _remove_drafts(partial)
+    _drop_other_lines(partial / LOG_FILE)
+    return kept
 
 
 def _stored_fingerprint(partial: Path) -> object:
     try:
-        return json.loads((partial / FINGERPRINT_FILE).read_bytes())
-    except (FileNotFoundError, ValueError):
+        return parse_json((partial / FINGERPRINT_FILE).read_bytes())
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError):
+        raise UntrustedError(f"{FINGERPRINT_FILE} is damaged") from None
 
 
-def _drop_torn_line(log: Path) -> None:
-    """Remove an unfinished last line, which a crash may leave, so that the next line begins a new one."""
+def _drop_other_lines(log: Path) -> None:
+    """Remove lines that are no JSON, such as an unfinished last one, so that the next line begins a new one."""
     if log.exists():
-        content = log.read_bytes()
-        os.truncate(log, content.rfind(b"\n") + 1)
+        kept = "".join(json.dumps(record) + "\n" for record in read_json_lines(log))
+        if kept.encode() != log.read_bytes():
+            atomic_write_text(log, kept)
 
 
 def _remove_drafts(folder: Path) -> None:

@@ -131,8 +131,8 @@ def test_an_interrupted_attention_pass_goes_on_where_it_stopped(
     undisturbed = digests(copy)["attention/neighbors/attention.npy"]
     real = RowCheckpoint.offer
 
-    def stop(self: RowCheckpoint, num_rows: int, flush: Any) -> None:
-        real(self, num_rows, flush)
+    def stop(self: RowCheckpoint, num_rows: int, out: Any) -> None:
+        real(self, num_rows, out)
         if num_rows == 32:
             raise KeyboardInterrupt
 
