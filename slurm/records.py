@@ -204,7 +204,9 @@ def all_tasks(run: RunFolder) -> list[Task]:
 
 def _tasks(folder: Path) -> Iterator[Task]:
     found = read_submission(folder)
-    for job in found.jobs if found else ():
+    if found is None:
+        return
+    for job in found.jobs:
         for task_id, pins in zip(job.ids, job.tasks, strict=True):
             names = tuple(pin.name for pin in pins)
             yield Task(folder, task_id, job.name, names, tuple(job.after), found.submitted, found.cluster)

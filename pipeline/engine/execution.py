@@ -115,7 +115,7 @@ def follow(run: RunFolder, team: Team) -> None:
     """Compute the stages that the leader announces together with it, until the leader has finished."""
     for step in team.steps():
         node, config = Node.parse(step["node"]), Config.model_validate(step["config"])
-        work = LeadersWork(run.artifact(node).partial, step["resumed"])
+        work = LeadersWork(run.artifact(node).path.with_name(step["folder"]), step["resumed"])
         context = StageContext(run, config, node, work, Progress(StringIO(), terminal=False), team=team)
         _compute(context)
 
@@ -185,7 +185,14 @@ def execute(
         if work.dropped:
             say(f"{node}: {work.dropped}; the unfinished work is begun again")
         team = team if find_stage(node.stage).parallel else ALONE
-        team.announce({"node": node.name, "config": config.model_dump(mode="json"), "resumed": work.resumed})
+        team.announce(
+            {
+                "node": node.name,
+                "config": config.model_dump(mode="json"),
+                "folder": work.path.name,
+                "resumed": work.resumed,
+            }
+        )
         context = StageContext(run, config, node, work, progress, team=team)
         sentence = _compute(context)
         seconds = time.monotonic() - start

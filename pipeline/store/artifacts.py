@@ -167,8 +167,17 @@ class Artifact:
 
     @property
     def partial(self) -> Path:
-        """The folder of unfinished work."""
+        """The folder of unfinished work while nobody works on it."""
         return self._beside(".partial")
+
+    def partial_of(self, token: str) -> Path:
+        """Return the folder in which the holder of a lock works; the next holder renames it: no two share it."""
+        return self._beside(f".partial.{token}")
+
+    def unfinished(self) -> list[Path]:
+        """Return the folders of unfinished work that are there, also those that killed processes left."""
+        found = self.path.parent.glob(f"{self.partial.name}*") if self.path.parent.exists() else ()
+        return sorted(path for path in found if path.name.removeprefix(self.partial.name)[:1] in ("", "."))
 
     @property
     def old(self) -> Path:

@@ -1,7 +1,11 @@
-"""Making one artifact: work in `<artifact>.partial`, resume it after a crash, publish it by rename.
+"""Making one artifact: work in a folder of one's own, resume it after a crash, publish it by rename.
 
 After a crash at any step either the former result or the new one is whole on disk. `recover` (also the first step of
 `open_work`) gives it its name: a partial folder with a whole manifest is published, a lone `.old` is renamed back.
+
+The holder of the lock works in `<artifact>.partial.<token of its lock>`. The next holder renames this folder before it
+does anything else. So a process that has lost its lock, wherever it slept, cannot publish: the folder that it would
+rename is gone. Unfinished work of nobody rests in `<artifact>.partial`.
 """
 
 from __future__ import annotations
@@ -64,7 +68,7 @@ class Work:
     def __init__(
         self, artifact: Artifact, fingerprint: Fingerprint, lock: Lock, *, finished: Manifest | None = None
     ) -> None:
-        self.artifact, self.fingerprint, self.path = artifact, fingerprint, artifact.partial
+        self.artifact, self.fingerprint, self.path = artifact, fingerprint, artifact.partial_of(lock.token)
         self.finished, self.resumed, self.dropped = finished, False, ""
         self._lock = lock
         self._kept: dict[str, Any] = {}
@@ -109,7 +113,7 @@ class Work:
             if copied is not None:
                 _refuse_other_bytes(manifest.outputs, copied.outputs)
             atomic_write_json(self.path / MANIFEST_FILE, manifest.to_json())
-            _swap(self.artifact)
+            _swap(self.artifact, self._lock)
         return manifest
 
     def start_over(self) -> None:
@@ -120,7 +124,8 @@ class Work:
             atomic_write_json(self.path / FINGERPRINT_FILE, {"resumable": False})
 
     def close(self) -> None:
-        """Release the lock."""
+        """Let unfinished work rest for the next holder, and release the lock."""
+        _rest(self.artifact, self._lock)
         self._lock.release()
 
     def __enter__(self) -> Work:
@@ -129,7 +134,10 @@ class Work:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        held = self._lock.is_held()
         self.close()
+        if isinstance(error, OSError) and not held:  # the next holder has taken the folder of this process away
+            raise self._lock.lost() from error
         if isinstance(error, OSError) and is_disk_full(error):
             with storage_errors(self.path):
                 raise error
@@ -146,11 +154,13 @@ def open_work(artifact: Artifact, fingerprint: Fingerprint, *, job: str | None =
     lock = acquire(artifact.lock, what=artifact.name, job=job)
     try:
         with storage_errors(artifact.partial):
-            published = _recover(artifact)
+            _take(artifact, lock, wanted)
+            published = _recover(artifact, lock)
             finished = published if published and published.fingerprint == wanted else None
             work = Work(artifact, wanted, lock, finished=finished)
             work.prepare()
     except BaseException:
+        _rest(artifact, lock)
         lock.release()
         raise
     return work
@@ -161,16 +171,48 @@ def recover(artifact: Artifact, *, job: str | None = None) -> None:
 
     The call is cheap when there is nothing to recover.
     """
-    if not artifact.old.exists() and not (artifact.partial / MANIFEST_FILE).exists():
+    if not artifact.old.exists() and not any((path / MANIFEST_FILE).exists() for path in artifact.unfinished()):
         return
-    with suppress(LockedError), acquire(artifact.lock, what=artifact.name, job=job), storage_errors(artifact.path):
-        _recover(artifact)
+    with (
+        suppress(LockedError),
+        acquire(artifact.lock, what=artifact.name, job=job) as lock,
+        storage_errors(artifact.path),
+    ):
+        _take(artifact, lock, None)
+        _recover(artifact, lock)
+        _rest(artifact, lock)
 
 
-def _recover(artifact: Artifact) -> Manifest | None:
+def _take(artifact: Artifact, lock: Lock, wanted: Fingerprint | None) -> None:
+    """Take over the unfinished work that a former holder left, and keep it from a former holder that still lives.
+
+    Of several folders the one stays that is finished, or else whose fingerprint is `wanted`.
+    """
+
+    def use(folder: Path) -> tuple[bool, bool]:
+        with suppress(UntrustedError):
+            return _is_whole(folder), _stored_fingerprint(folder) == wanted
+        return _is_whole(folder), False
+
+    found = sorted(artifact.unfinished(), key=use)
+    for folder in found[:-1]:
+        _remove_folder(folder)
+    for folder in found[-1:]:
+        os.rename(folder, artifact.partial_of(lock.token))
+        fsync_folder(folder.parent)
+
+
+def _rest(artifact: Artifact, lock: Lock) -> None:
+    """Give unfinished work the name under which the next holder finds it; nothing where the lock is lost."""
+    with suppress(OSError):
+        if lock.is_held():
+            os.rename(artifact.partial_of(lock.token), artifact.partial)
+
+
+def _recover(artifact: Artifact, lock: Lock) -> Manifest | None:
     """Recover while the lock is held; return the manifest if an interrupted publication was completed."""
-    if _is_whole(artifact.partial, verify=True):
-        _swap(artifact)
+    if _is_whole(artifact.partial_of(lock.token), verify=True):
+        _swap(artifact, lock)
         return artifact.manifest()
     if artifact.old.exists():
         if _is_whole(artifact.path):
@@ -250,18 +292,28 @@ def _fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _swap(artifact: Artifact) -> None:
-    """Give a whole partial folder its name; every step can be repeated after a crash."""
-    parent = artifact.path.parent
+def _swap(artifact: Artifact, lock: Lock) -> None:
+    """Give the whole partial folder of the lock's holder its name; every step can be repeated after a crash.
+
+    The last rename is the proof that the lock is held: LockLostError where the next holder has taken the folder.
+    """
+    parent, own = artifact.path.parent, artifact.partial_of(lock.token)
     for name in DROPPED_FILES:
-        (artifact.partial / name).unlink(missing_ok=True)
-    shutil.rmtree(artifact.partial / SCRATCH_FOLDER, ignore_errors=True)
-    fsync_folder(artifact.partial)
+        (own / name).unlink(missing_ok=True)
+    shutil.rmtree(own / SCRATCH_FOLDER, ignore_errors=True)
+    fsync_folder(own)
     if artifact.path.exists():
+        lock.check()
         _remove_folder(artifact.old)
+        lock.check()
         os.rename(artifact.path, artifact.old)
         fsync_folder(parent)
-    os.rename(artifact.partial, artifact.path)
+    try:
+        os.rename(own, artifact.path)
+    except FileNotFoundError:
+        with suppress(OSError):  # it fails where the next holder has published
+            os.rename(artifact.old, artifact.path)
+        raise lock.lost() from None
     fsync_folder(parent)
     with suppress(OSError):  # the result is published; files that a network file system keeps are deleted the next time
         _remove_folder(artifact.old)
