@@ -203,10 +203,9 @@ def _take(artifact: Artifact, lock: Lock, wanted: Fingerprint | None) -> None:
 
 
 def _rest(artifact: Artifact, lock: Lock) -> None:
-    """Give unfinished work the name under which the next holder finds it; nothing where the lock is lost."""
+    """Give unfinished work the name under which it rests; nothing where the next holder has taken it already."""
     with suppress(OSError):
-        if lock.is_held():
-            os.rename(artifact.partial_of(lock.token), artifact.partial)
+        os.rename(artifact.partial_of(lock.token), artifact.partial)
 
 
 def _recover(artifact: Artifact, lock: Lock) -> Manifest | None:
@@ -303,7 +302,6 @@ def _swap(artifact: Artifact, lock: Lock) -> None:
     shutil.rmtree(own / SCRATCH_FOLDER, ignore_errors=True)
     fsync_folder(own)
     if artifact.path.exists():
-        lock.check()
         _remove_folder(artifact.old)
         lock.check()
         os.rename(artifact.path, artifact.old)

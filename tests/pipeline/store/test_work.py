@@ -165,19 +165,23 @@ class Sleeper:
     """Lets this process sleep before its `step`-th call that changes the disk, while another process takes over."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, meanwhile: Callable[[], object]) -> None:
-        self.woken, count = False, iter(range(10**6))
+        self.woken, self.moved, count = False, list[str](), iter(range(10**6))
 
         def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
             def counted(*arguments: Any, **options: Any) -> Any:
+                if self.woken and not self.asleep and function is rename:
+                    self.moved.append(str(arguments[0]))
                 if next(count) == step:
-                    self.woken = True
+                    self.woken = self.asleep = True
                     with pytest.MonkeyPatch.context() as silent:
                         silent.setattr(locks, "_is_dead", lambda holder, silence: True)
                         meanwhile()
+                    self.asleep = False
                 return function(*arguments, **options)
 
             return counted
 
+        self.asleep, rename = False, os.rename
         for name in ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir", "scandir"):
             monkeypatch.setattr(os, name, wrap(getattr(os, name)))
 
@@ -217,6 +221,7 @@ def test_a_writer_that_slept_at_any_step_never_publishes_over_its_successor(
             break
         assert artifact_state(artifact, fingerprint(60), verify=True).kind == "fresh"
         assert (artifact.path / "centroids.npy").read_text() == "three"
+        assert str(artifact.path) not in sleeper.moved, "the successor's result was moved away for a moment"
         assert {path.name for path in artifact.path.parent.iterdir()} <= {"k00256", *_remains(artifact)}
     assert step > 15 and error is None
 
@@ -332,6 +337,16 @@ def test_open_work_completes_an_interrupted_publish_and_says_so(artifact: Artifa
     with open_work(artifact, fingerprint()) as work:
         assert work.finished == published and not work.resumed
     assert (artifact.path / "centroids.npy").read_text() == "one"
+
+
+def test_a_publication_that_was_damaged_before_its_rename_is_never_completed(artifact: Artifact) -> None:
+    make(artifact, "one")
+    os.rename(artifact.path, artifact.partial)
+    (artifact.partial / "centroids.npy").write_text("owe")
+    recover(artifact)
+    assert artifact_state(artifact, fingerprint()).kind == "missing"
+    make(artifact, "one")
+    assert artifact_state(artifact, fingerprint(), verify=True).kind == "fresh"
 
 
 def test_recover_leaves_a_living_writer_alone(artifact: Artifact) -> None:
