@@ -185,11 +185,19 @@ def _now(draft: Path) -> float:
     return draft.stat().st_mtime
 
 
+def remains(path: Path) -> bool:
+    """Tell whether there is a lock, held or left by a dead process, or a draft of one."""
+    return path.parent.exists() and any(path.parent.glob(f"{path.name}*"))
+
+
 def _sweep(path: Path, now: float) -> None:
-    """Remove the drafts that killed processes left beside the lock."""
+    """Remove the drafts that dead processes left beside the lock; nobody else gives a file the name of a draft."""
     for entry in path.parent.glob(f"{path.name}.*"):
         with suppress(OSError):
-            if now - entry.stat().st_mtime > SILENCE_SECONDS:
+            found = _read(entry)
+            silence = now - found.touched if found else 0.0
+            own_name = entry.suffix == ".tmp"
+            if found and (_is_dead(found.holder, silence) if own_name else silence > SILENCE_SECONDS):
                 entry.unlink()
 
 

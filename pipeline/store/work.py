@@ -36,7 +36,7 @@ from grappa.pipeline.store.artifacts import (
     folder_problems,
 )
 from grappa.pipeline.store.digests import read_digest
-from grappa.pipeline.store.locks import Lock, LockedError, acquire
+from grappa.pipeline.store.locks import Lock, LockedError, acquire, remains
 from grappa.pipeline.store.storage import (
     atomic_write_json,
     atomic_write_text,
@@ -167,11 +167,12 @@ def open_work(artifact: Artifact, fingerprint: Fingerprint, *, job: str | None =
 
 
 def recover(artifact: Artifact, *, job: str | None = None) -> None:
-    """Complete or undo a publication that a crash interrupted; nothing happens while a living process writes.
+    """Complete or undo a publication that a crash interrupted, and remove the lock of a dead process.
 
-    The call is cheap when there is nothing to recover.
+    Nothing happens while a living process writes. The call is cheap when there is nothing to recover.
     """
-    if not artifact.old.exists() and not any((path / MANIFEST_FILE).exists() for path in artifact.unfinished()):
+    finished = any((path / MANIFEST_FILE).exists() for path in artifact.unfinished())
+    if not (finished or artifact.old.exists() or remains(artifact.lock)):
         return
     with (
         suppress(LockedError),

@@ -222,7 +222,8 @@ def test_a_writer_that_slept_at_any_step_never_publishes_over_its_successor(
         assert artifact_state(artifact, fingerprint(60), verify=True).kind == "fresh"
         assert (artifact.path / "centroids.npy").read_text() == "three"
         assert str(artifact.path) not in sleeper.moved, "the successor's result was moved away for a moment"
-        assert {path.name for path in artifact.path.parent.iterdir()} <= {"k00256", *_remains(artifact)}
+        recover(artifact)
+    assert [path.name for path in artifact.path.parent.iterdir()] == ["k00256"]
     assert step > 15 and error is None
 
 
@@ -269,12 +270,8 @@ def _check_after_kill(artifact: Artifact, former: bool) -> None:
     make(artifact, "two", 50)
     assert artifact_state(artifact, fingerprint(50), verify=True).kind == "fresh"
     assert contents(artifact.path.parent)[0] == "k00256"
-    assert {path.name for path in artifact.path.parent.iterdir()} <= {"k00256", *_remains(artifact)}
-
-
-def _remains(artifact: Artifact) -> set[str]:
-    """Drafts of a lock killed while being taken: harmless, swept after two minutes."""
-    return {path.name for path in artifact.path.parent.glob("k00256.lock.*.tmp")}
+    recover(artifact)
+    assert [path.name for path in artifact.path.parent.iterdir()] == ["k00256"]
 
 
 def test_kill_at_every_step_of_the_recovery_loses_nothing(tmp_path: Path) -> None:
@@ -347,6 +344,19 @@ def test_a_publication_that_was_damaged_before_its_rename_is_never_completed(art
     assert artifact_state(artifact, fingerprint()).kind == "missing"
     make(artifact, "one")
     assert artifact_state(artifact, fingerprint(), verify=True).kind == "fresh"
+
+
+def test_recover_removes_what_a_killed_writer_left_of_its_lock(artifact: Artifact) -> None:
+    """Wherever it was killed, also after its result was published: nobody works on a fresh artifact again."""
+    for step in range(200):
+        status = in_child(partial(make, artifact, "one"), kill_step=step)
+        if artifact_state(artifact, fingerprint()).kind == "fresh":
+            recover(artifact)
+            assert [path.name for path in artifact.path.parent.iterdir()] == ["k00256"]
+            shutil.rmtree(artifact.path)
+        if status == 0:
+            break
+    assert step > 15
 
 
 def test_recover_leaves_a_living_writer_alone(artifact: Artifact) -> None:
