@@ -88,10 +88,6 @@ def _judge(run: Path, path: Path, damage: str, before: dict[str, str], now: dict
     where = f"{path.relative_to(run)} {damage}"
     for command, said in now.items():
         tally.count("reads")
-        only_facts = command == "report" and path.name in (
-            "manifest.json",
-            *UNHASHED,
-        )  # it shows where results are from
         if said.startswith("Traceback"):
             tally.fault("traceback", f"{command}, {where}: {said[:300]}")
         elif said.startswith("grappa: "):
