@@ -210,6 +210,17 @@ def test_a_job_of_two_processes_on_this_machine(tmp_path: Path) -> None:
     assert digests(run) == together
 
 
+def test_status_of_a_run_with_jobs_names_the_cure_of_damage(fakes: FakeStages) -> None:
+    fakes.execute()
+    (fakes.root / "jobs").mkdir()
+    assert grappa("status", fakes.root, "--verify").exit_code == 0
+    path = fakes.root / "features" / "features.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    told = grappa("status", fakes.root, "--verify")
+    assert told.exit_code == 1
+    assert told.stdout.splitlines()[-1] == f"features: damaged; repair by `grappa run {fakes.root} --verify`"
+
+
 def _status(fakes: FakeStages) -> str:
     return grappa("status", fakes.root, "--json").stdout
 
