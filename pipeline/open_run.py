@@ -182,7 +182,12 @@ class Run:
         texts = dict.fromkeys(("job_id", "recipe", "error", "outcome"), "string")
         numbers = dict.fromkeys(("restarts", "peak_memory_bytes", "exit"), "Int64")
         dates = ["submitted", "started", "ended"]
-        return _categorical(pd.read_csv(path, dtype={**texts, **numbers}, parse_dates=dates), "state", "node")
+        try:
+            table = pd.read_csv(path, dtype={**texts, **numbers}, parse_dates=dates)
+        except ValueError as error:
+            command = f"grappa status {quoted(self.root)}"
+            raise ValueError(f"{path} is damaged ({error}); write it again by `{command}`") from error
+        return _categorical(table, "state", "node")
 
     # ---------------------------------------------------------------- attention
 

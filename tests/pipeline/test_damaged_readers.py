@@ -14,6 +14,7 @@ from grappa.pipeline.commands.search import export, search
 from grappa.pipeline.report.page import write_report
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.digests import forget_digests
+from grappa.pipeline.tables import load_sweep
 from tests.helpers.tiny import draw_images, make_run, run_all, split_of, write_table, write_weights
 
 Reader = Callable[[RunFolder, Path], object]
@@ -90,3 +91,17 @@ def test_files_are_hashed_once_for_each_time_stamp(run: RunFolder, monkeypatch: 
     opened.metrics()
     monkeypatch.setattr("grappa.pipeline.store.digests.file_digest", None)
     opened.metrics()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"artifact,job_id\na,b,c,d\n", b"[[[["])
+def test_damaged_tables_of_jobs_and_sweeps_name_the_command_that_writes_them_again(
+    run: RunFolder, tmp_path: Path, content: bytes
+) -> None:
+    jobs = run.root / "jobs"
+    jobs.mkdir(exist_ok=True)
+    (jobs / "jobs.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"jobs.csv is damaged .*; write it again by `grappa status "):
+        grappa.open_run(run.root).jobs()
+    (tmp_path / "sweep.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"sweep.parquet is damaged .*; write it again by `grappa sweep "):
+        load_sweep(tmp_path)
