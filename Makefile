@@ -2,6 +2,7 @@
 # make demo      the whole pipeline on built-in images, offline after the installation
 # make test      lint, types and tests, those on a Slurm cluster too where Slurm is installed (tests/cluster/install.sh)
 # make test-narrow   the tests that compute, as on a CPU without wide vector units: results differ in rounding only
+# make test-faults   the fault campaigns: signals at random moments, damaged files; half an hour
 # make bench     every performance gate, some hours; `make bench ONLY=R5` one of them, `QUICK=--quick` toy sizes
 # The faiss build follows the machine: a GPU if nvidia-smi sees one. Otherwise say it: `make clean install EXTRA=gpu`.
 
@@ -15,7 +16,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 NARROW := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 PYTEST := $(BIN)/python -m pytest -q --numprocesses $(TEST_WORKERS) --dist loadfile
 
-.PHONY: install demo test test-narrow lint bench clean
+.PHONY: install demo test test-narrow test-faults lint bench clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -40,6 +41,10 @@ test: lint
 
 test-narrow: install
 	$(ONE_THREAD) $(NARROW) $(PYTEST) tests/library tests/pipeline/engine/test_processes.py tests/pipeline/test_report.py
+
+test-faults: install
+	$(ONE_THREAD) $(BIN)/python -m tests.faults kills
+	$(ONE_THREAD) $(BIN)/python -m tests.faults damage
 
 bench: install
 	$(BIN)/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY)) $(QUICK)

@@ -90,6 +90,10 @@ def run_command(
     instance: Annotated[str | None, typer.Option(metavar="NAME", help="run only this instance of the stage")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="run all stages up to this one")] = None,
     force: Annotated[bool, typer.Option("--force", help="run fresh artifacts again too")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="read every byte of artifacts and images first; make damaged ones again"),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be run, and why; run nothing")] = False,
 ) -> None:
     """Run the stages that are not fresh; resume interrupted work."""
@@ -98,7 +102,7 @@ def run_command(
     from grappa.pipeline.engine.progress import Progress
     from grappa.pipeline.store.artifacts import RunFolder
 
-    selection = Selection(stage, instance, until, force)
+    selection = Selection(stage, instance, until, force, verify)
     folder = RunFolder.open(run, writable=not dry_run)
     if dry_run:
         say_plan(folder, selection, say=say)
@@ -117,24 +121,26 @@ def status(
 ) -> None:
     """Say which artifacts are fresh, and what their jobs do.
 
-    An artifact is missing, fresh, stale (with the cause) or corrupt (with the files).
+    An artifact is missing, fresh, stale (with the cause) or corrupt (with the files). With --verify the exit code is 1
+    when something is corrupt; the last line names the command that repairs it.
     """
     from grappa.pipeline.engine.glance import short_lines
-    from grappa.pipeline.engine.status import read_config, states, status_lines
+    from grappa.pipeline.engine.status import cure_lines, read_config, states, status_lines
     from grappa.pipeline.store.artifacts import RunFolder
 
     folder = RunFolder.open(run)
     if (folder.root / "jobs").is_dir():
         from grappa.slurm.commands import say_status
 
-        say_status(folder, verify=verify, watch=watch, long=long, as_json=as_json, say=say)
-        return
-    found = states(folder, read_config(folder), verify=verify)
-    if as_json:
-        say(json.dumps([each.to_json() for each in found], indent=2))
-        return
-    for line in (status_lines if long else short_lines)(found):
-        say(line)
+        damaged = say_status(folder, verify=verify, watch=watch, long=long, as_json=as_json, say=say)
+    else:
+        found = states(folder, read_config(folder), verify=verify)
+        damaged = cure_lines(folder, found)
+        entries = [json.dumps([each.to_json() for each in found], indent=2)]
+        for line in entries if as_json else (status_lines if long else short_lines)(found) + damaged:
+            say(line)
+    if damaged and verify:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from typing import ParamSpec
 
 import typer
 
+from grappa.core import interrupts
 from grappa.core.extras import missing_sentence
 
 P = ParamSpec("P")
@@ -25,13 +26,16 @@ def one_sentence_errors(command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        interrupts.begin()
         try:
             command(*args, **kwargs)
             sys.stdout.flush()
         except BrokenPipeError:
             _silence()
             raise typer.Exit(PIPE_CLOSED) from None
-        except EXPECTED as error:
+        except (KeyboardInterrupt, Exception) as error:
+            if interrupts.was_interrupted():  # its sentence is printed; a package may have made another error of it
+                raise typer.Exit(interrupts.EXIT_CODE) from None
             sentence, code = sentence_and_code(error)
             if sentence is None or "--debug" in sys.argv:
                 raise
@@ -66,7 +70,7 @@ def sentence_and_code(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, ModuleNotFoundError):
         return missing_sentence(error.name), 1
     if isinstance(error, KeyboardInterrupt):
-        return "stopped; the same command resumes", 130
+        return interrupts.SENTENCE, interrupts.EXIT_CODE
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         detail = (str(error).strip().splitlines() or ["no more memory"])[0]
         return f"out of memory ({detail}); lower the stage's batch_size or compute.inference_batch_size", 1

@@ -74,7 +74,8 @@ def training_task(
     batch = min(settings.batch_size, num_train)
     need_for_batches(context, device, need(batch, precision))
     total = settings.num_epochs * (num_train // batch) * batch
-    with context.task("training", total, unit, done=file.steps_done() * batch if context.leads else 0) as advance:
+    done = context.trusted(file.path, file.steps_done, 0) if context.leads else 0
+    with context.task("training", total, unit, done=done * batch) as advance:
         yield Runtime(device, precision, checkpoint, lambda steps: advance(steps * batch), context.processes)
 
 

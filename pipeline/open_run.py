@@ -1,7 +1,8 @@
 """A run folder, opened for pandas and numpy: its images, clusters, training, embeddings and results.
 
 ``open_run(folder)`` returns a :class:`Run`. Its methods only read published artifacts and change nothing; for a missing
-artifact a ValueError names the command that makes it. Columns with few different texts (domain, split, model,
+artifact a ValueError names the command that makes it, and for a damaged file the command that repairs it (sizes are
+always checked, digests once for each file and time stamp). Columns with few different texts (domain, split, model,
 granularity ...) are categorical.
 """
 
@@ -22,7 +23,15 @@ from grappa.pipeline.engine.verdict_file import VERDICT, Verdict, deployed_in, r
 from grappa.pipeline.graph.models import evaluated_models
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage, nodes
-from grappa.pipeline.store.artifacts import MANIFEST_FILE, Manifest, RunFolder, check_same_origin, published, quoted
+from grappa.pipeline.store.artifacts import (
+    MANIFEST_FILE,
+    Manifest,
+    RunFolder,
+    check_same_origin,
+    published,
+    quoted,
+    readable_manifest,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,7 +79,7 @@ class Run:
 
         table = self._image_table()
         check_same_origin(self._folder, "images", "sources")
-        manifest = self._folder.artifact("sources").manifest()
+        manifest = readable_manifest(self._folder, "sources")
         assert manifest is not None, "the images were listed before they were decoded"
         roots = manifest.provenance["roots"]
         files = [image_file(roots[root], path) for root, path in zip(table["root"], table["path"], strict=True)]
@@ -80,7 +89,7 @@ class Run:
 
     def rejected(self) -> pd.DataFrame:
         """Return the files that could not be used: path, root (number of the image root), domain, reason."""
-        return _categorical(pd.read_parquet(self._published("images") / "rejected.parquet"), "domain")
+        return _categorical(self._read("images", "rejected.parquet"), "domain")
 
     def objects(self) -> pd.DataFrame:
         """Return the objects' boxes: index image_id.
@@ -89,7 +98,7 @@ class Run:
         provider, accepted (bool), reason (why a box was refused, or "").
         """
         check_same_origin(self._folder, "images", "objects")
-        boxes = pd.read_parquet(self._published("objects") / "objects.parquet").set_index("image_id")
+        boxes = self._read("objects", "objects.parquet").set_index("image_id")
         table = self._image_table()[["path", "domain", "split"]].join(boxes, validate="one_to_one")
         return _categorical(table, "domain", "split", "provider", "reason")
 
@@ -106,7 +115,7 @@ class Run:
         check_same_origin(self._folder, "images", *(f"clusters/{name}" for name in names))
         table["label"] = self._labels()
         for name in names:
-            cluster = pd.read_parquet(self._published(f"clusters/{name}") / "assignments.parquet").set_index("image_id")
+            cluster = self._read(f"clusters/{name}", "assignments.parquet").set_index("image_id")
             table[name], table[f"{name}_distance"] = cluster["pseudo_label"], cluster["distance"]
         return _categorical(table, "domain", "split", "label")
 
@@ -154,7 +163,9 @@ class Run:
         names = self._granularities()
         if granularity not in names:
             raise ValueError(f"there is no granularity {granularity!r}; the run has {', '.join(names)}")
-        return np.load(self._published(f"clusters/{granularity}") / "centroids.npy", allow_pickle=False)
+        return np.load(
+            self._published(f"clusters/{granularity}", "centroids.npy") / "centroids.npy", allow_pickle=False
+        )
 
     # ---------------------------------------------------------------- training and results
 
@@ -186,11 +197,11 @@ class Run:
 
     def metrics(self) -> pd.DataFrame:
         """Return the result table: model, domain (``_mean``: over all domains), gallery (domain | merged), metrics."""
-        return _categorical(read_metrics(self._published("evaluation") / "metrics.csv"), *NAMES)
+        return _categorical(read_metrics(self._published("evaluation", "metrics.csv") / "metrics.csv"), *NAMES)
 
     def per_query(self) -> pd.DataFrame:
         """Return the metrics of every query: image_id, domain, model, gallery, num_positives, average_precision, ..."""
-        table = pd.read_parquet(self._published("evaluation") / "per_query.parquet")
+        table = self._read("evaluation", "per_query.parquet")
         return _categorical(table, *NAMES)
 
     def jobs(self) -> pd.DataFrame:
@@ -207,7 +218,12 @@ class Run:
         texts = dict.fromkeys(("job_id", "recipe", "error", "outcome"), "string")
         numbers = dict.fromkeys(("restarts", "peak_memory_bytes", "exit"), "Int64")
         dates = ["submitted", "started", "ended"]
-        return _categorical(pd.read_csv(path, dtype={**texts, **numbers}, parse_dates=dates), "state", "node")
+        try:
+            table = pd.read_csv(path, dtype={**texts, **numbers}, parse_dates=dates)
+        except ValueError as error:
+            command = f"grappa status {quoted(self.root)}"
+            raise ValueError(f"{path} is damaged ({error}); write it again by `{command}`") from error
+        return _categorical(table, "state", "node")
 
     # ---------------------------------------------------------------- attention
 
@@ -294,16 +310,21 @@ class Run:
     def _folder(self) -> RunFolder:
         return RunFolder.open(self.root)
 
-    def _published(self, name: str) -> Path:
+    def _published(self, name: str, *files: str) -> Path:
+        """Return the folder of an artifact, after a check of the ``files`` that are to be read (default: all)."""
         folder = self._folder
         artifact = folder.artifact(name)
-        if artifact.manifest() is None and folder.config_path.exists() and artifact.node not in nodes(self.config):
+        missing = readable_manifest(folder, name) is None
+        if missing and folder.config_path.exists() and artifact.node not in nodes(self.config):
             setting = ASKING.get(name, "SECTION.KEY=VALUE")
             raise ValueError(
                 f"{name} is no part of the run {self.root}: its configuration asks for none; change that by `grappa "
                 f"init {quoted(self.root)} --set {setting}`, then `grappa run {quoted(self.root)}` makes it"
             )
-        return published(folder, name)
+        return published(folder, name, *files)
+
+    def _read(self, name: str, file: str) -> pd.DataFrame:
+        return pd.read_parquet(self._published(name, file) / file)
 
     def _granularities(self) -> tuple[str, ...]:
         names = self.config.granularities
@@ -312,10 +333,10 @@ class Run:
         return names
 
     def _image_table(self) -> pd.DataFrame:
-        return pd.read_parquet(self._published("images") / "images.parquet").set_index("image_id")
+        return self._read("images", "images.parquet").set_index("image_id")
 
     def _labels(self) -> pd.Series[str]:
-        return pd.read_parquet(self._published("images") / "labels.parquet").set_index("image_id")["label"]
+        return self._read("images", "labels.parquet").set_index("image_id")["label"]
 
     def _attention(self, rows: str, pairs: str) -> tuple[NDArray[np.float32], NDArray[np.object_], list[str]]:
         """Return the attention of the chosen images (n, L, G), their domains (n,) and the granularities' names."""
@@ -323,7 +344,7 @@ class Run:
 
         check_same_origin(self._folder, "images", f"attention/{pairs}")
         folder = self._published(f"attention/{pairs}")
-        images = pd.read_parquet(self._published("images") / "images.parquet")
+        images = self._read("images", "images.parquet")
         chosen = chosen_rows(images, rows)
         inputs = Manifest.read(folder / MANIFEST_FILE).fingerprint["inputs"]
         names = [name.removeprefix("adaptors/") for name in inputs if name.startswith("adaptors/")]

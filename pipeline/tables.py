@@ -75,4 +75,8 @@ def load_sweep(folder: str | Path) -> pd.DataFrame:
     path = Path(folder) / "sweep.parquet"
     if not path.is_file():
         raise ValueError(f"{path} is missing; make it by `grappa sweep SWEEP --out {quoted(Path(folder))}`")
-    return pd.read_parquet(path)
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        command = f"grappa sweep SWEEP --out {quoted(Path(folder))}"
+        raise ValueError(f"{path} is damaged ({error}); write it again by `{command}`") from error

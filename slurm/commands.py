@@ -9,7 +9,7 @@ from pathlib import Path
 
 from grappa.pipeline.engine.execution import Say, Selection, selected
 from grappa.pipeline.engine.glance import short_lines
-from grappa.pipeline.engine.status import read_config, states, status_lines
+from grappa.pipeline.engine.status import cure_lines, read_config, states, status_lines
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import RunFolder, quoted
 from grappa.slurm import scheduler
@@ -21,25 +21,27 @@ from grappa.slurm.states import live_tasks
 WATCH_SECONDS = 30.0
 
 
-def say_status(run: RunFolder, *, verify: bool, watch: bool, long: bool, as_json: bool, say: Say) -> None:
+def say_status(run: RunFolder, *, verify: bool, watch: bool, long: bool, as_json: bool, say: Say) -> list[str]:
     """Print the artifacts and jobs; ``watch``: repeat it every half minute until no job is left.
 
-    ``long``: a line for every artifact, with all its reasons.
+    ``long``: a line for every artifact, with all its reasons. Returns the last lines, which name the commands that
+    repair what is damaged; empty when nothing is.
     """
     while True:
         found = states(run, read_config(run), verify=verify)
         notes, warning = job_notes(run, found)
         write_jobs_table(run)
+        cure = cure_lines(run, found)
         texts = {name: note.text for name, note in notes.items()}
         if as_json:
             jobs = ({"job": texts.get(each.name, ""), "job_state": _state(notes.get(each.name))} for each in found)
             say(json.dumps([{**each.to_json(), **job} for each, job in zip(found, jobs, strict=True)], indent=2))
-            return
-        lines = (status_lines if long else short_lines)(found, texts)
+            return cure
+        lines = (status_lines if long else short_lines)(found, texts) + cure
         for line in ([f"warning: {warning}"] if warning else []) + lines:
             say(line)
         if not (watch and any(note.alive for note in notes.values())):
-            return
+            return cure
         time.sleep(WATCH_SECONDS)
         say("\033[2J\033[H" if sys.stdout.isatty() else "")
 

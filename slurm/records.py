@@ -16,13 +16,49 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, TypeAdapter
+
+from grappa.core.notes import parse_json
 from grappa.pipeline.engine.progress import Snapshot
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import RunFolder
-from grappa.pipeline.store.storage import atomic_write_json, storage_errors
+from grappa.pipeline.store.storage import atomic_write_json, read_json_lines, storage_errors
 
 FORMAT = 1
 JOBS_FOLDER, SUBMISSION_FILE, PINNED_CONFIG, OUTCOMES_FILE = "jobs", "submission.json", "config.yaml", "outcomes.json"
+
+
+# The fields that an event needs to be used, beside its time; lines without them are damaged.
+EVENT_FIELDS: Mapping[str, Mapping[str, type]] = {
+    "start": {"restarts": int},
+    "artifact": {"artifact": str},
+    "made": {"artifact": str},
+    "end": {"exit": int, "error": str},
+}
+
+
+class SubmittedArtifact(BaseModel):
+    """The field of an artifact in ``submission.json`` that is read again."""
+
+    name: str
+
+
+class SubmittedJob(BaseModel):
+    """The fields of a job in ``submission.json`` that are read again: an id for each task."""
+
+    name: str
+    ids: list[str]
+    tasks: list[list[SubmittedArtifact]]
+    after: list[str]
+
+
+class SubmissionRecord(BaseModel):
+    """The fields of ``submission.json`` that are read again."""
+
+    format: int
+    submitted: str
+    cluster: str
+    jobs: list[SubmittedJob]
 
 
 @dataclass(frozen=True)
@@ -64,8 +100,10 @@ class Task:
     def progress(self) -> Snapshot | None:
         """The last progress that the job wrote; None where it wrote none."""
         try:
-            return Snapshot(**json.loads(progress_file(self.submission, self.id).read_bytes()))
-        except (OSError, ValueError, TypeError):
+            return TypeAdapter(Snapshot).validate_json(
+                progress_file(self.submission, self.id).read_bytes(), strict=True
+            )
+        except (OSError, ValueError):
             return None
 
     @cached_property
@@ -109,17 +147,10 @@ def append_event(file: Path, event: str, **fields: Any) -> None:
 
 
 def read_events(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a file; nothing where the file does not exist."""
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return
-    for line in lines:
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict) and "event" in found:
+    """Yield the events of a file, but for damaged lines; nothing where the file does not exist."""
+    for found in read_json_lines(file):
+        needed = {"time": str, **EVENT_FIELDS.get(str(found.get("event")), {"event": str})}
+        if all(isinstance(found.get(name), kind) for name, kind in needed.items()):
             yield found
 
 
@@ -145,30 +176,40 @@ def _on_disk(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return {"recipe" if name == "fingerprint" else name: value for name, value in fields}
 
 
-def read_submission(folder: Path) -> dict[str, Any] | None:
+def read_submission(folder: Path) -> SubmissionRecord | None:
     """Return the record of a submission; None when it is damaged or of a newer version."""
     try:
-        content = json.loads((folder / SUBMISSION_FILE).read_bytes())
+        found = SubmissionRecord.model_validate_json((folder / SUBMISSION_FILE).read_bytes(), strict=True)
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+    paired = all(len(job.ids) == len(job.tasks) for job in found.jobs)
+    return found if found.format == FORMAT and paired else None
+
+
+def damaged_submissions(run: RunFolder) -> list[Path]:
+    """Return the records of submissions that are damaged or of a newer version, so that their jobs are not known."""
+    records = (folder / SUBMISSION_FILE for folder in _submission_folders(run))
+    return [record for record in records if record.exists() and read_submission(record.parent) is None]
+
+
+def _submission_folders(run: RunFolder) -> list[Path]:
+    home = jobs_folder(run)
+    return sorted(path for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
 
 
 def all_tasks(run: RunFolder) -> list[Task]:
     """Return all tasks that were ever submitted for a run, the oldest submission first."""
-    home = jobs_folder(run)
-    folders = sorted(path for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
-    return [task for folder in folders for task in _tasks(folder)]
+    return [task for folder in _submission_folders(run) for task in _tasks(folder)]
 
 
 def _tasks(folder: Path) -> Iterator[Task]:
-    content = read_submission(folder)
-    if content is None:
+    found = read_submission(folder)
+    if found is None:
         return
-    for job in content["jobs"]:
-        for task_id, pins in zip(job["ids"], job["tasks"], strict=True):
-            names, after = tuple(pin["name"] for pin in pins), tuple(job["after"])
-            yield Task(folder, task_id, job["name"], names, after, content["submitted"], content["cluster"])
+    for job in found.jobs:
+        for task_id, pins in zip(job.ids, job.tasks, strict=True):
+            names = tuple(pin.name for pin in pins)
+            yield Task(folder, task_id, job.name, names, tuple(job.after), found.submitted, found.cluster)
 
 
 def newest_by_artifact(tasks: Sequence[Task]) -> dict[str, Task]:
@@ -179,7 +220,7 @@ def newest_by_artifact(tasks: Sequence[Task]) -> dict[str, Task]:
 def read_outcomes(folder: Path) -> dict[str, str]:
     """Return Slurm's account of how jobs ended that wrote no event of it, by task id, as sacct once gave it."""
     try:
-        found = json.loads((folder / OUTCOMES_FILE).read_bytes())
+        found = parse_json((folder / OUTCOMES_FILE).read_bytes())
     except (OSError, ValueError):
         return {}
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.storage import StorageError, atomic_write_json
 from grappa.slurm import scheduler
-from grappa.slurm.records import OUTCOMES_FILE, Task, all_tasks, newest_by_artifact, read_outcomes
+from grappa.slurm.records import OUTCOMES_FILE, Task, all_tasks, damaged_submissions, newest_by_artifact, read_outcomes
 from grappa.slurm.scheduler import Queued, SchedulerError
 
 
@@ -32,7 +32,8 @@ class Jobs:
 
 def read_jobs(run: RunFolder) -> Jobs:
     """Return the states of a run's jobs; at most two Slurm commands are called, however many jobs there are."""
-    tasks = newest_by_artifact(all_tasks(run))
+    tasks, lost = newest_by_artifact(all_tasks(run)), damaged_submissions(run)
+    damage = f"{lost[0]} is damaged, so its jobs are not known ({len(lost)} such records)" if lost else ""
     known = {key: outcome for task in _distinct(tasks.values()) for key, outcome in _known_outcome(task)}
     unsettled = [
         task
@@ -42,14 +43,15 @@ def read_jobs(run: RunFolder) -> Jobs:
     try:
         queue = scheduler.queued(task.job_name for task in unsettled)
     except SchedulerError as error:
-        return Jobs(tasks, None, known, f"{error}; what follows of the jobs is what they said themselves")
+        silence = f"{error}; what follows of the jobs is what they said themselves"
+        return Jobs(tasks, None, known, "; ".join(filter(None, (silence, damage))))
     silent = [task for task in unsettled if task.events and (task.id, task.job_name) not in queue]
     try:
         found = scheduler.outcomes([(task.id, task.job_name) for task in silent])
     except SchedulerError:  # this cluster has no accounting, so nothing more can be known
         found = {}
     _write_outcomes(silent, found)
-    return Jobs(tasks, queue, {**known, **found})
+    return Jobs(tasks, queue, {**known, **found}, damage)
 
 
 def live_tasks(run: RunFolder) -> dict[str, Task]:

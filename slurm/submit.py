@@ -24,7 +24,7 @@ from grappa.slurm.launch import sbatch_text, submit_slurm
 from grappa.slurm.local import run_locally
 from grappa.slurm.plan import PlannedJob, plan
 from grappa.slurm.profiles import Profile, load_profile
-from grappa.slurm.records import JobRecord, Task, jobs_folder
+from grappa.slurm.records import JobRecord, Task, damaged_submissions, jobs_folder
 from grappa.slurm.states import live_tasks
 from grappa.slurm.submission import Submission
 
@@ -42,13 +42,13 @@ def submit(root: Path, selection: Selection, profile_name: str, *, say: Say, dry
     _refuse_odd_name(run.root)
     if dry_run:
         submission = _submission(run, read_config(run), profile)
-        jobs = plan(run, submission.config, selection, profile, _live(run, profile))
+        jobs = plan(run, submission.config, selection, profile, _live(run, profile, say))
         _say_plan(submission, jobs, say)
         return
     with storage_errors(run.root):
         jobs_folder(run).mkdir(exist_ok=True)
     with _alone(run):
-        submission, live = _submission(run, read_config(run), profile), _live(run, profile)
+        submission, live = _submission(run, read_config(run), profile), _live(run, profile, say)
         jobs = plan(run, submission.config, selection, profile, live)
         if not jobs:
             say(f"nothing to submit: {f'{len(live)} artifacts are on their way' if live else 'all is fresh'}")
@@ -58,7 +58,10 @@ def submit(root: Path, selection: Selection, profile_name: str, *, say: Say, dry
             run_locally(submission, jobs, say)
 
 
-def _live(run: RunFolder, profile: Profile) -> dict[str, Task]:
+def _live(run: RunFolder, profile: Profile, say: Say) -> dict[str, Task]:
+    """Return the tasks that Slurm still has, by artifact; say which records cannot tell of theirs."""
+    for record in damaged_submissions(run):
+        say(f"warning: {record} is damaged, so its jobs are not known; look for them by `squeue`")
     return live_tasks(run) if profile.cluster == "slurm" else {}
 
 

@@ -1,9 +1,9 @@
 """From listed files to the image table and the pixel cache, in one pass over the files.
 
-Files are decoded in shards. After a shard's pixels its manifest is written, which records what became of its files, so
-that an interrupted pass goes on at the first shard without a manifest and ends with the same bytes. At the end the rows
-are ordered by content (image_id): neither the order of a listing nor the names of its files has an influence on what is
-computed from the pixels.
+Files are decoded in shards. After a shard's pixels its manifest is written, which records the digest of the pixels and
+what became of the files. So an interrupted pass decodes only what is not whole, and ends with the same bytes. At the
+end the rows are ordered by content (image_id): neither the order of a listing nor the names of its files has an
+influence on what is computed from the pixels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from grappa.core.atomic import write_whole
+from grappa.core.notes import UntrustedError, check_claim, claim, read_note, write_note
 from grappa.images.files import DecodedFile, ImagesChangedError, ListedFile, RejectedFileError, decode_file
 from grappa.images.pixels import shard_file, write_index, write_shard
 from grappa.images.table import BOX_COLUMNS
@@ -42,6 +42,7 @@ def decode_all(
     manifests: Path | None = None,
     num_workers: int = 1,
     progress: Callable[[int], None] | None = None,
+    dropped: Callable[[str], None] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Decode every listed file once into the pixel cache in ``folder``, and return the tables of images and rejects.
 
@@ -53,6 +54,7 @@ def decode_all(
         manifests: the folder of the shards' manifests, by which a later call can go on; None: ``folder``.
         num_workers: decoding threads; changes no byte of the result.
         progress: called with the number of files newly done; the files of shards that are whole already count too.
+        dropped: called with a sentence for a shard of an earlier call that is damaged and decoded again.
 
     Returns:
         ``images`` (image_id, path, root, domain, split, height, width, box_*, sha256, duplicate_of), sorted by
@@ -76,6 +78,7 @@ def decode_all(
         manifests=manifests,
         num_workers=num_workers,
         progress=progress,
+        dropped=dropped,
     )
     return _tables(listing, _listed_files(listing), records, folder)
 
@@ -92,6 +95,7 @@ def decode_shards(
     manifests: Path | None = None,
     num_workers: int = 1,
     progress: Callable[[int], None] | None = None,
+    dropped: Callable[[str], None] | None = None,
 ) -> list[Record]:
     """Decode the shards of a slice, but for whole ones, and return the records of their files, in listing order.
 
@@ -111,7 +115,7 @@ def decode_shards(
             part, shard = files[start : start + shard_size], start // shard_size
             mark = fingerprint(settings, part)
             manifest = manifests / f"{shard:05d}.json"
-            records += _whole_shard(folder, shard, manifest, mark, progress) or _decode_shard(
+            records += _whole_shard(folder, shard, manifest, mark, progress, dropped) or _decode_shard(
                 folder, shard, manifest, mark, _run(pool, load, part, progress)
             )
     return records
@@ -130,22 +134,27 @@ def write_shard_manifest(folder: Path, shard: int, manifest: Path, mark: str, re
 
     mark: the shard's :func:`fingerprint`. records: what became of each file, in order.
     """
-    num_bytes = shard_file(folder, shard).stat().st_size
-    text = json.dumps({"mark": mark, "num_bytes": num_bytes, "records": records}, separators=(",", ":"))
-    write_whole(manifest, lambda file: file.write(text.encode()))
+    write_note(manifest, {"mark": mark, "pixels": claim(shard_file(folder, shard)), "records": records})
 
 
-def read_shard_manifest(folder: Path, shard: int, manifest: Path, mark: str) -> list[Record] | None:
-    """Return the records of a shard that an earlier pass wrote whole, with the same mark; else None."""
+def read_shard_manifest(
+    folder: Path, shard: int, manifest: Path, mark: str, dropped: Callable[[str], None] | None = None
+) -> list[Record] | None:
+    """Return the records of a shard that an earlier pass wrote whole, with the same mark; else None.
+
+    ``dropped`` gets a sentence where the shard or its manifest is damaged.
+    """
     try:
-        found = json.loads(manifest.read_bytes())
-        num_bytes = shard_file(folder, shard).stat().st_size
-    except (FileNotFoundError, ValueError):
+        found = read_note(manifest)
+        if found is None or found.get("mark") != mark:
+            return None
+        check_claim(shard_file(folder, shard), found.get("pixels"))
+        records: list[Record] = found["records"]
+        return records
+    except UntrustedError as error:
+        if dropped:
+            dropped(f"{error}; the images of shard {shard} are decoded again")
         return None
-    if (found["mark"], found["num_bytes"]) != (mark, num_bytes):
-        return None
-    records: list[Record] = found["records"]
-    return records
 
 
 def _decode_shard(
@@ -160,9 +169,14 @@ def _decode_shard(
 
 
 def _whole_shard(
-    folder: Path, shard: int, manifest: Path, mark: str, progress: Callable[[int], None] | None
+    folder: Path,
+    shard: int,
+    manifest: Path,
+    mark: str,
+    progress: Callable[[int], None] | None,
+    dropped: Callable[[str], None] | None,
 ) -> list[Record] | None:
-    records = read_shard_manifest(folder, shard, manifest, mark)
+    records = read_shard_manifest(folder, shard, manifest, mark, dropped)
     if records and progress:
         progress(len(records))
     return records

@@ -61,6 +61,7 @@ def write_object_views(
     manifests: Path,
     num_workers: int = 1,
     progress: Callable[[int], None] | None = None,
+    dropped: Callable[[str], None] | None = None,
 ) -> None:
     """Write the object view of every image as a pixel cache in ``folder``.
 
@@ -68,7 +69,7 @@ def write_object_views(
         images: the image table (path, root, sha256); roots: the folders that its column ``root`` numbers.
         boxes: (N, 4) accepted boxes in pixels of the oriented original; four NaN: the image keeps its own pixels.
         cache: those pixels; row i is row i of the table.
-        max_pixels, shard_size, manifests, num_workers, progress: those of ``grappa.images.ingest.decode_all``.
+        max_pixels, shard_size, manifests, num_workers, progress, dropped: those of ``grappa.images.ingest.decode_all``.
 
     Raises:
         ImagesChangedError: an original is gone, cannot be read, or has other bytes than were decoded; the shards that
@@ -85,7 +86,7 @@ def write_object_views(
             rows = range(start, min(start + shard_size, len(originals)))
             shard, mark = start // shard_size, _mark(originals[rows.start : rows.stop], framing)
             manifest = manifests / f"{shard:05d}.json"
-            records = read_shard_manifest(folder, shard, manifest, mark)
+            records = read_shard_manifest(folder, shard, manifest, mark, dropped)
             if records is None:
                 records = _write(folder, shard, manifest, mark, _counted(pool.map(view, rows), progress))
             elif progress:

@@ -14,7 +14,9 @@ from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.verdict_file import read_verdict
 from grappa.pipeline.graph.models import FREE, SUPERVISED
-from grappa.pipeline.store.artifacts import RunFolder
+from grappa.pipeline.store.artifacts import RunFolder, published, readable_manifest
+
+METRICS_FILE = "metrics.csv"
 
 
 def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, say: Say) -> None:
@@ -25,13 +27,18 @@ def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, 
     if not report.leads:
         return
     if not report.seconds:
-        say(f"{report.num_fresh} fresh; --force runs {'it' if report.num_fresh == 1 else 'them'} again")
+        how = "every byte was read" if selection.verify else "sizes were compared, --verify reads every byte"
+        say(f"{report.num_fresh} fresh ({how}); --force runs {'it' if report.num_fresh == 1 else 'them'} again")
     verdict = None if selection.stage or selection.until else read_verdict(run)
     if verdict:
         say(f"verdict: {verdict.sentence}")
-    metrics = run.artifact("evaluation").path / "metrics.csv"
-    if metrics.exists() and any(node.stage == "evaluation" for node in selected(config, selection)):
-        print_table(metrics)
+    evaluated = readable_manifest(run, "evaluation")
+    if (
+        evaluated
+        and METRICS_FILE in evaluated.outputs
+        and any(node.stage == "evaluation" for node in selected(config, selection))
+    ):
+        print_table(published(run, "evaluation", METRICS_FILE) / METRICS_FILE)
     if report.seconds:
         say(times_line(report.seconds))
 

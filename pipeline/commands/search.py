@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grappa.pipeline.engine.verdict_file import chosen_model
-from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, published, quoted
+from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, published, quoted, readable_manifest
 from grappa.pipeline.store.storage import new_folder, refuse_existing
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
     source = _source(folder)
     check_same_origin(folder, "index", "images", f"heads/{source}", f"embeddings/{source}", "verdict", "model")
     index = SearchIndex.load(published(folder, "index"))
-    images = pd.read_parquet(published(folder, "images") / "images.parquet").set_index("image_id")
+    images = pd.read_parquet(published(folder, "images", "images.parquet") / "images.parquet").set_index("image_id")
     with torch.inference_mode():
         query = model(model.preprocess(open_image(image)).unsqueeze(0))
     ids, similarities = index.search(query.numpy(), k)
@@ -63,7 +63,7 @@ def _source(folder: RunFolder) -> str:
 def _deployed_by(folder: RunFolder, name: str) -> str:
     """Return the model that an artifact was made of: the one that its inputs name, or the choice of the verdict."""
     published(folder, name)
-    manifest = folder.artifact(name).manifest()
+    manifest = readable_manifest(folder, name)
     assert manifest is not None, f"{name} is published"
     inputs = manifest.fingerprint["inputs"]
     if "verdict" in inputs:

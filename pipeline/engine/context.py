@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from grappa.core.notes import UntrustedError
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.memory_limit import require_memory
 from grappa.pipeline.engine.progress import Advance, Progress
 from grappa.pipeline.engine.team import ALONE, Team
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import Stage, find_stage, upstream
-from grappa.pipeline.store.artifacts import LOG_FILE, RunFolder
+from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.work import Work
 
 if TYPE_CHECKING:
@@ -153,22 +153,25 @@ class StageContext:
         """
         kept = value
         if name != "device":
-            kept = self.team.agree(
-                name, self._resolved_before().get(name, value) if self.resumed and self.leads else value
-            )
+            kept = self.team.agree(name, self.work.kept(name, value) if isinstance(self.work, Work) else value)
         if self.resolved.get(name) != kept:
             self.resolved[name] = kept
             self.log({"resolved": {name: kept}})
         return kept
 
-    def _resolved_before(self) -> dict[str, Any]:
-        """Return the resolved values that the log holds from the beginning of this work."""
-        log = self.path / LOG_FILE
-        records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        kept: dict[str, Any] = {}
-        for record in records:
-            kept = {**record.get("resolved", {}), **kept}
-        return kept
+    def trusted(self, note: Path, read: Callable[[], T], otherwise: T) -> T:
+        """Return what ``read`` finds of earlier work; where that is damaged, say so, delete ``note``, go on without."""
+        try:
+            return read()
+        except UntrustedError as error:
+            note.unlink(missing_ok=True)
+            self.say_dropped(f"{error}; this part of the work is done again")
+            return otherwise
+
+    def say_dropped(self, sentence: str) -> None:
+        """Say, and log, that unfinished work is damaged and not used."""
+        self.progress.say(f"{self.name}: {sentence}")
+        self.log({"dropped": sentence})
 
 
 def num_cores() -> int:

@@ -14,15 +14,16 @@ from io import StringIO
 
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.context import LeadersWork, StageContext
-from grappa.pipeline.engine.fingerprints import expected_fingerprint
+from grappa.pipeline.engine.fingerprints import SOURCES, SOURCES_FILE, expected_fingerprint
 from grappa.pipeline.engine.freshness import Problem, State, compare_fingerprints
 from grappa.pipeline.engine.packages import refuse_missing_packages
 from grappa.pipeline.engine.progress import Progress, duration
 from grappa.pipeline.engine.status import Judge
 from grappa.pipeline.engine.team import ALONE, Team, joined
 from grappa.pipeline.graph.node import Node
-from grappa.pipeline.graph.stages import STAGES, find_stage, nodes
-from grappa.pipeline.store.artifacts import RunFolder, quoted
+from grappa.pipeline.graph.stages import STAGES, find_stage, inputs_of, nodes
+from grappa.pipeline.store.artifacts import RunFolder, damage_sentence, quoted
+from grappa.pipeline.store.digests import forget_digests
 from grappa.pipeline.store.provenance import provenance
 from grappa.pipeline.store.work import Work, open_work, recover
 
@@ -36,12 +37,16 @@ class NotReadyError(ValueError):
 
 @dataclass(frozen=True)
 class Selection:
-    """The nodes to run: all, those of one stage (or one instance), or all up to a stage; ``force``: fresh ones too."""
+    """The nodes to run: all, those of one stage (or one instance), or all up to a stage.
+
+    ``force``: fresh ones too. ``verify``: every byte is read again first, so that damaged ones are made again.
+    """
 
     stage: str | None = None
     instance: str | None = None
     until: str | None = None
     force: bool = False
+    verify: bool = False
 
 
 @dataclass
@@ -86,12 +91,14 @@ def lead(
     chosen = selected(config, selection)
     for node in nodes(config):
         recover(run.artifact(node))
+    if selection.verify:
+        forget_digests()
     if selection.stage:
-        _refuse_unready(run, Judge(run, config), chosen, force=selection.force)
-    before = Judge(run, config)
+        _refuse_unready(run, Judge(run, config, verify=selection.verify), chosen, force=selection.force)
+    before = Judge(run, config, verify=selection.verify)
     due = (node.stage for node in chosen if selection.force or before.state(node).kind != "fresh")
     refuse_missing_packages(config, due)
-    judge, report = Judge(run, config), Report()
+    judge, report = Judge(run, config, verify=selection.verify), Report()
     for node in chosen:
         if judge.state(node).kind == "fresh" and not selection.force:
             report.num_fresh += 1
@@ -108,7 +115,7 @@ def follow(run: RunFolder, team: Team) -> None:
     """Compute the stages that the leader announces together with it, until the leader has finished."""
     for step in team.steps():
         node, config = Node.parse(step["node"]), Config.model_validate(step["config"])
-        work = LeadersWork(run.artifact(node).partial, step["resumed"])
+        work = LeadersWork(run.artifact(node).path.with_name(step["folder"]), step["resumed"])
         context = StageContext(run, config, node, work, Progress(StringIO(), terminal=False), team=team)
         _compute(context)
 
@@ -126,7 +133,9 @@ def planned(run: RunFolder, config: Config, selection: Selection) -> list[tuple[
     A node that is stale only because its inputs are stale may turn out to be fresh: its inputs may be made again with
     the same bytes.
     """
-    chosen, judge = selected(config, selection), Judge(run, config)
+    if selection.verify:
+        forget_digests()
+    chosen, judge = selected(config, selection), Judge(run, config, verify=selection.verify)
     if selection.stage:
         _refuse_unready(run, judge, chosen, force=selection.force)
     found = [(node.name, judge.state(node)) for node in chosen]
@@ -167,14 +176,24 @@ def execute(
 ) -> float:
     """Run one node whose inputs are fresh and publish its artifact; return the seconds it took."""
     job, expected = os.environ.get("SLURM_JOB_ID"), expected_fingerprint(run, config, node)
+    _refuse_damaged_inputs(run, config, node)
     started, start = datetime.now(UTC), time.monotonic()
     with open_work(run.artifact(node), expected.fingerprint, job=job) as work:
         if work.finished:
             shutil.rmtree(work.path)
             say(f"{node}: was finished, its interrupted publication is completed")
             return 0.0
+        if work.dropped:
+            say(f"{node}: {work.dropped}; the unfinished work is begun again")
         team = team if find_stage(node.stage).parallel else ALONE
-        team.announce({"node": node.name, "config": config.model_dump(mode="json"), "resumed": work.resumed})
+        team.announce(
+            {
+                "node": node.name,
+                "config": config.model_dump(mode="json"),
+                "folder": work.path.name,
+                "resumed": work.resumed,
+            }
+        )
         context = StageContext(run, config, node, work, progress, team=team)
         sentence = _compute(context)
         seconds = time.monotonic() - start
@@ -185,6 +204,22 @@ def execute(
         work.publish({**origin, "seconds": round(seconds, 3), "resolved": context.resolved, **expected.notes})
     say(f"{node}: {sentence} ({spent(seconds)})")
     return seconds
+
+
+def _refuse_damaged_inputs(run: RunFolder, config: Config, node: Node) -> None:
+    """Refuse inputs whose bytes are not those of their manifest, or a result would be made of damaged ones.
+
+    A file that this process has written or read needs no reading again.
+    """
+    files: dict[Node, list[str]] = {}
+    for each in inputs_of(node, config):
+        files.setdefault(each.node, []).extend(each.files)
+    if "sources" in find_stage(node.stage).externals:
+        files[SOURCES] = [SOURCES_FILE]
+    for source, names in files.items():
+        problems = run.artifact(source).check(read=names)
+        if problems:
+            raise NotReadyError(f"{node} cannot run: {damage_sentence(run, source.name, problems)}")
 
 
 def _refuse_changed_inputs(run: RunFolder, config: Config, node: Node, work: Work) -> None:

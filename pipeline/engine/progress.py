@@ -99,6 +99,10 @@ class Progress:
 
             yield advance, meter
 
+    def say(self, line: str) -> None:
+        """Print a line of its own, where the tasks are shown."""
+        print(line, file=self._stream, flush=True)
+
     @contextmanager
     def _bar(self, artifact: str, description: str, unit: str, meter: Meter) -> Iterator[Callable[[], None]]:
         from rich.console import Console

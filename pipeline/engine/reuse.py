@@ -13,8 +13,8 @@ from grappa.pipeline.engine.fingerprints import expected_fingerprint, read_manif
 from grappa.pipeline.engine.freshness import artifact_state
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import nodes
-from grappa.pipeline.store.artifacts import LOG_FILE, Artifact, Fingerprint, Manifest, RunFolder
-from grappa.pipeline.store.work import open_work, recover
+from grappa.pipeline.store.artifacts import LOG_FILE, Artifact, Fingerprint, Manifest, RunFolder, damage_sentence
+from grappa.pipeline.store.work import OtherBytesError, open_work, recover
 
 
 def reuse_artifacts(other: RunFolder, run: RunFolder, config: Config, *, say: Callable[[str], None]) -> None:
@@ -22,25 +22,30 @@ def reuse_artifacts(other: RunFolder, run: RunFolder, config: Config, *, say: Ca
     reused = []
     for node in nodes(config):
         recover(run.artifact(node))
-        if reuse_artifact([other], run, config, node):
+        if reuse_artifact([other], run, config, node, say=say):
             reused.append(node.name)
     nothing = "nothing, no other artifact has a fingerprint of this run"
     say(f"reused from {other.root}: {', '.join(reused) or nothing}")
 
 
-def reuse_artifact(others: Iterable[RunFolder], run: RunFolder, config: Config, node: Node) -> RunFolder | None:
+def reuse_artifact(
+    others: Iterable[RunFolder], run: RunFolder, config: Config, node: Node, *, say: Callable[[str], None]
+) -> RunFolder | None:
     """Link or copy the artifact of a node, if it is not fresh, from the first run that has it; return that run or None.
 
-    The artifact may be stale in the other run: its fingerprint says from what it was made.
+    The artifact may be stale in the other run: its fingerprint says from what it was made. Its bytes must be those of
+    its manifest; ``say`` gets a sentence for an artifact that is damaged and therefore not reused.
     """
     wanted, target = _wanted(run, config, node), run.artifact(node)
     if wanted is None or artifact_state(target, wanted).kind == "fresh":
         return None
     for other in others:
         source, manifest = other.artifact(node), read_manifest(other, node)
-        if manifest and manifest.fingerprint == wanted and not source.check():
-            _copy(source, manifest, target)
-            return other
+        if manifest and manifest.fingerprint == wanted:
+            problems = source.check() or _copy(source, manifest, target)
+            if not problems:
+                return other
+            say(f"not reused: {damage_sentence(other, node.name, problems)}")
     return None
 
 
@@ -51,7 +56,8 @@ def _wanted(run: RunFolder, config: Config, node: Node) -> Fingerprint | None:
         return None
 
 
-def _copy(source: Artifact, manifest: Manifest, target: Artifact) -> None:
+def _copy(source: Artifact, manifest: Manifest, target: Artifact) -> list[str]:
+    """Publish the files of another run's artifact; if one is damaged, nothing is published and a line says so."""
     with open_work(target, manifest.fingerprint) as work:
         work.start_over()  # linked files belong to the other run: a stage must never write into them
         for name in (*manifest.outputs, LOG_FILE):
@@ -59,7 +65,11 @@ def _copy(source: Artifact, manifest: Manifest, target: Artifact) -> None:
                 _link(source.home / name, work.path / name)
         if source.manifest() != manifest:
             raise ValueError(f"{source.path} was replaced while it was copied; give the same command again")
-        work.publish({**manifest.provenance, "taken_from": str(source.path)})
+        try:
+            work.publish({**manifest.provenance, "taken_from": str(source.path)}, copied=manifest)
+        except OtherBytesError as error:
+            return [str(error)]
+    return []
 
 
 def _link(source: Path, target: Path) -> None:

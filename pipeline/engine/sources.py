@@ -41,12 +41,12 @@ def list_sources(images: Images) -> pd.DataFrame:
 
 
 def published_listing(run: RunFolder) -> pd.DataFrame | None:
-    """Return the published listing of a run; None where it is missing or corrupt."""
+    """Return the published listing of a run; None where it is missing or a byte of it is damaged."""
     import pandas as pd
 
     artifact = run.artifact("sources")
     recover(artifact)
-    if artifact.check():
+    if artifact.check(verify=True):
         return None
     return pd.read_parquet(artifact.home / SOURCES_FILE)
 
@@ -111,7 +111,7 @@ def _decoded_digests(run: RunFolder) -> dict[tuple[int, str], str]:
     import pyarrow.parquet as pq
 
     images = run.artifact("images")
-    if images.check():
+    if images.check(read=["images.parquet"]):
         return {}
     table = pq.read_table(images.home / "images.parquet", columns=["path", "root", "sha256"]).to_pydict()
     return dict(zip(zip(table["root"], table["path"], strict=True), table["sha256"], strict=True))

@@ -13,7 +13,8 @@ from grappa.pipeline.engine.fingerprints import SOURCES, expected_fingerprint, r
 from grappa.pipeline.engine.freshness import Problem, State, artifact_state
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage, nodes, upstream
-from grappa.pipeline.store.artifacts import RunFolder, quoted
+from grappa.pipeline.store.artifacts import RunFolder, quoted, repair_command
+from grappa.pipeline.store.digests import forget_digests
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,21 @@ class Judge:
 
 def states(run: RunFolder, config: Config, *, verify: bool = False) -> list[NodeState]:
     """Return the state of every node in the order of the graph; ``verify`` hashes outputs and images again."""
+    if verify:
+        forget_digests()
     judge = Judge(run, config, verify=verify)
     return [NodeState(node, judge.state(node)) for node in nodes(config)]
+
+
+def cure_lines(run: RunFolder, found: Sequence[NodeState]) -> list[str]:
+    """Return a line for each command that repairs what is damaged, and how much it repairs; empty without damage."""
+    reasons = [reason for each in found for reason in each.state.reasons]
+    damaged = [SOURCES.name] if any(reason.startswith(f"upstream {SOURCES} is corrupt") for reason in reasons) else []
+    damaged += [each.name for each in found if each.state.kind == "corrupt"]
+    commands: dict[str, list[str]] = {}
+    for name in damaged:
+        commands.setdefault(repair_command(run, name), []).append(name)
+    return [f"{', '.join(names)}: damaged; repair by `{command}`" for command, names in commands.items()]
 
 
 def status_lines(found: Sequence[NodeState], notes: Mapping[str, str] | None = None) -> list[str]:

@@ -15,7 +15,7 @@ from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import validation_sentence
 from grappa.pipeline.graph.models import deployed_model
 from grappa.pipeline.graph.node import Node
-from grappa.pipeline.store.artifacts import RunFolder, published, quoted
+from grappa.pipeline.store.artifacts import RunFolder, published, quoted, readable_manifest
 
 VERDICT = Node("verdict")
 VERDICT_FILE = "verdict.json"
@@ -71,9 +71,9 @@ def deployed_in(run: RunFolder, config: Config) -> str:
 
 def read_verdict(run: RunFolder) -> Verdict | None:
     """Return the verdict of a run, or None where it has none; ValueError, with the cure, for a file of another form."""
-    if run.artifact(VERDICT).manifest() is None:
+    if readable_manifest(run, VERDICT.name) is None:
         return None
-    file = published(run, VERDICT) / VERDICT_FILE
+    file = published(run, VERDICT, VERDICT_FILE) / VERDICT_FILE
     try:
         content: Any = json.loads(file.read_bytes())
         return TypeAdapter(Verdict).validate_python(content)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import pandas as pd
@@ -15,6 +14,7 @@ from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import STAGES, upstream
 from grappa.pipeline.report.summary import Table
 from grappa.pipeline.store.artifacts import LOG_FILE, RunFolder
+from grappa.pipeline.store.storage import read_json_lines
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,8 @@ def cost_of(run: RunFolder, node: Node) -> Cost | None:
     manifest = artifact.manifest()
     if manifest is None or "seconds" not in manifest.provenance:
         return None
-    log = artifact.home / LOG_FILE
-    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    speeds = [each["per_second"] for each in records if each.get("unit") == "images"]
+    records = read_json_lines(artifact.home / LOG_FILE)
+    speeds = [each["per_second"] for each in records if each.get("unit") == "images" and "per_second" in each]
     resumed = any(each.get("resumed") for each in records)
     return Cost(float(manifest.provenance["seconds"]), resumed, speeds[-1] if speeds else None)
 

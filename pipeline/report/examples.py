@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from grappa.core.randomness import id_numbers, key, shuffled
-from grappa.images.pixels import PixelCache
+from grappa.images.pixels import INDEX_FILE, PixelCache, shard_file
 from grappa.images.splits import test_rows
 from grappa.pipeline.graph.models import MODELS
 from grappa.pipeline.graph.node import Node
@@ -70,8 +70,8 @@ def load_examples(
     ``models``. ``models`` maps a model to the node of its embeddings. The gallery is merged: all test images except the
     query.
     """
-    images = read_images(published(run, "images"))
-    labels = pd.read_parquet(published(run, "images") / "labels.parquet")["label"]
+    images = read_images(published(run, "images", "images.parquet"))
+    labels = pd.read_parquet(published(run, "images", "labels.parquet") / "labels.parquet")["label"]
     rows, _ = test_rows(images)
     table = images.iloc[rows].assign(row=rows, label=labels.iloc[rows].to_numpy(dtype=object)).reset_index(drop=True)
     precision = _precision(table, list(models), per_query)
@@ -105,8 +105,10 @@ def choose(table: pd.DataFrame, precision: pd.DataFrame, *, seed: int = 0) -> li
 
 def write_thumbnails(run: RunFolder, examples: Sequence[Example], folder: Path) -> None:
     """Write a JPEG of every image that is shown, from the pixel cache."""
-    cache = PixelCache.open(published(run, "images") / "pixels")
+    cache = PixelCache.open(published(run, "images", f"pixels/{INDEX_FILE}") / "pixels")
     everyone = [shown for each in examples for shown in (each.query, *(x for r in each.rankings for x in r.nearest))]
+    shards = sorted({shard_file(Path("pixels"), int(cache.index[shown.row, 0])).as_posix() for shown in everyone})
+    published(run, "images", *shards)
     for row, file in sorted({(shown.row, shown.file) for shown in everyone}):
         image = Image.fromarray(np.array(cache.image(row)))
         image.thumbnail((2 * THUMBNAIL_SIDE, THUMBNAIL_SIDE))

@@ -19,7 +19,7 @@ from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import nodes
 from grappa.pipeline.report import costs, examples, figures, summary
 from grappa.pipeline.report.summary import Table, number
-from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, quoted
+from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, quoted, readable_manifest
 from grappa.pipeline.store.storage import new_folder, refuse_existing
 
 FIGURES, THUMBNAILS, PAGE, MARKDOWN = "figures", "images", "index.html", "results.md"
@@ -50,7 +50,7 @@ def write_report(run: Path, folder: Path) -> str:
 
 
 def _is_made(run: RunFolder, node: Node) -> bool:
-    return run.artifact(node).manifest() is not None
+    return readable_manifest(run, node) is not None
 
 
 def _content(

@@ -63,8 +63,8 @@ def extract(
     need_for_batches(context, device, memory.embedding(vit_shape(backbone, [adaptation]), most, settled))
     shape, path = (len(cache), *(row_shape or (backbone.width,))), context.path / file
     checkpoint = RowCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
-    start = context.team.agree("start", checkpoint.load() if context.leads and path.exists() else 0)
-    out = _open_rows(path, shape, start) if context.leads else None
+    out, found = open_rows(context, checkpoint, path, shape) if context.leads else (None, 0)
+    start = context.team.agree("start", found)
     with context.task("embedding", len(cache), done=start) as advance:
         done = start
 
@@ -73,7 +73,7 @@ def extract(
             done += number
             advance(number)
             if out is not None:
-                checkpoint.offer(done, out.flush)
+                checkpoint.offer(done, out)
 
         extract_features(
             backbone,
@@ -95,8 +95,12 @@ def extract(
     return shape
 
 
-def _open_rows(path: Path, shape: tuple[int, ...], start: int) -> np.memmap[Any, Any]:
-    return np.lib.format.open_memmap(path, mode="r+") if start else new_array(path, shape)
+def open_rows(
+    context: StageContext, checkpoint: RowCheckpoint, path: Path, shape: tuple[int, ...]
+) -> tuple[np.memmap[Any, Any], int]:
+    """Open the array file of unfinished work, or make a new one; return it and the number of rows it holds already."""
+    start = context.trusted(checkpoint.path, lambda: checkpoint.load(path, shape), 0)
+    return np.lib.format.open_memmap(path, mode="r+") if start else new_array(path, shape), start
 
 
 def new_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, Any]:

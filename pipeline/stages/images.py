@@ -25,6 +25,7 @@ def run(context: StageContext) -> str:
         "shard_size": settings.shard_size,
         "manifests": context.path / SCRATCH_FOLDER,
         "num_workers": context.num_workers,
+        "dropped": context.say_dropped,
     }
     if context.team.size > 1:
         _decode_own_shards(context, listing, roots, how)

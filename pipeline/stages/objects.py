@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from grappa.core.atomic import write_whole
 from grappa.core.randomness import id_numbers, key
 from grappa.images.table import BOX_COLUMNS
 from grappa.images.transforms import whole_batch
@@ -26,9 +25,9 @@ from grappa.objects.views import Framing, check_roots, write_object_views
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.engine.sources import NO_BOXES
 from grappa.pipeline.opening import accepted_boxes, open_backbone, open_pixels, read_images, settle_device
-from grappa.pipeline.stages.features import extract, new_array
+from grappa.pipeline.stages.features import extract, open_rows
 from grappa.pipeline.store.artifacts import SCRATCH_FOLDER
-from grappa.pipeline.store.checkpoints import RowCheckpoint
+from grappa.pipeline.store.checkpoints import ArrayCheckpoint, RowCheckpoint
 
 Boxes = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -48,15 +47,15 @@ def _found(context: StageContext, images: pd.DataFrame) -> Boxes:
     """Return the provider's boxes (N, 4) and confidences (N,); resumed work reads those that were found before."""
     scratch = context.path / SCRATCH_FOLDER
     scratch.mkdir(exist_ok=True)
-    file = scratch / "boxes.npy"
-    if not file.exists():
+    checkpoint = ArrayCheckpoint(scratch / "boxes.npy")
+    kept = context.trusted(checkpoint.path, checkpoint.load, None)
+    if kept is None:
         find = {"columns": _listed, "backbone": _seen, "random": _drawn, "grounding_dino": _detected}[
             context.config.objects.provider
         ]
         boxes, confidences = find(context, images)
-        both = np.concatenate([boxes, confidences[:, None]], axis=1)
-        write_whole(file, lambda opened: np.save(opened, both, allow_pickle=False))
-    kept = np.load(file, allow_pickle=False)
+        kept = np.concatenate([boxes, confidences[:, None]], axis=1)
+        checkpoint.save(kept)
     return kept[:, :4], kept[:, 4]
 
 
@@ -95,13 +94,12 @@ def _detected(context: StageContext, images: pd.DataFrame) -> Boxes:
     detector = load_detector(str(settings.model), settings.prompt, device=settle_device(context))
     path = context.path / SCRATCH_FOLDER / "detected.npy"
     checkpoint = RowCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
-    start = checkpoint.load() if path.exists() else 0
-    out = np.lib.format.open_memmap(path, mode="r+") if start else new_array(path, (len(cache), 5))
+    out, start = open_rows(context, checkpoint, path, (len(cache), 5))
     with context.task("detecting", len(cache), done=start) as advance:
         for row in range(start, len(cache)):
             out[row] = detect(detector, cache.image(row))
             advance(1)
-            checkpoint.offer(row + 1, out.flush)
+            checkpoint.offer(row + 1, out)
     sides = images[["width", "height"] * 2].to_numpy()
     found = out.astype(np.float64)
     return found[:, :4] * sides, found[:, 4]
@@ -134,6 +132,7 @@ def _write_views(context: StageContext, images: pd.DataFrame, table: pd.DataFram
             manifests=context.path / SCRATCH_FOLDER,
             num_workers=context.num_workers,
             progress=advance,
+            dropped=context.say_dropped,
         )
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -18,10 +18,10 @@ from typing import Any, TypedDict
 
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import STAGES
+from grappa.pipeline.store.digests import known_digest
 from grappa.pipeline.store.storage import (
     StorageError,
     atomic_write_json,
-    file_digest,
     is_scratch,
     storage_errors,
     storage_sentence,
@@ -30,7 +30,8 @@ from grappa.pipeline.store.storage import (
 FORMAT = 1
 RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 MANIFEST_FILE, FINGERPRINT_FILE, LOG_FILE = "manifest.json", "recipe.json", "log.jsonl"
-CHECKPOINT_FILES = ("checkpoint.safetensors", "checkpoint.json")
+RESOLVED_FILE = "resolved.json"  # in a partial folder: the values that settings `auto` stand for
+CHECKPOINT_FILES = ("checkpoint.safetensors", "checkpoint.json", RESOLVED_FILE)
 SCRATCH_FOLDER = "scratch"  # in a partial folder: files with which a stage resumes after a crash; never published
 
 Fingerprint = Mapping[str, Any]
@@ -47,6 +48,10 @@ class RunFolderError(ValueError):
 
 class CorruptManifest(ValueError):
     """A manifest is missing, unreadable, of a newer format or has wrong fields; the message begins with the file."""
+
+
+class DamagedError(ValueError):
+    """An artifact is not what its manifest says; the message names the artifact, the file and the command."""
 
 
 class FileDigest(TypedDict):
@@ -131,6 +136,8 @@ def _fingerprint_problem(fingerprint: dict[str, Any]) -> str | None:
 
 
 def _outputs_problem(outputs: dict[str, Any]) -> str | None:
+    if not outputs:
+        return "it names no output"
     for name, entry in outputs.items():
         path = PurePosixPath(name)
         if not name or path.is_absolute() or ".." in path.parts:
@@ -160,8 +167,17 @@ class Artifact:
 
     @property
     def partial(self) -> Path:
-        """The folder of unfinished work."""
+        """The folder of unfinished work while nobody works on it."""
         return self._beside(".partial")
+
+    def partial_of(self, token: str) -> Path:
+        """Return the folder in which the holder of a lock works; the next holder renames it: no two share it."""
+        return self._beside(f".partial.{token}")
+
+    def unfinished(self) -> list[Path]:
+        """Return the folders of unfinished work that are there, also those that killed processes left."""
+        found = self.path.parent.glob(f"{self.partial.name}*") if self.path.parent.exists() else ()
+        return sorted(path for path in found if path.name.removeprefix(self.partial.name)[:1] in ("", "."))
 
     @property
     def old(self) -> Path:
@@ -187,19 +203,32 @@ class Artifact:
         home = self.home
         return Manifest.read(home / MANIFEST_FILE) if home.exists() else None
 
-    def check(self, verify: bool = False) -> list[str]:
-        """Return problems such as `features.npy: 10 bytes, manifest says 20`; `verify` hashes every byte again."""
-        return folder_problems(self.home, verify=verify)
+    def check(self, verify: bool = False, read: Sequence[str] = ()) -> list[str]:
+        """Return problems such as `features.npy: 10 bytes, manifest says 20`.
+
+        The sizes of all files are compared, and the digests of the files that are to be `read`: names, or folders that
+        end in `/`. `verify`: the digests of all files.
+        """
+        return folder_problems(self.home, verify=verify, read=read)
 
 
-def folder_problems(folder: Path, *, verify: bool) -> list[str]:
-    """Return a line for each file in which a folder and its manifest differ; empty when the folder is whole."""
+def folder_problems(folder: Path, *, verify: bool, read: Sequence[str] = ()) -> list[str]:
+    """Return a line for each file in which a folder and its manifest differ; the arguments are `Artifact.check`'s."""
     try:
-        manifest = Manifest.read(folder / MANIFEST_FILE)
+        outputs = Manifest.read(folder / MANIFEST_FILE).outputs
     except CorruptManifest as error:
         return [str(error)]
-    found = ((name, _file_problem(folder / name, entry, verify)) for name, entry in sorted(manifest.outputs.items()))
-    return [f"{name}: {problem}" for name, problem in found if problem]
+    unknown = [name for name in read if not any(_is_in(each, name) for each in outputs)]
+    hashed = {each for each in outputs if verify or any(_is_in(each, name) for name in read)}
+    found = ((name, _file_problem(folder / name, outputs[name], name in hashed)) for name in sorted(outputs))
+    return [
+        *(f"{name}: the manifest does not name it" for name in unknown),
+        *(f"{name}: {problem}" for name, problem in found if problem),
+    ]
+
+
+def _is_in(file: str, name: str) -> bool:
+    return file.startswith(name) if name.endswith("/") else file == name
 
 
 def _file_problem(path: Path, entry: FileDigest, verify: bool) -> str | None:
@@ -208,7 +237,7 @@ def _file_problem(path: Path, entry: FileDigest, verify: bool) -> str | None:
     size = path.stat().st_size
     if size != entry["bytes"]:
         return f"{size} bytes, manifest says {entry['bytes']}"
-    return "sha256 differs" if verify and file_digest(path)[1] != entry["sha256"] else None
+    return "sha256 differs" if verify and known_digest(path) != entry["sha256"] else None
 
 
 @dataclass(frozen=True)
@@ -268,13 +297,41 @@ def _check_run_format(path: Path) -> None:
         raise RunFolderError(f"{path.parent} has run format {version}, {advice}.")
 
 
-def published(folder: RunFolder, node: Node | str) -> Path:
-    """Return the folder of a published artifact; when it is missing, a ValueError names the command that makes it."""
+def published(folder: RunFolder, node: Node | str, *files: str) -> Path:
+    """Return the folder of a published artifact whose ``files`` (default: all) are what the manifest says.
+
+    The sizes of all files are checked, and the digests of ``files`` (names, or folders that end in ``/``), once for
+    each file and time stamp. Where the artifact is missing, a ValueError names the command that makes it; where it is
+    damaged, a DamagedError names file and command.
+    """
     artifact = folder.artifact(node)
-    if artifact.manifest() is None:
+    if not artifact.home.exists():
         command = f"grappa run {quoted(folder.root)} --until {artifact.node.stage}"
         raise ValueError(f"{artifact.name} is missing in {folder.root}; run `{command}`")
+    problems = artifact.check(verify=not files, read=files)
+    if problems:
+        raise DamagedError(damage_sentence(folder, artifact.name, problems))
     return artifact.home
+
+
+def damage_sentence(folder: RunFolder, name: str, problems: Sequence[str]) -> str:
+    """Return the sentence that names a damaged artifact, its first problem and the command that repairs it."""
+    more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return f"{name} in {folder.root} is damaged ({problems[0]}{more}); repair it by `{repair_command(folder, name)}`"
+
+
+def repair_command(folder: RunFolder, name: str) -> str:
+    """Return the command that makes a damaged artifact again."""
+    return f"grappa init {quoted(folder.root)}" if name == "sources" else f"grappa run {quoted(folder.root)} --verify"
+
+
+def readable_manifest(folder: RunFolder, node: Node | str) -> Manifest | None:
+    """Return the manifest of an artifact, or None when nothing was published; DamagedError when it cannot be used."""
+    artifact = folder.artifact(node)
+    try:
+        return artifact.manifest()
+    except CorruptManifest as error:
+        raise DamagedError(damage_sentence(folder, artifact.name, [str(error)])) from None
 
 
 def check_same_origin(folder: RunFolder, *names: str) -> None:
@@ -287,7 +344,7 @@ def check_same_origin(folder: RunFolder, *names: str) -> None:
     seen: dict[tuple[str, str], str] = {}
     differing: set[str] = set()
     for name in names:
-        manifest = folder.artifact(name).manifest()
+        manifest = readable_manifest(folder, name)
         for place, digest in _digests(name, manifest).items() if manifest else ():
             if seen.setdefault(place, digest) != digest:
                 differing.add(place[0])

@@ -1,22 +1,31 @@
-"""Checkpoints of unfinished work in its partial folder: tensors as safetensors, the rest as JSON, never a pickle."""
+"""Checkpoints of unfinished work in its partial folder: tensors as safetensors, the rest as JSON, never a pickle.
+
+Each of them holds a digest of what it claims, and loading compares it: UntrustedError where the work is damaged.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grappa.pipeline.store.storage import atomic_write_bytes, atomic_write_json
+from grappa.core.atomic import write_whole
+from grappa.core.notes import UntrustedError, check_claim, claim, read_note, write_note
+from grappa.pipeline.store.storage import atomic_write_bytes, storage_errors
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from grappa.core.distributed import Processes
 
 TENSORS_FILE, RECORD_FILE = "checkpoint.safetensors", "checkpoint.json"
+BLOCK_ROWS = 4096
 _stop = threading.Event()
 
 
@@ -47,37 +56,53 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file whole or not at all; a full disk is an OSError (the writer of safetensors hides it)."""
     from safetensors.torch import save
 
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    atomic_write_bytes(path, save(plain, dict(metadata) if metadata else None))
+    atomic_write_bytes(path, save(_plain(tensors), dict(metadata) if metadata else None))
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def _digest(tensors: Mapping[str, Tensor], record: str) -> str:
+    """Return the sha256 of a record and of the names, types, shapes and values of tensors on the CPU."""
+    import torch
+
+    digest = hashlib.sha256(record.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"\0{name} {value.dtype} {tuple(value.shape)}\0".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class FileCheckpoint:
     """Saves the newest state of a training in a folder; a checkpoint is due every ``seconds``.
 
-    The record lies in the metadata of the safetensors file, so that one rename publishes tensors and record.
+    The record and the digest lie in the metadata of the safetensors file, so that one rename publishes everything.
     """
 
     def __init__(self, folder: Path, *, seconds: float) -> None:
-        self._path, self._seconds, self._last = folder / TENSORS_FILE, seconds, time.monotonic()
+        self.path, self._seconds, self._last = folder / TENSORS_FILE, seconds, time.monotonic()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return the tensors and the record that were saved last, or None when there are none."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        if not self._path.exists():
+        if not self.path.exists():
             return None
-        with safe_open(self._path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            return tensors, json.loads(file.metadata()["record"])
+        try:
+            with safe_open(self.path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                record, digest = (file.metadata()[name] for name in ("record", "sha256"))
+        except (SafetensorError, OSError, KeyError, TypeError):
+            raise UntrustedError(f"{self.path.name} is damaged") from None
+        if digest != _digest(tensors, record):
+            raise UntrustedError(f"{self.path.name} has other bytes than were saved")
+        return tensors, json.loads(record)
 
     def steps_done(self) -> int:
-        """Return the step of the saved state, 0 when there is none; no tensor is read."""
-        from safetensors import safe_open
-
-        if not self._path.exists():
-            return 0
-        with safe_open(self._path, "pt") as file:
-            return int(json.loads(file.metadata()["record"])["step"])
+        """Return the step of the saved state, 0 when there is none."""
+        loaded = self.load()
+        return int(loaded[1]["step"]) if loaded else 0
 
     def due(self) -> bool:
         """Tell whether the interval since the last checkpoint has passed, or a stop was requested."""
@@ -85,7 +110,8 @@ class FileCheckpoint:
 
     def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Replace the checkpoint, whole or not at all; then raise Stopped if a stop was requested."""
-        write_tensors(self._path, tensors, {"record": json.dumps(record)})
+        plain, text = _plain(tensors), json.dumps(record)
+        write_tensors(self.path, plain, {"record": text, "sha256": _digest(plain, text)})
         self._last = time.monotonic()
         refuse_if_stopped()
 
@@ -128,19 +154,69 @@ def _packed(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> bytes:
 
 
 class RowCheckpoint:
-    """Saves how many rows of a memory-mapped array are on disk, every ``seconds``."""
+    """Saves how many rows of a memory-mapped array are on disk, with their digest, every ``seconds``."""
 
     def __init__(self, folder: Path, *, seconds: float) -> None:
-        self._path, self._seconds, self._last = folder / RECORD_FILE, seconds, time.monotonic()
+        self.path, self._seconds, self._last = folder / RECORD_FILE, seconds, time.monotonic()
+        self._num_rows, self._digest = 0, hashlib.sha256()
 
-    def load(self) -> int:
-        """Return the number of rows on disk, 0 without a checkpoint."""
-        return int(json.loads(self._path.read_text())["rows"]) if self._path.exists() else 0
+    def load(self, array: Path, shape: tuple[int, ...]) -> int:
+        """Return the number of rows of a float32 array file that are on disk as they were saved; 0 where none are."""
+        import numpy as np
 
-    def offer(self, num_rows: int, flush: Callable[[], None]) -> None:
-        """Call ``flush`` and save ``num_rows`` when that is due or a stop was requested; a stop then raises Stopped."""
+        note = read_note(self.path)
+        if note is None:
+            return 0
+        try:
+            found = np.load(array, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            raise UntrustedError(f"{array.name} is missing, cut off or damaged") from None
+        if found.shape != shape or found.dtype != np.float32 or note["rows"] > len(found):
+            raise UntrustedError(f"{array.name} is {found.dtype} {found.shape}, expected float32 {shape}")
+        self._add(found, note["rows"])
+        if self._digest.hexdigest() != note["sha256"]:
+            self._num_rows, self._digest = 0, hashlib.sha256()
+            raise UntrustedError(f"{array.name} has other bytes than were saved")
+        return self._num_rows
+
+    def offer(self, num_rows: int, out: np.memmap[Any, Any]) -> None:
+        """Flush ``out`` and save ``num_rows`` when that is due or a stop was requested; a stop then raises Stopped."""
         if _stop.is_set() or time.monotonic() - self._last >= self._seconds:
-            flush()
-            atomic_write_json(self._path, {"rows": num_rows})
+            out.flush()
+            self._add(out, num_rows)
+            with storage_errors(self.path):
+                write_note(self.path, {"rows": num_rows, "sha256": self._digest.hexdigest()})
             self._last = time.monotonic()
             refuse_if_stopped()
+
+    def _add(self, array: NDArray[Any], num_rows: int) -> None:
+        """Bring the digest up to the first ``num_rows`` rows."""
+        for start in range(self._num_rows, num_rows, BLOCK_ROWS):
+            self._digest.update(array[start : min(start + BLOCK_ROWS, num_rows)].tobytes())
+        self._num_rows = num_rows
+
+
+class ArrayCheckpoint:
+    """An array that is saved as soon as it is known, so that a later try need not compute it again."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self.path = file, file.with_suffix(".json")
+
+    def load(self) -> NDArray[Any] | None:
+        """Return the array that was saved, or None when there is none."""
+        import numpy as np
+
+        note = read_note(self.path)
+        if note is None:
+            return None
+        check_claim(self._file, note["array"])
+        array: NDArray[Any] = np.load(self._file, allow_pickle=False)
+        return array
+
+    def save(self, array: NDArray[Any]) -> None:
+        """Write the array, then the note of it."""
+        import numpy as np
+
+        with storage_errors(self._file):
+            write_whole(self._file, lambda file: np.save(file, array, allow_pickle=False))
+            write_note(self.path, {"array": claim(self._file)})

@@ -3,7 +3,11 @@
 The lock file appears whole (it is a hard link of a finished draft: atomic, also between hosts), and its content does
 not change while the lock is held. A heartbeat renews its modification time, which needs no disk space. The time since
 the last heartbeat is measured against the modification time of a file just written to the same folder, so the clocks
-of hosts need not agree.
+of hosts need not agree. Where a file system takes the times from the hosts, a time stamp may lie in the future: whoever
+finds it sets it to the present, and a living holder sets it again.
+
+A process that slept for too long finds its lock taken over when it wakes up. The lock alone cannot stop its next step:
+therefore the holder's ``token`` is a part of the name of the folder that it publishes by rename (``store.work``).
 """
 
 from __future__ import annotations
@@ -64,33 +68,49 @@ class Lock:
 
     def __init__(self, path: Path, raw: bytes) -> None:
         self._path, self._raw, self._pid = path, raw, os.getpid()
+        self.token = str(json.loads(raw)["token"])
         self._stop = threading.Event()
         threading.Thread(target=self._beat, name=f"heartbeat {path.name}", daemon=True).start()
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             with suppress(OSError):  # the file system may fail for a moment: the next beat may succeed
-                if not self._is_ours():
+                if not self.is_held():
                     return
                 os.utime(self._path)
 
-    def _is_ours(self) -> bool:
+    def is_held(self) -> bool:
+        """Tell whether this process still holds the lock."""
         found = _read(self._path)
         return found is not None and found.raw == self._raw
 
     def check(self) -> None:
         """Raise LockLostError when another process took the lock over."""
-        if not self._is_ours():
-            raise LockLostError(
-                f"The lock {self._path} was taken over or removed while this process was silent; nothing was published."
-            )
+        if not self.is_held():
+            raise self.lost()
+
+    def lost(self) -> LockLostError:
+        """Return the error of a process that has lost this lock."""
+        return LockLostError(
+            f"The lock {self._path} was taken over or removed while this process was silent; nothing was published."
+        )
 
     def release(self) -> None:
         """Remove the lock file; nothing happens in a forked child, or where the lock is lost or released already."""
         self._stop.set()
         with suppress(OSError):  # if the file cannot be removed, the next writer takes it over after this process
-            if os.getpid() == self._pid and self._is_ours():
-                self._path.unlink(missing_ok=True)
+            if os.getpid() == self._pid and self.is_held():
+                self._remove()
+
+    def _remove(self) -> None:
+        """Take the file away, and put it back if it is the lock of the next holder: this process may have slept."""
+        away = self._path.with_name(f"{self._path.name}.{self.token}.tmp")
+        os.rename(self._path, away)
+        try:
+            if away.read_bytes() != self._raw:
+                os.link(away, self._path)
+        finally:
+            away.unlink()
 
     def __enter__(self) -> Lock:
         return self
@@ -138,6 +158,9 @@ def _claim(path: Path, draft: Path, raw: bytes, what: str, job: str | None) -> b
     if found.raw == raw:  # a network file system may repeat a link that succeeded
         return True
     silence = _now(draft) - found.touched
+    if silence < -HEARTBEAT_SECONDS:  # by the clock of a host that is ahead: its silence counts from now on
+        with suppress(OSError):
+            os.utime(path)
     if not _is_dead(found.holder, silence):
         raise LockedError(_refusal(what, found.holder, silence))
     return _take_over(path, draft, found.raw, what, job)
@@ -162,11 +185,19 @@ def _now(draft: Path) -> float:
     return draft.stat().st_mtime
 
 
+def remains(path: Path) -> bool:
+    """Tell whether there is a lock, held or left by a dead process, or a draft of one."""
+    return path.parent.exists() and any(path.parent.glob(f"{path.name}*"))
+
+
 def _sweep(path: Path, now: float) -> None:
-    """Remove the drafts that killed processes left beside the lock."""
+    """Remove the drafts that dead processes left beside the lock; nobody else gives a file the name of a draft."""
     for entry in path.parent.glob(f"{path.name}.*"):
         with suppress(OSError):
-            if now - entry.stat().st_mtime > SILENCE_SECONDS:
+            found = _read(entry)
+            silence = now - found.touched if found else 0.0
+            own_name = entry.suffix == ".tmp"
+            if found and (_is_dead(found.holder, silence) if own_name else silence > SILENCE_SECONDS):
                 entry.unlink()
 
 

@@ -10,10 +10,12 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from grappa.core.atomic import write_whole
+from grappa.core.notes import parse_json
 
 
 class StorageError(OSError):
@@ -45,6 +47,17 @@ def atomic_write_text(path: Path, text: str) -> None:
 def atomic_write_json(path: Path, content: object) -> None:
     """Write indented JSON by `atomic_write_bytes`; ValueError for NaN and infinity."""
     atomic_write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects in the lines of a file that a crash may have cut off; other lines are passed over."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            record = parse_json(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
 
 
 def is_scratch(name: str) -> bool:

@@ -112,7 +112,7 @@ class _Reuser:
     any: bool = False
 
     def __call__(self, node: Node) -> bool:
-        source = reuse_artifact(self.others, self.run.folder, self.run.config, node)
+        source = reuse_artifact(self.others, self.run.folder, self.run.config, node, say=self.say)
         if source is None:
             self.flush()
             return False

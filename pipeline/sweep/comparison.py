@@ -22,6 +22,7 @@ from grappa.pipeline.engine.execution import Selection, selected
 from grappa.pipeline.engine.fingerprints import read_manifest
 from grappa.pipeline.engine.status import Judge
 from grappa.pipeline.graph.node import Node
+from grappa.pipeline.store.artifacts import published
 from grappa.pipeline.store.storage import atomic_write_bytes
 from grappa.pipeline.sweep.runs import Sweep, SweepRun
 from grappa.pipeline.sweep.spec import SweepFile, varied
@@ -55,7 +56,7 @@ def _result_rows(run: SweepRun, file: SweepFile) -> pd.DataFrame | None:
 
     if Judge(run.folder, run.config).state(Node("evaluation")).kind != "fresh":
         return None
-    metrics = read_metrics(run.folder.artifact("evaluation").home / "metrics.csv")
+    metrics = read_metrics(published(run.folder, "evaluation", "metrics.csv") / "metrics.csv")
     chosen = [any(fnmatchcase(model, pattern) for pattern in file.rows) for model in metrics["model"]]
     rows = metrics[chosen].assign(**_seconds(run, file.until))
     columns = {"run": run.name, "variant": run.variant, **{key: setting(run.config, key) for key in varied(file)}}

@@ -71,7 +71,7 @@ def test_a_notebook_makes_a_run_and_goes_on_with_it(run: grappa.Run, capsys: pyt
     assert capsys.readouterr().out == ""
     assert grappa.run(run.root) == run
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("fresh; --force runs them again")
+    assert lines[0].endswith("--force runs them again")
     assert [line for line in lines if line.startswith("fused ")]
 
 

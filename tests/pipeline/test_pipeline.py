@@ -26,7 +26,7 @@ from grappa.pipeline.stages import index as index_stage
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.checkpoints import RowCheckpoint
 from grappa.pipeline.store.work import Work
-from tests.helpers.tiny import digests, draw_images, make_run, run_all, split_of, write_table, write_weights
+from tests.helpers.tiny import digests, draw_images, make_run, run_all, sign_again, split_of, write_table, write_weights
 
 COLUMNS = "model domain gallery num_queries map map_se r_precision map_at_r recall_at_1 recall_at_1_se recall_at_2"
 FREE = ["zero_shot", "zero_shot_whitened", "zero_shot_head"]
@@ -66,7 +66,7 @@ def test_every_artifact_is_in_place_and_a_second_run_does_nothing(run: RunFolder
     files = {path.name for path in (run.root / "images").iterdir()}
     assert files == {"images.parquet", "labels.parquet", "rejected.parquet", "pixels", "manifest.json", "log.jsonl"}
     assert {path.suffix for path in (run.root / "images" / "pixels").iterdir()} == {".npy"}
-    assert not [path for path in run.root.rglob("*") if path.suffix in (".partial", ".old", ".pkl", ".pt", ".lock")]
+    assert not [path for path in run.root.rglob("*") if {".partial", ".old", ".pkl", ".pt", ".lock"} & {*path.suffixes}]
 
 
 def test_the_result_table_is_tidy_and_complete(run: RunFolder) -> None:
@@ -131,8 +131,8 @@ def test_an_interrupted_attention_pass_goes_on_where_it_stopped(
     undisturbed = digests(copy)["attention/neighbors/attention.npy"]
     real = RowCheckpoint.offer
 
-    def stop(self: RowCheckpoint, num_rows: int, flush: Any) -> None:
-        real(self, num_rows, flush)
+    def stop(self: RowCheckpoint, num_rows: int, out: Any) -> None:
+        real(self, num_rows, out)
         if num_rows == 32:
             raise KeyboardInterrupt
 
@@ -214,6 +214,7 @@ def test_a_head_learns_on_train_rows_only(copy: RunFolder) -> None:
     )
     before[split == "test"] = before[split == "test"][::-1]
     np.save(folder / "embeddings.npy", before, allow_pickle=False)
+    sign_again(folder)
     head = digests(copy)["heads/fused/head.safetensors"]
     run_all(copy, stage="heads", instance="fused", force=True)
     assert digests(copy)["heads/fused/head.safetensors"] == head
@@ -318,7 +319,7 @@ def test_an_interrupted_reuse_never_writes_into_the_other_run(
 ) -> None:
     other = make_run(tmp_path / "other", [material / "table.csv"], material / "weights.safetensors")
 
-    def crash(*arguments: object) -> None:
+    def crash(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Work, "publish", crash)
@@ -410,7 +411,7 @@ def test_kill_9_in_mid_training_and_the_same_command_ends_bit_identical(
         [sys.executable, "-c", script, str(other.root), str(num_saves)], capture_output=True, text=True
     )
     assert done.returncode == -9, done.stderr
-    assert list(other.root.glob("*/*.partial/checkpoint.safetensors"))
+    assert list(other.root.glob("*/*.partial.*/checkpoint.safetensors"))
     run_all(other)
     assert digests(other) == digests(run)
     logs = [other.root / name / "log.jsonl" for name in ("adaptors/k00004", "adaptors/k00008", "fusion/neighbors")]

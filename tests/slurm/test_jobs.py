@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -218,6 +219,17 @@ def test_a_job_of_two_processes_on_this_machine(tmp_path: Path) -> None:
     assert digests(run) == together
 
 
+def test_status_of_a_run_with_jobs_names_the_cure_of_damage(fakes: FakeStages) -> None:
+    fakes.execute()
+    (fakes.root / "jobs").mkdir()
+    assert grappa("status", fakes.root, "--verify").exit_code == 0
+    path = fakes.root / "features" / "features.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    told = grappa("status", fakes.root, "--verify")
+    assert told.exit_code == 1
+    assert told.stdout.splitlines()[-1] == f"features: damaged; repair by `grappa run {fakes.root} --verify`"
+
+
 def _status(fakes: FakeStages) -> str:
     return grappa("status", fakes.root, "--json").stdout
 
@@ -274,17 +286,18 @@ def test_a_forced_job_that_comes_back_does_not_begin_again(fakes: FakeStages) ->
 
 def test_a_signal_ends_a_training_after_its_checkpoint(tmp_path: Path, stop: None) -> None:
     checkpoint = checkpoints.FileCheckpoint(tmp_path, seconds=1e9)
-    rows, flushed = checkpoints.RowCheckpoint(tmp_path, seconds=1e9), list[int]()
+    rows = checkpoints.RowCheckpoint(tmp_path, seconds=1e9)
+    array = np.lib.format.open_memmap(tmp_path / "a.npy", mode="w+", dtype=np.float32, shape=(5, 2))
     assert not checkpoint.due()
-    rows.offer(3, lambda: flushed.append(3))
+    rows.offer(3, array)
     checkpoints.request_stop()
     assert checkpoint.due()
     with pytest.raises(checkpoints.Stopped):
         checkpoint.save({}, {"step": 7})
     assert checkpoint.steps_done() == 7
     with pytest.raises(checkpoints.Stopped):
-        rows.offer(4, lambda: flushed.append(4))
-    assert flushed == [4] and rows.load() == 4
+        rows.offer(4, array)
+    assert checkpoints.RowCheckpoint(tmp_path, seconds=1e9).load(tmp_path / "a.npy", (5, 2)) == 4
 
 
 def test_status_of_200_jobs_asks_slurm_twice(
@@ -374,8 +387,31 @@ def test_a_torn_event_and_a_damaged_submission_spoil_nothing(fakes: FakeStages) 
         file.write('{"event": "end", "ti')
     (task,) = all_tasks(fakes.run)
     assert [each["event"] for each in task.events] == ["start"]
-    (submission.folder / "submission.json").write_text("{")
-    assert all_tasks(fakes.run) == []
+    record = submission.folder / "submission.json"
+    for damaged in ("{", "[" * 100_000, '{"format": 1}', record.read_text().replace('"ids"', '"idz"')):
+        record.write_text(damaged)
+        assert all_tasks(fakes.run) == []
+        assert f"{record} is damaged, so its jobs are not known" in job_notes(fakes.run, [])[1]
+
+
+def test_damaged_events_and_progress_of_a_job_are_passed_over(fakes: FakeStages) -> None:
+    submission = submitted(fakes, planned(fakes, until="backbone"))
+    events = submission.folder / "events" / "7.jsonl"
+    lines = (
+        "[",
+        "[" * 100_000,
+        "7",
+        '{"event": []}',
+        '{"event": "made", "time": "t"}',
+        '{"event": "end", "time": "t"}',
+    )
+    events.write_bytes("\n".join(lines).encode() + b'\n\xff\n{"event": "start"}\n')
+    append_event(events, "start", restarts=0, node="n1")
+    (task,) = all_tasks(fakes.run)
+    assert [each["event"] for each in task.events] == ["start"]
+    for damaged in ("[1]", '{"artifact": 1}', '{"artifact": "a", "task": "b", "unit": "c", "done": "x"}'):
+        (submission.folder / "progress" / "7.json").write_text(damaged)
+        assert task.progress is None
 
 
 @pytest.mark.parametrize(("name", "shown"), [("50%", "'%'"), ("a\\b", "'\\\\'"), ("two\nlines", "'\\n'")])

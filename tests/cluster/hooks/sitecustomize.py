@@ -19,8 +19,8 @@ _steps = 0
 def _due(checkpoint: checkpoints.FileCheckpoint) -> bool:
     global _steps
     _steps += 1
-    partial = checkpoint._path.parent
-    name = f"{partial.parent.name}-{partial.name.removesuffix('.partial')}"
+    partial = checkpoint.path.parent
+    name = f"{partial.parent.name}-{partial.name.partition('.partial')[0]}"
     if _steps == GATE_STEP:
         _wait(Path(os.environ["GRAPPA_TEST_GATE"]), name)
     return real_due(checkpoint)

@@ -298,7 +298,14 @@ def test_killed_before_any_rename_it_goes_on(
     assert contents(tmp_path / "whole") == contents(tmp_path / "resumed")
 
 
-@pytest.mark.parametrize("damage", ["pixels cut", "manifest cut", "other settings", "other files"])
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-40] + bytes([content[-40] ^ 1]) + content[-39:])
+
+
+@pytest.mark.parametrize(
+    "damage", ["pixels cut", "pixel flipped", "manifest cut", "manifest flipped", "other settings", "other files"]
+)
 def test_a_shard_that_is_not_whole_or_not_ours_is_decoded_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -306,14 +313,19 @@ def test_a_shard_that_is_not_whole_or_not_ours_is_decoded_again(
     changes: dict[str, Any] = {}
     if damage == "pixels cut":
         shard_file(tmp_path / "pixels", 1).write_bytes(b"")
+    elif damage == "pixel flipped":
+        flip(shard_file(tmp_path / "pixels", 1))
     elif damage == "manifest cut":
         (tmp_path / "pixels/00001.json").write_bytes(b"{")
+    elif damage == "manifest flipped":
+        flip(tmp_path / "pixels/00001.json")
     elif damage == "other settings":
         changes = {"cache_size": 8}
     else:
         put(source, d0__class0__00=png(50))
-    done = count_decodes(monkeypatch)
-    ingest(source, tmp_path / "pixels", **changes)
+    done, said = count_decodes(monkeypatch), list[str]()
+    ingest(source, tmp_path / "pixels", **changes, dropped=said.append)
+    assert len(said) == (0 if damage.startswith("other") else 1)
     assert len(done) == {"other settings": 11, "other files": 12}.get(damage, 3)
     monkeypatch.undo()
     ingest(source, tmp_path / "fresh", **changes)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grappa.backbone.vit import embed
 from grappa.images.transforms import Augmentation, eval_batch, normalize
+from grappa.method import losses
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.fusion import Fusion
 from grappa.method.student import Transfer, new_student, train_student
@@ -167,3 +168,22 @@ def test_object_views_are_taught_by_their_share(views: Views) -> None:
     assert none == pytest.approx(without, rel=1e-5)
     assert half == pytest.approx((none + only) / 2, rel=1e-5)
     assert only != pytest.approx(none, rel=0.01)
+
+
+def test_the_bank_holds_train_images_as_the_teacher_sees_them(views: Views, monkeypatch: pytest.MonkeyPatch) -> None:
+    banks, real = list[Tensor](), losses.perception_transfer
+
+    def recorded(learned: Tensor, taught: Tensor, bank: Tensor, **options: float) -> Tensor:
+        banks.append(bank)
+        return real(learned, taught, bank, **options)
+
+    monkeypatch.setattr(losses, "perception_transfer", recorded)
+    _train(views, Runtime(CPU, "float32"), num_epochs=1)
+    images = normalize(eval_batch(views.cache, np.arange(16), image_size=32, crop_fraction=1.0), HALF, HALF)
+    with torch.no_grad():
+        taught, plain = (embed(tiny_backbone(), images, each) for each in (_teacher().folded(), None))
+    assert float((taught * plain).sum(1).max()) < 0.999, "the teacher differs from the plain backbone"
+    for bank in banks:
+        nearest = (bank @ taught.T).max(1)
+        torch.testing.assert_close(nearest.values, torch.ones(8), atol=1e-5, rtol=0)
+        assert set(nearest.indices.tolist()) <= set(ROWS.tolist()) and len(set(nearest.indices.tolist())) == 8

@@ -118,6 +118,21 @@ def test_empty_clusters_are_seeded_on_the_worst_served_points() -> None:
     assert (found.cosines >= cosines).all()
 
 
+def test_an_empty_cluster_is_not_seeded_by_emptying_another() -> None:
+    """The worst-served image of all is alone in its cluster, and stays there."""
+    alone, group = (
+        unit(np.array([[0.0, 1.0, 1.0]])),
+        unit(np.array([[1.0, 0.3, 0.0], [1.0, 0.0, 0.1], [1.0, 0.1, 0.0]])),
+    )
+    points = torch.from_numpy(np.concatenate([alone, group]))
+    centroids = torch.eye(3)[[1, 0, 0]]
+    found = Assignment(torch.tensor([0, 1, 1, 1]), (points * centroids[[0, 1, 1, 1]]).sum(1))
+    assert found.cosines.argmin() == 0
+    new_centroids, number = cluster_steps.fill_empty(points, found, centroids)
+    assert number == 1 and found.labels.tolist() == [0, 2, 1, 1]
+    torch.testing.assert_close(new_centroids, torch.stack([centroids[0], centroids[1], points[1]]))
+
+
 def screen_always(monkeypatch: pytest.MonkeyPatch, *, share: int = 1) -> None:
     """Use bfloat16 screening on any CPU, however few centroids; one pair in ``share`` at most is looked at again."""
     monkeypatch.setattr(screening, "worthwhile", lambda device, num_columns: True)

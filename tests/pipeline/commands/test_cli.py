@@ -59,7 +59,8 @@ def test_run_status_and_run_again(fakes: FakeStages) -> None:
     assert result.stdout.splitlines()[-1].startswith("times: backbone ")
     assert "missing" not in grappa("status", fakes.root).stdout
     again = grappa("run", fakes.root).stdout.splitlines()
-    assert again[0] == f"{len(fakes.ran)} fresh; --force runs them again"
+    how = "sizes were compared, --verify reads every byte"
+    assert again[0] == f"{len(fakes.ran)} fresh ({how}); --force runs them again"
     assert len(again) == 2 and again[1].startswith("verdict: helped. ")
 
 
@@ -84,7 +85,8 @@ def test_dry_run_says_what_and_why(fakes: FakeStages) -> None:
 
 def test_one_stage_that_is_fresh_says_how_to_force_it(fakes: FakeStages) -> None:
     grappa("run", fakes.root)
-    assert grappa("run", fakes.root, "--stage", "model").stdout == "1 fresh; --force runs it again\n"
+    told = grappa("run", fakes.root, "--stage", "model", "--verify")
+    assert told.stdout == "1 fresh (every byte was read); --force runs it again\n"
     fakes.ran.clear()
     assert grappa("run", fakes.root, "--stage", "model", "--force").exit_code == 0
     assert fakes.ran == ["model"]
@@ -200,7 +202,7 @@ def test_a_process_that_is_stopped_at_work_is_resumed(fakes: FakeStages, number:
     )
     command = [sys.executable, "-c", slow, "run", str(fakes.root)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as child:
-        while not (fakes.root / "backbone.partial" / "begun").exists() and child.poll() is None:
+        while not list(fakes.root.glob("backbone.partial.*/begun")) and child.poll() is None:
             time.sleep(0.02)
         child.send_signal(number)
         _, stderr = child.communicate(timeout=30)

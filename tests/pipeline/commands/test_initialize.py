@@ -290,6 +290,17 @@ def test_a_preset_named_beside_from_begins_with_the_defaults(desk: Desk, monkeyp
     assert config.clusters.num_clusters == (2, 3, 4, 5)
 
 
+def test_a_listing_with_a_flipped_byte_is_listed_anew(desk: Desk) -> None:
+    """Its rows may still be read as before: the damaged bytes must not get a digest that makes them right."""
+    desk.new()
+    before, path = desk.digest, desk.root / "sources" / "sources.parquet"
+    content = path.read_bytes()
+    for place in range(0, len(content), 97):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        desk.init()
+        assert (desk.digest, path.read_bytes()) == (before, content)
+
+
 def test_one_image_in_a_domain_is_a_warning(desk: Desk) -> None:
     desk.add("planes/class/0.png")
     desk.new()

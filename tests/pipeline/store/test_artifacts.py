@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from grappa.pipeline.graph.node import Node
-from grappa.pipeline.store.artifacts import Manifest, RunFolder, RunFolderError, check_same_origin
+from grappa.pipeline.store.artifacts import FileDigest, Manifest, RunFolder, RunFolderError, check_same_origin
 from grappa.pipeline.store.provenance import git_commit, provenance
 from grappa.pipeline.store.storage import (
     StorageError,
@@ -107,8 +107,9 @@ def test_the_most_upstream_artifact_that_was_made_again_is_named(
     }
     for stage, digests in inputs.items():
         recipe = {"stage": stage, "instance": None, "version": 1, "config": {}, "inputs": digests}
+        own: dict[str, FileDigest] = {"output": {"bytes": 0, "sha256": former}}
         run.artifact(stage).path.mkdir()
-        atomic_write_json(run.artifact(stage).path / "manifest.json", Manifest(recipe, {}, {}).to_json())
+        atomic_write_json(run.artifact(stage).path / "manifest.json", Manifest(recipe, own, {}).to_json())
     first = "features" if head == "features" else "embeddings/fused"
     with pytest.raises(ValueError, match=f"do not belong together: {first} was made again in between; run `grappa run"):
         check_same_origin(run, *order)

@@ -82,6 +82,27 @@ def test_other_hosts_and_containers_are_judged_by_silence_only(path: Path, place
     acquire(path, what="features").release()
 
 
+def test_a_dead_holder_whose_clock_is_a_day_ahead_is_replaced_after_two_minutes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forge(path, silent=-86_400, host="elsewhere")
+    with pytest.raises(LockedError):
+        acquire(path, what="features")
+    now = time.time()
+    monkeypatch.setattr(locks, "_now", lambda draft: now + 125)
+    acquire(path, what="features").release()
+
+
+def test_a_living_holder_whose_clock_is_a_day_ahead_keeps_its_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forge(path, silent=-86_400, host="elsewhere")
+    for minutes in range(1, 6):
+        now = time.time() + 60 * minutes
+        monkeypatch.setattr(locks, "_now", lambda draft, now=now: now)
+        with pytest.raises(LockedError):
+            acquire(path, what="features")
+        os.utime(path, (time.time() + 86_400,) * 2)  # its next heartbeat
+
+
 def test_silent_but_living_process_of_this_host_keeps_its_lock(path: Path) -> None:
     forge(path, silent=10_000)
     with pytest.raises(LockedError):

@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 
 from grappa.pipeline.engine.freshness import artifact_state
+from grappa.pipeline.store import locks
 from grappa.pipeline.store.artifacts import Artifact, RunFolder
 from grappa.pipeline.store.locks import LockedError, LockLostError
 from grappa.pipeline.store.storage import StorageError
-from grappa.pipeline.store.work import open_work, recover
+from grappa.pipeline.store.work import Work, open_work, recover
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 on: children only touch files
@@ -160,6 +161,82 @@ def test_publish_is_refused_when_the_lock_was_lost(artifact: Artifact) -> None:
     assert (artifact.path / "centroids.npy").read_text() == "one"
 
 
+class Sleeper:
+    """Lets this process sleep before its `step`-th call that changes the disk, while another process takes over."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, meanwhile: Callable[[], object]) -> None:
+        self.woken, self.moved, count = False, list[str](), iter(range(10**6))
+
+        def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(*arguments: Any, **options: Any) -> Any:
+                if self.woken and not self.asleep and function is rename:
+                    self.moved.append(str(arguments[0]))
+                if next(count) == step:
+                    self.woken = self.asleep = True
+                    with pytest.MonkeyPatch.context() as silent:
+                        silent.setattr(locks, "_is_dead", lambda holder, silence: True)
+                        meanwhile()
+                    self.asleep = False
+                return function(*arguments, **options)
+
+            return counted
+
+        self.asleep, rename = False, os.rename
+        for name in ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir", "scandir"):
+            monkeypatch.setattr(os, name, wrap(getattr(os, name)))
+
+
+@pytest.mark.parametrize("former", [False, True])
+@pytest.mark.parametrize("successor", ["has published", "works"])
+def test_a_writer_that_slept_at_any_step_never_publishes_over_its_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, former: bool, successor: str
+) -> None:
+    for step in range(300):
+        artifact = RunFolder.create(tmp_path / f"run{step}").artifact("clusters/k00256")
+        if former:
+            make(artifact, "one", 20)
+        working: list[Work] = []
+
+        def take_over(artifact: Artifact = artifact, working: list[Work] = working) -> None:
+            if successor == "has published":
+                make(artifact, "three", 60)
+                return
+            working.append(open_work(artifact, fingerprint(60)))
+            (working[0].path / "centroids.npy").write_text("three")
+
+        error: Exception | None = None
+        with monkeypatch.context() as patch:
+            try:
+                with open_work(artifact, fingerprint(50)) as work:
+                    (work.path / "centroids.npy").write_text("two")
+                    sleeper = Sleeper(patch, step, take_over)
+                    work.publish({})
+            except LockLostError as lost:
+                error = lost
+        if working:
+            assert (working[0].path / "centroids.npy").read_text() == "three"
+            with working[0]:
+                working[0].publish({})
+        if not sleeper.woken:
+            break
+        assert artifact_state(artifact, fingerprint(60), verify=True).kind == "fresh"
+        assert (artifact.path / "centroids.npy").read_text() == "three"
+        assert str(artifact.path) not in sleeper.moved, "the successor's result was moved away for a moment"
+        recover(artifact)
+    assert [path.name for path in artifact.path.parent.iterdir()] == ["k00256"]
+    assert step > 15 and error is None
+
+
+def test_two_holders_never_share_a_folder(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LockLostError), open_work(artifact, fingerprint(50)) as stale:
+        (stale.path / "half.npy").write_text("half")
+        monkeypatch.setattr(locks, "_is_dead", lambda holder, silence: True)
+        with open_work(artifact, fingerprint(50)) as work:
+            assert work.resumed and (work.path / "half.npy").read_text() == "half"
+            assert not stale.path.exists() and work.path != stale.path
+            (stale.path / "more.npy").write_text("from a former holder")
+
+
 @pytest.mark.parametrize("former", [False, True])
 def test_kill_at_every_step_loses_nothing_and_the_next_run_recovers(tmp_path: Path, former: bool) -> None:
     for step in range(200):
@@ -182,7 +259,7 @@ def _check_after_kill(artifact: Artifact, former: bool) -> None:
     expected = {"fresh": "two", "stale": "one"}
     if before.kind != "missing":
         assert (artifact.home / "centroids.npy").read_text() == expected[before.kind]
-    written = (artifact.partial / "centroids.npy").exists()
+    written = any((folder / "centroids.npy").exists() for folder in artifact.unfinished())
     recover(artifact)
     after = artifact_state(artifact, fingerprint(50), verify=True)
     assert after.kind in {before.kind, "fresh"}
@@ -193,12 +270,8 @@ def _check_after_kill(artifact: Artifact, former: bool) -> None:
     make(artifact, "two", 50)
     assert artifact_state(artifact, fingerprint(50), verify=True).kind == "fresh"
     assert contents(artifact.path.parent)[0] == "k00256"
-    assert {path.name for path in artifact.path.parent.iterdir()} <= {"k00256", *_remains(artifact)}
-
-
-def _remains(artifact: Artifact) -> set[str]:
-    """Drafts of a lock killed while being taken: harmless, swept after two minutes."""
-    return {path.name for path in artifact.path.parent.glob("k00256.lock.*.tmp")}
+    recover(artifact)
+    assert [path.name for path in artifact.path.parent.iterdir()] == ["k00256"]
 
 
 def test_kill_at_every_step_of_the_recovery_loses_nothing(tmp_path: Path) -> None:
@@ -215,7 +288,7 @@ def test_kill_at_every_step_of_the_recovery_loses_nothing(tmp_path: Path) -> Non
         assert artifact_state(artifact, fingerprint(50), verify=True).kind in {"stale", "fresh"}
         recover(artifact)
         assert artifact_state(artifact, fingerprint(50), verify=True).kind == "fresh"
-        assert not artifact.old.exists() and not artifact.partial.exists()
+        assert not artifact.old.exists() and not artifact.unfinished()
         if status == 0:
             break
     assert step > 5
@@ -261,6 +334,29 @@ def test_open_work_completes_an_interrupted_publish_and_says_so(artifact: Artifa
     with open_work(artifact, fingerprint()) as work:
         assert work.finished == published and not work.resumed
     assert (artifact.path / "centroids.npy").read_text() == "one"
+
+
+def test_a_publication_that_was_damaged_before_its_rename_is_never_completed(artifact: Artifact) -> None:
+    make(artifact, "one")
+    os.rename(artifact.path, artifact.partial)
+    (artifact.partial / "centroids.npy").write_text("owe")
+    recover(artifact)
+    assert artifact_state(artifact, fingerprint()).kind == "missing"
+    make(artifact, "one")
+    assert artifact_state(artifact, fingerprint(), verify=True).kind == "fresh"
+
+
+def test_recover_removes_what_a_killed_writer_left_of_its_lock(artifact: Artifact) -> None:
+    """Wherever it was killed, also after its result was published: nobody works on a fresh artifact again."""
+    for step in range(200):
+        status = in_child(partial(make, artifact, "one"), kill_step=step)
+        if artifact_state(artifact, fingerprint()).kind == "fresh":
+            recover(artifact)
+            assert [path.name for path in artifact.path.parent.iterdir()] == ["k00256"]
+            shutil.rmtree(artifact.path)
+        if status == 0:
+            break
+    assert step > 15
 
 
 def test_recover_leaves_a_living_writer_alone(artifact: Artifact) -> None:

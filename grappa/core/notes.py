@@ -1,0 +1,70 @@
+"""Notes of unfinished work: JSON that says what was written before it, with digests of itself and of these files.
+
+The data is flushed to the disk before its note is written, and the note appears whole or not at all. Whoever goes on
+with the work reads the note first: what has other bytes than were noted is never used (``UntrustedError``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grappa.core.atomic import write_whole
+
+
+class UntrustedError(ValueError):
+    """Unfinished work is not what its note says, or the note is damaged; the message begins with the file's name."""
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Return the value of a JSON text; ValueError for anything else, also for brackets that are nested too deeply."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("the brackets are nested too deeply") from None
+
+
+def claim(file: Path) -> dict[str, Any]:
+    """Return size and digest of a file that lies on the disk, for its note."""
+    with file.open("rb", buffering=0) as opened:
+        digest = hashlib.file_digest(opened, "sha256")
+        return {"bytes": opened.tell(), "sha256": digest.hexdigest()}
+
+
+def check_claim(file: Path, claimed: object) -> None:
+    """Raise UntrustedError where a file is not the one that ``claim`` has seen."""
+    try:
+        found = claim(file)
+    except OSError as error:
+        raise UntrustedError(f"{file.name}: {error.strerror}") from None
+    if found != claimed:
+        raise UntrustedError(f"{file.name} has other bytes than its note says")
+
+
+def write_note(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a note whole or not at all; the data that it is about must have been flushed before."""
+    note = {"content": content, "sha256": _digest(content)}
+    write_whole(path, lambda file: file.write(json.dumps(note, separators=(",", ":")).encode()))
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """Return the content of a note, or None when there is no note; UntrustedError where it is damaged."""
+    try:
+        note = parse_json(path.read_bytes())
+        content = note["content"]
+        whole = isinstance(content, dict) and note["sha256"] == _digest(content)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise UntrustedError(f"{path.name} is damaged")
+    found: dict[str, Any] = content
+    return found
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
