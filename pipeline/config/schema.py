@@ -62,7 +62,7 @@ class Backbone(Section):
     mean: Triple | None = Field(None, description="channel means of the input, 0-1; null: the model's own")
     std: PositiveTriple | None = Field(None, description="channel deviations of the input, 0-1; null: the model's own")
     options: dict[str, bool | int | float | str] = Field(
-        default_factory=dict, description="further arguments for timm.create_model, such as {depth: 6}"
+        default_factory=dict, description="further arguments of the architecture, such as {depth: 6}"
     )
 
 
