@@ -10,9 +10,16 @@ import reprlib
 _ACTIVE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
-def printable(text: str) -> str:
-    """Return ``text`` with every character that a terminal acts upon written out, such as ``\\n`` or ``\\x1b``."""
-    return _ACTIVE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+def printable(text: str, *, kept: str = "") -> str:
+    """Return ``text`` with every character that a terminal acts upon written out, such as ``\\n`` or ``\\x1b``.
+
+    kept: characters that stay as they are.
+    """
+    return _ACTIVE.sub(lambda found: found[0] if found[0] in kept else _written_out(found[0]), text)
+
+
+def _written_out(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def sentence(text: object, *, limit: int = 400) -> str:
