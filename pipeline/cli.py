@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from grappa import __version__
+from grappa.core.printing import printable
 from grappa.pipeline.errors import one_sentence_errors
 
 app = typer.Typer(
@@ -118,7 +119,7 @@ def status(
         return
     found = states(folder, read_config(folder), verify=verify)
     if as_json:
-        say(json.dumps([each.to_json() for each in found], indent=2))
+        _say_json([each.to_json() for each in found])
         return
     for line in status_lines(found):
         say(line)
@@ -196,7 +197,7 @@ def search(
 
     found = find(run, image, k)
     if as_json:
-        say(json.dumps(found, indent=2))
+        _say_json(found)
         return
     for each in found:
         say(f"{each['similarity']:.4f}  {each['domain']}  {each['path']}  {each['image_id']}")
@@ -312,8 +313,13 @@ def demo(
 
 
 def say(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
+    """Print a line at once; names in it are printed, not obeyed."""
+    print(printable(line), flush=True)
+
+
+def _say_json(value: object) -> None:
+    """Print a value as JSON, in which every character of a name that is not ASCII is written out."""
+    print(json.dumps(value, indent=2), flush=True)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import ParamSpec
 import typer
 
 from grappa.core.extras import missing_sentence
+from grappa.core.printing import printable
 
 P = ParamSpec("P")
 PIPE_CLOSED = 128 + 13  # the exit code that a shell reports for a command that SIGPIPE ended
@@ -58,11 +59,16 @@ EXPECTED = (
 
 
 def sentence_and_code(error: BaseException) -> tuple[str | None, int]:
-    """Return an error's sentence and exit code.
+    """Return an error's sentence, one printable line, and exit code.
 
     The sentence is None for an error that deserves a traceback: an unexpected error, a RuntimeError that is neither a
     lost race for a lock nor a lack of memory, and a missing module that no extra of the distribution installs.
     """
+    words, code = _words_and_code(error)
+    return (None if words is None else printable(" ".join(words.split()))), code
+
+
+def _words_and_code(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, ModuleNotFoundError):
         return missing_sentence(error.name), 1
     if isinstance(error, KeyboardInterrupt):
@@ -72,9 +78,14 @@ def sentence_and_code(error: BaseException) -> tuple[str | None, int]:
         return f"out of memory ({detail}); lower the stage's batch_size or compute.inference_batch_size", 1
     if not isinstance(error, EXPECTED) or (isinstance(error, RuntimeError) and not _lost_race(error)):
         return None, 1
-    if isinstance(error, OSError) and error.filename and error.strerror and str(error).startswith("[Errno"):
+    if (
+        isinstance(error, OSError)
+        and isinstance(error.filename, str | bytes)
+        and error.strerror
+        and str(error).startswith("[Errno")
+    ):
         return f"{os.fsdecode(error.filename)}: {error.strerror}", 1
-    return " ".join(str(error).split()) or type(error).__name__, 1
+    return str(error).strip() or type(error).__name__, 1
 
 
 def _lost_race(error: RuntimeError) -> bool:

@@ -22,6 +22,7 @@ from grappa.pipeline.graph.models import deployed_model, evaluated_models
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage, nodes
 from grappa.pipeline.store.artifacts import MANIFEST_FILE, Manifest, RunFolder, check_same_origin, published, quoted
+from grappa.pipeline.store.csv_cells import with_unguarded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -171,7 +172,8 @@ class Run:
         texts = dict.fromkeys(("job_id", "recipe", "error", "outcome"), "string")
         numbers = dict.fromkeys(("restarts", "peak_memory_bytes", "exit"), "Int64")
         dates = ["submitted", "started", "ended"]
-        return _categorical(pd.read_csv(path, dtype={**texts, **numbers}, parse_dates=dates), "state", "node")
+        table = pd.read_csv(path, dtype={**texts, **numbers}, parse_dates=dates)
+        return _categorical(with_unguarded(table, ["error", "log"]), "state", "node")
 
     # ---------------------------------------------------------------- attention
 
@@ -292,7 +294,8 @@ class Run:
 
 def read_metrics(path: Path) -> pd.DataFrame:
     """Return a ``metrics.csv``; only an empty cell is no number, since a domain may be called NA."""
-    return pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), keep_default_na=False, na_values=[""])
+    table = pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), keep_default_na=False, na_values=[""])
+    return with_unguarded(table, [name for name in NAMES if name in table])
 
 
 def _categorical(table: pd.DataFrame, *columns: str) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from grappa.core.printing import printable
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.execution import Say, Selection
 from grappa.pipeline.engine.status import read_config
@@ -131,10 +132,11 @@ def _alone(run: RunFolder) -> Iterator[None]:
 
 
 def _refuse_odd_name(root: Path) -> None:
-    """Refuse a path with ``%``, a backslash (both have a meaning in Slurm's log names) or a line break."""
-    found = re.search(r"[%\\\n]", str(root))
-    if found:
-        raise ValueError(f"{root} has {found[0]!r} in its name, which Slurm cannot have in a log's; rename the folder")
+    """Refuse a path with ``%``, a backslash (both have a meaning in Slurm's log names) or a control character."""
+    found = re.search(r"[%\\]", str(root))
+    if found or printable(str(root)) != str(root):
+        what = repr(found[0]) if found else "a control character"
+        raise ValueError(f"{root} has {what} in its name, which Slurm cannot have in a log's; rename the folder")
 
 
 def _base(ids: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import FREE, deployed_model, evaluated_models
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.opening import read_images
+from grappa.pipeline.store.csv_cells import csv_bytes
 
 
 def run(context: StageContext) -> str:
@@ -98,7 +99,7 @@ def _write(context: StageContext, per_query: pd.DataFrame, reciprocity: pd.DataF
     known = metrics if len(metrics) else reciprocity[keys].reindex(columns=SUMMARY_COLUMNS).assign(num_queries=0)
     metrics = known.merge(reciprocity, how="left", on=keys, validate="one_to_one")
     per_query.to_parquet(context.path / "per_query.parquet", index=False)
-    metrics.to_csv(context.path / "metrics.csv", index=False)
+    (context.path / "metrics.csv").write_bytes(csv_bytes(metrics))
     return metrics
 
 
