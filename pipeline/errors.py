@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
+import resource
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
 import typer
 
+from grappa.core.atomic import too_long
 from grappa.core.extras import missing_sentence
-from grappa.core.printing import printable
+from grappa.core.printing import printable, sentence
 
 P = ParamSpec("P")
 PIPE_CLOSED = 128 + 13  # the exit code that a shell reports for a command that SIGPIPE ended
@@ -33,10 +36,10 @@ def one_sentence_errors(command: Callable[P, None]) -> Callable[P, None]:
             _silence()
             raise typer.Exit(PIPE_CLOSED) from None
         except EXPECTED as error:
-            sentence, code = sentence_and_code(error)
-            if sentence is None or "--debug" in sys.argv:
+            words, code = sentence_and_code(error)
+            if words is None or "--debug" in sys.argv:
                 raise
-            print(f"grappa: {sentence}", file=sys.stderr, flush=True)
+            print(f"grappa: {words}", file=sys.stderr, flush=True)
             raise typer.Exit(code) from None
 
     return call
@@ -78,6 +81,12 @@ def _words_and_code(error: BaseException) -> tuple[str | None, int]:
         return f"out of memory ({detail}); lower the stage's batch_size or compute.inference_batch_size", 1
     if not isinstance(error, EXPECTED) or (isinstance(error, RuntimeError) and not _lost_race(error)):
         return None, 1
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = error.filename if isinstance(error.filename, str | bytes) else ""
+        return f"{sentence(os.fsdecode(name), limit=100)}: {too_long(name)}; choose a shorter one", 1
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"too many open files (this process may have {allowed}); raise `ulimit -n`, or images.shard_size", 1
     if (
         isinstance(error, OSError)
         and isinstance(error.filename, str | bytes)

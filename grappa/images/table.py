@@ -14,6 +14,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ _NO_BOX = (float("nan"),) * 4
 # What the escape produces: an undecodable byte (80-FF), or the percent sign of a text that looks like an escape.
 _ESCAPED = re.compile(r"%(25|[89A-F][0-9A-F])")
 _TO_ESCAPE = re.compile(r"%(?=25|[89A-F][0-9A-F])|[\udc80-\udcff]")
+
+_LARGEST = 2**31 - 1  # Thrift counts in 32 bits
 
 Cells = list[str | None]
 
@@ -238,7 +241,10 @@ def _check_columns(table: Path, found: Sequence[str]) -> list[str]:
 
 def _read_csv(table: Path) -> dict[str, Cells]:
     try:
-        with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with (
+            _cells_of_any_size(table),
+            open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+        ):
             lines = [line for line in csv.reader(file, strict=True) if line]
     except (OSError, csv.Error) as error:
         raise ImageTableError(f"cannot read the table {_show(table)}: {error}") from error
@@ -254,13 +260,26 @@ def _read_csv(table: Path) -> dict[str, Cells]:
     return {name: [row[header.index(name)] or None for row in rows] for name in names}
 
 
+@contextmanager
+def _cells_of_any_size(table: Path) -> Iterator[None]:
+    """Let a cell be as large as its file: a column that is not read may hold captions or vectors."""
+    former = csv.field_size_limit()
+    csv.field_size_limit(max(former, os.stat(table).st_size))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(former)
+
+
 def _read_parquet(table: Path) -> dict[str, Cells]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        names = _check_columns(table, pq.read_schema(table).names)
-        content = pq.read_table(table, columns=names)
+        # Its file is the limit of what lies in a header: a table may have millions of row groups, or long texts.
+        file = pq.ParquetFile(table, thrift_string_size_limit=_LARGEST, thrift_container_size_limit=_LARGEST)
+        names = _check_columns(table, file.schema_arrow.names)
+        content = file.read(columns=names)
     except (OSError, pa.ArrowException) as error:
         raise ImageTableError(f"cannot read the table {_show(table)}: {error}") from error
     return {name: [_as_text(table, name, value) for value in content[name].to_pylist()] for name in names}
