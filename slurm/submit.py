@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import shutil
 import time
@@ -50,6 +49,8 @@ def submit(root: Path, selection: Selection, profile_name: str, *, say: Say, dry
         jobs_folder(run).mkdir(exist_ok=True)
     with _alone(run):
         submission, live = _submission(run, read_config(run), profile), _live(run, profile)
+        if profile.cluster == "slurm":
+            _remove_left_over(run, live)
         jobs = plan(run, submission.config, selection, profile, live)
         if not jobs:
             say(f"nothing to submit: {f'{len(live)} artifacts are on their way' if live else 'all is fresh'}")
@@ -57,6 +58,12 @@ def submit(root: Path, selection: Selection, profile_name: str, *, say: Say, dry
             _submit_all(submission, jobs, live, say)
         else:
             run_locally(submission, jobs, say)
+
+
+def _remove_left_over(run: RunFolder, live: Mapping[str, Task]) -> None:
+    from grappa.slurm.entry import remove_left_over
+
+    remove_left_over(jobs_folder(run), {task.id for task in live.values()})
 
 
 def _live(run: RunFolder, profile: Profile) -> dict[str, Task]:
@@ -133,10 +140,9 @@ def _alone(run: RunFolder) -> Iterator[None]:
 
 def _refuse_odd_name(root: Path) -> None:
     """Refuse a path with ``%``, a backslash (both have a meaning in Slurm's log names) or a control character."""
-    found = re.search(r"[%\\]", str(root))
-    if found or printable(str(root)) != str(root):
-        what = repr(found[0]) if found else "a control character"
-        raise ValueError(f"{root} has {what} in its name, which Slurm cannot have in a log's; rename the folder")
+    found = next((each for each in str(root) if each in "%\\" or printable(each) != each), None)
+    if found:
+        raise ValueError(f"{root} has {found!r} in its name, which Slurm cannot have in a log's; rename the folder")
 
 
 def _base(ids: Sequence[str]) -> str:
