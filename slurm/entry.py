@@ -71,8 +71,29 @@ def private_files() -> Iterator[None]:
 
 
 def command(python: str, folder: str) -> str:
-    """Return the command of a job, for a shell; both arguments are quoted already."""
-    return f"{python} -u -m {__name__} {folder}"
+    """Return the command of a job, for a shell; both arguments are quoted already.
+
+    ``python -m`` takes modules from the working folder first, which may be a run folder. A job does so only if this
+    process does (``python -m grappa``, a checkout that is not installed).
+    """
+    return f"{python} -u {'' if trusts_working_folder() else '-P '}-m {__name__} {folder}"
+
+
+def trusts_working_folder() -> bool:
+    """Tell whether this process takes modules from its working folder."""
+    return os.getcwd() in map(os.path.abspath, sys.path)
+
+
+@contextmanager
+def safe_path() -> Iterator[None]:
+    """Let processes that are started meanwhile take modules from the working folder only if this process does."""
+    former = dict(os.environ)
+    os.environ |= {} if trusts_working_folder() else {"PYTHONSAFEPATH": "1"}
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONSAFEPATH", None)
+        os.environ |= former
 
 
 def main(folder: str) -> None:

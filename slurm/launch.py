@@ -65,7 +65,7 @@ def start_local(profile: Profile, job: PlannedJob, folder: Path, calls: Sequence
     """Start a process on this machine for each call; return submitit's jobs."""
     import submitit
 
-    from grappa.slurm.entry import command, private_files
+    from grappa.slurm.entry import command, private_files, safe_path
 
     class LocalExecutor(submitit.LocalExecutor):
         @property
@@ -82,7 +82,7 @@ def start_local(profile: Profile, job: PlannedJob, folder: Path, calls: Sequence
         stderr_to_stdout=True,
         setup=list(profile.setup),
     )
-    with private_files():
+    with private_files(), safe_path():
         return [executor.submit(call) for call in calls]
 
 

@@ -166,3 +166,21 @@ def test_files_of_killed_jobs_are_removed_later(tmp_path: Path) -> None:
     remove_left_over(tmp_path, {"55", "7_1"})
     assert {file.name.rpartition("_")[0].removesuffix("_0") for file in folder.glob("*.pkl")} == {"55", "7_1"}
     assert len([*folder.glob("*.out")]) == 4
+
+
+def test_a_job_runs_no_module_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder may be a run folder; only who takes modules from it himself lets a job do so."""
+    run, ran = tmp_path / "run", tmp_path / "ran"
+    run.mkdir()
+    for name in ("submitit", "numpy", "torch", "grappa", "json", "yaml"):
+        (run / f"{name}.py").write_text(f"import os\nos.mkdir({str(ran)!r})\n")
+    monkeypatch.chdir(run)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert "-P" in entry.command("python", "x")
+    calls: Any = [functools.partial(os.mkdir, str(tmp_path / "made"))]
+    for started in start_local(PROFILE, JOB, tmp_path / "jobs", calls):
+        started.wait()
+    assert (tmp_path / "made").is_dir() and not ran.exists()
+    assert "PYTHONSAFEPATH" not in os.environ
+    monkeypatch.syspath_prepend(str(run))
+    assert "-P" not in entry.command("python", "x")
