@@ -111,8 +111,11 @@ def load_model(folder: str | Path) -> GrappaModel:
     folder = Path(folder)
     record, header = read_record(folder), read_header(folder)
     try:
-        _try_on_paper(record, header)
-        return _assembled(record, read_tensors(folder)).eval()
+        with torch.device("meta"):
+            backbone = build_backbone(record.backbone)
+        _try_on_paper(record, header, backbone)
+        backbone.vit.to_empty(device="cpu")  # _assembled fills every tensor of it
+        return _assembled(record, read_tensors(folder), backbone).eval()
     except ModelError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
@@ -122,28 +125,37 @@ def load_model(folder: str | Path) -> GrappaModel:
         ) from error
 
 
-def _try_on_paper(record: ModelRecord, header: Mapping[str, Tensor]) -> None:
+def _try_on_paper(record: ModelRecord, header: Mapping[str, Tensor], backbone: Backbone) -> None:
     """Put the model together and embed two images by shapes alone; an error where something does not fit."""
     side = record.backbone.image_size
     with torch.device("meta"), torch.inference_mode():
-        found = _assembled(record, header)(torch.empty(2, 3, side, side))
+        found = _assembled(record, header, backbone)(torch.empty(2, 3, side, side))
     if found.shape != (2, record.embedding_dim):
         raise ValueError(f"an embedding has the shape {tuple(found.shape[1:])}, not ({record.embedding_dim},)")
 
 
-def _assembled(record: ModelRecord, tensors: Mapping[str, Tensor]) -> GrappaModel:
-    """Return the model of a record and its tensors; ValueError or another error where the two disagree."""
+def _assembled(record: ModelRecord, tensors: Mapping[str, Tensor], backbone: Backbone) -> GrappaModel:
+    """Return the model of a record and its tensors, which ``backbone`` gets; an error where the two disagree."""
     parts = ("backbone.", "head.", *(["fusion."] if record.fusion else []), *(f"sets.{name}." for name in record.sets))
     unknown = [name for name in tensors if not name.startswith(parts)]
     if unknown:
         raise ValueError(f"the tensor {shown(unknown[0])} belongs to no part of the model")
-    backbone = build_backbone(record.backbone)
-    backbone.vit.load_state_dict(below(tensors, "backbone."))
+    _fill(backbone.vit, below(tensors, "backbone."))
     if backbone.width != record.embedding_dim:
         raise ValueError(f"embedding_dim is {record.embedding_dim}, the backbone's width is {backbone.width}")
     adapted = _open_adapted(record, tensors, backbone)
     head = open_head(record.head, below(tensors, "head."))
     return GrappaModel(backbone, adapted, cache_size=record.cache_size, head=head)
+
+
+def _fill(vit: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict that has every parameter and buffer of ``vit``; ValueError for the first that does not fit."""
+    wanted = dict(vit.named_parameters()) | dict(vit.named_buffers())
+    for name in sorted({*wanted, *state}):
+        found, expected = (tuple(each[name].shape) if name in each else "nothing" for each in (state, wanted))
+        if found != expected:
+            raise ValueError(f"backbone.{name}: found {found}, expected {expected}")
+    vit.load_state_dict(dict(state))
 
 
 def _open_adapted(record: ModelRecord, tensors: Mapping[str, Tensor], backbone: Backbone) -> Fusion | AdaptorSet:

@@ -67,7 +67,7 @@ _SHARE = Number(0, 0.99)
 OPTIONS: Mapping[str, Number | Flag | Name] = {
     "patch_size": Number(1, 1024, whole=True),
     "embed_dim": Number(1, 16384, whole=True),
-    "depth": Number(1, 128, whole=True),
+    "depth": Number(1, 64, whole=True),
     "num_heads": Number(1, 1024, whole=True),
     "reg_tokens": Number(0, 1024, whole=True),
     "mlp_ratio": Number(0.01, 64),
