@@ -14,12 +14,16 @@ from typing import Any
 import pytest
 from submitit.core.utils import DelayedSubmission
 
+from grappa.pipeline.config.schema import Config
+from grappa.pipeline.store.artifacts import RunFolder
 from grappa.slurm import entry
 from grappa.slurm.entry import ForeignFileError, load_own, private_files, remove_left_over, write_private
+from grappa.slurm.jobs import Code
 from grappa.slurm.launch import sbatch_text, start_local, submit_slurm
 from grappa.slurm.plan import PlannedJob
 from grappa.slurm.profiles import Profile
 from grappa.slurm.records import Pin
+from grappa.slurm.submission import Submission
 
 ROOT = Path(__file__).parents[2]
 PROFILE = Profile(cluster="local")
@@ -96,6 +100,14 @@ def test_files_are_private_whatever_there_was(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         write_private([1], tmp_path / "link")
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_nobody_else_can_change_the_folder_of_a_submission(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    submission = Submission(run, Config(), PROFILE, tmp_path / "jobs" / "1", "mark", Code(None, "x"))
+    submission.prepare()
+    assert _mode(tmp_path / "jobs" / "1") == 0o755
+    assert {path.name for path in (tmp_path / "jobs" / "1").iterdir()} >= {"events", "progress"}
 
 
 def _enter(folder: Path) -> subprocess.CompletedProcess[str]:
