@@ -199,6 +199,12 @@ def test_text_that_is_no_record_is_refused(folder: Path, text: bytes) -> None:
     assert opens_or_says_why(folder)
 
 
+def test_a_record_is_no_larger_than_a_record_can_be(folder: Path) -> None:
+    file = folder / "model.json"
+    file.write_text(file.read_text() + " " * 2_000_000)
+    assert "expected a file of at most 1048576 bytes" in opens_or_says_why(folder)
+
+
 @pytest.mark.parametrize("name", ["model.json", "weights.safetensors"])
 def test_what_is_no_regular_file_is_refused_at_once(folder: Path, name: str) -> None:
     file = folder / name

@@ -120,6 +120,9 @@ ODD = (
     ),
     "grid: {" + ", ".join(f"a.b{n}: [{', '.join(map(str, range(50)))}]" for n in range(9)) + "}",
     "a: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(f"b{n}: &a{n + 1} [{f'*a{n}, ' * 9}]" for n in range(12)),
+    "base: {set: {a.b: &a0 [x, x, x, x, x, x, x, x, x]"
+    + "".join(f", a.b{n}: &a{n + 1} [{f'*a{n}, ' * 9}]" for n in range(6))
+    + "}}\ngrid: {fusion.seed: [*a6, 1]}",
     "a: &a0 [x]\n" + "\n".join(f"b{n}: &a{n + 1} [*a{n}]" for n in range(4000)),
     "images: {" + ", ".join(f"a{n}: 1" for n in range(5_000)) + "}",
     "x" * 2_000_000,
