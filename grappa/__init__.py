@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ def load_model(folder: str | Path) -> GrappaModel:
     where its model was not made yet.
     """
     path = Path(folder)
-    if (path / "run.json").exists():
+    if os.path.exists(path / "run.json"):  # False for a path that no file can have
         loaded: GrappaModel = _imported("grappa.pipeline.commands.search", "load_run_model", asked="load_model")(path)
         return loaded
     from grappa.model import load_model as load_exported

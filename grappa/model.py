@@ -7,7 +7,6 @@ without a fusion has one adaptor set (a student's, or one that was trained alone
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from grappa.backbone.vit import Backbone, BackboneSpec, build_backbone, embed
+from grappa.backbone.vit import Backbone, build_backbone, embed
 from grappa.core.arrays import below
+from grappa.core.printing import sentence, shown
 from grappa.images.decoding import image_to_rgb, shrink
 from grappa.images.transforms import eval_crop, normalize
 from grappa.method.adaptors import AdaptorSet, folded
 from grappa.method.fusion import FoldedFusion, Fusion
 from grappa.method.head import Head, IdentityHead, open_head
+from grappa.model_folder import FusionForm, ModelError, ModelRecord, read_header, read_record, read_tensors, write_model
 
-FORMAT = 3
-
-
-class ModelError(ValueError):
-    """A folder that holds no model this version can open; the sentence says why."""
+__all__ = ["GrappaModel", "ModelError", "load_model", "save_model"]
 
 
 class GrappaModel(nn.Module):
@@ -101,70 +96,81 @@ def save_model(
         tensors.update({f"sets.{name}.{key}": value for key, value in adaptor_set.state_dict().items()})
     tensors.update({f"fusion.{key}": value for key, value in fusion.trained_state().items()} if fusion else {})
     tensors.update({f"head.{key}": value for key, value in head.state_dict().items()})
-    record = {
-        "format": FORMAT,
-        "backbone": backbone.spec.to_json(),
-        "cache_size": cache_size,
-        "sets": list(sets),
-        "fusion": fusion.form() if fusion else None,
-        "head": head.form(),
-        "embedding_dim": backbone.width,
-    }
-    plain = {name: value.contiguous().cpu() for name, value in tensors.items()}
-    (folder / "weights.safetensors").write_bytes(save(plain))
-    (folder / "model.json").write_text(json.dumps(record, indent=2) + "\n")
+    fusion_form = FusionForm(**fusion.form()) if fusion else None
+    record = ModelRecord(backbone.spec, cache_size, tuple(sets), fusion_form, head.form(), backbone.width)
+    write_model(folder, record, tensors)
 
 
 def load_model(folder: str | Path) -> GrappaModel:
     """Open a model folder; the result is in evaluation mode on the CPU.
 
+    The folder may come from anybody: the model is first put together from the names and shapes of its tensors alone,
+    which takes no memory, and then from the tensors. Later changes of the files do not reach the model.
+
     Raises:
-        ModelError: a file is missing or damaged, or was written by a newer version.
+        ModelError: a file is missing or damaged, a value is out of its range, the two files disagree, or the folder was
+            written by another version.
     """
     folder = Path(folder)
-    record, tensors = _read_record(folder), _read_weights(folder)
+    record, header = read_record(folder), read_header(folder)
     try:
-        backbone = build_backbone(BackboneSpec.from_json(record["backbone"]))
-        backbone.vit.load_state_dict(below(tensors, "backbone."))
-        adapted = _open_adapted(record, tensors)
-        head = open_head(record["head"], below(tensors, "head."))
-        return GrappaModel(backbone, adapted, cache_size=int(record["cache_size"]), head=head).eval()
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        with torch.device("meta"):
+            backbone = build_backbone(record.backbone)
+        _try_on_paper(record, header, backbone)
+        backbone.vit.to_empty(device="cpu")  # _assembled fills every tensor of it
+        return _assembled(record, read_tensors(folder), backbone).eval()
+    except ModelError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ModelError(
-            f"model.json and weights.safetensors in {folder} disagree ({error}); export the model again"
+            f"model.json and weights.safetensors in {folder} disagree ({sentence(error, limit=300)}); export the model "
+            "again"
         ) from error
 
 
-def _open_adapted(record: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fusion | AdaptorSet | None:
-    sets = [AdaptorSet.from_state_dict(below(tensors, f"sets.{name}.")) for name in record["sets"]]
-    if record["fusion"] is None:
-        (only,) = sets or (None,)
-        return only
-    fusion = Fusion(sets, level=record["fusion"]["level"], temperature=record["fusion"]["temperature"])
+def _try_on_paper(record: ModelRecord, header: Mapping[str, Tensor], backbone: Backbone) -> None:
+    """Put the model together and embed two images by shapes alone; an error where something does not fit."""
+    side = record.backbone.image_size
+    with torch.device("meta"), torch.inference_mode():
+        found = _assembled(record, header, backbone)(torch.empty(2, 3, side, side))
+    if found.shape != (2, record.embedding_dim):
+        raise ValueError(f"an embedding has the shape {tuple(found.shape[1:])}, not ({record.embedding_dim},)")
+
+
+def _assembled(record: ModelRecord, tensors: Mapping[str, Tensor], backbone: Backbone) -> GrappaModel:
+    """Return the model of a record and its tensors, which ``backbone`` gets; an error where the two disagree."""
+    parts = ("backbone.", "head.", *(["fusion."] if record.fusion else []), *(f"sets.{name}." for name in record.sets))
+    unknown = [name for name in tensors if not name.startswith(parts)]
+    if unknown:
+        raise ValueError(f"the tensor {shown(unknown[0])} belongs to no part of the model")
+    _fill(backbone.vit, below(tensors, "backbone."))
+    if backbone.width != record.embedding_dim:
+        raise ValueError(f"embedding_dim is {record.embedding_dim}, the backbone's width is {backbone.width}")
+    adapted = _open_adapted(record, tensors, backbone)
+    head = open_head(record.head, below(tensors, "head."))
+    return GrappaModel(backbone, adapted, cache_size=record.cache_size, head=head)
+
+
+def _fill(vit: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict that has every parameter and buffer of ``vit``; ValueError for the first that does not fit."""
+    wanted = dict(vit.named_parameters()) | dict(vit.named_buffers())
+    for name in sorted({*wanted, *state}):
+        found, expected = (tuple(each[name].shape) if name in each else "nothing" for each in (state, wanted))
+        if found != expected:
+            raise ValueError(f"backbone.{name}: found {found}, expected {expected}")
+    vit.load_state_dict(dict(state))
+
+
+def _open_adapted(record: ModelRecord, tensors: Mapping[str, Tensor], backbone: Backbone) -> Fusion | AdaptorSet | None:
+    sets = [AdaptorSet.from_state_dict(below(tensors, f"sets.{name}.")) for name in record.sets]
+    for each in sets:
+        if (len(each), each.width) != (backbone.num_blocks, backbone.width):
+            raise ValueError(
+                f"an adaptor set has {len(each)} blocks {each.width} wide, the backbone {backbone.num_blocks} blocks "
+                f"{backbone.width} wide"
+            )
+    if record.fusion is None:
+        return sets[0] if sets else None
+    fusion = Fusion(sets, level=record.fusion.level, temperature=record.fusion.temperature)
     fusion.load_trained_state(below(tensors, "fusion."))
     return fusion
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / "model.json"
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        advice = "give a folder written by `grappa export`, or a run folder"
-        raise ModelError(f"{folder} has no model.json; {advice}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not JSON ({error}); export the model again") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else record
-        raise ModelError(f"{path} has format {found!r}, this version reads {FORMAT}; update grappa or export again")
-    return record
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / "weights.safetensors"
-    if not path.is_file():
-        raise ModelError(f"{folder} has no weights.safetensors; give a folder written by `grappa export`")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ModelError(f"{path} is damaged ({error}); export the model again") from error

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from grappa import __version__
+from grappa.core.printing import printable
 from grappa.pipeline.errors import one_sentence_errors
 
 app = typer.Typer(
@@ -136,9 +137,11 @@ def status(
     else:
         found = states(folder, read_config(folder), verify=verify)
         damaged = cure_lines(folder, found)
-        entries = [json.dumps([each.to_json() for each in found], indent=2)]
-        for line in entries if as_json else (status_lines if long else short_lines)(found) + damaged:
-            say(line)
+        if as_json:
+            _say_json([each.to_json() for each in found])
+        else:
+            for line in (status_lines if long else short_lines)(found) + damaged:
+                say(line)
     if damaged and verify:
         raise typer.Exit(1)
 
@@ -216,7 +219,7 @@ def search(
     _warn_if_stale(run, "model", "index")
     found = find(run, image, k)
     if as_json:
-        say(json.dumps(found, indent=2))
+        _say_json(found)
         return
     for each in found:
         say(f"{each['similarity']:.4f}  {each['domain']}  {each['path']}  {each['image_id']}")
@@ -344,8 +347,13 @@ def _warn_if_stale(run: Path, *names: str) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
+    """Print a line at once; names in it are printed, not obeyed."""
+    print(printable(line), flush=True)
+
+
+def _say_json(value: object) -> None:
+    """Print a value as JSON, in which every character of a name that is not ASCII is written out."""
+    print(json.dumps(value, indent=2), flush=True)
 
 
 def main() -> None:

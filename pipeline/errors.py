@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
+import resource
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
@@ -11,7 +13,9 @@ from typing import ParamSpec
 import typer
 
 from grappa.core import interrupts
+from grappa.core.atomic import too_long
 from grappa.core.extras import missing_sentence
+from grappa.core.printing import printable, sentence
 
 P = ParamSpec("P")
 PIPE_CLOSED = 128 + 13  # the exit code that a shell reports for a command that SIGPIPE ended
@@ -36,10 +40,10 @@ def one_sentence_errors(command: Callable[P, None]) -> Callable[P, None]:
         except (KeyboardInterrupt, Exception) as error:
             if interrupts.was_interrupted():  # its sentence is printed; a package may have made another error of it
                 raise typer.Exit(interrupts.EXIT_CODE) from None
-            sentence, code = sentence_and_code(error)
-            if sentence is None or "--debug" in sys.argv:
+            words, code = sentence_and_code(error)
+            if words is None or "--debug" in sys.argv:
                 raise
-            print(f"grappa: {sentence}", file=sys.stderr, flush=True)
+            print(f"grappa: {words}", file=sys.stderr, flush=True)
             raise typer.Exit(code) from None
 
     return call
@@ -62,11 +66,16 @@ EXPECTED = (
 
 
 def sentence_and_code(error: BaseException) -> tuple[str | None, int]:
-    """Return an error's sentence and exit code.
+    """Return an error's sentence, one printable line, and exit code.
 
     The sentence is None for an error that deserves a traceback: an unexpected error, a RuntimeError that is neither a
     lost race for a lock nor a lack of memory, and a missing module that no extra of the distribution installs.
     """
+    words, code = _words_and_code(error)
+    return (None if words is None else printable(" ".join(words.split()))), code
+
+
+def _words_and_code(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, ModuleNotFoundError):
         return missing_sentence(error.name), 1
     if isinstance(error, KeyboardInterrupt):
@@ -76,9 +85,20 @@ def sentence_and_code(error: BaseException) -> tuple[str | None, int]:
         return f"out of memory ({detail}); lower the stage's batch_size or compute.inference_batch_size", 1
     if not isinstance(error, EXPECTED) or (isinstance(error, RuntimeError) and not _lost_race(error)):
         return None, 1
-    if isinstance(error, OSError) and error.filename and error.strerror and str(error).startswith("[Errno"):
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = error.filename if isinstance(error.filename, str | bytes) else ""
+        return f"{sentence(os.fsdecode(name), limit=100)}: {too_long(name)}; choose a shorter one", 1
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"too many open files (this process may have {allowed}); raise `ulimit -n`, or images.shard_size", 1
+    if (
+        isinstance(error, OSError)
+        and isinstance(error.filename, str | bytes)
+        and error.strerror
+        and str(error).startswith("[Errno")
+    ):
         return f"{os.fsdecode(error.filename)}: {error.strerror}", 1
-    return " ".join(str(error).split()) or type(error).__name__, 1
+    return str(error).strip() or type(error).__name__, 1
 
 
 def _lost_race(error: RuntimeError) -> bool:

@@ -32,6 +32,7 @@ from grappa.pipeline.store.artifacts import (
     quoted,
     readable_manifest,
 )
+from grappa.pipeline.store.csv_cells import with_unguarded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -223,7 +224,7 @@ class Run:
         except ValueError as error:
             command = f"grappa status {quoted(self.root)}"
             raise ValueError(f"{path} is damaged ({error}); write it again by `{command}`") from error
-        return _categorical(table, "state", "node")
+        return _categorical(with_unguarded(table, ["error", "log"]), "state", "node")
 
     # ---------------------------------------------------------------- attention
 
@@ -354,7 +355,8 @@ class Run:
 
 def read_metrics(path: Path) -> pd.DataFrame:
     """Return a ``metrics.csv`` or ``clusters.csv``; only an empty cell is no number: a domain may be called NA."""
-    return pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), keep_default_na=False, na_values=[""])
+    table = pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), keep_default_na=False, na_values=[""])
+    return with_unguarded(table, [name for name in NAMES if name in table])
 
 
 def _categorical(table: pd.DataFrame, *columns: str) -> pd.DataFrame:

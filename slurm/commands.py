@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from grappa.core.printing import printable
 from grappa.pipeline.engine.execution import Say, Selection, selected
 from grappa.pipeline.engine.glance import short_lines
 from grappa.pipeline.engine.status import cure_lines, read_config, states, status_lines
@@ -35,7 +36,7 @@ def say_status(run: RunFolder, *, verify: bool, watch: bool, long: bool, as_json
         texts = {name: note.text for name, note in notes.items()}
         if as_json:
             jobs = ({"job": texts.get(each.name, ""), "job_state": _state(notes.get(each.name))} for each in found)
-            say(json.dumps([{**each.to_json(), **job} for each, job in zip(found, jobs, strict=True)], indent=2))
+            print(json.dumps([{**each.to_json(), **job} for each, job in zip(found, jobs, strict=True)], indent=2))
             return cure
         lines = (status_lines if long else short_lines)(found, texts) + cure
         for line in ([f"warning: {warning}"] if warning else []) + lines:
@@ -43,7 +44,7 @@ def say_status(run: RunFolder, *, verify: bool, watch: bool, long: bool, as_json
         if not (watch and any(note.alive for note in notes.values())):
             return cure
         time.sleep(WATCH_SECONDS)
-        say("\033[2J\033[H" if sys.stdout.isatty() else "")
+        print("\033[2J\033[H" if sys.stdout.isatty() else "")
 
 
 def _state(note: JobNote | None) -> str:
@@ -91,7 +92,7 @@ def _print_from(log: Path, position: int) -> int:
     with log.open("rb") as file:
         file.seek(position)
         text = file.read()
-    sys.stdout.write(text.decode(errors="replace"))
+    sys.stdout.write(printable(text.decode(errors="replace").replace("\r", "\n"), kept="\n\t"))
     sys.stdout.flush()
     return position + len(text)
 

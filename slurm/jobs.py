@@ -24,6 +24,7 @@ from typing import NoReturn
 import submitit
 
 import grappa
+from grappa.core.printing import printable
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import load_config
 from grappa.pipeline.engine.execution import Selection, follow, lead
@@ -128,7 +129,7 @@ class StageJob(submitit.helpers.Checkpointable):
 
         def make() -> None:
             progress = Progress(listener=self._note_progress)
-            lead(run, config, selection, progress=progress, say=lambda line: print(line, flush=True), team=team)
+            lead(run, config, selection, progress=progress, say=_say, team=team)
 
         patiently(make, run.artifact(node).lock)
         manifest = run.artifact(node).manifest()
@@ -228,6 +229,10 @@ def _stopping(tell: Callable[[], None]) -> Iterator[None]:
         withdraw_stop()
 
 
+def _say(line: str) -> None:
+    print(printable(line), flush=True)
+
+
 def patiently(make: Callable[[], None], lock: Path) -> None:
     """Call ``make`` again while another process writes the artifact, for ten minutes at most.
 
@@ -243,7 +248,7 @@ def patiently(make: Callable[[], None], lock: Path) -> None:
             former = holder is not None and holder.job is not None and holder.job == os.environ.get("SLURM_JOB_ID")
             if time.monotonic() > end and not former:
                 raise
-            print(f"waiting: {error}", file=sys.stderr, flush=True)
+            print(printable(f"waiting: {error}"), file=sys.stderr, flush=True)
         refuse_if_stopped()
         time.sleep(5)
 

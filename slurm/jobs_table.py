@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grappa.pipeline.store.artifacts import RunFolder
+from grappa.pipeline.store.csv_cells import guarded
 from grappa.pipeline.store.locks import LockedError, acquire
 from grappa.pipeline.store.storage import StorageError, atomic_write_text
 from grappa.slurm.records import Task, all_tasks, jobs_folder, read_outcomes
@@ -51,7 +52,8 @@ def _text(run: RunFolder) -> str:
     for task in all_tasks(run):
         outcome = read_outcomes(task.submission).get(task.id, "")
         for name in task.artifacts:
-            writer.writerow(_row(run, task, name, outcome))
+            row = _row(run, task, name, outcome)
+            writer.writerow({column: guarded(value) for column, value in row.items()})
     return out.getvalue()
 
 

@@ -25,7 +25,9 @@ def sbatch_text(profile: Profile, job: PlannedJob, folder: Path, name: str, afte
     """Return the script that `submit_slurm` gives to sbatch."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    from grappa.slurm.entry import command as entry_command
+
+    command = entry_command(shlex.quote(sys.executable), shlex.quote(str(folder)))
     count = len(job.tasks) if len(job.tasks) > 1 else None
     parameters = _slurm_parameters(profile, job.resources, name, after)
     text: str = _make_sbatch_string(command=command, folder=folder, map_count=count, **parameters)
@@ -38,11 +40,21 @@ def submit_slurm(
     """Call sbatch once, for one job or an array; return the ids of the tasks. SchedulerError has sbatch's message."""
     import submitit
 
+    from grappa.slurm.entry import command, private_files
+
+    class SlurmExecutor(submitit.SlurmExecutor):  # its name says to submitit what it is
+        @property
+        def _submitit_command_str(self) -> str:
+            return command(self.python, shlex.quote(str(self.folder)))
+
     _refuse_without_slurm()
-    executor = submitit.SlurmExecutor(folder, max_num_timeout=profile.max_requeues)
+    executor = SlurmExecutor(folder, max_num_timeout=profile.max_requeues)
     executor.update_parameters(**_slurm_parameters(profile, job.resources, name, after))
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints the message of the error as well
+        with (
+            private_files(),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):  # submitit prints the message of the error as well
             found = executor.submit_array(calls) if len(calls) > 1 else [executor.submit(calls[0])]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise SchedulerError(f"{job.title} was refused: {_own_words(str(error))}") from None
@@ -53,7 +65,14 @@ def start_local(profile: Profile, job: PlannedJob, folder: Path, calls: Sequence
     """Start a process on this machine for each call; return submitit's jobs."""
     import submitit
 
-    executor = submitit.LocalExecutor(folder, max_num_timeout=profile.max_requeues)
+    from grappa.slurm.entry import command, private_files, safe_path
+
+    class LocalExecutor(submitit.LocalExecutor):
+        @property
+        def _submitit_command_str(self) -> str:
+            return command(self.python, shlex.quote(str(self.folder)))
+
+    executor = LocalExecutor(folder, max_num_timeout=profile.max_requeues)
     executor.update_parameters(
         timeout_min=job.resources.time,
         nodes=job.resources.nodes,
@@ -63,7 +82,8 @@ def start_local(profile: Profile, job: PlannedJob, folder: Path, calls: Sequence
         stderr_to_stdout=True,
         setup=list(profile.setup),
     )
-    return [executor.submit(call) for call in calls]
+    with private_files(), safe_path():
+        return [executor.submit(call) for call in calls]
 
 
 def run_here(call: StageJob, task: str) -> None:

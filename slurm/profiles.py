@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -20,7 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from grappa.pipeline.config.yaml_file import ConfigError, read_yaml, shipped_or_file, short, validation_sentence
+from grappa.core.printing import printable, shown
+from grappa.pipeline.config.yaml_file import ConfigError, read_yaml, shipped_or_file, validation_sentence
 from grappa.pipeline.graph.stages import STAGES, find_stage
 
 CLUSTERS = Path(__file__).parent / "clusters"
@@ -45,22 +47,37 @@ def minutes(text: Any) -> int:
             total = (days * 24 + hours) * 60 + rest
             if total:
                 return total
-    raise ValueError(f"found {short(text)}, expected a time such as 4h, 90m or 1d12h (at least 1m)")
+    raise ValueError(f"found {shown(text)}, expected a time such as 4h, 90m or 1d12h (at least 1m)")
 
 
 def memory(text: Any) -> str:
     """Return a memory size as Slurm reads it, such as ``32G``; ``0`` means all memory of the node."""
-    if isinstance(text, str | int) and re.fullmatch(r"\d+[MGT]|0", str(text)):
+    if isinstance(text, str | int) and re.fullmatch(r"[0-9]+[MGT]|0", str(text)):
         return str(text)
-    raise ValueError(f"found {short(text)}, expected a size such as 32G or 500M")
+    raise ValueError(f"found {shown(text)}, expected a size such as 32G or 500M")
+
+
+def one_line(text: str) -> str:
+    """Return a value of an option; refuse one that is empty, or that would end the line of the script it stands in."""
+    if not text.strip() or printable(text) != text:
+        raise ValueError(f"found {shown(text)}, expected a text of one line without control characters")
+    return text
+
+
+def no_directive(text: str) -> str:
+    """Return commands of the shell; refuse what sbatch would read as options, and a NUL, which no script can have."""
+    if "\0" in text or re.search(r"^\s*#SBATCH", text, re.MULTILINE):
+        raise ValueError(f"found {shown(text)}, expected commands of the shell; give options by `sbatch:`")
+    return text
 
 
 Count = Annotated[int, Field(strict=True, ge=1)]  # strict: YAML's `yes` is no 1
 CountOrNone = Annotated[int, Field(strict=True, ge=0)]
 Minutes = Annotated[int, BeforeValidator(minutes)]
 Memory = Annotated[str, BeforeValidator(memory)]
-Word = Annotated[str, Field(pattern=r"^[^\n]+$")]
-Option = str | int | Literal[True]
+Word = Annotated[str, AfterValidator(one_line)]
+Option = Word | int | Literal[True]
+OptionName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
 
 
 class Strict(BaseModel):
@@ -93,8 +110,8 @@ class Profile(Resources):
     max_requeues: CountOrNone = 20
     mail: Word | None = None
     mail_events: tuple[Literal["BEGIN", "END", "FAIL", "REQUEUE", "ALL"], ...] = ("END", "FAIL")
-    setup: tuple[str, ...] = ()
-    sbatch: dict[str, Option] = {}
+    setup: tuple[Annotated[str, AfterValidator(no_directive)], ...] = ()
+    sbatch: dict[OptionName, Option] = {}
 
     @model_validator(mode="after")
     def _fits_the_graph(self) -> Profile:
@@ -168,7 +185,7 @@ def load_profile(name_or_file: str) -> Profile:
     path = shipped_or_file(name_or_file, CLUSTERS, f"--cluster {name_or_file}", "profile")
     found = read_yaml(path)
     if not isinstance(found, dict | None):
-        raise ConfigError(f"{path}: found {short(found)}, expected keys such as `partition:`")
+        raise ConfigError(f"{path}: found {shown(found)}, expected keys such as `partition:`")
     try:
         return Profile.model_validate(found or {})
     except ValidationError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,10 +39,15 @@ class Submission:
         return [StageJob(*where, pins, self.code, cpus, requeues) for pins in job.tasks]
 
     def prepare(self) -> None:
-        """Make the folder of the submission, with the present configuration."""
+        """Make the folder of the submission, with the present configuration; only this user can change what is in it.
+
+        What lies there is run: the scripts of jobs until sbatch has read them, and their calls.
+        """
         with storage_errors(self.folder):
+            self.folder.mkdir(parents=True)
+            self.folder.chmod(self.folder.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
             for name in ("events", "progress"):
-                (self.folder / name).mkdir(parents=True)
+                (self.folder / name).mkdir()
         atomic_write_text(self.folder / PINNED_CONFIG, dump_config(self.config))
 
     def record(self, job: PlannedJob, ids: tuple[str, ...], after: tuple[str, ...]) -> JobRecord:

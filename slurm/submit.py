@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import shutil
 import time
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from grappa.core.printing import printable
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.execution import Say, Selection
 from grappa.pipeline.engine.status import read_config
@@ -49,6 +49,8 @@ def submit(root: Path, selection: Selection, profile_name: str, *, say: Say, dry
         jobs_folder(run).mkdir(exist_ok=True)
     with _alone(run):
         submission, live = _submission(run, read_config(run), profile), _live(run, profile, say)
+        if profile.cluster == "slurm":
+            _remove_left_over(run, live)
         jobs = plan(run, submission.config, selection, profile, live)
         if not jobs:
             say(f"nothing to submit: {f'{len(live)} artifacts are on their way' if live else 'all is fresh'}")
@@ -56,6 +58,12 @@ def submit(root: Path, selection: Selection, profile_name: str, *, say: Say, dry
             _submit_all(submission, jobs, live, say)
         else:
             run_locally(submission, jobs, say)
+
+
+def _remove_left_over(run: RunFolder, live: Mapping[str, Task]) -> None:
+    from grappa.slurm.entry import remove_left_over
+
+    remove_left_over(jobs_folder(run), {task.id for task in live.values()})
 
 
 def _live(run: RunFolder, profile: Profile, say: Say) -> dict[str, Task]:
@@ -134,10 +142,10 @@ def _alone(run: RunFolder) -> Iterator[None]:
 
 
 def _refuse_odd_name(root: Path) -> None:
-    """Refuse a path with ``%``, a backslash (both have a meaning in Slurm's log names) or a line break."""
-    found = re.search(r"[%\\\n]", str(root))
+    """Refuse a path with ``%``, a backslash (both have a meaning in Slurm's log names) or a control character."""
+    found = next((each for each in str(root) if each in "%\\" or printable(each) != each), None)
     if found:
-        raise ValueError(f"{root} has {found[0]!r} in its name, which Slurm cannot have in a log's; rename the folder")
+        raise ValueError(f"{root} has {found!r} in its name, which Slurm cannot have in a log's; rename the folder")
 
 
 def _base(ids: Sequence[str]) -> str:

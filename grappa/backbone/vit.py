@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grappa.backbone.architectures import check_input, check_name, check_options, create_vit
 from grappa.backbone.weights import BackboneError, import_timm, load_state, read_state_dict
+from grappa.core.printing import shown
 
 Residual = Callable[[Tensor], Tensor]
 Residuals = Sequence[Residual] | nn.ModuleList
@@ -44,7 +46,8 @@ class BackboneSpec:
     """All that is needed to build the architecture and to prepare its input, without any file or network.
 
     image_size: side of the square input, pixels. crop_fraction: share (0-1) of the shorter side that is shown. mean,
-    std: of the three colors, 0-1. options: further arguments for ``timm.create_model``.
+    std: of the three colors, 0-1. options: further arguments of the architecture, those of
+    ``grappa.backbone.architectures.OPTIONS``. BackboneError for any other value.
     """
 
     name: str
@@ -54,12 +57,22 @@ class BackboneSpec:
     std: tuple[float, float, float]
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        check_input(self.image_size, self.crop_fraction, self.mean, self.std)
+        check_options(self.options)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> BackboneSpec:
-        return cls(**{**record, "mean": tuple(record["mean"]), "std": tuple(record["std"])})
+    def from_json(cls, record: object) -> BackboneSpec:
+        """Return the specification that gave this ``to_json()``; BackboneError for any other value."""
+        names = {each.name for each in fields(cls)}
+        if not isinstance(record, Mapping) or set(record) != names:
+            raise BackboneError(f"the backbone is {shown(record)}; expected an object with {', '.join(sorted(names))}")
+        colors = {name: tuple(each) if isinstance(each := record[name], list) else each for name in ("mean", "std")}
+        return cls(**{**record, **colors})
 
 
 class Backbone(nn.Module):
@@ -131,7 +144,7 @@ def embed(backbone: Backbone, images: Tensor, adaptation: Adaptation | None = No
 
 def build_backbone(spec: BackboneSpec) -> Backbone:
     """Build the architecture with random weights; no file and no network is touched."""
-    vit = _create(spec.name, spec.image_size, spec.options, pretrained=False)
+    vit = create_vit(spec.name, spec.image_size, spec.options, pretrained=False)
     return Backbone(vit, spec)
 
 
@@ -152,7 +165,7 @@ def load_backbone(
         weights: a .safetensors file or a state dict (read with ``weights_only=True``), in timm's or DINO's key layout.
         image_size: side of the square input in pixels; positions are resampled. None: the model's own.
         crop_fraction, mean, std: how an image is prepared; None: the model's own.
-        options: further arguments for ``timm.create_model``.
+        options: further arguments of the architecture (``BackboneSpec``), and ``img_size``.
 
     Raises:
         BackboneError: unknown or unsuitable model, hub out of reach, weights that do not fit.
@@ -190,7 +203,7 @@ def _default_cfg(name: str) -> dict[str, Any]:
     if not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*"), n=1)
         hint = f"did you mean {close[0]}?" if close else "see timm.list_models()"
-        raise BackboneError(f"timm has no model called {name!r}; {hint}")
+        raise BackboneError(f"timm has no model called {shown(name)}; {hint}")
     try:
         cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
@@ -199,25 +212,10 @@ def _default_cfg(name: str) -> dict[str, Any]:
     return record
 
 
-def _create(name: str, image_size: int, options: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
-    timm = import_timm()
-    kind = timm.models.vision_transformer.VisionTransformer
-    arguments = {"num_classes": 0, "global_pool": "token", "img_size": image_size, **options}
-    try:
-        vit = timm.create_model(name, pretrained=pretrained, **arguments)
-    except (TypeError, AssertionError) as error:
-        raise BackboneError(
-            f"{name!r} cannot be built as a VisionTransformer with a class token ({error}); choose such a model"
-        ) from error
-    if not isinstance(vit, kind) or getattr(vit, "cls_token", None) is None:
-        raise BackboneError(f"{name!r} is a {type(vit).__name__}, not a VisionTransformer with a class token")
-    return vit
-
-
 def _from_hub(spec: BackboneSpec) -> nn.Module:
-    _create(spec.name, spec.image_size, spec.options, pretrained=False)
+    create_vit(spec.name, spec.image_size, spec.options, pretrained=False)
     try:
-        return _create(spec.name, spec.image_size, spec.options, pretrained=True)
+        return create_vit(spec.name, spec.image_size, spec.options, pretrained=True)
     except Exception as error:  # hub clients raise many kinds; all mean the same to a user
         raise BackboneError(
             f"the pretrained weights of {spec.name!r} could not be had from the hub ({type(error).__name__}); "

@@ -53,7 +53,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_state(vit: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Load a state dict into a VisionTransformer; all tensors must fit.
+    """Load a state dict into a VisionTransformer; all tensors must fit and be finite.
 
     A classifier in the file is ignored; positions for another image size are resampled.
     """
@@ -65,6 +65,9 @@ def load_state(vit: nn.Module, state: Mapping[str, Tensor], *, source: str) -> N
     wrong = [key for key in wanted if key in given and wanted[key].shape != given[key].shape]
     if missing or unknown or wrong:
         raise BackboneError(_misfit(source, missing, unknown, wrong, given, wanted))
+    broken = [key for key, value in given.items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise BackboneError(f"the weights in {source} hold NaN or infinity (first: {broken[0]}); give whole weights")
     vit.load_state_dict(dict(given), strict=True)
 
 

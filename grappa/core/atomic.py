@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+PATH_MAX, NAME_MAX = 4096, 255  # bytes, on Linux; a path's last byte is its end
+
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], *, draft: Path | None = None) -> None:
     """Write a file by ``write(file)``; on any error or crash the former file stays as it was.
@@ -28,6 +30,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, draft: Path 
             draft.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def too_long(path: object) -> str:
+    """Return in words by how much a path is too long for the file system, for an error of the kind ENAMETOOLONG."""
+    text = os.fsencode(path) if isinstance(path, str | bytes) else b""
+    longest = max(map(len, text.split(b"/")))
+    found = f"the path has {len(text)} bytes and a name in it {longest}"
+    return f"{found}; a file system has {PATH_MAX} and {NAME_MAX} at most"
 
 
 def fsync_folder(folder: Path) -> None:

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa.core.arrays import Box
-from grappa.images.decoding import ImageDecodeError, decode_image, shrink
+from grappa.core.atomic import too_long
+from grappa.images.decoding import METADATA_BYTES, ImageDecodeError, decode_image, shrink
 from grappa.images.table import MISSING, image_file
 
 # More bytes than this cannot be one image within max_pixels: 16-bit RGBA, uncompressed, and generous metadata.
-_BYTES_A_PIXEL, _METADATA_BYTES = 8, 64 * 2**20
+_BYTES_A_PIXEL = 8
 # Errors of the file system that concern this one file. Others (no memory, too many open files) end the whole pass.
 _UNREADABLE_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP)
 _MISSING_ERRORS = (errno.ENOENT, errno.ENOTDIR)
@@ -94,13 +95,17 @@ def _check_status(listed: ListedFile, status: os.stat_result, max_pixels: int) -
         raise RejectedFileError("not a regular file")
     if status.st_size != listed.size:
         raise _changed(listed, f"it has {status.st_size} bytes")
-    if status.st_size > max_pixels * _BYTES_A_PIXEL + _METADATA_BYTES:
-        raise RejectedFileError(f"{status.st_size} bytes are more than an image of {max_pixels} pixels can need")
+    if status.st_size > max_pixels * _BYTES_A_PIXEL + METADATA_BYTES:
+        raise RejectedFileError(
+            f"{status.st_size} bytes are more than an image of {max_pixels} pixels (images.max_pixels) can need"
+        )
 
 
 def _named(error: OSError, listed: ListedFile) -> Exception:
     if error.errno in _MISSING_ERRORS:
         return RejectedFileError("missing") if listed.size == MISSING else _changed(listed, "it has gone")
+    if error.errno == errno.ENAMETOOLONG:
+        return RejectedFileError(f"unreadable: {too_long(error.filename)}")
     if error.errno in _UNREADABLE_ERRORS:
         return RejectedFileError(f"unreadable: {error.strerror}")
     return error

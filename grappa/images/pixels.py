@@ -158,6 +158,8 @@ def _load(file: Path) -> NDArray[Any]:
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise ValueError(f"too many open files at {file}: raise `ulimit -n`, or images.shard_size") from error
+        if error.errno == errno.ENOMEM:  # of address space, or of maps: the kernel allows a process vm.max_map_count
+            raise ValueError(f"too many files are mapped at {file}: raise images.shard_size") from error
         raise ValueError(f"cannot read {file} of the pixel cache ({error}): {_REDO}") from error
     except (ValueError, EOFError) as error:
         raise ValueError(f"cannot read {file} of the pixel cache ({error}): {_REDO}") from error

@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -60,6 +61,8 @@ _HINTS = {
     r".*\\": "it has backslashes: write / between folders",
     r"\s|.*\s$": "it begins or ends with a blank: remove it",
 }
+
+_LARGEST = 2**31 - 1  # Thrift counts in 32 bits
 
 Cells = list[str | None]
 
@@ -271,7 +274,7 @@ def _check_columns(table: Path, found: Sequence[str]) -> list[str]:
 
 def _read_csv(table: Path) -> dict[str, Cells]:
     try:
-        with _open_text(table) as file:
+        with _cells_of_any_size(table), _open_text(table) as file:
             separator = _separator(file.readline())
             file.seek(0)
             lines = [line for line in csv.reader(file, delimiter=separator, strict=True) if line]
@@ -320,13 +323,26 @@ def _whole_numbers(cells: Cells) -> Cells:
     return [None if match is None else match[1] for match in found]
 
 
+@contextmanager
+def _cells_of_any_size(table: Path) -> Iterator[None]:
+    """Let a cell be as large as its file: a column that is not read may hold captions or vectors."""
+    former = csv.field_size_limit()
+    csv.field_size_limit(max(former, os.stat(table).st_size))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(former)
+
+
 def _read_parquet(table: Path) -> dict[str, Cells]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        names = _check_columns(table, pq.read_schema(table).names)
-        content = pq.read_table(table, columns=names)
+        # Its file is the limit of what lies in a header: a table may have millions of row groups, or long texts.
+        file = pq.ParquetFile(table, thrift_string_size_limit=_LARGEST, thrift_container_size_limit=_LARGEST)
+        names = _check_columns(table, file.schema_arrow.names)
+        content = file.read(columns=names)
     except (OSError, pa.ArrowException) as error:
         raise ImageTableError(f"cannot read the table {show(table)}: {error}") from error
     return {name: [_as_text(table, name, value) for value in content[name].to_pylist()] for name in names}

@@ -106,6 +106,12 @@ class AdaptorSet(nn.Module):
         """The residuals of the blocks' outputs."""
         return self.adaptors
 
+    @property
+    def width(self) -> int:
+        """The width D of the hidden states."""
+        adaptor: nn.Module = next(iter([*self.adaptors, *self.in_context]))
+        return int(next(each for name, each in adaptor.named_parameters() if name.endswith("down.weight")).shape[1])
+
     def __len__(self) -> int:
         return max(len(self.adaptors), len(self.in_context))
 
@@ -116,7 +122,10 @@ class AdaptorSet(nn.Module):
         first, beside = downs.get("adaptors.0.down.weight"), downs.get("in_context.0.query_down.weight")
         if first is None and beside is None:
             raise ValueError(f"found tensors {sorted(state)[:3]}, expected those of an adaptor set")
-        num_blocks = 1 + max(int(name.split(".")[1]) for name in downs)
+        blocks = {name.split(".")[1] for name in downs}
+        num_blocks = len(blocks)  # never a number from a name: a million blocks would be made of a few bytes
+        if blocks != {str(number) for number in range(num_blocks)}:
+            raise ValueError(f"found adaptors of the blocks {sorted(blocks)[:3]}, expected those of 0 to the last one")
         bottleneck_dim, rank = (0 if each is None else len(each) for each in (first, beside))
         adaptors = cls(num_blocks, next(iter(downs.values())).shape[1], bottleneck_dim, in_context_rank=rank)
         adaptors.load_state_dict(state)

@@ -124,9 +124,13 @@ class Fusion(nn.Module):
         self, sets: Sequence[AdaptorSet], *, level: AttentionLevel = "token", temperature: float = 1.0
     ) -> None:
         super().__init__()
-        if not sets or len({(len(each.outputs), len(each.in_context)) for each in sets}) != 1:
+        if (
+            not sets
+            or len({tuple((name, value.shape) for name, value in each.named_parameters()) for each in sets}) != 1
+        ):
             raise ValueError(
-                f"found {len(sets)} adaptor sets; fusion needs one or more, all of one kind and with as many blocks"
+                f"found {len(sets)} adaptor sets; fusion needs one or more, all of one kind and size, with as many "
+                "blocks"
             )
         places = ([each.outputs for each in sets], [each.in_context for each in sets])
         self.layers, self.in_context = (

@@ -39,6 +39,7 @@ from torch.nn import functional as F
 
 from grappa.core.arrays import below
 from grappa.core.memory import DOUBLE, FLOAT, WORK
+from grappa.core.printing import shown
 from grappa.core.vectors import as_tensor, check_unit_vectors, full_float32
 from grappa.metrics.whitening import MIN_VARIANCE, fit_whitening
 from grappa.search import kmeans
@@ -111,6 +112,9 @@ class NeighborhoodHead(nn.Module):
         if centroids.shape != (len(biases), len(mean)):
             found = f"centroids have shape {tuple(centroids.shape)}, biases {tuple(biases.shape)}"
             raise ValueError(f"{found}, the head's width is {len(mean)}; fit the head again")
+        for name, value in (("temperature", temperature), ("neighborhood_weight", neighborhood_weight)):
+            _check_range(name, value)
+        _check_range("perplexity", perplexity)
         self.register_buffer("mean", mean)
         self.register_buffer("centroids", centroids)
         self.register_buffer("biases", biases)
@@ -173,19 +177,48 @@ Head = IdentityHead | WhiteningHead | NeighborhoodHead | WhitenedNeighborhoodHea
 
 def open_head(form: Mapping[str, Any], state: Mapping[str, Tensor]) -> Head:
     """Return the head that had this ``form()`` and this state dict; ValueError or TypeError where the two disagree."""
-    settings: dict[str, Any] = {name: value for name, value in form.items() if name not in ("kind", "num_centroids")}
+    kind = form.get("kind")
+    if kind not in _FORMS:
+        raise ValueError(f"head kind is {shown(kind)}; expected one of {', '.join(_FORMS)}: update grappa")
+    if set(form) != _FORMS[kind]:
+        raise ValueError(f"the head of kind {kind} is {shown(dict(form))}; expected {', '.join(sorted(_FORMS[kind]))}")
     tensors: dict[str, Any] = dict(state)
-    if form["kind"] == "none":
-        return IdentityHead()
-    if form["kind"] == "whitening":
+    if kind == "none":
+        return IdentityHead(**tensors)
+    if kind == "whitening":
         return WhiteningHead(**tensors)
-    if form["kind"] == "neighborhood":
-        return NeighborhoodHead(**tensors, **settings)
-    if form["kind"] == "whitened_neighborhood":
+    settings = {name: form[name] for name in _FORMS[kind] - {"kind", "num_centroids"}}
+    head: NeighborhoodHead | WhitenedNeighborhoodHead
+    if kind == "neighborhood":
+        head = last = NeighborhoodHead(**tensors, **settings)
+    else:
         before, after = (below(tensors, f"{part}.") for part in ("whitening", "neighborhood"))
-        return WhitenedNeighborhoodHead(WhiteningHead(**before), NeighborhoodHead(**after, **settings))
-    kinds = "none, whitening, neighborhood or whitened_neighborhood"
-    raise ValueError(f"head kind is {form['kind']!r}; expected {kinds}: update grappa")
+        if len(before) + len(after) != len(tensors):
+            raise ValueError(
+                f"the head has the tensors {shown(sorted(tensors))}; expected whitening.* and neighborhood.*"
+            )
+        last = NeighborhoodHead(**after, **settings)
+        head = WhitenedNeighborhoodHead(WhiteningHead(**before), last)
+    if form["num_centroids"] != len(last.centroids):
+        raise ValueError(f"the head has {len(last.centroids)} centroids, not {shown(form['num_centroids'])}")
+    return head
+
+
+_NEIGHBORHOOD = {"kind", "num_centroids", "temperature", "neighborhood_weight", "perplexity"}
+_FORMS = {
+    "none": {"kind"},
+    "whitening": {"kind"},
+    "neighborhood": _NEIGHBORHOOD,
+    "whitened_neighborhood": _NEIGHBORHOOD,
+}
+_RANGES = {"temperature": (MIN_TEMPERATURE / 2, 1e8), "neighborhood_weight": (0.0, 1e8), "perplexity": (0.0, 1e8)}
+
+
+def _check_range(name: str, value: object) -> None:
+    """Refuse what is no number, and a number by which a head would divide by zero; ValueError."""
+    low, high = _RANGES[name]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"the head's {name} is {shown(value)}; expected a number from {low:g} to {high:g}")
 
 
 def apply_head(head: Head, embeddings: NDArray[np.float32], *, device: str = "cpu") -> NDArray[np.float32]:
@@ -407,5 +440,4 @@ def _check_settings(num_centroids: int | None, perplexity: float, power: float, 
         raise ValueError(f"perplexity is {perplexity}; expected more than 1 (neighbouring centroids an image)")
     if not 0.0 <= power <= 1.0:
         raise ValueError(f"deviation_power is {power}; expected a number between 0 (none) and 1 (full whitening)")
-    if weight < 0.0:
-        raise ValueError(f"neighborhood_weight is {weight}; expected 0 or more")
+    _check_range("neighborhood_weight", weight)

@@ -7,6 +7,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from grappa.core.printing import printable
 from grappa.images.pixels import PixelCache
 from grappa.objects.boxes import NO_BOX
 
@@ -31,7 +32,7 @@ def contact_sheet(
         top = line * (_TILE + 2 * _TITLE + _GAP)
         own = table[table["domain"] == domain]
         accepted = own["reason"] == ""
-        title = f"{domain}: {int(accepted.sum())} of {len(own)} accepted"
+        title = f"{printable(domain)}: {int(accepted.sum())} of {len(own)} accepted"
         ImageDraw.Draw(sheet).text((_GAP, top + 2), title, fill=_INK)
         for place, row in enumerate(own.index[accepted][:num_accepted]):
             sheet.paste(_tile(table.loc[row], cache.image(row)), (place * (_TILE + _GAP), top + _TITLE))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grappa import load_model
-from grappa.pipeline.commands.search import MAX_PIXELS
+from grappa.pipeline.commands.search import max_pixels
 from grappa.pipeline.store.storage import new_folder, refuse_existing
 
 if TYPE_CHECKING:
@@ -34,12 +34,19 @@ def embed(run_or_model: Path, images: Path, out: Path, progress: Callable[[int, 
     refuse_existing(out)
     model, listing = load_model(run_or_model), list_images([images], loose_domain="")
     with new_folder(out) as draft:
-        sentence = _write(model, listing, draft, progress)
+        sentence = _write(model, listing, draft, progress, largest=max_pixels(run_or_model))
     passed = "".join(f", {words} passed over" for words in listing.attrs["passed_over"])
     return f"{sentence} in {out}{passed}"
 
 
-def _write(model: GrappaModel, listing: pd.DataFrame, folder: Path, progress: Callable[[int, int], None] | None) -> str:
+def _write(
+    model: GrappaModel,
+    listing: pd.DataFrame,
+    folder: Path,
+    progress: Callable[[int, int], None] | None,
+    *,
+    largest: int,
+) -> str:
     import numpy as np
 
     kept: list[int] = []
@@ -47,7 +54,7 @@ def _write(model: GrappaModel, listing: pd.DataFrame, folder: Path, progress: Ca
     parts = [np.empty((0, model.embedding_dim), np.float32)]
     for start in range(0, len(listing), BATCH):
         rows = range(start, min(start + BATCH, len(listing)))
-        crops = dict(_crops(model, listing, rows, rejected))
+        crops = dict(_crops(model, listing, rows, rejected, largest))
         if crops:
             parts.append(_forward(model, list(crops.values())))
         kept.extend(crops)
@@ -65,7 +72,7 @@ def _write(model: GrappaModel, listing: pd.DataFrame, folder: Path, progress: Ca
 
 
 def _crops(
-    model: GrappaModel, listing: pd.DataFrame, rows: range, rejected: dict[int, str]
+    model: GrappaModel, listing: pd.DataFrame, rows: range, rejected: dict[int, str], largest: int
 ) -> Iterator[tuple[int, Tensor]]:
     from grappa.images.files import ListedFile, RejectedFileError, decode_file
 
@@ -74,7 +81,7 @@ def _crops(
         listed = ListedFile(path, int(number), listing["domain"].iloc[row], NO_BOX, int(size))
         root = listing.attrs["roots"][number]
         try:
-            decoded = decode_file(listed, root, cache_size=model.cache_size, max_pixels=MAX_PIXELS)
+            decoded = decode_file(listed, root, cache_size=model.cache_size, max_pixels=largest)
         except RejectedFileError as error:
             rejected[row] = str(error)
         else:

@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from grappa.core.printing import printable
 from grappa.pipeline.commands.init import Request, initialize
 from grappa.pipeline.commands.run import run_and_report
 from grappa.pipeline.engine.execution import Selection, run_stages
@@ -47,7 +48,7 @@ def run(
         ValueError: wrong images, settings or names; the message is the sentence that the command line prints.
     """
     root = Path(folder)
-    say = print if progress else _silent
+    say = _print if progress else _silent
     changes = Request(_sources(images), None if config is None else os.fspath(config), assignments(settings))
     if changes != Request() or not (root / RUN_FILE).exists():
         _refuse_several_processes(root)
@@ -97,6 +98,10 @@ def _text(value: Any) -> str:
 def _sources(images: Source | Sequence[Source]) -> tuple[str, ...]:
     several = (images,) if isinstance(images, str | os.PathLike) else images
     return tuple(os.fspath(each) for each in several)
+
+
+def _print(line: str) -> None:
+    print(printable(line))
 
 
 def _silent(line: str) -> None:

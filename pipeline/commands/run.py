@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TextIO
 
 from grappa.core.names import MEAN
+from grappa.core.printing import printable
 from grappa.pipeline.engine.execution import Say, Selection, planned, run_stages, selected, spent
 from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.verdict_file import read_verdict
 from grappa.pipeline.graph.models import FREE, SUPERVISED
 from grappa.pipeline.store.artifacts import RunFolder, published, readable_manifest
+from grappa.pipeline.store.csv_cells import unguarded
 
 METRICS_FILE = "metrics.csv"
 
@@ -62,7 +64,7 @@ def read_table(metrics: Path) -> tuple[list[str], list[list[str]]]:
     closed without labels: (fused - zero_shot) / (supervised - zero_shot).
     """
     with metrics.open(newline="", encoding="utf-8") as file:
-        records = list(csv.DictReader(file))
+        records = [{name: unguarded(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
     header, rows = _quality_table(records)
     if not records or "reciprocity" not in records[0]:
         return header, rows
@@ -106,6 +108,7 @@ def print_table(metrics: Path, stream: TextIO | None = None) -> None:
 def print_rows(header: list[str], rows: list[list[str]], stream: TextIO | None = None) -> None:
     """Print a table of texts: ruled on a terminal, plain columns elsewhere; the first column is left-aligned."""
     stream = sys.stdout if stream is None else stream
+    header, *rows = ([printable(text) for text in row] for row in (header, *rows))
     if stream.isatty():
         _print_ruled(header, rows, stream)
         return

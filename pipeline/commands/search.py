@@ -6,8 +6,17 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grappa.pipeline.config.schema import Images
+from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.verdict_file import chosen_model
-from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, published, quoted, readable_manifest
+from grappa.pipeline.store.artifacts import (
+    RUN_FILE,
+    RunFolder,
+    check_same_origin,
+    published,
+    quoted,
+    readable_manifest,
+)
 from grappa.pipeline.store.storage import new_folder, refuse_existing
 
 if TYPE_CHECKING:
@@ -16,7 +25,6 @@ if TYPE_CHECKING:
     from grappa.model import GrappaModel
 
 FILES = ("model.json", "weights.safetensors")
-MAX_PIXELS = 100_000_000  # a larger image is refused as a decompression bomb
 
 
 def load_run_model(run: str | Path) -> GrappaModel:
@@ -43,7 +51,7 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
     index = SearchIndex.load(published(folder, "index"))
     images = pd.read_parquet(published(folder, "images", "images.parquet") / "images.parquet").set_index("image_id")
     with torch.inference_mode():
-        query = model(model.preprocess(open_image(image)).unsqueeze(0))
+        query = model(model.preprocess(open_image(image, max_pixels(run))).unsqueeze(0))
     ids, similarities = index.search(query.numpy(), k)
     found = images.loc[list(ids[0]), ["path", "domain"]]
     rows = zip(ids[0], found["path"], found["domain"], similarities[0], strict=True)
@@ -72,14 +80,24 @@ def _deployed_by(folder: RunFolder, name: str) -> str:
     return next(final, "zero_shot")
 
 
-def open_image(path: Path) -> Image.Image:
-    """Return an image file as a PIL image, RGB and upright; ValueError when it cannot be decoded."""
+def max_pixels(run_or_model: Path) -> int:
+    """Return the largest size of an image, in pixels: the run's setting, for an exported model the default."""
+    if (run_or_model / RUN_FILE).exists():
+        return read_config(RunFolder.open(run_or_model)).images.max_pixels
+    return Images().max_pixels
+
+
+def open_image(path: Path, largest: int) -> Image.Image:
+    """Return an image file as a PIL image, RGB and upright; ValueError when it cannot be decoded.
+
+    largest: pixels; an image with more is refused as a decompression bomb.
+    """
     from PIL import Image
 
     from grappa.images.decoding import ImageDecodeError, decode_image
 
     try:
-        return Image.fromarray(decode_image(path.read_bytes(), max_pixels=MAX_PIXELS))
+        return Image.fromarray(decode_image(path.read_bytes(), max_pixels=largest))
     except ImageDecodeError as error:
         raise ValueError(f"{path} cannot be searched with: {error}") from error
 

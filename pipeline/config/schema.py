@@ -14,13 +14,14 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     field_validator,
     model_validator,
 )
 
+LARGEST = 2**53  # an integer that every reader of JSON holds exactly
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
 Precision = Literal["auto", "float32", "bfloat16"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 CropFraction = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -86,7 +87,7 @@ class Backbone(Section):
     mean: Triple | None = Field(None, description="channel means of the input, 0-1; null: the model's own")
     std: PositiveTriple | None = Field(None, description="channel deviations of the input, 0-1; null: the model's own")
     options: dict[str, bool | int | float | str] = Field(
-        default_factory=dict, description="further arguments for timm.create_model, such as {depth: 6}"
+        default_factory=dict, description="further arguments of the architecture, such as {depth: 6}"
     )
 
 

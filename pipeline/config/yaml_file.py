@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import os
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from grappa.core.printing import sentence, shown
 from grappa.pipeline.config.schema import Config, Section
 
 HEADER = """\
@@ -18,12 +22,16 @@ HEADER = """\
 """
 PRESETS = Path(__file__).parent / "presets"
 LINE_LENGTH = 120
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**20, 100_000, 32  # of a YAML file; the largest known configuration has 300 values
 
 Settings = dict[str, dict[str, Any]]
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one sentence for the user."""
+    """A configuration that cannot be used; the message is one sentence for the user, on one printable line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(sentence(text, limit=1200))
 
 
 def load_config(path: Path) -> Config:
@@ -45,14 +53,63 @@ def parse_settings(settings: Mapping[str, Any], where: str) -> Config:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader that refuses a key which is written twice (else the last value would win in silence)."""
+    """YAML's safe loader for settings: texts, numbers, truth values, null, lists, and mappings whose keys are texts.
+
+    A key that is written twice is refused (else the last value would win in silence), and so is a file that is nested
+    too deep or stands for too much, which a few lines can do by references.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._extent: dict[int, tuple[int, int]] = {}  # of each finished node: its values and depth, written out
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark, is_reference = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"more than {MAX_DEPTH} levels lie in each other", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if is_reference and id(node) not in self._extent:
+            raise yaml.composer.ComposerError(None, None, "a value refers to itself", mark)
+        if node is not None and id(node) not in self._extent:
+            self._extent[id(node)] = self._checked_extent(node)
+        return node
+
+    def _checked_extent(self, node: yaml.Node) -> tuple[int, int]:
+        parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+        pairs = itertools.chain.from_iterable(parts) if isinstance(node, yaml.MappingNode) else parts
+        extents = [self._extent[id(part)] for part in pairs]
+        values, depth = 1 + sum(each[0] for each in extents), 1 + max((each[1] for each in extents), default=0)
+        if values > MAX_VALUES or depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"more than {MAX_VALUES} values or {MAX_DEPTH} levels", None)
+        return values, depth
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"`{name}` is written twice", node.start_mark)
+        written = set()
+        for key, _ in node.value:
+            if key.tag not in (_TEXT, "tag:yaml.org,2002:merge", "tag:yaml.org,2002:value"):
+                what = f"`{key.value}`" if isinstance(key, yaml.ScalarNode) else "a list or a section"
+                raise yaml.constructor.ConstructorError(None, None, f"{what} is a key: quote it", key.start_mark)
+            if key.value in written:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` is written twice", node.start_mark)
+            written.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_TEXT = "tag:yaml.org,2002:str"
+# A date stays a text, since no setting is one, and what is neither text, number, list nor mapping has no constructor.
+_KEPT = ("null", "bool", "int", "float", "seq", "map", "str")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.yaml_constructors = {
+    tag: make
+    for tag, make in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in _KEPT
+}
 
 
 def read_settings(path: Path) -> Settings:
@@ -61,14 +118,27 @@ def read_settings(path: Path) -> Settings:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file; ConfigError when it is no YAML file or has a key twice."""
+    """Return the content of a YAML file: texts, numbers, truth values, lists, and mappings whose keys are texts.
+
+    ConfigError when it is no such file, is larger than a megabyte, or has a key twice.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+        found = f"{status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "no regular file"
+        raise ConfigError(f"{path}: found {found}, expected a YAML text file of at most {MAX_BYTES} bytes")
     try:
         text = path.read_text(encoding="utf-8")
-        return _Loader(text).get_single_data()
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: found bytes that are not UTF-8, expected a YAML text file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({_one_line(error)}); correct it or restore the file") from None
+    return _parsed(text, f"{path}: not valid YAML", "correct it or restore the file")
+
+
+def _parsed(text: str, where: str, advice: str) -> Any:
+    """Return the value that a YAML text stands for; ConfigError with ``where`` and ``advice`` around the reason."""
+    try:
+        return _Loader(text).get_single_data()
+    except (yaml.YAMLError, ValueError, AttributeError, LookupError) as error:  # the last three: `!!int x`, `!!bool x`
+        raise ConfigError(f"{where} ({sentence(error, limit=300)}); {advice}") from None
 
 
 def preset_path(name_or_file: str) -> Path:
@@ -102,7 +172,8 @@ def parse_assignments(assignments: Iterable[str]) -> Settings:
         name, equals, text = assignment.partition("=")
         section, dot, field = name.strip().partition(".")
         if not (equals and dot and section and field):
-            raise ConfigError(f"--set {assignment}: expected section.key=value, such as clusters.num_iterations=50")
+            asked = sentence(f"--set {assignment}", limit=100)
+            raise ConfigError(f"{asked}: expected section.key=value, such as clusters.num_iterations=50")
         settings.setdefault(section, {})[field] = _assigned_value(section, field, text)
     return settings
 
@@ -121,20 +192,18 @@ def _sections(found: Any, where: str) -> Settings:
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise ConfigError(f"{where}: found {found!r}, expected sections such as `clusters:` with fields below")
+        raise ConfigError(f"{where}: found {shown(found)}, expected sections such as `clusters:` with fields below")
     for name, fields in found.items():
         if not isinstance(fields, dict | None):
-            raise ConfigError(f"{where}: found {fields!r} for `{name}`, expected a section with fields below")
+            raise ConfigError(f"{where}: found {shown(fields)} for `{name}`, expected a section with fields below")
     return {name: fields or {} for name, fields in found.items()}
 
 
 def _assigned_value(section: str, field: str, text: str) -> Any:
     if _holds_text(section, field):
         return None if text in ("null", "~", "") else text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {section}.{field}={text}: the value is not valid YAML ({_one_line(error)})") from None
+    asked = sentence(f"--set {section}.{field}={text}", limit=100)
+    return _parsed(text, f"{asked}: the value is not valid YAML", "give another value")
 
 
 def _holds_text(section: str, field: str) -> bool:
@@ -194,7 +263,7 @@ def validation_sentence(
         return ": ".join(part for part in (name, str(first["ctx"]["error"])) if part)
     same = [problem for problem in problems if problem["loc"][:2] == first["loc"][:2]]
     expected = " or ".join(dict.fromkeys(_expected(str(problem["msg"])) for problem in same))
-    return f"{name}: found {short(same[-1]['input'])}, expected {expected}{hint(name)}"
+    return f"{name}: found {shown(same[-1]['input'])}, expected {expected}{hint(name)}"
 
 
 def _default_hint(name: str) -> str:
@@ -241,13 +310,3 @@ def _refuse_truth_values(settings: Mapping[str, Any], config: Config, where: str
                 raise ConfigError(
                     f"{where}: {name}: found {value}, expected a number (the default is {_default(name)})"
                 )
-
-
-def short(value: Any) -> str:
-    """Return a value for an error, at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from numpy.typing import NDArray
 
+from grappa.core.printing import printable
+
 STYLE: Any = {
     "svg.hashsalt": "grappa",
     "font.size": 9,
@@ -25,18 +27,21 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "text.parse_math": False,  # a domain may be called $x$
+    "text.usetex": False,
 }
 NO_METRICS = {"stage", "instance", "step", "epoch", "learning_rate"}
 MAX_NAME = 18
 
 
+@matplotlib.rc_context(STYLE)
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as SVG without a date."""
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # the font draws a box for a letter that it lacks
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
+@matplotlib.rc_context(STYLE)
 def learning_curves(curves: pd.DataFrame) -> Figure:
     """Return the metrics of the training stages along the epochs: raw values, and smoothed ones as a line an instance.
 
@@ -61,6 +66,7 @@ def learning_curves(curves: pd.DataFrame) -> Figure:
     return figure
 
 
+@matplotlib.rc_context(STYLE)
 def cluster_sizes(sizes: pd.DataFrame) -> Figure:
     """Return the numbers of train images of the clusters, largest first: a line for each granularity.
 
@@ -81,6 +87,7 @@ def cluster_sizes(sizes: pd.DataFrame) -> Figure:
     return figure
 
 
+@matplotlib.rc_context(STYLE)
 def shared_clusters(mix: pd.DataFrame) -> Figure:
     """Return the shares of all domains in the cluster of an image, by the image's domain: an (M, M) map a granularity.
 
@@ -105,6 +112,7 @@ def domain_shares(mix: pd.DataFrame, names: list[str]) -> NDArray[np.float64]:
     return sums / np.maximum(counts.to_numpy().sum(0)[:, None], 1)
 
 
+@matplotlib.rc_context(STYLE)
 def attention(table: pd.DataFrame) -> Figure:
     """Return each domain's mean granularity attention: an (M, G) map for each block.
 
@@ -124,10 +132,8 @@ def _grid(number: int, columns: int, width: float, height: float) -> tuple[Figur
     """Return a figure with ``number`` panels of ``width`` x ``height`` inches, and the panels' axes."""
     columns = min(columns, number)
     rows = -(-number // columns)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-        axes = [figure.add_subplot(rows, columns, place + 1) for place in range(number)]
-    return figure, axes
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(number)]
 
 
 def _map(axis: Axes, values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], title: str) -> None:
@@ -145,4 +151,5 @@ def _map(axis: Axes, values: NDArray[np.float64], rows: Sequence[str], columns: 
 
 
 def _short(name: str) -> str:
+    name = printable(name)
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"

@@ -9,6 +9,7 @@ import jinja2
 import pandas as pd
 
 from grappa.core.names import MEAN
+from grappa.core.printing import printable
 from grappa.metrics.attention import MEAN_BLOCK
 from grappa.pipeline import tables
 from grappa.pipeline.config.schema import Config
@@ -65,7 +66,7 @@ def _content(
     shown = {each: sources[each] for each in pictured if each in sources and _is_made(run, sources[each])}
     spent = costs.load_costs(run, config)
     return {
-        "name": run.root.resolve().name,
+        "name": printable(run.root.resolve().name),
         "facts": _facts(run, config),
         "not_fresh": [f"{each.name} {each.state}" for each in states(run, config) if each.state.kind != "fresh"],
         "verdict": _verdict(verdict, galleries, deployed) if verdict else None,
@@ -210,5 +211,5 @@ def _render(template: str, content: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters |= {"number": number, "plain": summary.plain_markdown}
     return environment.get_template(template).render(content) + "\n"

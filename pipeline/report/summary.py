@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from grappa.core.names import MEAN
+from grappa.core.printing import printable
 from grappa.pipeline.engine.verdict_file import Verdict
 from grappa.pipeline.graph.models import FREE, MODELS, saw_labels
 
@@ -28,11 +30,27 @@ class Table:
     strong: frozenset[tuple[int, int]] = field(default_factory=frozenset)
 
     def markdown(self) -> str:
-        """Return the table as GitHub-flavored Markdown; stressed cells are bold."""
-        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)]]
-        for number, row in enumerate(self.rows):
-            lines.append([f"**{text}**" if (number, at) in self.strong else text for at, text in enumerate(row)])
-        return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+        """Return the table as GitHub-flavored Markdown, every cell as plain text; stressed cells are bold."""
+        header, *cells = ([plain_markdown(text) for text in row] for row in (self.header, *self.rows))
+        lines = [header, ["---", *["---:"] * (len(self.header) - 1)]]
+        for number, row in enumerate(cells):
+            lines.append(
+                [
+                    f"**{text.strip()}**" if text.strip() and (number, at) in self.strong else text
+                    for at, text in enumerate(row)
+                ]
+            )
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# What Markdown, or GitHub's, does not print as it is: escapes, emphasis, code, the end of a link's text, HTML and
+# entities, tables, strikethrough, formulas, addresses. Underscores within words are printed.
+_MARKUP = re.compile(r"[\\`*<&|~$@]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|:(?=//)|(?<=www)\.", re.IGNORECASE)
+
+
+def plain_markdown(text: str) -> str:
+    """Return a text so that Markdown prints it as it is, on one line."""
+    return _MARKUP.sub(lambda found: f"\\{found[0]}", printable(text))
 
 
 def result_table(metrics: pd.DataFrame, gallery: str, metric: str = "map") -> Table:

@@ -25,6 +25,7 @@ from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import FREE, deployed_model, evaluated_models
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.opening import read_images
+from grappa.pipeline.store.csv_cells import csv_bytes
 
 
 def run(context: StageContext) -> str:
@@ -34,7 +35,7 @@ def run(context: StageContext) -> str:
     num_labeled = int(labels.iloc[rows].notna().sum())
     per_query = _evaluate_all(context, images.iloc[rows], labels.iloc[rows], rows) if num_labeled else _nothing()
     metrics = _write(context, per_query, _reciprocity(context, images["domain"].to_numpy()[rows], rows))
-    _clusters(context, images, labels).to_csv(context.path / "clusters.csv", index=False)
+    (context.path / "clusters.csv").write_bytes(csv_bytes(_clusters(context, images, labels)))
     if not num_labeled:
         return "no test image has a label: only the reciprocity of neighbours is known (model and index are complete)"
     where = "transductive: no image is split, all rows are both" if transductive else "test rows"
@@ -103,7 +104,7 @@ def _write(context: StageContext, per_query: pd.DataFrame, reciprocity: pd.DataF
     known = metrics if len(metrics) else reciprocity[keys].reindex(columns=SUMMARY_COLUMNS).assign(num_queries=0)
     metrics = known.merge(reciprocity, how="left", on=keys, validate="one_to_one")
     per_query.to_parquet(context.path / "per_query.parquet", index=False)
-    metrics.to_csv(context.path / "metrics.csv", index=False)
+    (context.path / "metrics.csv").write_bytes(csv_bytes(metrics))
     return metrics
 
 

@@ -28,6 +28,7 @@ from grappa.pipeline.opening import accepted_boxes, open_backbone, open_pixels, 
 from grappa.pipeline.stages.features import extract, open_rows
 from grappa.pipeline.store.artifacts import SCRATCH_FOLDER
 from grappa.pipeline.store.checkpoints import ArrayCheckpoint, RowCheckpoint
+from grappa.pipeline.store.csv_cells import csv_bytes
 
 Boxes = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -138,7 +139,7 @@ def _write_views(context: StageContext, images: pd.DataFrame, table: pd.DataFram
 
 def _report(context: StageContext, table: pd.DataFrame) -> str:
     counts = acceptance(table["domain"].to_numpy(), table["reason"].to_numpy(dtype=str))
-    counts.to_csv(context.path / "report.csv", index=False)
+    (context.path / "report.csv").write_bytes(csv_bytes(counts))
     sheet = contact_sheet(table, open_pixels(context))
     sheet.save(context.path / "contact_sheet.jpg", quality=JPEG_QUALITY)
     shares = counts[counts["outcome"] == "accepted"].set_index("domain")["share"]

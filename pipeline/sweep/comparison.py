@@ -23,6 +23,7 @@ from grappa.pipeline.engine.fingerprints import read_manifest
 from grappa.pipeline.engine.status import Judge
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import published
+from grappa.pipeline.store.csv_cells import csv_bytes
 from grappa.pipeline.store.storage import atomic_write_bytes
 from grappa.pipeline.sweep.runs import Sweep, SweepRun
 from grappa.pipeline.sweep.spec import SweepFile, varied
@@ -101,7 +102,7 @@ def _write(out: Path, parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     atomic_write_bytes(out / PARQUET_FILE, buffer.getvalue())
-    atomic_write_bytes(out / CSV_FILE, table.to_csv(index=False).encode())
+    atomic_write_bytes(out / CSV_FILE, csv_bytes(table))
     return table
 
 

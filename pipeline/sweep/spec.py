@@ -17,6 +17,7 @@ Paths are relative to the working folder, as for `grappa init`.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from grappa.core.printing import shown
 from grappa.pipeline.config.schema import Section
 from grappa.pipeline.config.yaml_file import (
     PRESETS,
@@ -32,13 +34,13 @@ from grappa.pipeline.config.yaml_file import (
     flow,
     read_yaml,
     shipped_or_file,
-    short,
     validation_sentence,
 )
 from grappa.pipeline.graph.stages import find_stage
 
 SWEEPS = PRESETS / "sweeps"
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
+MAX_RUNS = 1000
 RESERVED = ("sweep.csv", "sweep.parquet")
 
 Changes = dict[str, Any]
@@ -118,7 +120,7 @@ def read_sweep(name_or_file: str) -> tuple[SweepFile, str]:
     path = shipped_or_file(name_or_file, SWEEPS, f"sweep {name_or_file}", "sweep")
     found = read_yaml(path)
     if not isinstance(found, dict | None):
-        raise ConfigError(f"{path}: found {short(found)}, expected keys such as `runs:`")
+        raise ConfigError(f"{path}: found {shown(found)}, expected keys such as `runs:`")
     try:
         return SweepFile.model_validate(found or {}), str(path)
     except ValidationError as error:
@@ -132,6 +134,9 @@ def points(sweep: SweepFile) -> tuple[Point, ...]:
     """
     if not (sweep.runs or sweep.grid or sweep.seeds):
         raise ConfigError("nothing to sweep: give runs, a grid or seeds")
+    number = math.prod(map(len, (sweep.runs or [None], *sweep.grid.values(), _seeds(sweep))))
+    if number > MAX_RUNS:
+        raise ConfigError(f"the sweep has {number} runs; give at most {MAX_RUNS}")
     runs = sweep.runs or ({"": None} if sweep.grid else {"base": None})
     found = []
     for seed in _seeds(sweep):

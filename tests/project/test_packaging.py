@@ -28,6 +28,7 @@ PROVIDED_BY = {
     "yaml": "pyyaml",
     "sklearn": "scikit-learn",
     "faiss": "faiss-cpu",
+    "markdown_it": "markdown-it-py",
     "rattler": "py-rattler",
 }
 TEXTS = {".py", ".yaml", ".md", ".j2"}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from grappa.pipeline.config.yaml_file import ConfigError
 from grappa.slurm.launch import sbatch_text
 from grappa.slurm.plan import PlannedJob
 from grappa.slurm.profiles import CLUSTERS, Profile, load_profile, minutes
 from grappa.slurm.records import Pin
+from tests.helpers.hostile import ACTIVE, NAMES
 
 
 def written(tmp_path: Path, text: str) -> Profile:
@@ -125,3 +128,46 @@ def test_the_sbatch_request_holds_what_the_profile_asks_for(tmp_path: Path) -> N
     assert {f"#SBATCH {option}" for option in asked} <= set(lines)
     assert lines.index("module load cuda") < next(i for i, line in enumerate(lines) if line.startswith("srun "))
     assert "--cpus-per-task=6" in next(line for line in lines if line.startswith("srun "))
+
+
+def _directives(profile: Profile, tmp_path: Path) -> list[str]:
+    tasks = ((Pin("features", 1, False, None),),)
+    job = PlannedJob(("features",), tasks, {}, (), profile.resources(("features",)))
+    lines = sbatch_text(profile, job, tmp_path / "here", "grappa-features-1", ()).splitlines()
+    return [line.removeprefix("#SBATCH ") for line in lines if line.lstrip().startswith("#SBATCH")]
+
+
+@pytest.mark.parametrize(
+    ("key", "option"),
+    [
+        *((key, f"--{key}") for key in ("partition", "account", "qos", "constraint")),
+        ("mail", "--mail-user"),
+        ("sbatch", "--comment"),
+        ("setup", ""),
+        ("name", ""),
+    ],
+)
+def test_a_value_of_a_profile_is_one_option_or_is_refused(tmp_path: Path, key: str, option: str) -> None:
+    made = {"sbatch": lambda text: {"comment": text}, "setup": lambda text: [text], "name": lambda text: {text: 1}}
+    for text in (*NAMES, "a\x85b", "a\x0bb", "a b", "--uid=0", "x #y", "'x", '"x', "", " "):
+        value = made[key](text) if key in made else text
+        asked = yaml.safe_dump({"sbatch" if key == "name" else key: value})
+        try:
+            found = _directives(written(tmp_path, asked), tmp_path)
+        except ConfigError as error:
+            assert not ACTIVE.search(str(error)) and len(str(error)) < 500
+            continue
+        plain = _directives(
+            written(tmp_path, "{mail: a, sbatch: {x: 1}}" if key in ("mail", "name") else "{}"), tmp_path
+        )
+        assert len(found) <= len(plain) + (key != "setup" and key != "name" and key != "mail")
+        if option:
+            assert f"{option}={text}" in [shlex.split(line)[0] for line in found]
+            assert all(len(shlex.split(line)) == 1 for line in found)
+
+
+def test_an_ordinary_value_is_taken(tmp_path: Path) -> None:
+    profile = written(tmp_path, "{partition: 'gpu,cpu', constraint: '[a100|h100]&ib', sbatch: {comment: Straße 5}}")
+    assert {"--partition=gpu,cpu", "--constraint='[a100|h100]&ib'", "--comment='Straße 5'"} <= set(
+        _directives(profile, tmp_path)
+    )

@@ -75,6 +75,15 @@ def test_weights_that_do_not_fit_are_refused_with_the_first_misfit(tmp_path: Pat
         _load(path, options={**OPTIONS, "embed_dim": 64})
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_with_the_first_tensor(tmp_path: Path, value: float) -> None:
+    state = tiny_backbone().vit.state_dict()
+    state["blocks.1.mlp.fc1.weight"][3, 4] = value
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(BackboneError, match=r"hold NaN or infinity \(first: blocks.1.mlp.fc1.weight\)"):
+        _load(tmp_path / "w.pth")
+
+
 def test_damaged_files_and_pickles_are_refused_without_running_them(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:

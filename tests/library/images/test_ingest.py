@@ -143,10 +143,10 @@ def test_a_folder_in_a_table_and_a_file_too_large_for_an_image_are_rejected(
 ) -> None:
     put(tmp_path, big=png(0), folder__x=b"")
     (tmp_path / "t.csv").write_text("path,domain\nbig,d\nfolder,d\n")
-    monkeypatch.setattr(image_files, "_METADATA_BYTES", 0)
+    monkeypatch.setattr(image_files, "METADATA_BYTES", 0)
     _, _, rejected = ingest(tmp_path / "t.csv", tmp_path / "pixels", max_pixels=10)
     assert rejected["reason"].tolist() == [
-        f"{len(png(0))} bytes are more than an image of 10 pixels can need",
+        f"{len(png(0))} bytes are more than an image of 10 pixels (images.max_pixels) can need",
         "not a regular file",
     ]
 

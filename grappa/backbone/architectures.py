@@ -1,0 +1,137 @@
+"""Which architectures a backbone may have, and which arguments of them are settings: all that timm is ever given.
+
+A specification comes from a configuration, or from the ``model.json`` of strangers. ``timm.create_model`` itself is no
+place to hand such a record to: by its name or its arguments it also reads files and downloads. So a name must be one of
+timm's own architectures, of modules that are known to be adaptable, and an argument must be listed here with its type
+and range. A further architecture needs its module in ``MODULES``, and what is special in its arguments in ``OPTIONS``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grappa.backbone.weights import BackboneError, import_timm
+from grappa.core.printing import shown
+
+MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")  # of timm.models
+MAX_IMAGE_SIZE = 8192
+_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)?")  # no "hf-hub:", no "local-dir:", no path
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in [low, high]; ``whole``: an integer."""
+
+    low: float
+    high: float
+    whole: bool = False
+
+    def allows(self, value: object) -> bool:
+        """Tell whether ``value`` is such a number; a truth value is none."""
+        kinds = (int,) if self.whole else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool) and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"{'an integer' if self.whole else 'a number'} from {self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """``true`` or ``false``."""
+
+    def allows(self, value: object) -> bool:
+        """Tell whether ``value`` is a truth value."""
+        return isinstance(value, bool)
+
+    def __str__(self) -> str:
+        return "true or false"
+
+
+@dataclass(frozen=True)
+class Name:
+    """The name of a layer in timm's own tables, such as ``rmsnorm``."""
+
+    def allows(self, value: object) -> bool:
+        """Tell whether ``value`` looks like such a name; whether timm knows it turns out when it is built."""
+        return isinstance(value, str) and re.fullmatch(r"[a-z0-9_]{0,32}", value) is not None
+
+    def __str__(self) -> str:
+        return "the name of a layer in timm"
+
+
+_SHARE = Number(0, 0.99)
+OPTIONS: Mapping[str, Number | Flag | Name] = {
+    "patch_size": Number(1, 1024, whole=True),
+    "embed_dim": Number(1, 16384, whole=True),
+    "depth": Number(1, 64, whole=True),
+    "num_heads": Number(1, 1024, whole=True),
+    "reg_tokens": Number(0, 1024, whole=True),
+    "mlp_ratio": Number(0.01, 64),
+    "init_values": Number(0, 1e3),
+    **dict.fromkeys(("qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias"), Flag()),
+    **dict.fromkeys(("no_embed_class", "pre_norm", "final_norm", "dynamic_img_size", "dynamic_img_pad"), Flag()),
+    **dict.fromkeys(("pos_embed", "norm_layer", "act_layer", "embed_norm_layer"), Name()),
+    **dict.fromkeys(("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"), _SHARE),
+    **dict.fromkeys(("attn_drop_rate", "drop_path_rate"), _SHARE),
+}
+
+
+def check_name(name: object) -> None:
+    """Refuse what cannot be the name of an architecture of timm; BackboneError."""
+    if not isinstance(name, str) or len(name) > 100 or not _NAME.fullmatch(name):
+        raise BackboneError(f"the backbone is called {shown(name)}; give a timm model, such as vit_small_patch16_224")
+
+
+def check_options(options: object) -> None:
+    """Refuse arguments that are not listed in ``OPTIONS``, or are out of their range; BackboneError."""
+    if not isinstance(options, Mapping):
+        raise BackboneError(f"the backbone's options are {shown(options)}; expected names with values")
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise BackboneError(f"the backbone has no option {shown(name)}; expected one of {', '.join(OPTIONS)}")
+        if not OPTIONS[name].allows(value):
+            raise BackboneError(f"the backbone's option {name} is {shown(value)}; expected {OPTIONS[name]}")
+
+
+def check_input(image_size: object, crop_fraction: object, mean: object, std: object) -> None:
+    """Refuse a preprocessing that gives no image: sizes, shares, means or deviations out of range; BackboneError."""
+    _check("image_size", image_size, Number(1, MAX_IMAGE_SIZE, whole=True))
+    _check("crop_fraction", crop_fraction, Number(math.ulp(0.0), 1))
+    for name, values, allowed in (("mean", mean, Number(-1e6, 1e6)), ("std", std, Number(1e-6, 1e6))):
+        if not isinstance(values, tuple) or len(values) != 3:
+            raise BackboneError(f"the backbone's {name} is {shown(values)}; expected three numbers, one a color")
+        for value in values:
+            _check(name, value, allowed)
+
+
+def _check(name: str, value: object, allowed: Number) -> None:
+    if not allowed.allows(value):
+        raise BackboneError(f"the backbone's {name} is {shown(value)}; expected {allowed}")
+
+
+def create_vit(name: str, image_size: int, options: Mapping[str, Any], *, pretrained: bool) -> Any:
+    """Return a VisionTransformer with a class token, made by timm from checked arguments only.
+
+    pretrained: download the weights of this name from timm's hub; else no file and no network is touched.
+    """
+    check_name(name)
+    check_options(options)
+    timm = import_timm()
+    if not timm.models.is_model_in_modules(name, MODULES):
+        raise BackboneError(
+            f"{name!r} is none of timm's VisionTransformers; choose a VisionTransformer with a class token"
+        )
+    arguments = {**options, "num_classes": 0, "global_pool": "token", "img_size": image_size}
+    try:
+        vit = timm.create_model(name, pretrained=pretrained, **arguments)
+    except (TypeError, AssertionError, ArithmeticError) as error:
+        raise BackboneError(
+            f"{name!r} cannot be built as a VisionTransformer with a class token ({error}); choose such a model"
+        ) from error
+    if not isinstance(vit, timm.models.vision_transformer.VisionTransformer) or getattr(vit, "cls_token", None) is None:
+        raise BackboneError(f"{name!r} is a {type(vit).__name__}, not a VisionTransformer with a class token")
+    return vit

@@ -1,0 +1,215 @@
+"""Reading and writing a model folder, whoever made it: plain values and plain tensors, checked before anything is made.
+
+``model.json`` says what the tensors of ``weights.safetensors`` are. Nothing in the two files is run, and nothing in
+them leads anywhere else. Values are checked for type and range; tensors for finite numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from grappa.backbone.architectures import Number
+from grappa.backbone.vit import BackboneSpec
+from grappa.core.printing import sentence, shown
+from grappa.method.fusion import AttentionLevel
+
+FORMAT = 3
+RECORD_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
+MAX_RECORD_BYTES, MAX_HEADER_BYTES = 2**20, 2**22  # a hundred times what the largest known model needs
+TEMPERATURE = Number(1e-8, 1e8)
+_DTYPES = {"F32": torch.float32, "I64": torch.int64}  # int64: the counters of a hybrid's batch norms
+_KEYS = {"format", "backbone", "cache_size", "sets", "fusion", "head", "embedding_dim"}
+_SET_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_AGAIN = "export the model again"
+
+
+class ModelError(ValueError):
+    """A folder that holds no model this version can open; the sentence says why, on one printable line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(sentence(text, limit=600))
+
+
+@dataclass(frozen=True)
+class FusionForm:
+    """How the layers of a fusion attend: see ``grappa.method.fusion``."""
+
+    level: AttentionLevel
+    temperature: float
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What ``model.json`` says, checked.
+
+    cache_size: pixels of the shorter side of the images the model was adapted on. sets: the names of the adaptor sets,
+    in the fusion's order. head: the ``form()`` of the head. embedding_dim: the width D.
+    """
+
+    backbone: BackboneSpec
+    cache_size: int
+    sets: tuple[str, ...]
+    fusion: FusionForm | None
+    head: Mapping[str, Any]
+    embedding_dim: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("cache_size", self.cache_size), ("embedding_dim", self.embedding_dim)):
+            _expect(name, value, Number(1, 2**31 - 1, whole=True))
+        _check_sets(self.sets, alone=self.fusion is None)
+        if self.fusion is not None:
+            _expect("fusion.temperature", self.fusion.temperature, TEMPERATURE)
+            if self.fusion.level not in ("token", "cls"):
+                raise ValueError(f"fusion.level is {shown(self.fusion.level)}; expected token or cls")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as it stands in ``model.json``."""
+        return {"format": FORMAT, **asdict(self), "sets": list(self.sets), "head": dict(self.head)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> ModelRecord:
+        """Return the record that gave this ``to_json()``; ValueError for any other value."""
+        if set(record) != _KEYS:
+            raise ValueError(f"it has the keys {shown(sorted(record))}; expected {', '.join(sorted(_KEYS))}")
+        fusion, sets, head = record["fusion"], record["sets"], record["head"]
+        if fusion is not None and (not isinstance(fusion, dict) or set(fusion) != {"level", "temperature"}):
+            raise ValueError(f"fusion is {shown(fusion)}; expected null or an object with level and temperature")
+        if not isinstance(sets, list) or not isinstance(head, dict):
+            raise ValueError(f"sets is {shown(sets)} and head is {shown(head)}; expected a list and an object")
+        return cls(
+            backbone=BackboneSpec.from_json(record["backbone"]),
+            cache_size=record["cache_size"],
+            sets=tuple(sets),
+            fusion=None if fusion is None else FusionForm(fusion["level"], fusion["temperature"]),
+            head=head,
+            embedding_dim=record["embedding_dim"],
+        )
+
+
+def _check_sets(names: tuple[str, ...], *, alone: bool) -> None:
+    if len(set(map(repr, names))) != len(names) or not (names or alone):
+        raise ValueError(f"sets is {shown(list(names))}; expected different names, and one or more for a fusion")
+    if alone and len(names) > 1:
+        raise ValueError(f"found {len(names)} adaptor sets and no fusion; a model without one has at most one set")
+    for name in names:
+        if not isinstance(name, str) or not _SET_NAME.fullmatch(name):
+            raise ValueError(f"an adaptor set is called {shown(name)}; expected letters, digits, - and _")
+
+
+def _expect(name: str, value: object, allowed: Number) -> None:
+    if not allowed.allows(value):
+        raise ValueError(f"{name} is {shown(value)}; expected {allowed}")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_model(folder: Path, record: ModelRecord, tensors: Mapping[str, Tensor]) -> None:
+    """Write both files into an existing folder."""
+    plain = {name: value.contiguous().cpu() for name, value in tensors.items()}
+    (folder / WEIGHTS_FILE).write_bytes(save(plain))
+    (folder / RECORD_FILE).write_text(json.dumps(record.to_json(), indent=2, allow_nan=False) + "\n")
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_record(folder: Path) -> ModelRecord:
+    """Return what ``model.json`` says; ModelError where it is no such file, or a value in it is out of its range."""
+    path = folder / RECORD_FILE
+    try:
+        record = json.loads(_small_file(path), parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ModelError(f"{path} has too many brackets in each other; {_AGAIN}") from error
+    except ValueError as error:  # of JSON, of UTF-8, of a number with too many digits
+        raise (
+            error
+            if isinstance(error, ModelError)
+            else ModelError(f"{path} is not JSON ({sentence(error, limit=100)}); {_AGAIN}")
+        ) from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else record
+        raise ModelError(
+            f"{path} has format {shown(found)}, this version reads {FORMAT}; update grappa or export again"
+        )
+    try:
+        return ModelRecord.from_json(record)
+    except ValueError as error:
+        raise ModelError(f"{path}: {sentence(error)}") from error
+
+
+def read_header(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors' names with empty tensors of their shapes and types, on the device ``meta``."""
+    path = folder / WEIGHTS_FILE
+    _check_header_size(path)
+    found = {}
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            part = file.get_slice(name)
+            kind = _DTYPES.get(part.get_dtype())
+            if kind is None or (kind is torch.int64) != name.endswith("num_batches_tracked"):
+                raise ModelError(f"{path}: {shown(name)} is of type {part.get_dtype()}, expected F32; {_AGAIN}")
+            if 0 in part.get_shape():
+                raise ModelError(f"{path}: {shown(name)} is empty, of shape {shown(part.get_shape())}; {_AGAIN}")
+            found[name] = torch.empty(part.get_shape(), dtype=kind, device="meta")
+    return found
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return copies of all tensors, independent of the file; ModelError where one is not finite."""
+    path = folder / WEIGHTS_FILE
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ModelError(f"{path}: {shown(name)} holds NaN or infinity; {_AGAIN}")
+    return tensors
+
+
+def _small_file(path: Path) -> bytes:
+    """Return the bytes of a regular file that is not larger than a record can be."""
+    try:
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_RECORD_BYTES:
+            return path.read_bytes()
+    except (OSError, ValueError) as error:
+        advice = "give a folder written by `grappa export`, or a run folder"
+        reason = "" if isinstance(error, FileNotFoundError | NotADirectoryError) else f" ({sentence(error, limit=100)})"
+        raise ModelError(f"{path.parent} has no {RECORD_FILE}{reason}; {advice}") from error
+    found = f"{status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "no regular file"
+    raise ModelError(f"{path} is {found}, expected a file of at most {MAX_RECORD_BYTES} bytes; {_AGAIN}")
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def _check_header_size(path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"{path.parent} has no {WEIGHTS_FILE}; give a folder written by `grappa export`")
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); make it readable") from error
+    if size > MAX_HEADER_BYTES:
+        raise ModelError(f"{path} is damaged (its header claims {size} bytes); {_AGAIN}")
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged ({sentence(error, limit=100)}); {_AGAIN}") from error
