@@ -187,12 +187,13 @@ def recover(artifact: Artifact, *, job: str | None = None) -> None:
 def _take(artifact: Artifact, lock: Lock, wanted: Fingerprint | None) -> None:
     """Take over the unfinished work that a former holder left, and keep it from a former holder that still lives.
 
-    Of several folders the one stays that is finished, or else whose fingerprint is `wanted`.
+    Of several folders the one stays that is finished, or else whose fingerprint is `wanted` (None: that has one).
     """
 
     def use(folder: Path) -> tuple[bool, bool]:
         with suppress(UntrustedError):
-            return _is_whole(folder), _stored_fingerprint(folder) == wanted
+            stored = _stored_fingerprint(folder)
+            return _is_whole(folder), stored is not None and wanted in (None, stored)
         return _is_whole(folder), False
 
     found = sorted(artifact.unfinished(), key=use)

@@ -359,6 +359,23 @@ def test_recover_removes_what_a_killed_writer_left_of_its_lock(artifact: Artifac
     assert step > 15
 
 
+@pytest.mark.parametrize("finder", ["recover", "open_work"])
+def test_of_several_unfinished_folders_the_one_that_can_be_resumed_stays(artifact: Artifact, finder: str) -> None:
+    with open_work(artifact, fingerprint()) as work:
+        (work.path / "half.npy").write_text("half")
+    for token, recipe in (("0", None), ("f", json.dumps(fingerprint(50)) if finder == "open_work" else "{")):
+        artifact.partial_of(token).mkdir()
+        if recipe is not None:
+            (artifact.partial_of(token) / "recipe.json").write_text(recipe)
+    artifact.lock.write_text("")
+    os.utime(artifact.lock, (1, 1))
+    if finder == "recover":
+        recover(artifact)
+        assert artifact.unfinished() == [artifact.partial]
+    with open_work(artifact, fingerprint()) as work:
+        assert work.resumed and (work.path / "half.npy").read_text() == "half"
+
+
 def test_recover_leaves_a_living_writer_alone(artifact: Artifact) -> None:
     make(artifact, "one")
     os.rename(artifact.path, artifact.old)
