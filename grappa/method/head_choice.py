@@ -27,7 +27,7 @@ from grappa.method.head import WhitenedNeighborhoodHead, apply_head, fit_whiteni
 from grappa.metrics.indicators import neighborhood_standout
 from grappa.search.kmeans import cluster, count_distinct
 
-WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
 DEFAULT_WEIGHT = 0.25  # where there are too few images to choose
 MIN_VIEWED, MIN_FITTED = 20, 40  # images of a half on which a weight is judged, and on which a head is fitted
 IMAGES_PER_REGION, MIN_REGIONS = 60, 6

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 MOST_CHANGES = 12  # changed settings that are named in a line
 
+FEW_IMAGES = 300
+
 
 @dataclass(frozen=True)
 class Request:
@@ -70,6 +72,7 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     say_images(listing, former, say)
     if SUPERVISED in adaptor_sets(config):
         say_lone_classes(listing, say)
+    _say_few(count_train(config, listing), say)
     for sentence in missing_packages(config).values():
         say(f"warning: {sentence}")
     if before and request.config:
@@ -78,6 +81,13 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
         reuse_artifacts(other, run, config, say=say)
     _say_states(run, config, say)
     return config
+
+
+def _say_few(num_train: int, say: Say) -> None:
+    """Warn where there are so few images to learn from that a gain is not likely."""
+    if num_train < FEW_IMAGES:
+        what = f"{num_train} different train images are few (below {FEW_IMAGES} a gain is seldom certain)"
+        say(f"warning: {what}; the run's verdict tells whether adaptation helped, and deploys nothing that did not")
 
 
 def write_run(root: Path, config: Config, listing: pd.DataFrame) -> tuple[RunFolder, pd.DataFrame | None]:

@@ -6,6 +6,7 @@ fingerprints of the stages that list it in ``grappa.pipeline.graph.stages``.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -430,14 +431,22 @@ def num_clusters_of(granularity: str) -> int:
 def automatic_num_clusters(num_train: int, how: str = "auto") -> tuple[int, ...]:
     """Return 4 (``auto:7``: 7) geometric values from N/64 to N/3 for N >= 4 train images, without repeated values.
 
-    All values are in 2..N/2. A single value is the geometric middle. The values of 2 are among those of 4, and those of
-    4 among those of 7, so that such runs share adaptor sets.
+    Of few images the finest clusters would mostly be of one image: the largest value is N/6 for up to 300 images, and
+    its share grows to N/3 at 1,000. All values are in 2..N/2. A single value is the geometric middle. The values of 2
+    are among those of 4, and those of 4 among those of 7, so that such runs share adaptor sets.
     """
     count = int(how.partition(":")[2] or 4)
-    low, high = max(2.0, num_train / 64), max(2.0, num_train / 3)
+    low, high = max(2.0, num_train / 64), max(2.0, num_train / _images_per_finest_cluster(num_train))
     shares = [step / (count - 1) for step in range(count)] if count > 1 else [0.5]
     values = (round(low * (high / low) ** share) for share in shares)
     return tuple(sorted({min(max(2, value), num_train // 2) for value in values}))
+
+
+def _images_per_finest_cluster(num_train: int) -> float:
+    """Return 6 for up to 300 images and 3 from 1,000 images, geometric in between."""
+    few, many = 300, 1000
+    share = math.log(min(max(num_train, few), many) / few) / math.log(many / few)
+    return 6.0 * 0.5**share
 
 
 def identity_settings(config: Config, names: tuple[str, ...]) -> dict[str, Any]:

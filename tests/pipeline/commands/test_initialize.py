@@ -69,11 +69,11 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
 def test_a_new_run_has_a_listing_and_an_explicit_configuration(desk: Desk) -> None:
     config = desk.new()
     assert config == desk.config
-    assert config.clusters.num_clusters == (2, 3, 4, 5)
+    assert config.clusters.num_clusters == (2, 3)
     assert config.images.sources == (str(desk.images),)
     assert len(desk.listing()) == 16
     assert desk.said[0] == "16 images of 2 domains, no split: birds 6, cars 10"
-    assert desk.said[-1].startswith("44 artifacts: 44 missing; next: grappa run ")
+    assert desk.said[-1].startswith("34 artifacts: 34 missing; next: grappa run ")
 
 
 def test_relative_paths_become_absolute(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def test_a_backbone_that_cannot_be_one_is_refused(desk: Desk) -> None:
 def test_auto_is_resolved_again_when_asked(desk: Desk) -> None:
     desk.new("clusters.num_clusters=[2]")
     assert desk.init().clusters.num_clusters == (2,)
-    assert desk.init(assignments=["clusters.num_clusters=auto"]).clusters.num_clusters == (2, 3, 4, 5)
+    assert desk.init(assignments=["clusters.num_clusters=auto"]).clusters.num_clusters == (2, 3)
 
 
 def test_a_moved_root_changes_the_provenance_only(desk: Desk) -> None:
@@ -234,7 +234,9 @@ def test_it_says_what_becomes_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     desk.init(assignments=["fusion.seed=1"])
     assert "fusion/neighbors is stale: config fusion.seed: 0 -> 1" in desk.said
     (following,) = (line for line in desk.said if "follow" in line)
-    assert following.startswith("9 artifacts follow (`grappa status --long` names all): student, embeddings 2, heads 2")
+    assert following.startswith(
+        "12 artifacts follow (`grappa status --long` names all): student, embeddings 2, views 2"
+    )
     assert not any(line.startswith("index") for line in desk.said)
     assert fakes.root == desk.root
 
@@ -287,7 +289,7 @@ def test_a_preset_named_beside_from_begins_with_the_defaults(desk: Desk, monkeyp
     made(desk, monkeypatch)
     config = desk.init(desk.folder / "other", other=desk.root, config="small")
     assert config.images.sources == (str(desk.images),)
-    assert config.clusters.num_clusters == (2, 3, 4, 5)
+    assert config.clusters.num_clusters == (2, 3)
 
 
 def test_a_listing_with_a_flipped_byte_is_listed_anew(desk: Desk) -> None:
@@ -341,7 +343,7 @@ def test_images_of_a_test_folder_are_not_learned_from(desk: Desk) -> None:
     config = desk.init(images=[str(root)])
     assert config.images.layout == "split/class"
     assert desk.said[0] == "16 images of 1 domains, 8 train and 8 test: split 16"
-    assert config.clusters.num_clusters == (2, 3)
+    assert config.clusters.num_clusters == (2,)
     assert not any("are learned from" in line for line in desk.said)
     for layout in ("domain/class", "class", "flat"):
         desk.init(layout=layout)

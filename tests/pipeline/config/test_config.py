@@ -65,7 +65,14 @@ def test_automatic_granularities_are_geometric() -> None:
     assert automatic_num_clusters(100, "auto:16")[-1] <= 50
 
 
-@pytest.mark.parametrize("num_train", [100, 5884, 59551, 1_000_000])
+@pytest.mark.parametrize(
+    ("num_train", "finest"), [(60, 10), (180, 30), (300, 50), (600, 149), (1000, 333), (6400, 2133)]
+)
+def test_of_few_images_the_finest_clusters_hold_more_of_them(num_train: int, finest: int) -> None:
+    assert automatic_num_clusters(num_train)[-1] == finest
+
+
+@pytest.mark.parametrize("num_train", [200, 5884, 59551, 1_000_000])
 def test_more_automatic_granularities_hold_the_fewer(num_train: int) -> None:
     two, four, seven = (automatic_num_clusters(num_train, how) for how in ("auto:2", "auto", "auto:7"))
     assert set(two) < set(four) < set(seven)
