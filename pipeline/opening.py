@@ -72,7 +72,7 @@ def open_deployed(context: StageContext) -> str:
     if context.config.model.source != "auto":
         return deployed_model(context.config)
     found = json.loads((context.input("verdict") / "verdict.json").read_text())
-    return deployed_model(context.config, found["deployed"])
+    return deployed_model(context.config, found["choice"])
 
 
 def open_head(context: StageContext, model: str) -> Head:

@@ -5,9 +5,11 @@ fitted on it looks better or worse than it is: their own centroids lie beside th
 by whole *regions*, since retrieval is asked for classes that were never seen:
 
 1. the train images are cut into regions of some 60 images (k-means of whitened embeddings), the regions into halves;
-2. on each half a head is fitted; each weight is judged by how far the neighbours of the other half's images stand out
-   for another view of them (``grappa.metrics.indicators.neighborhood_standout``);
-3. the weight with the largest mean over all images is taken.
+2. on each half a head is fitted, and each weight is judged on the other half's images by another view of them: how
+   many of an image's neighbours the view has too (``grappa.metrics.indicators.neighbor_agreement``, a), and how far
+   they stand out for it (``neighborhood_standout``, s), means over all images and three such cuts;
+3. the weight with the largest a ** 2 s is taken. Alone, s gives too little weight where classes lie together (drawn
+   images), and a too much where adaptation has drawn them together.
 
 How well that chooses is measured in RESULTS.md ("The last step chooses itself").
 
@@ -24,13 +26,13 @@ from numpy.typing import NDArray
 
 from grappa.core.randomness import key, shuffled, uniforms
 from grappa.method.head import WhitenedNeighborhoodHead, apply_head, fit_whitening_head
-from grappa.metrics.indicators import neighborhood_standout
+from grappa.metrics.indicators import neighbor_agreement, neighborhood_standout
 from grappa.search.kmeans import cluster, count_distinct
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
-DEFAULT_WEIGHT = 0.25  # where there are too few images to choose
+DEFAULT_WEIGHT = 0.4  # where there are too few images to choose
 MIN_VIEWED, MIN_FITTED = 20, 40  # images of a half on which a weight is judged, and on which a head is fitted
-IMAGES_PER_REGION, MIN_REGIONS = 60, 6
+IMAGES_PER_REGION, MIN_REGIONS, NUM_CUTS = 60, 6, 3
 MAX_IMAGES = 16_384  # more train images than that are sampled: the choice is a mean, the head itself uses all
 
 Fit = Callable[[NDArray[np.float32], NDArray[np.uint64]], WhitenedNeighborhoodHead]
@@ -38,7 +40,7 @@ Fit = Callable[[NDArray[np.float32], NDArray[np.uint64]], WhitenedNeighborhoodHe
 
 @dataclass(frozen=True)
 class WeightChoice:
-    """The chosen g, and the mean standout by weight; no scores where there were too few images to choose."""
+    """The chosen g, and the score a ** 2 s by weight; no scores where there were too few images to choose."""
 
     weight: float
     scores: dict[float, float]
@@ -61,17 +63,18 @@ def choose_weight(
     """
     rows = _sampled(ids, viewed, seed)
     embeddings, ids, viewed = embeddings[rows], ids[rows], np.searchsorted(rows, viewed)
-    scores: dict[float, list[NDArray[np.float64]]] = {weight: [] for weight in WEIGHTS}
-    half = region_halves(embeddings, ids, seed=seed)
-    for fitted, judged in ((~half, half), (half, ~half)):
-        chosen = judged[viewed]
-        if fitted.sum() < MIN_FITTED or chosen.sum() < MIN_VIEWED or count_distinct(embeddings[fitted], 4) < 4:
-            return WeightChoice(DEFAULT_WEIGHT, {})
-        head = fit(embeddings[fitted], ids[fitted])
-        for weight, found in scores.items():
-            found.append(_standout(head.with_weight(weight), embeddings[viewed[chosen]], views[chosen]))
-    means = {weight: float(np.concatenate(found).mean()) for weight, found in scores.items()}
-    return WeightChoice(max(means, key=lambda weight: means[weight]), means)
+    found: dict[float, list[NDArray[np.float64]]] = {weight: [] for weight in WEIGHTS}
+    for cut in range(NUM_CUTS):
+        half = region_halves(embeddings, ids, seed=key(seed, "cut", cut) >> 33)
+        for fitted, judged in ((~half, half), (half, ~half)):
+            chosen = judged[viewed]
+            if fitted.sum() < MIN_FITTED or chosen.sum() < MIN_VIEWED or count_distinct(embeddings[fitted], 4) < 4:
+                return WeightChoice(DEFAULT_WEIGHT, {})
+            head = fit(embeddings[fitted], ids[fitted])
+            for weight, parts in found.items():
+                parts.append(_indicators(head.with_weight(weight), embeddings[viewed[chosen]], views[chosen]))
+    scores = {weight: _score(np.concatenate(parts, axis=1)) for weight, parts in found.items()}
+    return WeightChoice(max(scores, key=lambda weight: scores[weight]), scores)
 
 
 def region_halves(embeddings: NDArray[np.float32], ids: NDArray[np.uint64], *, seed: int) -> NDArray[np.bool_]:
@@ -94,7 +97,14 @@ def _sampled(ids: NDArray[np.uint64], viewed: NDArray[np.int64], seed: int) -> N
     return np.union1d(shuffled(key(seed, "head choice"), ids)[:MAX_IMAGES], viewed)
 
 
-def _standout(
+def _indicators(
     head: WhitenedNeighborhoodHead, embeddings: NDArray[np.float32], views: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    return neighborhood_standout(apply_head(head, embeddings), apply_head(head, views))
+    """Return agreement and standout of each image, (2, m)."""
+    made = apply_head(head, embeddings), apply_head(head, views)
+    return np.stack([neighbor_agreement(*made), neighborhood_standout(*made)])
+
+
+def _score(indicators: NDArray[np.float64]) -> float:
+    agreement, standout = indicators.mean(axis=1).tolist()
+    return float(agreement**2 * max(standout, 0.0))

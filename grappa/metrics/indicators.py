@@ -1,7 +1,8 @@
 """Label-free indicators of retrieval quality.
 
 ``reciprocity`` tells how often two images choose each other as neighbours; ``neighborhood_standout`` how far an image's
-neighbours stand out for another view of it, and is what heads and the deployed model are chosen by.
+neighbours stand out for another view of it, ``neighbor_agreement`` how many of them the view has too. Heads are chosen
+by these two, the deployed model by the former.
 
 Where neighbourhoods agree, most of an image's K nearest neighbours have the image among their K nearest; hubs, images
 that are near to everything, break this. The indicator needs no label, so it can rank configurations where no image has
@@ -74,13 +75,7 @@ def neighborhood_standout(
     K is a 40th of the images (at least 3), so that the same collection gives the same picture whatever the size of the
     sample; it is at most a third of the other images. ValueError for fewer than 4 images or different shapes.
     """
-    number = len(embeddings)
-    if number < 4 or embeddings.shape != views.shape:
-        raise ValueError(
-            f"embeddings have shape {embeddings.shape} and views {views.shape}; expected the same, of at least 4 rows"
-        )
-    wanted = max(MIN_STANDING, round(number / IMAGES_PER_STANDING)) if num_neighbors is None else num_neighbors
-    nearest = min(wanted, (number - 1) // 3)
+    number, nearest = len(embeddings), _num_compared(embeddings, views, num_neighbors)
     found = np.empty(number)
     for start in range(0, number, STANDOUT_ROWS):
         rows = np.arange(start, min(start + STANDOUT_ROWS, number))
@@ -92,3 +87,33 @@ def neighborhood_standout(
         deviation = np.nanstd(seen, axis=1, dtype=np.float64)
         found[rows] = (near - np.nanmean(seen, axis=1, dtype=np.float64)) / np.maximum(deviation, MIN_DEVIATION)
     return found
+
+
+def neighbor_agreement(
+    embeddings: NDArray[np.float32], views: NDArray[np.float32], *, num_neighbors: int | None = None
+) -> NDArray[np.float64]:
+    """Return for each image the share of its K nearest images that its view has among its own K nearest: (m,), 0 to 1.
+
+    Arguments, K and errors are those of :func:`neighborhood_standout`; the image itself is in neither list.
+    """
+    number, nearest = len(embeddings), _num_compared(embeddings, views, num_neighbors)
+    found = np.empty(number)
+    for start in range(0, number, STANDOUT_ROWS):
+        rows = np.arange(start, min(start + STANDOUT_ROWS, number))
+        lists = []
+        for each in (embeddings, views):
+            similarity = each[rows] @ embeddings.T
+            similarity[np.arange(len(rows)), rows] = -np.inf
+            lists.append(np.argpartition(-similarity, nearest, axis=1)[:, :nearest])
+        found[rows] = (lists[0][:, :, None] == lists[1][:, None, :]).any(axis=2).mean(axis=1)
+    return found
+
+
+def _num_compared(embeddings: NDArray[np.float32], views: NDArray[np.float32], wanted: int | None) -> int:
+    number = len(embeddings)
+    if number < 4 or embeddings.shape != views.shape:
+        raise ValueError(
+            f"embeddings have shape {embeddings.shape} and views {views.shape}; expected the same, of at least 4 rows"
+        )
+    default = max(MIN_STANDING, round(number / IMAGES_PER_STANDING))
+    return min(default if wanted is None else wanted, (number - 1) // 3)

@@ -92,7 +92,7 @@ def _fit_chosen(
     views, viewed = (np.load(folder / name, allow_pickle=False) for name in ("views.npy", "rows.npy"))
     learned = np.isin(viewed, rows)
     choice = choose_weight(train, ids, np.searchsorted(rows, viewed[learned]), views[learned], fit, seed=settings.seed)
-    record = {"chosen": choice.weight, "standout": {f"{weight:g}": score for weight, score in choice.scores.items()}}
+    record = {"chosen": choice.weight, "score": {f"{weight:g}": score for weight, score in choice.scores.items()}}
     (context.path / "choice.json").write_text(json.dumps(record, indent=2) + "\n")
     return fit(train, ids).with_weight(choice.weight)
 

@@ -11,7 +11,7 @@ from grappa.pipeline.store.work import open_work
 VERDICT: dict[str, Any] = {
     "verdict": "helped",
     "evidence": "Neighbourhoods of <fused> stand out more than the frozen backbone's. The gain is beyond chance.",
-    "deployed": "fused",
+    "choice": "fused",
     "images": "test",
     "num_images": 1024,
     "models": [

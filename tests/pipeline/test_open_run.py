@@ -23,7 +23,7 @@ from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import nodes
 from grappa.pipeline.open_run import ASKING, read_metrics
 from grappa.pipeline.store.artifacts import RunFolder
-from tests.helpers.tiny import draw_images, settings, split_of, write_table, write_weights
+from tests.helpers.tiny import draw_images, settings, sign_again, split_of, write_table, write_weights
 
 CATEGORICAL = {
     "images": ["domain", "split", "label"],
@@ -229,6 +229,7 @@ def test_clusters_are_compared_with_the_labels_of_the_train_images(run: grappa.R
     assert found["ami"].max() > 0.2 and found["purity"].between(0.5, 1).all()
     copy = Path(shutil.copytree(run.root, tmp_path / "copy"))
     (copy / "evaluation" / "clusters.csv").unlink()
+    sign_again(copy / "evaluation")
     with pytest.raises(ValueError, match=r"an older version made the evaluation; run `grappa run .* --until evaluat"):
         grappa.open_run(copy).cluster_metrics()
 

@@ -180,7 +180,7 @@ def test_the_student_can_be_what_is_deployed_indexed_and_searched(
     model = grappa.load_model(tmp_path / "model")
     with Image.open(picture) as opened, torch.inference_mode():
         embedding = model(model.preprocess(opened)[None])[0].numpy()
-    assert float(embedding @ stored[row]) > 0.999
+    assert float(embedding @ stored[row]) > 0.99  # a head makes more of the rounding of bfloat16
 
 
 def test_without_heads_the_embeddings_pass_unchanged(copy: RunFolder, material: Path) -> None:
@@ -198,7 +198,7 @@ def test_without_heads_the_embeddings_pass_unchanged(copy: RunFolder, material: 
 def test_a_head_is_recorded_and_makes_the_rows_what_they_are(run: RunFolder) -> None:
     fitted = json.loads((run.root / "heads" / "fused" / "head.json").read_text())
     assert set(fitted) == {"kind", "num_centroids", "temperature", "neighborhood_weight", "perplexity"}
-    assert (fitted["kind"], fitted["num_centroids"]) == ("neighborhood", 10)
+    assert (fitted["kind"], fitted["num_centroids"]) == ("whitened_neighborhood", 10)
     np.testing.assert_allclose(fitted["perplexity"], 5.5, rtol=1e-6)
     changed = np.load(run.root / "heads" / "zero_shot" / "embeddings.npy")
     assert (changed.shape, changed.dtype) == ((60, 32), np.float32)
@@ -265,8 +265,9 @@ def test_shuffled_rows_and_renamed_files_change_nothing_but_names(
 def test_one_value_changed_makes_stale_exactly_what_reads_it(copy: RunFolder, material: Path) -> None:
     make_run(copy.root, [], material / "weights.safetensors", fusion__learning_rate=0.002)
     stale = {name for name, kind in _kinds(copy).items() if kind == "stale"}
-    rows = {f"{stage}/{row}" for stage in ("embeddings", "heads") for row in ("fused", "student")}
-    assert stale == {"fusion/neighbors", "student", *rows, "model", "evaluation", "index", "attention/neighbors"}
+    rows = {f"{stage}/{row}" for stage in ("embeddings", "views", "heads") for row in ("fused", "student")}
+    ends = {"verdict", "model", "evaluation", "index", "attention/neighbors"}
+    assert stale == {"fusion/neighbors", "student", *rows, *ends}
     before = digests(copy)
     lines = run_all(copy, stage="fusion")
     assert [line.split(":")[0] for line in lines] == ["fusion/neighbors"]
@@ -296,7 +297,7 @@ def test_a_corrected_label_reruns_the_evaluation_only(copy: RunFolder, material:
 
 
 def test_search_refuses_a_model_and_an_index_of_different_generations(copy: RunFolder, material: Path) -> None:
-    make_run(copy.root, [], material / "weights.safetensors", heads__neighborhood_weight=0.5)
+    make_run(copy.root, [], material / "weights.safetensors", heads__perplexity=4.0)
     image = material / "images" / "discs" / "class_3" / "2.png"
     assert search(copy.root, image, 1), "an edited setting alone leaves the whole former result usable"
     run_all(copy, until="model")

@@ -20,7 +20,7 @@ from grappa.pipeline.graph.node import Node
 from grappa.pipeline.report import costs, examples, figures, summary
 from grappa.pipeline.report.page import write_report
 from grappa.pipeline.store.artifacts import RunFolder
-from tests.helpers.tiny import draw_images, make_run, run_all, split_of, write_table, write_weights
+from tests.helpers.tiny import draw_images, make_run, run_all, sign_again, split_of, write_table, write_weights
 from tests.helpers.verdicts import VERDICT, publish_verdict
 
 
@@ -142,7 +142,10 @@ def test_the_verdict_stands_on_top_beside_what_the_labels_say(copy: RunFolder, t
 def test_where_the_frozen_backbone_is_deployed_the_labels_tell_what_training_gave(
     copy: RunFolder, tmp_path: Path
 ) -> None:
-    publish_verdict(copy, VERDICT | {"verdict": "hurt", "deployed": "zero_shot"})
+    publish_verdict(copy, VERDICT | {"verdict": "hurt", "choice": "zero_shot"})
+    text = copy.config_path.read_text()
+    assert "  source: fused" in text
+    copy.config_path.write_text(text.replace("  source: fused", "  source: auto"))
     write_report(copy.root, tmp_path / "report")
     text = (tmp_path / "report" / "results.md").read_text(encoding="utf-8")
     told = [line.split(": ")[1].split()[0] for line in text.splitlines() if line.startswith("- by the labels of")]
@@ -254,6 +257,7 @@ def test_the_best_granularity_of_a_domain_is_stressed() -> None:
 
 def test_a_run_that_an_older_version_evaluated_is_reported_as_before(copy: RunFolder, tmp_path: Path) -> None:
     (copy.root / "evaluation" / "clusters.csv").unlink()
+    sign_again(copy.root / "evaluation")
     write_report(copy.root, tmp_path / "report")
     assert "Agreement with the labels" not in Page(tmp_path / "report" / "index.html").text
 
@@ -274,7 +278,7 @@ def test_a_model_costs_what_it_depends_on(run: RunFolder, copy: RunFolder) -> No
     found = costs.load_costs(run, config)
     stages = {model: set(own["stage"]) for model, own in found.groupby("model")}
     assert stages["zero_shot"] == {"images", "backbone", "features", "embeddings"}
-    assert stages["fused"] == stages["zero_shot"] | {"neighbors", "clusters", "adaptors", "fusion", "heads"}
+    assert stages["fused"] == stages["zero_shot"] | {"neighbors", "clusters", "adaptors", "fusion", "views", "heads"}
     assert set(found[(found["model"] == "k00004") & (found["stage"] == "adaptors")]["instance"]) == {"k00004"}
     seconds = sum(
         run.artifact(node).manifest().provenance["seconds"]  # type: ignore[union-attr]
@@ -337,7 +341,7 @@ def test_odd_names_and_a_run_without_labels(material: Path, tmp_path: Path) -> N
     made = make_run(tmp_path / "odd", [tmp_path / "odd.csv"], material / "weights.safetensors")
     run_all(made)
     shutil.rmtree(made.root / "attention")
-    publish_verdict(made, VERDICT | {"verdict": "hurt", "deployed": "zero_shot", "images": "train"})
+    publish_verdict(made, VERDICT | {"verdict": "hurt", "choice": "zero_shot", "images": "train"})
     write_report(made.root, tmp_path / "report")
     page = Page(tmp_path / "report" / "index.html")
     for name in odd.values():

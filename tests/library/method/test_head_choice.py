@@ -27,7 +27,7 @@ def _collection(of_place: float, num_groups: int = 60, size: int = 8) -> tuple[F
     return unit[0], unit[1], np.arange(len(points), dtype=np.uint64)
 
 
-def test_the_weight_with_the_best_standout_on_other_regions_is_chosen() -> None:
+def test_the_weight_with_the_best_score_on_other_regions_is_chosen() -> None:
     points, views, ids = _collection(1.0)
     choice = choose_weight(points, ids, np.arange(len(points)), views, FIT)
     assert tuple(choice.scores) == WEIGHTS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grappa.metrics.indicators import neighborhood_standout
+from grappa.metrics.indicators import neighbor_agreement, neighborhood_standout
 from grappa.metrics.verdict import MIN_IMAGES, judge
 from tests.helpers.rounding import normalized
 
@@ -55,6 +55,9 @@ def test_neighbours_stand_out_where_views_keep_them() -> None:
     seen_near, seen_far = (normalized((groups + share * noise[1]).astype(np.float32)) for share in (0.3, 3.0))
     kept, lost = neighborhood_standout(near, seen_near), neighborhood_standout(far, seen_far)
     assert kept.shape == (200,) and kept.mean() > 2 > 1 > abs(lost.mean())
+    agreed, parted = neighbor_agreement(near, seen_near), neighbor_agreement(far, seen_far)
+    assert agreed.shape == (200,) and agreed.mean() > 0.5 > parted.mean() and 0 <= parted.min() <= agreed.max() <= 1
+    np.testing.assert_array_equal(neighbor_agreement(near, near), 1)
     order = np.random.default_rng(4).permutation(200)
     np.testing.assert_allclose(neighborhood_standout(near[order], seen_near[order]), kept[order], atol=1e-4)
 

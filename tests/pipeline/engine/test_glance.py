@@ -94,8 +94,8 @@ def test_the_notice_names_artifacts_cause_and_command(complete: FakeStages) -> N
         f"`grappa run {complete.root}` brings them up to date"
     )
     complete.configure(clusters={"seed": 0})
-    shutil.rmtree(complete.root / "student")
-    assert stale_notice(complete.root, "model") == "", "the fused model reads no student"
+    shutil.rmtree(complete.root / "attention")
+    assert stale_notice(complete.root, "model") == "", "the model reads no attention"
     shutil.rmtree(complete.root / "fusion")
     assert "an artifact that it is made from is missing; `grappa run" in stale_notice(complete.root, "model")
     shutil.rmtree(complete.root / "model")
