@@ -266,7 +266,7 @@ class SampledViews(Augmented):
 class Heads(Section):
     kind: Literal["auto", "none", "whitening", "neighborhood"] = Field(
         "auto",
-        description="the models' last step, fitted without labels; auto: its weight is chosen for each model",
+        description="the models' last step, fitted without labels; auto: its weight is chosen without them too",
     )
     num_centroids: Literal["auto"] | Annotated[int, Field(ge=2)] = Field(
         "auto", description="neighborhood: centroids of the train embeddings; auto: a third of the images, at most 4096"

@@ -27,6 +27,7 @@ Making = Literal[
 ]
 # fmt: on
 SUPERVISED, MULTI_HEAD = "supervised", "multi_head"
+CHOOSING_MODEL = "zero_shot"  # by whose embeddings the weight of all heads is chosen
 
 
 def _always(config: Config) -> bool:
@@ -207,12 +208,6 @@ def candidate_models(config: Config) -> tuple[str, ...]:
     """Return the models that the verdict compares: the frozen backbone, then every model that could be deployed."""
     sets = adaptor_sets(config)[:1] if config.model.source == "single" else config.granularities
     return ("zero_shot", *sets, *(("mean", "fused", "student") if _has_several_sets(config) else ()))
-
-
-def viewed_models(config: Config) -> tuple[str, ...]:
-    """Return the models whose embeddings of views are needed: by the verdict, and to choose heads."""
-    choosing = head_models(config) if config.heads.kind == "auto" else ()
-    return tuple(name for name in embedding_models(config) if name in {*candidate_models(config), *choosing})
 
 
 def deployable_models(config: Config) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.graph.models import (
+    CHOOSING_MODEL,
     Part,
     adaptor_sets,
     candidate_models,
@@ -24,7 +25,6 @@ from grappa.pipeline.graph.models import (
     head_models,
     model_on_objects,
     taught_by,
-    viewed_models,
 )
 from grappa.pipeline.graph.node import Node
 
@@ -199,15 +199,16 @@ def _view_settings(instance: str | None) -> tuple[str, ...]:
 
 
 def _view_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
-    if find_model(str(instance)).making == "side_by_side":
-        return tuple(Input("views", VIEWS, name) for name in config.granularities)
     parts = _parts_of(config, str(instance), but=("features",))
     return (*dict.fromkeys([Input("images", PIXELS), Input("backbone", WEIGHTS), *parts]),)
 
 
 def _head_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
-    views = (Input("views", VIEWS, instance),) if config.heads.kind == "auto" else ()
-    return (Input("images", ("images.parquet",)), Input("embeddings", ("embeddings.npy",), instance), *views)
+    own = (Input("images", ("images.parquet",)), Input("embeddings", ("embeddings.npy",), instance))
+    if config.heads.kind != "auto":
+        return own
+    choosing = instance == CHOOSING_MODEL
+    return (*own, Input("views", VIEWS, instance) if choosing else Input("heads", ("choice.json",), CHOOSING_MODEL))
 
 
 def _verdict_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
@@ -289,7 +290,7 @@ STAGES: tuple[Stage, ...] = (
         1,
         _view_settings,
         _view_inputs,
-        viewed_models,
+        candidate_models,
         parallel=True,
         function="embeddings.run_on_views",
     ),

@@ -9,7 +9,6 @@ functions that need no pass through the backbone, ``OPENED`` those that open the
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,8 +76,6 @@ def run(context: StageContext) -> str:
 def run_on_views(context: StageContext) -> str:
     """Run the stage ``views``."""
     name = str(context.instance)
-    if find_model(name).making == "side_by_side":
-        return _views_side_by_side(context) if context.leads else ""
     images, settings = read_images(context.input("images")), context.config.views
     ids, rows = id_numbers(images["image_id"].tolist()), _viewed_rows(images, settings.num_images, settings.seed)
     backbone = open_backbone(context)
@@ -107,16 +104,6 @@ def _viewed_rows(images: pd.DataFrame, most: int, seed: int) -> NDArray[np.int64
     ids = id_numbers(images["image_id"].tolist())
     drawn = [rows[shuffled(key(seed, "viewed"), ids[rows])[:most]] for rows in parts]
     return np.sort(np.concatenate(drawn))
-
-
-def _views_side_by_side(context: StageContext) -> str:
-    folders = [context.input("views", name) for name in context.config.granularities]
-    parts = [np.load(folder / VIEWS_FILE, allow_pickle=False) for folder in folders]
-    out = new_array(context.path / VIEWS_FILE, (len(parts[0]), sum(part.shape[1] for part in parts)))
-    side_by_side(parts, out)
-    out.flush()
-    shutil.copyfile(folders[0] / ROWS_FILE, context.path / ROWS_FILE)
-    return f"{out.shape[0]} embeddings of views, of {out.shape[1]} dimensions, side by side"
 
 
 def open_model(context: StageContext, name: str) -> Adapted:

@@ -1,9 +1,10 @@
 """Stage ``heads``: an embedding head for each model, fitted without labels on the train rows, applied to all rows.
 
 ``embeddings.npy`` (N, D) float32, L2-normalised, holds the final embeddings of the model, which are evaluated and
-searched. ``head.json`` describes the fitted head; where it was chosen (``heads.kind: auto``), ``choice.json`` holds the
-weights that were tried and the indicator of each. The equations are in ``grappa.method.head``, the choice is in
-``grappa.method.head_choice``; both are ours, not the paper's.
+searched. ``head.json`` describes the fitted head. Where its weight is chosen (``heads.kind: auto``), that is done on the
+frozen backbone's embeddings, once for all models: ``heads/zero_shot/choice.json`` holds the weights that were tried and
+their scores. The equations are in ``grappa.method.head``, the choice is in ``grappa.method.head_choice``; both are
+ours, not the paper's.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ from grappa.method.head import (
     fit_whitening_head,
     memory_needed,
 )
-from grappa.method.head_choice import choose_weight
+from grappa.method.head_choice import DEFAULT_WEIGHT, Fit, choose_weight
 from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.graph.models import CHOOSING_MODEL
 from grappa.pipeline.opening import read_images, settle_device
 from grappa.search.kmeans import count_distinct, num_assignments
+
+CHOICE_FILE = "choice.json"
 
 
 def run(context: StageContext) -> str:
@@ -67,9 +71,10 @@ def _fit(
 def _fit_chosen(
     context: StageContext, embeddings: NDArray[np.float32], ids: NDArray[np.uint64], rows: NDArray[np.int64]
 ) -> Head:
-    """Return a head whose weight was chosen by the views of train images."""
+    """Return a head whose weight was chosen by views of train images."""
     settings, device, train = context.config.heads, str(settle_device(context)), embeddings[rows]
     if count_distinct(train, 4) < 4:
+        (context.path / CHOICE_FILE).write_text(json.dumps({"chosen": DEFAULT_WEIGHT, "score": {}}) + "\n")
         return IdentityHead()
     centroids = settings.num_centroids
     number = automatic_num_centroids(train) if centroids == "auto" else centroids
@@ -88,13 +93,25 @@ def _fit_chosen(
             device=device,
         )
 
+    weight = _choose(context, train, ids, rows, fit) if context.instance == CHOOSING_MODEL else _chosen(context)
+    return fit(train, ids).with_weight(weight)
+
+
+def _choose(
+    context: StageContext, train: NDArray[np.float32], ids: NDArray[np.uint64], rows: NDArray[np.int64], fit: Fit
+) -> float:
     folder = context.input("views", context.instance)
     views, viewed = (np.load(folder / name, allow_pickle=False) for name in ("views.npy", "rows.npy"))
     learned = np.isin(viewed, rows)
-    choice = choose_weight(train, ids, np.searchsorted(rows, viewed[learned]), views[learned], fit, seed=settings.seed)
+    places = np.searchsorted(rows, viewed[learned])
+    choice = choose_weight(train, ids, places, views[learned], fit, seed=context.config.heads.seed)
     record = {"chosen": choice.weight, "score": {f"{weight:g}": score for weight, score in choice.scores.items()}}
-    (context.path / "choice.json").write_text(json.dumps(record, indent=2) + "\n")
-    return fit(train, ids).with_weight(choice.weight)
+    (context.path / CHOICE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    return choice.weight
+
+
+def _chosen(context: StageContext) -> float:
+    return float(json.loads((context.input("heads", CHOOSING_MODEL) / CHOICE_FILE).read_text())["chosen"])
 
 
 def _fit_neighborhood(

@@ -100,9 +100,8 @@ def test_without_a_split_the_train_images_are_judged_behind_heads_of_other_regio
     assert fresh["verdict"] == "fresh"
 
 
-def test_heads_say_what_was_chosen(chosen: RunFolder) -> None:
-    choice = json.loads((chosen.root / "heads" / "fused" / "choice.json").read_text())
-    assert (
-        choice["chosen"]
-        == json.loads((chosen.root / "heads" / "fused" / "head.json").read_text())["neighborhood_weight"]
-    )
+def test_one_weight_is_chosen_for_the_heads_of_all_models(chosen: RunFolder) -> None:
+    choice = json.loads((chosen.root / "heads" / "zero_shot" / "choice.json").read_text())
+    for model in ("zero_shot", "k00004", "fused"):
+        head = json.loads((chosen.root / "heads" / model / "head.json").read_text())
+        assert head["neighborhood_weight"] == choice["chosen"]
