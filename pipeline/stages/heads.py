@@ -1,9 +1,9 @@
 """Stage ``heads``: an embedding head for each model, fitted without labels on the train rows, applied to all rows.
 
 ``embeddings.npy`` (N, D) float32, L2-normalised, holds the final embeddings of the model, which are evaluated and
-searched. ``head.json`` describes the fitted head. Where its weight is chosen (``heads.kind: auto``), that is done on the
-frozen backbone's embeddings, once for all models: ``heads/zero_shot/choice.json`` holds the weights that were tried and
-their scores. The equations are in ``grappa.method.head``, the choice is in ``grappa.method.head_choice``; both are
+searched. ``head.json`` describes the fitted head. Where its weight is chosen (``heads.kind: auto``), that is done on
+the frozen backbone's embeddings, once for all models: ``heads/zero_shot/choice.json`` holds the weights that were tried
+and their scores. The equations are in ``grappa.method.head``, the choice is in ``grappa.method.head_choice``; both are
 ours, not the paper's.
 """
 
