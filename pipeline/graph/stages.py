@@ -295,7 +295,7 @@ STAGES: tuple[Stage, ...] = (
         function="embeddings.run_on_views",
     ),
     Stage("verdict", 1, _settings(), _verdict_inputs),
-    Stage("heads", 3, _settings("heads"), _head_inputs, head_models),
+    Stage("heads", 2, _settings("heads"), _head_inputs, head_models),
     Stage(
         "model",
         1,
