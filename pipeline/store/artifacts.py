@@ -23,6 +23,7 @@ from grappa.pipeline.store.storage import (
     StorageError,
     atomic_write_json,
     is_scratch,
+    remove_dead_drafts,
     storage_errors,
     storage_sentence,
 )
@@ -266,6 +267,7 @@ class RunFolder:
             root.mkdir(parents=True, exist_ok=True)
             if any(not is_scratch(entry.name) for entry in root.iterdir()):
                 raise RunFolderError(f"{root} holds other files and is not a run folder; choose a new or empty folder.")
+            remove_dead_drafts(root)
         atomic_write_json(root / RUN_FILE, {"format": FORMAT})
         return cls(root)
 
@@ -281,6 +283,8 @@ class RunFolder:
         if writable and not os.access(root, os.W_OK | os.X_OK):
             cause = PermissionError(errno.EACCES, "no write permission", str(root))
             raise StorageError(errno.EACCES, storage_sentence(cause, root))
+        if writable:
+            remove_dead_drafts(root)
         return cls(root)
 
 

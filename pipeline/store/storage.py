@@ -17,6 +17,8 @@ from typing import Any
 from grappa.core.atomic import write_whole
 from grappa.core.notes import parse_json
 
+_DRAFT = re.compile(r"\..+\.(\d+)-\d+\.tmp")  # of an atomic write: its process and thread
+
 
 class StorageError(OSError):
     """The disk is full or a folder cannot be written; `str()` is one sentence for the user, `errno` the cause."""
@@ -63,6 +65,25 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def is_scratch(name: str) -> bool:
     """Tell whether a file name is that of an unfinished atomic write."""
     return name.startswith(".") and name.endswith(".tmp")
+
+
+def remove_dead_drafts(folder: Path) -> None:
+    """Remove the drafts of files that killed processes left in a folder; those of living processes stay."""
+    for entry in folder.glob(".*.tmp"):
+        owner = _DRAFT.fullmatch(entry.name)
+        if owner and entry.is_file() and not _is_alive(int(owner[1])):
+            with suppress(OSError):
+                entry.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's process
+        return True
+    return True
 
 
 def refuse_existing(folder: Path) -> None:

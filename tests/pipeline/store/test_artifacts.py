@@ -49,6 +49,18 @@ def test_making_a_run_folder_goes_on_after_a_crash(tmp_path: Path) -> None:
     RunFolder.create(tmp_path)
 
 
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    dead, living = (f".run.json.{process}-139.tmp" for process in (killed.pid, os.getpid()))
+    for round_number in range(2):  # before there is a run, and in one
+        for name in (dead, living, ".config.yaml.0.tmp"):
+            (tmp_path / name).touch()
+        RunFolder.create(tmp_path)
+        left = {path.name for path in tmp_path.iterdir()} - {"run.json"}
+        assert left == {living, ".config.yaml.0.tmp"}, round_number
+
+
 def test_folders_that_are_no_run_are_refused_with_the_fix(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="There is no run folder .*gone; make one with `grappa init .*gone"):
         RunFolder.open(tmp_path / "gone")
