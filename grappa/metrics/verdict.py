@@ -4,36 +4,24 @@ Every model is judged by ``grappa.metrics.indicators.neighborhood_standout`` of 
 one and the same weight that was fitted on *other* images: the indicator ranks models only within one kind of space. The
 difference to the frozen backbone is paired by image, its interval a bootstrap over images.
 
-What the verdict is worth was calibrated on collections with labels, bad ones among them: RESULTS.md, "The verdict
-without labels".
+What it said of three collections with labels is in RESULTS.md, "The verdict without labels"; on more it has not been
+calibrated, and the three constants below are chosen, not fitted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from grappa.metrics.judged import Judged, Word
 from grappa.metrics.retrieval import paired_bootstrap
 
-Word = Literal["helped", "no certain difference", "hurt", "too few images"]
-MIN_IMAGES = 100  # with fewer judged images the sign of a difference is not reliable
-MIN_SHARE = 0.02  # of the frozen backbone's indicator: less than this is no difference that anyone would notice
+MIN_IMAGES = 100  # with fewer judged images nothing is said
+MIN_SHARE = 0.02  # of the frozen backbone's indicator: a smaller difference counts as none
 CLOSE_SHARE = 0.01  # of the best model's indicator: a cheaper model that is nearer to the best than this is preferred
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A model's mean indicator, and its difference to the frozen backbone with a 95 % interval."""
-
-    model: str
-    indicator: float
-    difference: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -44,9 +32,6 @@ class Verdict:
     choice: str
     num_images: int
     models: tuple[Judged, ...]
-
-    def of(self, model: str) -> Judged:
-        return next(each for each in self.models if each.model == model)
 
 
 def judge(standouts: Mapping[str, NDArray[np.float64]], *, by_cost: Sequence[str], seed: int = 0) -> Verdict:

@@ -67,12 +67,13 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     config = _requested(known, request)
     check_backbone(config, known)
     listing = list_sources(given_images(config))
-    config = fitted(config, listing)
+    num_train = count_train(config, listing)
+    config = fitted(config, listing, num_train)
     run, former = write_run(root, config, listing)
     say_images(listing, former, say)
     if SUPERVISED in adaptor_sets(config):
         say_lone_classes(listing, say)
-    _say_few(count_train(config, listing), say)
+    _say_few(num_train, say)
     for sentence in missing_packages(config).values():
         say(f"warning: {sentence}")
     if before and request.config:
@@ -86,7 +87,7 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
 def _say_few(num_train: int, say: Say) -> None:
     """Warn where there are so few images to learn from that a gain is not likely."""
     if num_train < FEW_IMAGES:
-        what = f"{num_train} different train images are few (below {FEW_IMAGES} a gain is seldom certain)"
+        what = f"{num_train} different train images are few (below {FEW_IMAGES})"
         say(f"warning: {what}; the run's verdict tells whether adaptation helped, and deploys nothing that did not")
 
 
@@ -99,9 +100,12 @@ def write_run(root: Path, config: Config, listing: pd.DataFrame) -> tuple[RunFol
     return run, former
 
 
-def fitted(config: Config, listing: pd.DataFrame) -> Config:
-    """Return the configuration with layout and granularities settled; ConfigError where the images do not suffice."""
-    config = resolve_num_clusters(_settle_layout(config, listing), count_train(config, listing))
+def fitted(config: Config, listing: pd.DataFrame, num_train: int) -> Config:
+    """Return the configuration with layout and granularities settled; ConfigError where the images do not suffice.
+
+    num_train: the different train images, as :func:`count_train` counts them.
+    """
+    config = resolve_num_clusters(_settle_layout(config, listing), num_train)
     _check_labels(config, listing)
     _check_boxes(config, listing)
     return config
@@ -259,19 +263,20 @@ def given_images(config: Config) -> Images:
 def count_train(config: Config, listing: pd.DataFrame) -> int:
     """Count the different images that models learn from: all but the test images; copies of one file count once.
 
-    Where the numbers of clusters are given, a lower bound that suffices for them may be returned. ConfigError where
-    copies are the reason that the images do not suffice for clusters.
+    Where the numbers of clusters are given, a lower bound may be returned that suffices for them, and is not few.
+    ConfigError where copies are the reason that the images do not suffice for clusters.
     """
     from grappa.images.copies import count_distinct_files
     from grappa.images.table import MISSING
 
     values, learned = config.clusters.num_clusters, listing[(listing["split"] != "test") & (listing["size"] != MISSING)]
-    enough = None if isinstance(values, str) else 2 * max(values)
+    needed = None if isinstance(values, str) else 2 * max(values)
+    enough = None if needed is None else max(needed, FEW_IMAGES)
     number = count_distinct_files(learned, listing.attrs["roots"], enough=enough)
-    if number < (enough or 4) <= len(learned):
+    if number < (needed or 4) <= len(learned):
         raise ConfigError(
             f"only {number} of {len(learned)} train images differ, the others are copies; give at least "
-            f"{enough or 4} different ones" + ("" if enough is None else ", or fewer clusters (clusters.num_clusters)")
+            f"{needed or 4} different ones" + ("" if needed is None else ", or fewer clusters (clusters.num_clusters)")
         )
     return number
 

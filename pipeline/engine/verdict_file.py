@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from grappa.metrics.judged import Judged, Word
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import validation_sentence
 from grappa.pipeline.graph.models import deployed_model
@@ -22,22 +23,6 @@ VERDICT_FILE = "verdict.json"
 
 
 @dataclass(frozen=True)
-class JudgedModel:
-    """A model that the verdict compares.
-
-    ``indicator``: its neighbourhood standout, label-free, higher is better. ``difference``: to the indicator of the
-    frozen backbone with its head; ``low``, ``high``: the 95 % interval of the difference, by paired bootstrap over
-    images (all three are 0 for the frozen backbone itself).
-    """
-
-    model: str
-    indicator: float
-    difference: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Verdict:
     """Whether adaptation helped, told without labels.
 
@@ -45,12 +30,12 @@ class Verdict:
     images that the indicator was computed on, of which split and how many. ``models``: the models that were compared.
     """
 
-    verdict: Literal["helped", "no certain difference", "hurt", "too few images"]
+    verdict: Word
     evidence: str
     choice: str
     images: Literal["test", "train"]
     num_images: int
-    models: tuple[JudgedModel, ...]
+    models: tuple[Judged, ...]
 
     @property
     def sentence(self) -> str:
@@ -60,8 +45,10 @@ class Verdict:
 
 def chosen_model(run: RunFolder) -> str:
     """Return the model that the verdict chose; ValueError, with the command, where there is no verdict."""
+    published(run, VERDICT, VERDICT_FILE)
     found = read_verdict(run)
-    return found.choice if found else str(published(run, VERDICT))
+    assert found is not None, "it was published"
+    return found.choice
 
 
 def deployed_in(run: RunFolder, config: Config) -> str:

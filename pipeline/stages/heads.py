@@ -34,6 +34,7 @@ from grappa.method.head_choice import DEFAULT_WEIGHT, Fit, choose_weight
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import CHOOSING_MODEL
 from grappa.pipeline.opening import read_images, settle_device
+from grappa.search.assignment import Progress
 from grappa.search.kmeans import count_distinct, num_assignments
 
 CHOICE_FILE = "choice.json"
@@ -80,7 +81,9 @@ def _fit_chosen(
     number = automatic_num_centroids(train) if centroids == "auto" else centroids
     context.need_memory(memory_needed(len(embeddings), len(ids), embeddings.shape[1], number))
 
-    def fit(points: NDArray[np.float32], point_ids: NDArray[np.uint64]) -> WhitenedNeighborhoodHead:
+    def fit(
+        points: NDArray[np.float32], point_ids: NDArray[np.uint64], progress: Progress | None = None
+    ) -> WhitenedNeighborhoodHead:
         return fit_whitened_neighborhood_head(
             points,
             point_ids,
@@ -91,10 +94,13 @@ def _fit_chosen(
             num_iterations=settings.num_iterations,
             seed=settings.seed,
             device=device,
+            progress=progress,
         )
 
     weight = _choose(context, train, ids, rows, fit) if context.instance == CHOOSING_MODEL else _chosen(context)
-    return fit(train, ids).with_weight(weight)
+    total = num_assignments(len(ids), [number], settings.num_iterations)
+    with context.task("clustering", total, unit="assignments") as advance:
+        return fit(train, ids, advance).with_weight(weight)
 
 
 def _choose(

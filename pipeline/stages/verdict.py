@@ -22,6 +22,7 @@ from grappa.metrics.verdict import Verdict, judge
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import candidate_models
 from grappa.pipeline.opening import read_images, settle_device
+from grappa.search.kmeans import count_distinct
 
 Fold = tuple[NDArray[np.int64], NDArray[np.int64]]  # the rows on which heads are fitted, and the rows that are judged
 COSTLY = ("mean", "fused")  # all sets at every image; every other model costs one set or none
@@ -32,10 +33,11 @@ def run(context: StageContext) -> str:
     ids, device = id_numbers(images["image_id"].tolist()), str(settle_device(context))
     train, (tested, transductive) = train_rows(images), test_rows(images)
     viewed = np.load(context.input("views", "zero_shot") / "rows.npy", allow_pickle=False)
+    where = "train" if transductive else "test"
     folds = _folds(context, ids, train, viewed) if transductive else [(train, np.intersect1d(viewed, tested))]
     models = candidate_models(context.config)
     if min(len(judged) for _, judged in folds) < 4 or min(len(fitted) for fitted, _ in folds) < 4:
-        return _write(context, Verdict("too few images", models[0], len(viewed), ()), "train")
+        return _write(context, Verdict("too few images", models[0], sum(len(judged) for _, judged in folds), ()), where)
     with context.task("judging", len(models), unit="models") as advance:
         standouts = {}
         for model in models:
@@ -43,17 +45,17 @@ def run(context: StageContext) -> str:
             advance(1)
     singles = [model for model in models[1:] if model not in ("student", *COSTLY)]
     verdict = judge(standouts, by_cost=["student", *singles, *COSTLY], seed=context.config.views.seed)
-    return _write(context, verdict, "train" if transductive else "test")
+    return _write(context, verdict, where)
 
 
 def _folds(
     context: StageContext, ids: NDArray[np.uint64], train: NDArray[np.int64], viewed: NDArray[np.int64]
 ) -> list[Fold]:
     """Return two folds of the train rows, by regions of the frozen embeddings: equal for all models."""
-    frozen = _embeddings(context, "zero_shot")[train]
-    if len(train) < 8 or len(np.unique(frozen, axis=0)) < 8:
+    frozen = np.asarray(_embeddings(context, "zero_shot")[train])
+    if len(train) < 8 or count_distinct(frozen, 8) < 8:
         return [(train, np.empty(0, dtype=np.int64))]
-    half = region_halves(np.asarray(frozen), ids[train], seed=context.config.views.seed)
+    half = region_halves(frozen, ids[train], seed=context.config.views.seed)
     return [(train[~part], np.intersect1d(viewed, train[part])) for part in (half, ~half)]
 
 

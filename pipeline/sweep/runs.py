@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grappa.core.names import ORACLE
-from grappa.pipeline.commands.init import check_backbone, fitted, given_images, layered
+from grappa.pipeline.commands.init import check_backbone, count_train, fitted, given_images, layered
 from grappa.pipeline.config.schema import Config, Images
 from grappa.pipeline.config.yaml_file import (
     PRESETS,
@@ -127,7 +127,7 @@ def _check_known(root: Path, config: Config) -> None:
 
 def _run(out: Path, point: Point, config: Config, listing: pd.DataFrame) -> SweepRun:
     try:
-        chosen = fitted(config, listing)
+        chosen = fitted(config, listing, count_train(config, listing))
     except ConfigError as error:
         raise ConfigError(f"{point.name}: {error}") from None
     return SweepRun(point.name, point.variant, point.changes, out / point.name, chosen, listing)

@@ -495,3 +495,17 @@ def test_labels_are_no_part_of_what_is_trained_on() -> None:
         if "labels.parquet" in each.files
     }
     assert readers == {"evaluation"}
+
+
+@pytest.mark.parametrize("assignments", [[], ["clusters.num_clusters=[4, 8]"]])
+def test_few_images_are_said_and_many_are_not(desk: Desk, assignments: list[str]) -> None:
+    def warnings() -> list[str]:
+        desk.said.clear()
+        desk.init(images=[str(desk.images)], assignments=assignments)
+        return [line for line in desk.said if "are few" in line]
+
+    (before,) = warnings()
+    assert before.startswith("warning: 16 different train images are few (below 300)")
+    for number in range(300):
+        desk.add(f"cars/more-{number}.png")
+    assert warnings() == []

@@ -1,0 +1,24 @@
+"""A model as the verdict judged it: plain values, which whoever reads a verdict has too. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Word = Literal["helped", "no certain difference", "hurt", "too few images"]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model that the verdict compares.
+
+    ``indicator``: its mean neighbourhood standout, label-free, in standard deviations, higher is better.
+    ``difference``: to the indicator of the frozen backbone, both behind heads of one weight; ``low``, ``high``: the
+    95 % interval of the difference, by paired bootstrap over images (all three are 0 for the frozen backbone itself).
+    """
+
+    model: str
+    indicator: float
+    difference: float
+    low: float
+    high: float
