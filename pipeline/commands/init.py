@@ -88,7 +88,7 @@ def _say_few(num_train: int, say: Say) -> None:
     """Warn where there are so few images to learn from that a gain is not likely."""
     if num_train < FEW_IMAGES:
         what = f"{num_train} different train images are few (below {FEW_IMAGES})"
-        say(f"warning: {what}; the run's verdict tells whether adaptation helped, and deploys nothing that did not")
+        say(f"warning: {what}; the verdict at the end of the run tells whether adaptation helped")
 
 
 def write_run(root: Path, config: Config, listing: pd.DataFrame) -> tuple[RunFolder, pd.DataFrame | None]:

@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import ConfigError
 from grappa.pipeline.engine.status import NodeState, read_config, states
 from grappa.pipeline.graph.node import Node
-from grappa.pipeline.graph.stages import upstream
+from grappa.pipeline.graph.stages import with_upstream
 from grappa.pipeline.store.artifacts import RUN_FILE, RunFolder, quoted
 
 MOST_NAMES = 4  # artifacts that are named in a line
@@ -61,25 +60,13 @@ def stale_notice(root: Path, *names: str) -> str:
     stale = [each for each in wanted if each.state.kind in ("stale", "corrupt")]
     if not stale:
         return ""
-    above = _above([each.node for each in stale], config)
+    above = with_upstream([each.node for each in stale], config)
     causes = _causes(each for each in found.values() if each.node in above)
     cause = causes[0] if causes else "an artifact that it is made from is missing"
     return (
         f"{_names([each.name for each in stale])} not up to date: {cause}; `grappa run {quoted(root)}` brings "
         f"{'it' if len(stale) == 1 else 'them'} up to date"
     )
-
-
-def _above(wanted: Sequence[Node], config: Config) -> set[Node]:
-    """Return the nodes and all that they read, directly or not."""
-    seen: set[Node] = set()
-    waiting = list(wanted)
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            waiting += upstream(node, config)
-    return seen
 
 
 def _causes(found: Iterable[NodeState]) -> list[str]:

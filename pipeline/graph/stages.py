@@ -7,7 +7,7 @@ result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from grappa.pipeline.config.schema import Config
@@ -339,6 +339,18 @@ def inputs_of(node: Node, config: Config) -> tuple[Input, ...]:
 def upstream(node: Node, config: Config) -> list[Node]:
     """Return the nodes that a node reads, without repeats."""
     return list(dict.fromkeys(each.node for each in inputs_of(node, config)))
+
+
+def with_upstream(wanted: Iterable[Node], config: Config) -> set[Node]:
+    """Return the nodes and all that they read, directly or not."""
+    found: set[Node] = set()
+    waiting = list(wanted)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += upstream(node, config)
+    return found
 
 
 def find_stage(name: str) -> Stage:

@@ -11,7 +11,7 @@ from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.execution import spent
 from grappa.pipeline.graph.models import evaluated_models
 from grappa.pipeline.graph.node import Node
-from grappa.pipeline.graph.stages import STAGES, upstream
+from grappa.pipeline.graph.stages import STAGES, with_upstream
 from grappa.pipeline.report.summary import Table
 from grappa.pipeline.store.artifacts import LOG_FILE, RunFolder
 from grappa.pipeline.store.storage import read_json_lines
@@ -26,21 +26,9 @@ class Cost:
     images_per_second: float | None
 
 
-def needed(config: Config, node: Node) -> set[Node]:
-    """Return a node and all nodes that it depends on."""
-    found: set[Node] = set()
-    waiting = [node]
-    while waiting:
-        here = waiting.pop()
-        if here not in found:
-            found.add(here)
-            waiting += upstream(here, config)
-    return found
-
-
 def model_nodes(config: Config) -> dict[str, set[Node]]:
     """Return the nodes that each model of the result table depends on; the oracle depends on those of all sets."""
-    found = {model: needed(config, node) for model, node in evaluated_models(config).items()}
+    found = {model: with_upstream([node], config) for model, node in evaluated_models(config).items()}
     if config.model.source == "single":
         return found
     return found | {ORACLE: set().union(*(found[name] for name in config.granularities))}
