@@ -10,6 +10,7 @@ ours, not the paper's.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from grappa.core.randomness import id_numbers
 from grappa.images.splits import train_rows
 from grappa.method.head import (
+    MIN_WHITENED_SHARE,
     Head,
     IdentityHead,
     NeighborhoodHead,
@@ -30,7 +32,7 @@ from grappa.method.head import (
     fit_whitening_head,
     memory_needed,
 )
-from grappa.method.head_choice import DEFAULT_WEIGHT, Fit, choose_weight
+from grappa.method.head_choice import Fit, choose_weight
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import CHOOSING_MODEL
 from grappa.pipeline.opening import read_images, settle_device
@@ -72,11 +74,18 @@ def _fit(
 def _fit_chosen(
     context: StageContext, embeddings: NDArray[np.float32], ids: NDArray[np.uint64], rows: NDArray[np.int64]
 ) -> Head:
-    """Return a head whose weight was chosen by views of train images."""
+    """Return a head whose weight was chosen by views of train images; without a test split, whitening alone.
+
+    A neighbourhood's head serves images that it was not fitted on. Among those that it was, each has a centroid beside
+    it, which takes away what it has in common with its class.
+    """
     settings, device, train = context.config.heads, str(settle_device(context)), embeddings[rows]
     if count_distinct(train, 4) < 4:
-        (context.path / CHOICE_FILE).write_text(json.dumps({"chosen": DEFAULT_WEIGHT, "score": {}}) + "\n")
+        _write_choice(context, None, {})
         return IdentityHead()
+    if len(rows) == len(embeddings):
+        _write_choice(context, None, {})
+        return fit_whitening_head(train, ids, power=settings.deviation_power, min_share=MIN_WHITENED_SHARE)
     centroids = settings.num_centroids
     number = automatic_num_centroids(train) if centroids == "auto" else centroids
     context.need_memory(memory_needed(len(embeddings), len(ids), embeddings.shape[1], number))
@@ -111,9 +120,14 @@ def _choose(
     learned = np.isin(viewed, rows)
     places = np.searchsorted(rows, viewed[learned])
     choice = choose_weight(train, ids, places, views[learned], fit, seed=context.config.heads.seed)
-    record = {"chosen": choice.weight, "score": {f"{weight:g}": score for weight, score in choice.scores.items()}}
-    (context.path / CHOICE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    _write_choice(context, choice.weight, choice.scores)
     return choice.weight
+
+
+def _write_choice(context: StageContext, weight: float | None, scores: Mapping[float, float]) -> None:
+    if context.instance == CHOOSING_MODEL:
+        record = {"chosen": weight, "score": {f"{each:g}": score for each, score in scores.items()}}
+        (context.path / CHOICE_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _chosen(context: StageContext) -> float:

@@ -88,7 +88,7 @@ def test_a_model_that_the_run_does_not_have_is_refused(material: Path, tmp_path:
         _make(tmp_path / "run", material, model__source="best")
 
 
-def test_without_a_split_the_train_images_are_judged_behind_heads_of_other_regions(
+def test_without_a_split_train_images_are_judged_on_other_regions_and_only_whitened(
     material: Path, tmp_path: Path
 ) -> None:
     run = _make(tmp_path / "run", material, "whole", model__source="auto")
@@ -98,6 +98,9 @@ def test_without_a_split_the_train_images_are_judged_behind_heads_of_other_regio
     assert record["num_images"] == len(np.load(run.root / "views" / "zero_shot" / "rows.npy"))
     fresh = {each.name: each.state.kind for each in states(run, read_config(run))}
     assert fresh["verdict"] == "fresh"
+    run_all(run, until="heads")
+    for model in ("zero_shot", "fused"):
+        assert json.loads((run.root / "heads" / model / "head.json").read_text()) == {"kind": "whitening"}
 
 
 def test_one_weight_is_chosen_for_the_heads_of_all_models(chosen: RunFolder) -> None:
