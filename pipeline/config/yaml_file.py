@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ HEADER = """\
 """
 PRESETS = Path(__file__).parent / "presets"
 LINE_LENGTH = 120
+LINE_ENDS = re.compile("[\n\r\x85\u2028\u2029]")
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**20, 100_000, 32  # of a YAML file; the largest known configuration has 300 values
 
 Settings = dict[str, dict[str, Any]]
@@ -235,11 +237,22 @@ def _field_text(name: str, value: Any, description: str) -> str:
 
 def flow(value: Any) -> str:
     """Return a value as YAML on one line."""
-    style = '"' if isinstance(value, str) and "\n" in value else None
-    text = yaml.safe_dump(
-        value, default_flow_style=True, default_style=style, allow_unicode=True, width=float("inf"), sort_keys=False
+    text = yaml.dump(
+        value, Dumper=_Flow, default_flow_style=True, allow_unicode=True, width=float("inf"), sort_keys=False
     )
     return text.removesuffix("...\n").strip()
+
+
+class _Flow(yaml.SafeDumper):
+    """A dumper of text on one line: what YAML reads as the end of a line is escaped, and so comes back as it was."""
+
+
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if LINE_ENDS.search(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Flow.add_representer(str, _text_node)
 
 
 def validation_sentence(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -208,6 +208,8 @@ def test_a_value_of_set_is_refused_in_a_sentence(tmp_path: Path, value: str) -> 
     assert not (tmp_path / "run").exists()
 
 
+@example(["\x85"])
+@example(["a\u2028b", "\u2029", "\r"])
 @given(st.lists(st.sampled_from(NAMES) | st.text(max_size=20), max_size=4))
 def test_any_names_survive_the_file(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
     config = parse_settings({"images": {"sources": names}, "objects": {"prompt": "".join(names)}}, "here")
