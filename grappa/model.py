@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from grappa.backbone.vit import Backbone, build_backbone, embed
+from grappa.backbone.frozen import Backbone, build_backbone, embed
 from grappa.core.arrays import below
 from grappa.core.printing import sentence, shown
 from grappa.images.decoding import image_to_rgb, shrink
@@ -91,7 +91,7 @@ def save_model(
     if fusion is None and len(sets) > 1:
         raise ValueError(f"found {len(sets)} adaptor sets and no fusion; a model without one has at most one set")
     head = IdentityHead() if head is None else head
-    tensors = {f"backbone.{name}": value for name, value in backbone.vit.state_dict().items()}
+    tensors = {f"backbone.{name}": value for name, value in backbone.model.state_dict().items()}
     for name, adaptor_set in sets.items():
         tensors.update({f"sets.{name}.{key}": value for key, value in adaptor_set.state_dict().items()})
     tensors.update({f"fusion.{key}": value for key, value in fusion.trained_state().items()} if fusion else {})
@@ -117,7 +117,7 @@ def load_model(folder: str | Path) -> GrappaModel:
         with torch.device("meta"):
             backbone = build_backbone(record.backbone)
         _try_on_paper(record, header, backbone)
-        backbone.vit.to_empty(device="cpu")  # _assembled fills every tensor of it
+        backbone.model.to_empty(device="cpu")  # _assembled fills every tensor of it
         return _assembled(record, read_tensors(folder), backbone).eval()
     except ModelError:
         raise
@@ -143,7 +143,7 @@ def _assembled(record: ModelRecord, tensors: Mapping[str, Tensor], backbone: Bac
     unknown = [name for name in tensors if not name.startswith(parts)]
     if unknown:
         raise ValueError(f"the tensor {shown(unknown[0])} belongs to no part of the model")
-    _fill(backbone.vit, below(tensors, "backbone."))
+    _fill(backbone.model, below(tensors, "backbone."))
     if backbone.width != record.embedding_dim:
         raise ValueError(f"embedding_dim is {record.embedding_dim}, the backbone's width is {backbone.width}")
     adapted = _open_adapted(record, tensors, backbone)

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from grappa.backbone.architectures import Number
-from grappa.backbone.vit import BackboneSpec
+from grappa.backbone.spec import BackboneSpec
 from grappa.core.printing import sentence, shown
 from grappa.method.fusion import AttentionLevel
 

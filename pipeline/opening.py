@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from grappa.backbone.vit import Backbone, BackboneSpec, build_backbone
+from grappa.backbone.frozen import Backbone, build_backbone
+from grappa.backbone.spec import BackboneSpec
 from grappa.backbone.weights import load_state, read_state_dict
 from grappa.core.devices import resolve_device, resolve_precision, set_num_threads
 from grappa.core.memory import VitShape
@@ -44,7 +45,7 @@ def open_backbone(context: StageContext) -> Backbone:
     """Return the backbone of the backbone artifact; only files of the run are read, nothing from the hub."""
     folder = context.input("backbone")
     backbone = build_backbone(BackboneSpec.from_json(json.loads((folder / "backbone.json").read_text())))
-    load_state(backbone.vit, read_state_dict(folder / "weights.safetensors"), source=str(folder))
+    load_state(backbone.model, read_state_dict(folder / "weights.safetensors"), source=str(folder))
     return backbone
 
 
@@ -119,7 +120,7 @@ def settle_precision(context: StageContext, requested: str, device: torch.device
 
 def vit_shape(backbone: Backbone, adaptations: Iterable[object] = ()) -> VitShape:
     """Return the sizes on which the memory of an adapted backbone depends; all ``adaptations`` act at the same time."""
-    vit: Any = backbone.vit
+    vit: Any = backbone.model
     modules = [each for each in adaptations if isinstance(each, nn.Module)]
     numbers = sum(each.numel() for module in modules for each in (*module.parameters(), *module.buffers()))
     return VitShape(

@@ -113,7 +113,7 @@ def _check(name: str, value: object, allowed: Number) -> None:
         raise BackboneError(f"the backbone's {name} is {shown(value)}; expected {allowed}")
 
 
-def create_vit(name: str, image_size: int, options: Mapping[str, Any], *, pretrained: bool) -> Any:
+def create_model(name: str, image_size: int, options: Mapping[str, Any], *, pretrained: bool) -> Any:
     """Return a VisionTransformer with a class token, made by timm from checked arguments only.
 
     pretrained: download the weights of this name from timm's hub; else no file and no network is touched.

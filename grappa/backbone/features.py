@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from grappa.backbone.vit import Adaptation, Backbone, embed
+from grappa.backbone.frozen import Adaptation, Backbone, embed
 from grappa.core.devices import autocast, moved, staged
 from grappa.core.distributed import ALONE, Processes
 from grappa.images.pixels import ImageRows, repeated_rows

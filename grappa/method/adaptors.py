@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grappa.backbone.vit import Backbone
+from grappa.backbone.frozen import Backbone
 
 AdaptorKind = Literal["bottleneck", "in_context", "both"]
 Activation = Callable[[Tensor], Tensor]
@@ -156,7 +156,7 @@ def folded(backbone: Backbone, adaptors: AdaptorSet) -> tuple[Backbone, AdaptorS
         return backbone, adaptors
     backbone, rest = deepcopy(backbone), deepcopy(adaptors)
     rest.in_context = nn.ModuleList()
-    blocks: Sequence[nn.Module] = list(backbone.vit.blocks)  # type: ignore[arg-type]
+    blocks: Sequence[nn.Module] = list(backbone.model.blocks)  # type: ignore[arg-type]
     for block, adaptor in zip(blocks, adaptors.in_context, strict=True):
         weight: Tensor = block.attn.qkv.weight  # type: ignore[union-attr, assignment]
         update = adaptor.update()  # type: ignore[operator]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grappa.backbone.vit import Adaptation, Backbone, Residual
+from grappa.backbone.frozen import Adaptation, Backbone, Residual
 from grappa.method.adaptors import Activation, AdaptorSet
 
 AttentionLevel = Literal["token", "cls"]
@@ -221,6 +221,6 @@ def fused_forward(backbone: Backbone, fusion: Adaptation, images: Tensor) -> tup
 
 
 def class_token_attention(backbone: Backbone, images: Tensor, fusion: Adaptation | None) -> Tensor:
-    """Return (B, L, G) float32, the class token's granularity attention; called like ``grappa.backbone.vit.embed``."""
+    """Return (B, L, G) float32, the class token's granularity attention; as ``grappa.backbone.frozen.embed``."""
     assert fusion is not None, "without a fusion nothing attends"
     return fused_forward(backbone, fusion, images)[1].float()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from grappa.backbone.vit import Adaptation, Backbone, embed
+from grappa.backbone.frozen import Adaptation, Backbone, embed
 from grappa.core.arrays import Rows
 from grappa.core.devices import autocast, moved, staged
 from grappa.core.randomness import key, shuffled

@@ -17,7 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from grappa.backbone.vit import Adaptation, Backbone, build_backbone
+from grappa.backbone.frozen import Adaptation, Backbone, build_backbone
 from grappa.backbone.weights import load_state
 from grappa.core.arrays import Floats
 
@@ -29,18 +29,18 @@ MIN_GRID = 16  # patches a side; a box is as fine as they are
 
 def seeing_finely(backbone: Backbone) -> Backbone:
     """Return the backbone for an input of at least 16 x 16 patches, its positions resampled."""
-    vit: Any = backbone.vit
+    vit: Any = backbone.model
     side = max(backbone.spec.image_size, MIN_GRID * max(vit.patch_embed.patch_size))
     if side == backbone.spec.image_size:
         return backbone
     finer = build_backbone(replace(backbone.spec, image_size=side))
-    load_state(finer.vit, vit.state_dict(), source="the backbone")
+    load_state(finer.model, vit.state_dict(), source="the backbone")
     return finer
 
 
 def grid_of(backbone: Backbone) -> tuple[int, int]:
     """Return rows and columns of the backbone's patches."""
-    vit: Any = backbone.vit
+    vit: Any = backbone.model
     rows, columns = vit.patch_embed.grid_size
     return int(rows), int(columns)
 
@@ -54,7 +54,7 @@ def foreground(backbone: Backbone, images: Tensor, adaptation: Adaptation | None
     Args:
         images: (B, 3, S, S) float, normalised; the whole image, not its center.
     """
-    vit: Any = backbone.vit
+    vit: Any = backbone.model
     hidden_BTD = backbone.tokens(images)
     for block in vit.blocks[: max(1, 2 * len(vit.blocks) // 3)]:
         hidden_BTD = block(hidden_BTD)

@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grappa.backbone.vit import Backbone, BackboneSpec, build_backbone
+from grappa.backbone.frozen import Backbone, build_backbone
+from grappa.backbone.spec import BackboneSpec
 from grappa.core.randomness import key
 from grappa.images.transforms import normalize
 from grappa.pipeline.demo.dataset import DOMAINS, Domain, draw_image
@@ -125,7 +126,7 @@ def _views(pool: Tensor, step: int, settings: Pretraining) -> tuple[Tensor, Tens
 
 def save(backbone: Backbone, out: Path, *, settings: Pretraining, seconds: float, final_loss: float) -> None:
     """Write float16 weights to ``out`` (safetensors, timm's key layout) and a description to a JSON file beside it."""
-    save_file({name: tensor.half().contiguous() for name, tensor in backbone.vit.state_dict().items()}, out)
+    save_file({name: tensor.half().contiguous() for name, tensor in backbone.model.state_dict().items()}, out)
     record = {
         "name": MODEL_NAME,
         "image_size": IMAGE_SIZE,

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from grappa.backbone.vit import Backbone
+from grappa.backbone.frozen import Backbone
 from grappa.core import memory
 from grappa.core.randomness import id_numbers
 from grappa.images.splits import train_rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grappa.backbone.vit import load_backbone
+from grappa.backbone.frozen import load_backbone
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.store.checkpoints import write_tensors
 from grappa.pipeline.store.storage import atomic_write_json
@@ -21,7 +21,7 @@ def run(context: StageContext) -> str:
         std=settings.std,
         options=settings.options,
     )
-    state = backbone.vit.state_dict()
+    state = backbone.model.state_dict()
     write_tensors(context.path / "weights.safetensors", state)
     atomic_write_json(context.path / "backbone.json", backbone.spec.to_json())
     millions = sum(value.numel() for value in state.values()) / 1e6

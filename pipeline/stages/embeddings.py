@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from grappa.backbone.vit import Adaptation, Backbone
+from grappa.backbone.frozen import Adaptation, Backbone
 from grappa.core.randomness import id_numbers, key, shuffled
 from grappa.core.vectors import side_by_side
 from grappa.images.pixels import ChosenRows

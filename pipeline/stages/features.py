@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from grappa.backbone.features import Batch, Read, extract_features
-from grappa.backbone.vit import Adaptation, Backbone, embed
+from grappa.backbone.frozen import Adaptation, Backbone, embed
 from grappa.core import memory
 from grappa.images.pixels import ImageRows
 from grappa.pipeline.engine.context import StageContext

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from grappa.backbone.vit import Backbone, BackboneSpec, build_backbone
+from grappa.backbone.frozen import Backbone, build_backbone
+from grappa.backbone.spec import BackboneSpec
 
 HALF = (0.5, 0.5, 0.5)
 NOISE = 0.4

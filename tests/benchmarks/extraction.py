@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-import grappa.backbone.vit
+import grappa.backbone.frozen
 from grappa.backbone.features import extract_features
-from grappa.backbone.vit import Backbone, embed
+from grappa.backbone.frozen import Backbone, embed
 from grappa.core.devices import autocast, resolve_precision
 from grappa.images.decoding import decode_image, shrink
 from grappa.images.pixels import PixelCache, write_index, write_shard
@@ -53,7 +53,7 @@ def chosen_precision(options: Options) -> Iterator[Pair]:
 
     def peer() -> None:
         with torch.inference_mode():
-            found["peer"] = F.normalize(plain.vit((images / 255.0 - 0.5) / 0.5), dim=-1)
+            found["peer"] = F.normalize(plain.model((images / 255.0 - 0.5) / 0.5), dim=-1)
 
     def check() -> tuple[bool, str]:
         least = float((found["ours"] * found["peer"]).sum(1).min())
@@ -76,7 +76,7 @@ def class_token_only(options: Options) -> Iterator[Pair]:
             found[name] = embed(backbone, images)
 
     def whole() -> None:
-        with mock.patch.object(grappa.backbone.vit, "is_plain", return_value=False):
+        with mock.patch.object(grappa.backbone.frozen, "is_plain", return_value=False):
             run("peer")
 
     def check() -> tuple[bool, str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grappa.backbone.vit import Adaptation, Backbone, embed
+from grappa.backbone.frozen import Adaptation, Backbone, embed
 from grappa.images.transforms import normalize
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.fusion import Fusion

@@ -48,7 +48,7 @@ def _prepared(folder: Path, options: Options) -> tuple[Path, list[str]]:
     (images / "one").mkdir(parents=True)
     data.write_jpegs(images / "one", options.size(512, 320))
     backbone = data.backbone(False, "vit_tiny_patch16_224", 224)
-    save_file(backbone.vit.state_dict(), folder / "vit.safetensors")
+    save_file(backbone.model.state_dict(), folder / "vit.safetensors")
     return images, [
         f"backbone.weights={folder / 'vit.safetensors'}",
         f"compute.num_threads={options.threads}",

@@ -13,7 +13,7 @@ from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grappa.backbone.vit import Backbone
+from grappa.backbone.frozen import Backbone
 from grappa.images.transforms import normalize
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.losses import norm_softmax
@@ -116,7 +116,7 @@ def adaptor_step(options: Options) -> Iterator[Pair]:
 
 def _training_step(options: Options, whole: bool, *, fused: bool = False) -> Side:
     backbone = data.backbone(options.quick).on(CPU)
-    for block in backbone.vit.blocks:  # type: ignore[union-attr]
+    for block in backbone.model.blocks:  # type: ignore[union-attr]
         block.attn.fused_attn = fused  # type: ignore[union-attr]
     adaptors = AdaptorSet(backbone.num_blocks, backbone.width, BOTTLENECK)
     backbone.requires_grad_(whole)

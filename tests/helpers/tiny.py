@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from grappa.backbone.vit import Backbone, BackboneSpec, build_backbone
+from grappa.backbone.frozen import Backbone, build_backbone
+from grappa.backbone.spec import BackboneSpec
 from grappa.core.notes import claim
 from grappa.images.pixels import PixelCache, write_index, write_shard
 from grappa.method.adaptors import AdaptorSet
@@ -98,7 +99,7 @@ def split_of(path: Path) -> str:
 
 def write_weights(path: Path) -> Path:
     """Write the tiny backbone's weights as safetensors."""
-    save_file(tiny_backbone().vit.state_dict(), path)
+    save_file(tiny_backbone().model.state_dict(), path)
     return path
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grappa.backbone.vit import import_timm
+from grappa.backbone.weights import import_timm
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers (extra objects) is not installed"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import grappa
 from grappa.backbone.features import extract_features
-from grappa.backbone.vit import embed
+from grappa.backbone.frozen import embed
 from grappa.method.fusion import Fusion
 from grappa.method.head import fit_neighborhood_head
 from grappa.model import ModelError, save_model

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 import grappa
 from grappa.backbone import architectures
-from grappa.backbone.vit import BackboneSpec, build_backbone
+from grappa.backbone.frozen import build_backbone
+from grappa.backbone.spec import BackboneSpec
 from grappa.backbone.weights import import_timm
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.fusion import Fusion

@@ -126,7 +126,7 @@ def test_pretraining_learns_and_saves(tmp_path: Path) -> None:
     assert len(losses) == 2
     assert json.loads((tmp_path / "vit.json").read_text(encoding="utf-8"))["settings"]["num_steps"] == 2
     with safe_open(tmp_path / "vit.safetensors", "pt") as file:
-        assert set(file.keys()) == set(pretrain.create_vit().vit.state_dict())
+        assert set(file.keys()) == set(pretrain.create_vit().model.state_dict())
 
 
 def test_the_loss_is_small_when_partners_match_and_large_when_they_do_not() -> None:
@@ -140,7 +140,7 @@ def test_the_loss_is_small_when_partners_match_and_large_when_they_do_not() -> N
 
 
 def test_the_shipped_weights_are_small_and_fit_the_preset() -> None:
-    from grappa.backbone.vit import load_backbone
+    from grappa.backbone.frozen import load_backbone
     from grappa.pipeline.config.yaml_file import parse_settings, preset_path, read_settings
 
     weights = Path(grappa.pipeline.demo.__file__).parent / "vit_demo.safetensors"

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from grappa.backbone.vit import BackboneSpec, build_backbone, is_plain, run_block
+from grappa.backbone.frozen import build_backbone
+from grappa.backbone.spec import BackboneSpec
+from grappa.backbone.vit import is_plain, run_block
 from tests.helpers.rounding import assert_same_sums
 from tests.helpers.tiny import HALF, OPTIONS, tiny_backbone, tiny_set
 
@@ -22,10 +24,10 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 def test_it_equals_the_whole_block(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     backbone = build_backbone(BackboneSpec("vit_tiny_patch16_224", 32, 1.0, HALF, HALF, {**OPTIONS, **options}))
-    block = backbone.vit.blocks[-1]
+    block = backbone.model.blocks[-1]
     assert is_plain(block)
     assert_same_sums(run_block(block, HIDDEN, class_token=True), block(HIDDEN)[:, :1], terms=17 * 32)
-    assert_same_sums(backbone(IMAGES), backbone.vit(IMAGES), terms=17 * 32)
+    assert_same_sums(backbone(IMAGES), backbone.model(IMAGES), terms=17 * 32)
 
 
 def test_adaptors_get_the_same_gradients() -> None:
@@ -35,11 +37,11 @@ def test_adaptors_get_the_same_gradients() -> None:
     for skip in (True, False):
         adaptors = tiny_set(0).requires_grad_()
         if not skip:
-            type(backbone.vit.blocks[-1]).__name__ = "Whole"
+            type(backbone.model.blocks[-1]).__name__ = "Whole"
         try:
             (backbone(IMAGES, adaptors) * weights).sum().backward()
         finally:
-            type(backbone.vit.blocks[-1]).__name__ = "Block"
+            type(backbone.model.blocks[-1]).__name__ = "Block"
         grads.append([parameter.grad for parameter in adaptors.parameters()])
     for with_skip, without in zip(*grads, strict=True):
         assert_same_sums(with_skip, without, terms=IMAGES.shape[0] * 17 * 32)
@@ -47,14 +49,14 @@ def test_adaptors_get_the_same_gradients() -> None:
 
 def test_other_blocks_are_run_whole() -> None:
     spec = BackboneSpec("vit_small_patch16_36x1_224", 32, 1.0, HALF, HALF, {"depth": 2})
-    assert is_plain(build_backbone(spec).vit.blocks[-1])
+    assert is_plain(build_backbone(spec).model.blocks[-1])
     parallel = build_backbone(BackboneSpec("vit_small_patch16_18x2_224", 32, 1.0, HALF, HALF, {"depth": 2}))
-    assert not is_plain(parallel.vit.blocks[-1])
-    torch.testing.assert_close(parallel(IMAGES), parallel.vit(IMAGES))
+    assert not is_plain(parallel.model.blocks[-1])
+    torch.testing.assert_close(parallel(IMAGES), parallel.model(IMAGES))
 
 
 def test_adapted_queries_and_keys_equal_those_of_changed_weights() -> None:
-    block = tiny_backbone().vit.blocks[0]
+    block = tiny_backbone().model.blocks[0]
     update = torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
     for fused in (True, False):
         block.attn.fused_attn = fused

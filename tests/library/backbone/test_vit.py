@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from grappa.backbone.vit import BackboneSpec, embed, load_backbone
+from grappa.backbone.frozen import embed, load_backbone
+from grappa.backbone.spec import BackboneSpec
 from grappa.backbone.weights import BackboneError, import_timm
 from tests.helpers.rounding import assert_same_sums
 from tests.helpers.tiny import HALF, OPTIONS, tiny_backbone
@@ -26,7 +27,7 @@ def _load(path: Path, **changes: Any) -> Any:
 
 def test_the_forward_pass_is_timms_own() -> None:
     backbone = tiny_backbone()
-    torch.testing.assert_close(backbone(IMAGES), backbone.vit(IMAGES))
+    torch.testing.assert_close(backbone(IMAGES), backbone.model(IMAGES))
     torch.testing.assert_close(embed(backbone, IMAGES).norm(dim=1), torch.ones(2))
 
 
@@ -39,7 +40,7 @@ def test_it_stays_frozen_and_in_evaluation_mode() -> None:
 @pytest.mark.parametrize("layout", ["safetensors", "timm", "dino teacher", "half precision"])
 def test_state_dicts_are_read_in_the_layouts_people_have(tmp_path: Path, layout: str) -> None:
     backbone = tiny_backbone()
-    state = dict(backbone.vit.state_dict())
+    state = dict(backbone.model.state_dict())
     path = tmp_path / ("weights.safetensors" if layout == "safetensors" else "weights.pth")
     if layout == "safetensors":
         save_file(state, path)
@@ -55,14 +56,14 @@ def test_state_dicts_are_read_in_the_layouts_people_have(tmp_path: Path, layout:
 
 
 def test_positions_are_resampled_to_the_asked_size(tmp_path: Path) -> None:
-    save_file(tiny_backbone().vit.state_dict(), tmp_path / "w.safetensors")
+    save_file(tiny_backbone().model.state_dict(), tmp_path / "w.safetensors")
     larger = _load(tmp_path / "w.safetensors", image_size=48)
     assert larger(torch.randn(1, 3, 48, 48)).shape == (1, 32)
-    assert larger.vit.pos_embed.shape[1] == 1 + 36
+    assert larger.model.pos_embed.shape[1] == 1 + 36
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_first_misfit(tmp_path: Path) -> None:
-    state = dict(tiny_backbone().vit.state_dict())
+    state = dict(tiny_backbone().model.state_dict())
     path = tmp_path / "w.safetensors"
     save_file({name: value for name, value in state.items() if "norm" not in name}, path)
     with pytest.raises(BackboneError, match=r"10 tensors missing \(first: blocks.0.norm1.bias\)"):
@@ -77,7 +78,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_first_misfit(tmp_path: Pat
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_refused_with_the_first_tensor(tmp_path: Path, value: float) -> None:
-    state = tiny_backbone().vit.state_dict()
+    state = tiny_backbone().model.state_dict()
     state["blocks.1.mlp.fc1.weight"][3, 4] = value
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(BackboneError, match=r"hold NaN or infinity \(first: blocks.1.mlp.fc1.weight\)"):
@@ -140,7 +141,7 @@ def test_a_spec_survives_json() -> None:
 
 
 def test_the_models_own_preprocessing_is_the_default(tmp_path: Path) -> None:
-    save_file(tiny_backbone().vit.state_dict(), tmp_path / "w.safetensors")
+    save_file(tiny_backbone().model.state_dict(), tmp_path / "w.safetensors")
     spec = load_backbone(NAME, weights=tmp_path / "w.safetensors", image_size=32, options=OPTIONS).spec
     assert spec.mean == HALF
     assert spec.crop_fraction == 0.9
@@ -150,5 +151,5 @@ def test_a_cpu_attends_explicitly_with_the_same_result() -> None:
     backbone = tiny_backbone()
     before = backbone(IMAGES)
     explicit = backbone.on(torch.device("cpu"))
-    assert not any(block.attn.fused_attn for block in explicit.vit.blocks)
+    assert not any(block.attn.fused_attn for block in explicit.model.blocks)
     assert_same_sums(explicit(IMAGES), before, terms=17 * 32)

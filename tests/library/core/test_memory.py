@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from grappa.backbone.vit import Backbone, BackboneSpec, build_backbone
+from grappa.backbone.frozen import Backbone, build_backbone
+from grappa.backbone.spec import BackboneSpec
 from grappa.core import memory
 from grappa.core.vectors import read_rows
 from grappa.images.transforms import normalize

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grappa.backbone.vit import embed
+from grappa.backbone.frozen import embed
 from grappa.images.transforms import Augmentation, eval_batch, normalize
 from grappa.method import losses
 from grappa.method.adaptors import AdaptorSet
@@ -93,8 +93,8 @@ def test_the_teacher_is_not_changed_and_gets_no_gradient(views: Views) -> None:
         run=Runtime(CPU, "float32"),
     )
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
-    frozen = tiny_backbone().vit.state_dict()
-    assert all(torch.equal(frozen[name], value) for name, value in backbone.vit.state_dict().items())
+    frozen = tiny_backbone().model.state_dict()
+    assert all(torch.equal(frozen[name], value) for name, value in backbone.model.state_dict().items())
     assert all(parameter.grad is None for parameter in backbone.parameters())
 
 

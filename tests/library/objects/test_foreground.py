@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from grappa.backbone.vit import BackboneSpec, build_backbone
+from grappa.backbone.frozen import build_backbone
+from grappa.backbone.spec import BackboneSpec
 from grappa.images.pixels import PixelCache, write_index, write_shard
 from grappa.images.transforms import normalize, whole_batch
 from grappa.objects.boxes import Gate, object_view, refusals
@@ -120,7 +121,7 @@ def test_values_follow_the_formula() -> None:
     backbone = tiny_backbone()
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     seen: list[torch.Tensor] = []
-    hook = backbone.vit.blocks[0].register_forward_hook(lambda block, given, out: seen.append(out))  # type: ignore[index]
+    hook = backbone.model.blocks[0].register_forward_hook(lambda block, given, out: seen.append(out))  # type: ignore[index]
     values = foreground(backbone, images).numpy()
     hook.remove()
     for image in range(2):

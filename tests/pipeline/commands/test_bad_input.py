@@ -69,7 +69,7 @@ def test_images_that_changed_since_init_ask_for_init(desk: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_named(desk: Path) -> None:
-    state = dict(tiny_backbone().vit.state_dict())
+    state = dict(tiny_backbone().model.state_dict())
     state.pop("norm.weight")
     save_file(state, desk / "weights.safetensors")
     run = make_run(desk / "run", [desk / "images"], desk / "weights.safetensors")
