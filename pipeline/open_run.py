@@ -158,7 +158,11 @@ class Run:
         return _categorical(read_metrics(file), *NAMES)
 
     def centroids(self, granularity: str) -> NDArray[np.float32]:
-        """Return the L2-normalised centroids (k, D) of a granularity such as ``k00256``; row c is pseudo-label c."""
+        """Return the L2-normalised centroids (k, D) of a granularity such as ``k00256``; row c is pseudo-label c.
+
+        They lie in the space that was clustered: that of ``whitening/features/features.npy``, unless
+        ``features.whitening_power`` is 0.
+        """
         import numpy as np
 
         names = self._granularities()

@@ -48,7 +48,17 @@ def label_targets(
     numbers, classes = pd.factorize(pairs, sort=True)
     if len(classes) < 2:
         raise ValueError(f"the labels name {len(classes)} class; expected at least 2 to tell apart")
+    return class_targets(features, numbers, ids)
+
+
+def class_targets(features: NDArray[np.float32], classes: NDArray[np.int64], ids: NDArray[np.uint64]) -> Targets:
+    """Return the targets of rows whose classes (n,) are numbers; numbers without a row are no class.
+
+    A class's proxy starts at the L2-normalised mean of its rows' features (n, D), which are added in the order of the
+    ids (n,): the order of the rows does not change the proxies.
+    """
     order = np.argsort(ids, kind="stable")
-    numbers, points = numbers.astype(np.int64), torch.from_numpy(features[order])
-    first = points[torch.from_numpy(np.unique(numbers[order], return_index=True)[1])]
-    return Targets(numbers, means(points, torch.from_numpy(numbers[order]), first).numpy())
+    _, numbers = np.unique(classes, return_inverse=True)
+    points, ordered = torch.from_numpy(features[order]), numbers[order]
+    first = points[torch.from_numpy(np.unique(ordered, return_index=True)[1])]
+    return Targets(numbers, means(points, torch.from_numpy(ordered), first).numpy())

@@ -89,17 +89,35 @@ def _granularities(config: Config) -> tuple[str | None, ...]:
     return config.granularities
 
 
-def _feature_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
-    return (Input("images", ("images.parquet",)), Input("features", ("features.npy",)))
+def searched_node(config: Config) -> Node:
+    """Return the node whose features neighbours are sought in: whitened ones, or with a power of 0 the raw ones."""
+    return Node("whitening", "features") if config.features.whitening_power else Node("features")
 
 
-def clustered_stage(config: Config) -> str:
-    """Return the stage whose features are clustered: ``features`` of images, or ``object_features`` of object views."""
-    return "object_features" if config.clusters.view == "objects" else "features"
+def clustered_node(config: Config) -> Node:
+    """Return the node whose features are clustered: those of images, or with ``clusters.view`` of object views."""
+    if config.clusters.view == "images":
+        return searched_node(config)
+    return Node("whitening", "object_features") if config.features.whitening_power else Node("object_features")
+
+
+def _whitened(config: Config) -> tuple[str | None, ...]:
+    found = (searched_node(config), clustered_node(config))
+    return tuple(dict.fromkeys(node.instance for node in found if node.stage == "whitening"))
+
+
+def _whitening_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    return (Input("images", ("images.parquet",)), Input(str(instance), ("features.npy",)))
+
+
+def _neighbor_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    node = searched_node(config)
+    return (Input("images", ("images.parquet",)), Input(node.stage, ("features.npy",), node.instance))
 
 
 def _cluster_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
-    return (Input("images", ("images.parquet",)), Input(clustered_stage(config), ("features.npy",)))
+    node = clustered_node(config)
+    return (Input("images", ("images.parquet",)), Input(node.stage, ("features.npy",), node.instance))
 
 
 def _object_instances(config: Config) -> tuple[str | None, ...]:
@@ -123,11 +141,11 @@ def _set_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
 
 def _target_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     granularities = taught_by(config, str(instance))
+    known, features = Input("backbone", WEIGHTS), Input("features", ("features.npy",))
     if not granularities:
-        images = Input("images", (*PIXELS, "labels.parquet"))
-        return (images, Input("backbone", WEIGHTS), Input("features", ("features.npy",)))
-    clusters = (Input("clusters", ("assignments.parquet", "centroids.npy"), name) for name in granularities)
-    return (Input("images", PIXELS), Input("backbone", WEIGHTS), *clusters)
+        return (Input("images", (*PIXELS, "labels.parquet")), known, features)
+    clusters = (Input("clusters", ("assignments.parquet",), name) for name in granularities)
+    return (Input("images", PIXELS), known, features, *clusters)
 
 
 def _adaptor_inputs(config: Config) -> tuple[Input, ...]:
@@ -235,7 +253,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "features",
         2,
-        _settings("features"),
+        _settings("features.precision"),
         lambda config, instance: (Input("images", PIXELS), Input("backbone", WEIGHTS)),
         parallel=True,
     ),
@@ -250,19 +268,21 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "object_features",
         2,
-        _settings("features"),
+        _settings("features.precision"),
         lambda config, instance: (Input("objects", ("pixels/",)), Input("backbone", WEIGHTS)),
         _object_instances,
         parallel=True,
         function="features.run_on_objects",
     ),
     Stage(
-        "neighbors",
+        "whitening",
         1,
-        _settings("neighbors"),
-        _feature_inputs,
-        parallel=True,
+        _settings("features.whitening_power"),
+        _whitening_inputs,
+        _whitened,
+        function="heads.run_on_features",
     ),
+    Stage("neighbors", 1, _settings("neighbors"), _neighbor_inputs, parallel=True),
     Stage(
         "clusters",
         2,
@@ -270,7 +290,7 @@ STAGES: tuple[Stage, ...] = (
         _cluster_inputs,
         _granularities,
     ),
-    Stage("adaptors", 1, _settings("adaptors"), _set_inputs, adaptor_sets, parallel=True),
+    Stage("adaptors", 2, _settings("adaptors"), _set_inputs, adaptor_sets, parallel=True),
     Stage("fusion", 1, _settings("fusion"), _fusion_inputs, fusions, parallel=True),
     Stage(
         "student",

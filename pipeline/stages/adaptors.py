@@ -31,7 +31,7 @@ from grappa.pipeline.opening import (
     vit_shape,
 )
 from grappa.pipeline.store.checkpoints import write_tensors
-from grappa.training.targets import Targets, label_targets
+from grappa.training.targets import Targets, class_targets, label_targets
 
 
 def run(context: StageContext) -> str:
@@ -104,13 +104,14 @@ def _targets(context: StageContext) -> tuple[NDArray[np.int64], list[Targets], s
         rows, target = _labelled(context, images)
         return rows, [target], f"{len(rows)} labels, label"
     rows = train_rows(images)
-    return rows, [_pseudo_labels(context, name, rows) for name in granularities], "pseudo-label"
+    return rows, [_pseudo_labels(context, name, images, rows) for name in granularities], "pseudo-label"
 
 
-def _pseudo_labels(context: StageContext, granularity: str, rows: NDArray[np.int64]) -> Targets:
-    clusters = context.input("clusters", granularity)
-    labels = pd.read_parquet(clusters / "assignments.parquet")["pseudo_label"].to_numpy()[rows]
-    return Targets(labels, np.load(clusters / "centroids.npy", allow_pickle=False))
+def _pseudo_labels(context: StageContext, granularity: str, images: pd.DataFrame, rows: NDArray[np.int64]) -> Targets:
+    table = pd.read_parquet(context.input("clusters", granularity) / "assignments.parquet")
+    features = np.load(context.input("features") / "features.npy", mmap_mode="r", allow_pickle=False)
+    ids = id_numbers(images["image_id"].iloc[rows].tolist())
+    return class_targets(np.asarray(features[rows]), table["pseudo_label"].to_numpy()[rows], ids)
 
 
 def _labelled(context: StageContext, images: pd.DataFrame) -> tuple[NDArray[np.int64], Targets]:

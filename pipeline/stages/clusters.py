@@ -13,14 +13,15 @@ from grappa.core.vectors import read_rows
 from grappa.images.splits import train_rows
 from grappa.pipeline.config.schema import num_clusters_of
 from grappa.pipeline.engine.context import StageContext
-from grappa.pipeline.graph.stages import clustered_stage
+from grappa.pipeline.graph.stages import clustered_node
 from grappa.pipeline.opening import read_images, settle_device
 from grappa.search.kmeans import Clustering, assign, cluster, cluster_health, memory_needed, num_assignments
 
 
 def run(context: StageContext) -> str:
     settings, images = context.config.clusters, read_images(context.input("images"))
-    file = context.input(clustered_stage(context.config)) / "features.npy"
+    node = clustered_node(context.config)
+    file = context.input(node.stage, node.instance) / "features.npy"
     features = np.load(file, mmap_mode="c", allow_pickle=False)  # c: torch makes no copy, and no write reaches the file
     rows, ids = _in_order(images)
     num_clusters = num_clusters_of(str(context.instance))

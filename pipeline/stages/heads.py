@@ -1,4 +1,5 @@
-"""Stage ``heads``: an embedding head for each model, fitted without labels on the train rows, applied to all rows.
+"""Stage ``heads``: an embedding head for each model, fitted without labels on the train rows, applied to all rows; and
+stage ``whitening``, which does the same with the features in which clusters and neighbours are sought.
 
 ``embeddings.npy`` (N, D) float32, L2-normalised, holds the final embeddings of the model, which are evaluated and
 searched. ``head.json`` describes the fitted head. Where its weight is chosen (``heads.kind: auto``), that is done on
@@ -46,11 +47,35 @@ def run(context: StageContext) -> str:
     embeddings = np.load(context.input("embeddings", context.instance) / "embeddings.npy", allow_pickle=False)
     images, device = read_images(context.input("images")), str(settle_device(context))
     head = _fit(context, embeddings, images["image_id"].to_numpy(), train_rows(images), device)
+    _write_head(context, head)
+    np.save(context.path / "embeddings.npy", apply_head(head, embeddings, device=device), allow_pickle=False)
+    return f"{len(embeddings)} embeddings, {_described(head.form())}"
+
+
+def run_on_features(context: StageContext) -> str:
+    """Run the stage ``whitening``: the features in which clusters and neighbours are sought, (N, D) float32, and the
+    head that makes them, for further images.
+
+    A few directions that all images share can hold most of the variance of a backbone's features; in the raw ones they
+    decide which images are near. Features of fewer than four different train images are passed on unchanged.
+    """
+    features = np.load(context.input(str(context.instance)) / "features.npy", allow_pickle=False)
+    images, power = read_images(context.input("images")), context.config.features.whitening_power
+    rows = train_rows(images)
+    head: Head = IdentityHead()
+    if count_distinct(features[rows], 4) >= 4:
+        ids = id_numbers(images["image_id"].iloc[rows].tolist())
+        head = fit_whitening_head(features[rows], ids, power=power, min_share=MIN_WHITENED_SHARE)
+    _write_head(context, head)
+    device = str(settle_device(context))
+    np.save(context.path / "features.npy", apply_head(head, features, device=device), allow_pickle=False)
+    return f"{len(features)} features, {_described(head.form())}"
+
+
+def _write_head(context: StageContext, head: Head) -> None:
     form = head.form()
     save_file(head.state_dict(), context.path / "head.safetensors", {"head": json.dumps(form, sort_keys=True)})
     (context.path / "head.json").write_text(json.dumps(form, indent=2) + "\n")
-    np.save(context.path / "embeddings.npy", apply_head(head, embeddings, device=device), allow_pickle=False)
-    return f"{len(embeddings)} embeddings, {_described(form)}"
 
 
 def _fit(

@@ -1,4 +1,5 @@
-"""Stage ``neighbors``: the train images nearest to every image in the frozen feature space, except the image itself."""
+"""Stage ``neighbors``: the train images nearest to every image by the frozen backbone's whitened features, except the
+image itself."""
 
 from __future__ import annotations
 
@@ -11,12 +12,14 @@ from numpy.typing import NDArray
 
 from grappa.images.splits import train_rows
 from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.graph.stages import searched_node
 from grappa.pipeline.opening import read_images, settle_device
 from grappa.search.neighbors import memory_needed, nearest_neighbors
 
 
 def run(context: StageContext) -> str:
-    features = np.load(context.input("features") / "features.npy", mmap_mode="r", allow_pickle=False)
+    node = searched_node(context.config)
+    features = np.load(context.input(node.stage, node.instance) / "features.npy", mmap_mode="r", allow_pickle=False)
     rows = train_rows(read_images(context.input("images")))
     number = min(context.config.neighbors.num_neighbors, len(rows) - 1)
     own = np.arange(len(features))[context.processes.own_slice(len(features))]

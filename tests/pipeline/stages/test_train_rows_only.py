@@ -14,6 +14,7 @@ from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import digests, draw_images, make_run, run_all, split_of, write_table, write_weights
 
 LEARNED = {
+    "whitening": "head.safetensors",
     "clusters": "centroids.npy",
     "adaptors": "adaptors.safetensors",
     "fusion": "fusion.safetensors",
@@ -31,7 +32,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     run_all(made, until="heads")
     test = (pd.read_parquet(made.root / "images/images.parquet")["split"] == "test").to_numpy()
     _invert(made.root / "images/pixels", test)
-    for file in [made.root / "features/features.npy", *made.root.glob("embeddings/*/embeddings.npy")]:
+    features = [made.root / name for name in ("features/features.npy", "whitening/features/features.npy")]
+    for file in [*features, *made.root.glob("embeddings/*/embeddings.npy")]:
         rows = np.load(file)
         rows[test] = -rows[test][::-1]
         np.save(file, rows)
