@@ -94,8 +94,9 @@ class Backbone(Section):
 
 class Features(Section):
     precision: Precision = Field("auto", description="auto: bfloat16 where the device has it in hardware")
-    whitening_power: Fraction = Field(
-        0.5, description="PCA whitening before clusters and neighbours are sought: 0 none (raw features), 1 full"
+    whitening_power: Literal["auto"] | Fraction = Field(
+        "auto",
+        description="PCA whitening before clusters and neighbours are sought: 0 none, 1 full; auto: chosen by views",
     )
 
 

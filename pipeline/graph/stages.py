@@ -89,16 +89,14 @@ def _granularities(config: Config) -> tuple[str | None, ...]:
     return config.granularities
 
 
-def searched_node(config: Config) -> Node:
-    """Return the node whose features neighbours are sought in: whitened ones, or with a power of 0 the raw ones."""
-    return Node("whitening", "features") if config.features.whitening_power else Node("features")
+def searched_node(config: Config, stage: str = "features") -> Node:
+    """Return the node whose features neighbours are sought in: the whitened ones of a stage, or its raw ones."""
+    return Node("whitening", stage) if config.features.whitening_power else Node(stage)
 
 
 def clustered_node(config: Config) -> Node:
     """Return the node whose features are clustered: those of images, or with ``clusters.view`` of object views."""
-    if config.clusters.view == "images":
-        return searched_node(config)
-    return Node("whitening", "object_features") if config.features.whitening_power else Node("object_features")
+    return searched_node(config, "object_features" if config.clusters.view == "objects" else "features")
 
 
 def _whitened(config: Config) -> tuple[str | None, ...]:
@@ -106,8 +104,21 @@ def _whitened(config: Config) -> tuple[str | None, ...]:
     return tuple(dict.fromkeys(node.instance for node in found if node.stage == "whitening"))
 
 
+def views_node(model: str) -> Node:
+    """Return the node with the views through a model; those through the frozen backbone are there before any other."""
+    return Node("frozen_views") if model == CHOOSING_MODEL else Node("views", model)
+
+
+def _views(model: str) -> Input:
+    node = views_node(model)
+    return Input(node.stage, VIEWS, node.instance)
+
+
 def _whitening_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
-    return (Input("images", ("images.parquet",)), Input(str(instance), ("features.npy",)))
+    made = (Input("images", ("images.parquet",)), Input(str(instance), ("features.npy",)))
+    if config.features.whitening_power != "auto":
+        return made
+    return (*dict.fromkeys([*made, Input("features", ("features.npy",)), _views(CHOOSING_MODEL)]),)
 
 
 def _neighbor_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
@@ -144,8 +155,10 @@ def _target_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     known, features = Input("backbone", WEIGHTS), Input("features", ("features.npy",))
     if not granularities:
         return (Input("images", (*PIXELS, "labels.parquet")), known, features)
-    clusters = (Input("clusters", ("assignments.parquet",), name) for name in granularities)
-    return (Input("images", PIXELS), known, features, *clusters)
+    raw = not config.features.whitening_power  # then the centroids are the clusters' mean features
+    files = ("assignments.parquet", "centroids.npy") if raw else ("assignments.parquet",)
+    clusters = (Input("clusters", files, name) for name in granularities)
+    return (Input("images", PIXELS), known, *(() if raw else (features,)), *clusters)
 
 
 def _adaptor_inputs(config: Config) -> tuple[Input, ...]:
@@ -226,12 +239,12 @@ def _head_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     if config.heads.kind != "auto":
         return own
     choosing = instance == CHOOSING_MODEL
-    return (*own, Input("views", VIEWS, instance) if choosing else Input("heads", ("choice.json",), CHOOSING_MODEL))
+    return (*own, _views(CHOOSING_MODEL) if choosing else Input("heads", ("choice.json",), CHOOSING_MODEL))
 
 
 def _verdict_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     models = candidate_models(config)
-    views = (Input("views", VIEWS, model) for model in models)
+    views = (_views(model) for model in models)
     embeddings = (Input("embeddings", ("embeddings.npy",), model) for model in models)
     return (Input("images", ("images.parquet",)), *embeddings, *views)
 
@@ -275,6 +288,14 @@ STAGES: tuple[Stage, ...] = (
         function="features.run_on_objects",
     ),
     Stage(
+        "frozen_views",
+        1,
+        _view_settings,
+        lambda config, instance: (Input("images", PIXELS), Input("backbone", WEIGHTS)),
+        parallel=True,
+        function="embeddings.run_on_views",
+    ),
+    Stage(
         "whitening",
         1,
         _settings("features.whitening_power"),
@@ -290,7 +311,7 @@ STAGES: tuple[Stage, ...] = (
         _cluster_inputs,
         _granularities,
     ),
-    Stage("adaptors", 2, _settings("adaptors"), _set_inputs, adaptor_sets, parallel=True),
+    Stage("adaptors", 1, _settings("adaptors"), _set_inputs, adaptor_sets, parallel=True),
     Stage("fusion", 1, _settings("fusion"), _fusion_inputs, fusions, parallel=True),
     Stage(
         "student",
@@ -310,7 +331,7 @@ STAGES: tuple[Stage, ...] = (
         1,
         _view_settings,
         _view_inputs,
-        candidate_models,
+        lambda config: candidate_models(config)[1:],
         parallel=True,
         function="embeddings.run_on_views",
     ),

@@ -108,10 +108,13 @@ def _targets(context: StageContext) -> tuple[NDArray[np.int64], list[Targets], s
 
 
 def _pseudo_labels(context: StageContext, granularity: str, images: pd.DataFrame, rows: NDArray[np.int64]) -> Targets:
-    table = pd.read_parquet(context.input("clusters", granularity) / "assignments.parquet")
+    clusters = context.input("clusters", granularity)
+    labels = pd.read_parquet(clusters / "assignments.parquet")["pseudo_label"].to_numpy()[rows]
+    if not context.config.features.whitening_power:
+        return Targets(labels, np.load(clusters / "centroids.npy", allow_pickle=False))
     features = np.load(context.input("features") / "features.npy", mmap_mode="r", allow_pickle=False)
     ids = id_numbers(images["image_id"].iloc[rows].tolist())
-    return class_targets(np.asarray(features[rows]), table["pseudo_label"].to_numpy()[rows], ids)
+    return class_targets(np.asarray(features[rows]), labels, ids)
 
 
 def _labelled(context: StageContext, images: pd.DataFrame) -> tuple[NDArray[np.int64], Targets]:

@@ -26,7 +26,7 @@ from grappa.method.adaptors import AdaptorSet, folded
 from grappa.method.fusion import Fusion
 from grappa.metrics.whitening import fit_whitening
 from grappa.pipeline.engine.context import StageContext
-from grappa.pipeline.graph.models import Making, find_model, model_on_objects
+from grappa.pipeline.graph.models import CHOOSING_MODEL, Making, find_model, model_on_objects
 from grappa.pipeline.learning import open_views
 from grappa.pipeline.opening import (
     open_backbone,
@@ -74,8 +74,8 @@ def run(context: StageContext) -> str:
 
 
 def run_on_views(context: StageContext) -> str:
-    """Run the stage ``views``."""
-    name = str(context.instance)
+    """Run the stages ``views`` and ``frozen_views``."""
+    name = str(context.instance or CHOOSING_MODEL)
     images, settings = read_images(context.input("images")), context.config.views
     ids, rows = id_numbers(images["image_id"].tolist()), _viewed_rows(images, settings.num_images, settings.seed)
     backbone = open_backbone(context)

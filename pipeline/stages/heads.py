@@ -34,6 +34,7 @@ from grappa.method.head import (
     memory_needed,
 )
 from grappa.method.head_choice import Fit, choose_weight
+from grappa.method.whitening_choice import choose_power, fit_power
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import CHOOSING_MODEL
 from grappa.pipeline.opening import read_images, settle_device
@@ -59,17 +60,36 @@ def run_on_features(context: StageContext) -> str:
     A few directions that all images share can hold most of the variance of a backbone's features; in the raw ones they
     decide which images are near. Features of fewer than four different train images are passed on unchanged.
     """
-    features = np.load(context.input(str(context.instance)) / "features.npy", allow_pickle=False)
-    images, power = read_images(context.input("images")), context.config.features.whitening_power
+    images, device = read_images(context.input("images")), str(settle_device(context))
     rows = train_rows(images)
-    head: Head = IdentityHead()
-    if count_distinct(features[rows], 4) >= 4:
-        ids = id_numbers(images["image_id"].iloc[rows].tolist())
-        head = fit_whitening_head(features[rows], ids, power=power, min_share=MIN_WHITENED_SHARE)
+    ids = id_numbers(images["image_id"].iloc[rows].tolist())
+    power = context.config.features.whitening_power
+    power = _choose_power(context, ids, rows) if power == "auto" else power
+    features = _features(context, str(context.instance))
+    head = fit_power(features[rows], ids, power)
     _write_head(context, head)
-    device = str(settle_device(context))
     np.save(context.path / "features.npy", apply_head(head, features, device=device), allow_pickle=False)
-    return f"{len(features)} features, {_described(head.form())}"
+    return f"{len(features)} features, {_described(head.form())} with power {power:g}"
+
+
+def _choose_power(context: StageContext, ids: NDArray[np.uint64], rows: NDArray[np.int64]) -> float:
+    places, views = _train_views(context, rows)
+    choice = choose_power(_features(context, "features")[rows], ids, places, views)
+    _write_choice(context, choice.power, choice.scores)
+    return choice.power
+
+
+def _features(context: StageContext, stage: str) -> NDArray[np.float32]:
+    features: NDArray[np.float32] = np.load(context.input(stage) / "features.npy", allow_pickle=False)
+    return features
+
+
+def _train_views(context: StageContext, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return which of the train rows have a view, as places among ``rows``, and their views through the backbone."""
+    folder = context.input("frozen_views")
+    views, viewed = (np.load(folder / name, allow_pickle=False) for name in ("views.npy", "rows.npy"))
+    learned = np.isin(viewed, rows)
+    return np.searchsorted(rows, viewed[learned]), views[learned]
 
 
 def _write_head(context: StageContext, head: Head) -> None:
@@ -140,17 +160,14 @@ def _fit_chosen(
 def _choose(
     context: StageContext, train: NDArray[np.float32], ids: NDArray[np.uint64], rows: NDArray[np.int64], fit: Fit
 ) -> float:
-    folder = context.input("views", context.instance)
-    views, viewed = (np.load(folder / name, allow_pickle=False) for name in ("views.npy", "rows.npy"))
-    learned = np.isin(viewed, rows)
-    places = np.searchsorted(rows, viewed[learned])
-    choice = choose_weight(train, ids, places, views[learned], fit, seed=context.config.heads.seed)
+    places, views = _train_views(context, rows)
+    choice = choose_weight(train, ids, places, views, fit, seed=context.config.heads.seed)
     _write_choice(context, choice.weight, choice.scores)
     return choice.weight
 
 
 def _write_choice(context: StageContext, weight: float | None, scores: Mapping[float, float]) -> None:
-    if context.instance == CHOOSING_MODEL:
+    if context.instance in (CHOOSING_MODEL, "features"):
         record = {"chosen": weight, "score": {f"{each:g}": score for each, score in scores.items()}}
         (context.path / CHOICE_FILE).write_text(json.dumps(record, indent=2) + "\n")
 

@@ -21,6 +21,7 @@ from grappa.metrics.indicators import neighborhood_standout
 from grappa.metrics.verdict import Verdict, judge
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import candidate_models
+from grappa.pipeline.graph.stages import views_node
 from grappa.pipeline.opening import read_images, settle_device
 from grappa.search.kmeans import count_distinct
 
@@ -32,7 +33,7 @@ def run(context: StageContext) -> str:
     images = read_images(context.input("images"))
     ids, device = id_numbers(images["image_id"].tolist()), str(settle_device(context))
     train, (tested, transductive) = train_rows(images), test_rows(images)
-    viewed = np.load(context.input("views", "zero_shot") / "rows.npy", allow_pickle=False)
+    viewed = np.load(context.input("frozen_views") / "rows.npy", allow_pickle=False)
     where = "train" if transductive else "test"
     folds = _folds(context, ids, train, viewed) if transductive else [(train, np.intersect1d(viewed, tested))]
     models = candidate_models(context.config)
@@ -68,7 +69,8 @@ def _standout(
     device: str,
 ) -> NDArray[np.float64]:
     embeddings = _embeddings(context, model)
-    views = np.load(context.input("views", model) / "views.npy", allow_pickle=False)
+    seen_by = views_node(model)
+    views = np.load(context.input(seen_by.stage, seen_by.instance) / "views.npy", allow_pickle=False)
     parts = []
     for fitted, judged in folds:
         head = fit_whitened_neighborhood_head(

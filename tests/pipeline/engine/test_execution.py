@@ -22,13 +22,23 @@ EMBEDDINGS = [
 ]
 HEADS = [f"heads/{row}" for row in ("zero_shot", "k00002", "k00004", "mean", "fused", "student")]
 ALL = [
-    *("backbone", "images", "features", "neighbors", "clusters/k00002", "clusters/k00004", "adaptors/k00002"),
+    *(
+        "backbone",
+        "images",
+        "features",
+        "frozen_views",
+        "whitening/features",
+        "neighbors",
+        "clusters/k00002",
+        "clusters/k00004",
+        "adaptors/k00002",
+    ),
     *(
         "adaptors/k00004",
         "fusion/neighbors",
         "student",
         *EMBEDDINGS,
-        *(name.replace("heads/", "views/") for name in HEADS),
+        *(name.replace("heads/", "views/") for name in HEADS[1:]),
         "verdict",
         *HEADS,
         "model",
