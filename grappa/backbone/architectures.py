@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grappa.backbone.weights import BackboneError, import_timm
+from grappa.backbone.unusable import BackboneError
 from grappa.core.printing import shown
 
 MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")  # of timm.models
@@ -78,6 +78,11 @@ OPTIONS: Mapping[str, Number | Flag | Name] = {
     **dict.fromkeys(("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"), _SHARE),
     **dict.fromkeys(("attn_drop_rate", "drop_path_rate"), _SHARE),
 }
+_FIXED = {  # arguments of timm that would undo what the product needs of a model
+    "num_classes": "a backbone gives features, not classes",
+    "in_chans": "images have three colors",
+    "global_pool": "the model's own pooling gives its features",
+}
 
 
 def check_name(name: object) -> None:
@@ -91,6 +96,8 @@ def check_options(options: object) -> None:
     if not isinstance(options, Mapping):
         raise BackboneError(f"the backbone's options are {shown(options)}; expected names with values")
     for name, value in options.items():
+        if name in _FIXED:
+            raise BackboneError(f"the backbone's option {name} cannot be set: {_FIXED[name]}; leave it out")
         if name not in OPTIONS:
             raise BackboneError(f"the backbone has no option {shown(name)}; expected one of {', '.join(OPTIONS)}")
         if not OPTIONS[name].allows(value):
@@ -120,6 +127,8 @@ def create_model(name: str, image_size: int, options: Mapping[str, Any], *, pret
     """
     check_name(name)
     check_options(options)
+    from grappa.backbone.weights import import_timm  # it loads torch, which names and options need not
+
     timm = import_timm()
     if not timm.models.is_model_in_modules(name, MODULES):
         raise BackboneError(

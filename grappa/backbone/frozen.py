@@ -7,7 +7,6 @@ Shapes: B batch, T tokens, D width, S image side.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grappa.backbone.architectures import create_model
-from grappa.backbone.spec import BackboneSpec
+from grappa.backbone.catalog import name_problem
+from grappa.backbone.spec import BackboneSpec, check_patches, resolve_spec
+from grappa.backbone.unusable import BackboneError
 from grappa.backbone.vit import is_plain, run_block
-from grappa.backbone.weights import BackboneError, import_timm, load_state, read_state_dict
-from grappa.core.printing import shown
+from grappa.backbone.weights import import_timm, load_state, read_state_dict
 
 Residual = Callable[[Tensor], Tensor]
 Residuals = Sequence[Residual] | nn.ModuleList
@@ -136,50 +136,34 @@ def load_backbone(
     Raises:
         BackboneError: unknown or unsuitable model, hub out of reach, weights that do not fit.
     """
-    spec = _resolve_spec(name, image_size, crop_fraction, mean, std, options or {})
+    spec = resolve_spec(
+        name,
+        _own_input(name),
+        image_size=image_size,
+        crop_fraction=crop_fraction,
+        mean=mean,
+        std=std,
+        options=options,
+    )
+    backbone = build_backbone(spec)
+    patches: Any = getattr(backbone.model, "patch_embed", None)
+    if hasattr(patches, "feat_ratio"):
+        check_patches(spec, patches.feat_ratio())
     if weights is None:
         return Backbone(_from_hub(spec), spec)
-    backbone = build_backbone(spec)
     load_state(backbone.model, read_state_dict(weights), source=str(weights))
     return backbone
 
 
-def _resolve_spec(
-    name: str,
-    image_size: int | None,
-    crop_fraction: float | None,
-    mean: tuple[float, float, float] | None,
-    std: tuple[float, float, float] | None,
-    options: Mapping[str, Any],
-) -> BackboneSpec:
-    default = _default_cfg(name)
-    own_size = int(options.get("img_size", default["input_size"][-1]))
-    return BackboneSpec(
-        name=name,
-        image_size=image_size or own_size,
-        crop_fraction=crop_fraction or float(default["crop_pct"]),
-        mean=mean or tuple(default["mean"]),
-        std=std or tuple(default["std"]),
-        options={key: value for key, value in options.items() if key != "img_size"},
-    )
-
-
-def _default_cfg(name: str) -> dict[str, Any]:
-    timm = import_timm()
-    if not timm.is_model(name.split(".")[0]):
-        close = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*"), n=1)
-        hint = f"did you mean {close[0]}?" if close else "see timm.list_models()"
-        raise BackboneError(f"timm has no model called {shown(name)}; {hint}")
-    try:
-        cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    except RuntimeError as error:
-        raise BackboneError(f"timm has no weights called {name!r} ({error}); leave out what follows the dot") from error
-    record: dict[str, Any] = cfg.to_dict()
-    return record
+def _own_input(name: str) -> Any:
+    """Return what timm declares of a model's weights, a ``PretrainedCfg``; BackboneError for an unsuitable name."""
+    problem = name_problem(name)
+    if problem:
+        raise BackboneError(problem)
+    return import_timm().get_pretrained_cfg(name)
 
 
 def _from_hub(spec: BackboneSpec) -> nn.Module:
-    create_model(spec.name, spec.image_size, spec.options, pretrained=False)
     try:
         return create_model(spec.name, spec.image_size, spec.options, pretrained=True)
     except Exception as error:  # hub clients raise many kinds; all mean the same to a user

@@ -12,11 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from grappa.backbone.unusable import BackboneError
+
 _shim: list[torch.library.Library] = []
-
-
-class BackboneError(ValueError):
-    """A backbone that cannot be built or weights that do not fit; the sentence says what to do."""
 
 
 def import_timm() -> Any:

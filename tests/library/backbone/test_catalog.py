@@ -29,8 +29,10 @@ def test_every_name_that_timm_has_is_known_and_vits_pass() -> None:
     ("name", "problem"),
     [
         ("vit_tyni_patch16_224", "timm has no model called 'vit_tyni_patch16_224'; did you mean vit_tiny_patch16_224?"),
-        ("dino_vits16", "timm has no model called 'dino_vits16'"),
-        ("resnet50", "'resnet50' is no VisionTransformer with a class token"),
+        ("dino_vits16", "timm has no model called 'dino_vits16'; see `grappa backbones dino`"),
+        ("facebook/dinov2-small", "timm has no model called 'facebook/dinov2-small'; see `grappa backbones dinov2`"),
+        ("convnextt_tiny", "timm has no model called 'convnextt_tiny'; did you mean convnext_tiny?"),
+        ("vit_tiny_patch16_224_in21k", "timm no longer has a model called 'vit_tiny_patch16_224_in21k'; set it to "),
         ("vit_small_patch16_224.dinno", "timm has no weights called 'vit_small_patch16_224.dinno'; there are"),
     ],
 )
