@@ -8,12 +8,10 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from grappa.backbone.architectures import MODULES
 from grappa.backbone.timm_source import (
     Declared,
     SourceFile,
@@ -25,6 +23,8 @@ from grappa.backbone.timm_source import (
 )
 from grappa.core.printing import shown
 
+# Why architectures cannot be adapted, by the file of timm or by the name, as they turn out when they are built.
+REFUSED: Mapping[str, str] = {}
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # of which timm takes the first that there is
 # Files of timm whose models' embedding is not as wide as what `_stated_width` reads says.
 _OTHER_WIDTHS = frozenset(
@@ -38,14 +38,14 @@ class CatalogEntry:
     """A pretrained model of timm, as the source says.
 
     family: the file of timm that has the architecture. width: D of its embeddings, or None where the source does not
-    say it plainly. image_size: height and width of its input in pixels, or None where the source cannot be read.
-    weights: their file on this machine, or None. refused: why it can be no backbone, or "".
+    say it plainly. image_size: height and width of its input in pixels. weights: their file on this machine, or None.
+    refused: why it can be no backbone, or "".
     """
 
     name: str
     family: str
     width: int | None
-    image_size: tuple[int, int] | None
+    image_size: tuple[int, int]
     weights: Path | None
     refused: str
 
@@ -115,7 +115,7 @@ def _search_word(name: str, models: Collection[str]) -> str:
 
 
 def _refusal(file: SourceFile, model: str) -> str:
-    return "" if file.family in MODULES else f"the blocks of timm's {file.family} cannot be adapted"
+    return REFUSED.get(model, REFUSED.get(file.family, ""))
 
 
 # ---------------------------------------------------------------- what the source says of a model
@@ -168,7 +168,6 @@ def _cached_folders() -> frozenset[str]:
         return frozenset()
 
 
-@cache
 def _hub_cache() -> Path:
     return Path(import_module("huggingface_hub.constants").HF_HUB_CACHE)
 

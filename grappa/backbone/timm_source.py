@@ -2,7 +2,7 @@
 
 Each file of ``timm.models`` declares the weights that it knows (``default_cfgs``) and, in a function for each name, the
 sizes of the architecture. To import timm takes seconds, because it loads torch; the declarations need nothing of it.
-So only their statements are cut out of a file and executed, with timm's own registry, which is plain Python. A file in
+So only their statements are cut out of a file and imported, with timm's own registry, which is plain Python. A file in
 which this fails, as one of another version of timm may be, has names only.
 """
 
@@ -10,14 +10,13 @@ from __future__ import annotations
 import __future__
 
 import ast
-import copy
-import importlib
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
-from importlib.util import find_spec
+from functools import cache, cached_property
+from importlib.abc import InspectLoader
+from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
 from types import CodeType, MappingProxyType, ModuleType
 from typing import Any
@@ -27,7 +26,14 @@ _DEFINED = re.compile(r"def (\w+)\(|(\w+)(?:: [^=\n]+)? = ")
 _MODEL = re.compile(r"^@register_model\ndef (\w+)\(", re.MULTILINE)
 _FORMER = re.compile(r"^register_model_deprecations\(__name__, (\{.*?^\})\)", re.MULTILINE | re.DOTALL)
 _DECLARATIONS = "default_cfgs"
-_PACKAGE = "_timm_declarations"  # under this name, a second copy of timm's registry is loaded
+_PACKAGE = "_timm_declarations"
+_HEADER = f"""\
+from __future__ import annotations
+import copy
+from functools import partial
+from {_PACKAGE}._registry import generate_default_cfgs
+from {_PACKAGE}.constants import *
+"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class SourceFile:
     def weights(self) -> Mapping[str, Any]:
         """What is declared of each architecture's weights, a ``DefaultCfg`` of timm; empty where it cannot be read."""
         try:
-            return MappingProxyType(dict(_executed(self._statements)))
+            return MappingProxyType(_imported(self.family, self._statements))
         except Exception:  # noqa: BLE001 - of another version of timm: any statement of it may need what is not there
             return MappingProxyType({})
 
@@ -98,24 +104,44 @@ def _plain(word: ast.keyword) -> Iterator[tuple[str, Any]]:
         return
 
 
-def _executed(statements: list[str]) -> dict[str, Any]:
-    """Execute the statements that declare weights, and the definitions that they use; return ``default_cfgs``."""
-    found = [(_DEFINED.match(text), text) for text in statements]
-    definitions = {match[1] or match[2]: text for match, text in found if match}
-    space = dict(_registry())
+# ---------------------------------------------------------------- the declarations as a module of their own
 
-    def execute(text: str) -> None:
-        code = compile(text, "timm", "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)
-        for name in _names(code):
-            if name in definitions and name not in space and name != _DECLARATIONS:
-                execute(definitions.pop(name))
-        exec(code, space)
+
+class _Cut(InspectLoader):
+    """Lets Python import a text as a module."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def get_source(self, fullname: str) -> str:
+        return self._text
+
+
+def _imported(family: str, statements: list[str]) -> dict[str, Any]:
+    """Import the declarations among the statements of a file, and the definitions that they use, and nothing else."""
+    _prepare()
+    spec = spec_from_loader(f"{_PACKAGE}.{family}", loader := _Cut(_HEADER + "".join(_needed(statements))))
+    assert spec
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    declared: dict[str, Any] = vars(module)[_DECLARATIONS]
+    return declared
+
+
+def _needed(statements: list[str]) -> Iterator[str]:
+    """Yield the statements that declare weights, each behind the definitions that it uses."""
+    found = [(_DEFINED.match(text), text) for text in statements if _DECLARATIONS not in text]
+    definitions = {match[1] or match[2]: text for match, text in found if match}
+
+    def with_definitions(text: str) -> Iterator[str]:
+        for name in _names(compile(text, "timm", "exec", flags=__future__.annotations.compiler_flag)):
+            if name in definitions:
+                yield from with_definitions(definitions.pop(name))
+        yield text
 
     for text in statements:
         if _DECLARATIONS in text and not text.startswith(("def ", "class ", "import ", "from ", "@")):
-            execute(text)
-    declared: dict[str, Any] = space[_DECLARATIONS]
-    return declared
+            yield from with_definitions(text)
 
 
 def _names(code: CodeType) -> list[str]:
@@ -123,16 +149,11 @@ def _names(code: CodeType) -> list[str]:
     return [*code.co_names, *inner]
 
 
-@cache
-def _registry() -> Mapping[str, Any]:
-    """Return the names that declarations use of timm: its constants, and what groups the weights of an architecture."""
+def _prepare() -> None:
+    """Make timm's registry and constants importable under a name of ours: by their own they would load all of timm."""
     package = ModuleType(_PACKAGE)
     package.__path__ = [str(_timm_folder() / each) for each in ("models", "data")]
-    sys.modules[_PACKAGE] = package
-    constants = vars(importlib.import_module(f"{_PACKAGE}.constants"))
-    registry = importlib.import_module(f"{_PACKAGE}._registry")
-    names = {name: value for name, value in constants.items() if name.isupper()}
-    return {**names, "generate_default_cfgs": registry.generate_default_cfgs, "copy": copy, "partial": partial}
+    sys.modules.setdefault(_PACKAGE, package)
 
 
 def _timm_folder() -> Path:

@@ -93,7 +93,7 @@ def test_presets_are_found_by_name_or_file(tmp_path: Path) -> None:
         preset_path("smal")
 
 
-@pytest.mark.parametrize("name", ["grappa", "small", "demo"])
+@pytest.mark.parametrize("name", ["grappa", "dinov2", "dinov3", "clip", "siglip2", "small", "demo"])
 def test_presets_are_valid_differ_from_the_defaults_and_say_what_they_are(name: str) -> None:
     path = preset_path(name)
     settings = read_settings(path)
