@@ -12,6 +12,7 @@ from grappa.pipeline.commands.listed import say_images, say_lone_classes
 from grappa.pipeline.commands.model_input import check_input, same_backbone, say_input, settle_cache_size
 from grappa.pipeline.config.schema import Config, Images, automatic_num_clusters
 from grappa.pipeline.config.yaml_file import (
+    FORMER,
     ConfigError,
     Settings,
     dump_config,
@@ -179,7 +180,7 @@ def layered(settings: Settings, layers: Iterable[tuple[str, Settings]]) -> tuple
 
 def _base(known: RunFolder | None, request: Request) -> Settings:
     if known and known.config_path.exists():
-        settings = merged({"images": {"layout": "domain/class"}}, read_settings(known.config_path))  # of older runs
+        settings = merged(merged(FORMER, {"images": {"layout": "domain/class"}}), read_settings(known.config_path))
         return _images_only(settings) if request.config else settings
     if request.other is None:
         return {}
