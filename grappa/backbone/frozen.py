@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from grappa.backbone.architectures import create_model
 from grappa.backbone.spec import BackboneSpec
 from grappa.backbone.vit import is_plain, run_block
-from grappa.backbone.weights import BackboneError, import_timm, load_state, read_state_dict
+from grappa.backbone.weights import BackboneError, hub_state, import_timm, load_state, read_state_dict
 from grappa.core.printing import shown
 
 Residual = Callable[[Tensor], Tensor]
@@ -117,30 +117,34 @@ def build_backbone(spec: BackboneSpec) -> Backbone:
 def load_backbone(
     name: str,
     *,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     image_size: int | None = None,
     crop_fraction: float | None = None,
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
     options: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Backbone:
     """Load a pretrained backbone from a file, or from timm's hub when ``weights`` is None.
 
     Args:
         name: a timm model name; it must be a VisionTransformer with a class token.
-        weights: a .safetensors file or a state dict (read with ``weights_only=True``), in timm's or DINO's key layout.
+        weights: a weight file, a folder of a model, or ``hf-hub:OWNER/NAME`` (`grappa.backbone.weights`); no code of a
+            file is run.
         image_size: side of the square input in pixels; positions are resampled. None: the model's own.
         crop_fraction, mean, std: how an image is prepared; None: the model's own.
         options: further arguments of the architecture (``BackboneSpec``), and ``img_size``.
+        say: called with what is worth knowing of the weights, such as which tensors of a file were ignored.
 
     Raises:
         BackboneError: unknown or unsuitable model, hub out of reach, weights that do not fit.
     """
     spec = _resolve_spec(name, image_size, crop_fraction, mean, std, options or {})
-    if weights is None:
-        return Backbone(_from_hub(spec), spec)
     backbone = build_backbone(spec)
-    load_state(backbone.model, read_state_dict(weights), source=str(weights))
+    state = hub_state(name) if weights is None else read_state_dict(weights)
+    remark = load_state(backbone.model, state, source=name if weights is None else str(weights))
+    if say and remark:
+        say(remark)
     return backbone
 
 
@@ -176,17 +180,6 @@ def _default_cfg(name: str) -> dict[str, Any]:
         raise BackboneError(f"timm has no weights called {name!r} ({error}); leave out what follows the dot") from error
     record: dict[str, Any] = cfg.to_dict()
     return record
-
-
-def _from_hub(spec: BackboneSpec) -> nn.Module:
-    create_model(spec.name, spec.image_size, spec.options, pretrained=False)
-    try:
-        return create_model(spec.name, spec.image_size, spec.options, pretrained=True)
-    except Exception as error:  # hub clients raise many kinds; all mean the same to a user
-        raise BackboneError(
-            f"the pretrained weights of {spec.name!r} could not be had from the hub ({type(error).__name__}); "
-            "give a local file with --set backbone.weights=FILE"
-        ) from error
 
 
 def _run(block: nn.Module, hidden_BTD: Tensor, in_context: Residual | None, *, last: bool) -> Tensor:

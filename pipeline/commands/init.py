@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grappa.backbone.catalog import name_problem
+from grappa.backbone.hub import is_hub_name as is_hub_weights
+from grappa.backbone.unusable import BackboneError
+from grappa.backbone.weight_files import absolute, files_of, hint
 from grappa.pipeline.commands.listed import say_images, say_lone_classes
 from grappa.pipeline.config.schema import Config, Images, automatic_num_clusters
 from grappa.pipeline.config.yaml_file import (
@@ -199,7 +202,7 @@ def _absolute(settings: Settings) -> Settings:
     changed: Settings = {}
     weights: Any = settings.get("backbone", {}).get("weights")
     if isinstance(weights, str):
-        changed["backbone"] = {"weights": os.path.abspath(weights)}
+        changed["backbone"] = {"weights": absolute(weights)}
     model: Any = settings.get("objects", {}).get("model")
     if isinstance(model, str) and not is_hub_name(model):
         changed["objects"] = {"model": os.path.abspath(model)}
@@ -225,8 +228,18 @@ def check_backbone(config: Config, known: RunFolder | None) -> None:
     problem = name_problem(name) if before.get("name") != name else ""
     if problem:
         raise ConfigError(f"backbone.name: {problem}")
-    if path is not None and not os.path.isfile(path) and before.get("weights") != path:
-        raise ConfigError(f"backbone.weights: no such file {path}; give a .safetensors file or a state dict")
+    if path is not None and not is_hub_weights(path) and before.get("weights") != path:
+        _check_weights(path)
+
+
+def _check_weights(path: str) -> None:
+    """Refuse weights that are neither a file nor a folder that holds some."""
+    if not os.path.exists(path):
+        raise ConfigError(f"backbone.weights: no such file {path}; {hint(os.path.relpath(path))}")
+    try:
+        files_of(path)
+    except BackboneError as error:
+        raise ConfigError(f"backbone.weights: {error}") from error
 
 
 def _known_detector(run: RunFolder) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Images(Section):
 
 class Backbone(Section):
     name: str = Field("vit_small_patch16_224.dino", description="a timm VisionTransformer with a class token")
-    weights: str | None = provenance(None, "a .safetensors file or a state dict; null: the hub's weights")
+    weights: str | None = provenance(None, "a weight file or folder, or hf-hub:OWNER/NAME; null: the hub's weights")
     image_size: PositiveInt | None = Field(None, description="pixels of the square input; null: the model's own")
     crop_fraction: CropFraction | None = Field(
         None, description="share of the shorter side that the model sees; null: the model's own"
