@@ -188,7 +188,18 @@ def joined(state: State, wanted: Mapping[str, Tensor]) -> State:
     for before, after in _MLP:
         for name in [each for each in out if before in each and each.replace(before, after) in wanted]:
             out[name.replace(before, after)] = out.pop(name)
+    for name in [each for each in out if each.endswith(".qkv.bias_mask")]:
+        bias = out.get(name.removesuffix("_mask"))
+        if bias is not None:  # DINOv3's keys have no bias, whatever stands there
+            query, keys, values = bias.chunk(3)
+            out[name.removesuffix("_mask")] = torch.cat([query, torch.zeros_like(keys), values])
     return _pooled(_registers(out, wanted))
+
+
+def has_lost_keys(name: str, value: Tensor, wanted: Mapping[str, Tensor]) -> bool:
+    """Tell whether ``value`` is a joined bias with one of the keys, for which a model with ``q_bias`` has no place."""
+    stem = name.removesuffix("qkv.bias")
+    return stem != name and f"{stem}q_bias" in wanted and bool(value.chunk(3)[1].any())
 
 
 _MLP = (("mlp.up_proj.", "mlp.fc1."), ("mlp.down_proj.", "mlp.fc2."), ("mlp.w12.", "mlp.fc1."), ("mlp.w3.", "mlp.fc2."))

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grappa.backbone.layouts import RENAMED, Layout, is_unneeded, joined, unchunked, unwrapped
+from grappa.backbone.layouts import RENAMED, Layout, has_lost_keys, is_unneeded, joined, unchunked, unwrapped
 from grappa.backbone.library import Conversion, State, conversion_of, import_timm
 
 MOST_PREFIXES = 8
@@ -93,7 +93,7 @@ def find_match(model: nn.Module, tensors: Mapping[str, Tensor]) -> Match:
     for prefix, layout in search.attempts():
         for match in search.matches(prefix, layout):
             if match.fits:
-                return match
+                return replace(match, rivals=search.rivals(match))
             if best is None or match.misfits < best.misfits:
                 best = match
     assert best is not None, "the file as a whole is always an attempt"
@@ -164,6 +164,7 @@ class _Search:
         outside = [name for name in dropped if not name.startswith(inner)]
         inside = [name for name in dropped if name.startswith(inner)]
         lost = [name for name in inside if not (is_unneeded(name.removeprefix(inner)) or _is_void(name, state[name]))]
+        lost += [name for name in state if has_lost_keys(name, state[name], self.wanted)]
         return self._compared(prefix, layout, plain, [*outside, *(name for name in inside if name not in lost)], lost)
 
     def _compared(
@@ -175,7 +176,6 @@ class _Search:
             if given[name].shape != self.wanted[name].shape:
                 del given[name]
         rest = [name for name in state if name not in self.wanted]
-        others = self._others(prefix, layout)
         unneeded = [name for name in rest if self._is_head(name) or is_unneeded(name) or _is_void(name, state[name])]
         return Match(
             prefix=prefix,
@@ -185,8 +185,7 @@ class _Search:
             unknown=sorted({*rest, *lost} - set(unneeded)),
             wrong=[name for name in self.wanted if name in given and not _alike(given[name], self.wanted[name])],
             ignored=[*(name for name in self.tensors if not name.startswith(prefix)), *unneeded, *dropped],
-            others=others,
-            rivals=[each for each in others if rank(each)[0] == rank(prefix)[0] and self._differ(prefix, each)],
+            others=self._others(prefix, layout),
         )
 
     def _others(self, prefix: str, layout: Layout | None) -> list[str]:
@@ -194,6 +193,11 @@ class _Search:
         here = self.hits[prefix, layout]
         found = [each for each, kind in self.hits if kind == layout and self.hits[each, kind] == here]
         return sorted(set(found) - {prefix})
+
+    def rivals(self, match: Match) -> list[str]:
+        """Return the other prefixes of the same rank that hold other values."""
+        same = [each for each in match.others if rank(each)[0] == rank(match.prefix)[0]]
+        return [each for each in same if self._differ(match.prefix, each)]
 
     def _differ(self, prefix: str, other: str) -> bool:
         names = [name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix)]

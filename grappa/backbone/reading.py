@@ -99,7 +99,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def _tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(content, Tensor):
-        yield name, content.detach()
+        if name:
+            yield name, content.detach()
     elif isinstance(content, np.ndarray) and content.dtype.kind in "fiub":
         yield name, torch.from_numpy(content)
     elif isinstance(content, Mapping):

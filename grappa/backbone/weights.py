@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -64,7 +64,10 @@ def hub_state(name: str) -> dict[str, Tensor]:
         BackboneError: timm knows no weights of this name, or they are not at hand and cannot be had; in 5 seconds.
     """
     timm = import_timm()
-    record = timm.get_pretrained_cfg(name)
+    try:
+        record = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # an architecture without a tag of this name
+        record = None
     if record is None or not record.has_weights:
         raise BackboneError(
             f"timm has no pretrained weights for {name!r}; give a file with --set backbone.weights=FILE"
@@ -136,7 +139,8 @@ def _advice(model: nn.Module, match: Match, label: str) -> str:
     if not match.state:
         names = f"this is another architecture, or {_EXPECTED}" if label else _EXPECTED
         return f"no name fits: {names}"
-    found, own = _measures(match.state), _measures(model.state_dict())
+    wanted = model.state_dict()
+    found, own = _measures(match.state, [*match.state, *match.unknown]), _measures(wanted, wanted)
     if found != own and "width" in found:
         sizes = ", ".join(f"{what} {value}" for what, value in found.items())
         close = _close_names(architecture_of(model), found)
@@ -147,10 +151,10 @@ def _advice(model: nn.Module, match: Match, label: str) -> str:
     )
 
 
-def _measures(state: Mapping[str, Tensor]) -> dict[str, int]:
+def _measures(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, int]:
     """Return width, blocks and patch of a transformer's weights; what is not seen is left out."""
     patches = state.get("patch_embed.proj.weight")
-    numbers = [int(found.group(1)) for name in state if (found := re.match(r"blocks\.(\d+)\.", name))]
+    numbers = [int(found.group(1)) for name in names if (found := re.match(r"blocks\.(\d+)\.", name))]
     measures = {} if patches is None else {"width": patches.shape[0]}
     if numbers:
         measures["blocks"] = max(numbers) + 1
