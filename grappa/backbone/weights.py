@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from grappa.backbone.hub import HUB, unreachable
-from grappa.backbone.layouts import label_of
+from grappa.backbone.files.hub import HUB, unreachable
+from grappa.backbone.files.layouts import label_of
+from grappa.backbone.files.matching import Match, find_match
+from grappa.backbone.files.reading import read_state_dict
 from grappa.backbone.library import architecture_of, import_timm, quiet
-from grappa.backbone.matching import Match, find_match
-from grappa.backbone.reading import read_state_dict
+from grappa.backbone.tensors import may_be_infinite
 from grappa.backbone.unusable import BackboneError
 
 __all__ = ["BackboneError", "hub_state", "import_timm", "load_state", "read_state_dict"]
@@ -50,7 +51,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) ->
         )
     kinds = {name: value.dtype for name, value in model.state_dict().items()}
     for name, value in match.state.items():
-        if not bool(torch.isfinite(value.to(kinds[name])).all()):
+        number = value.to(kinds[name])
+        if not bool((~number.isnan() if may_be_infinite(name) else number.isfinite()).all()):
             raise BackboneError(f"the weights in {source} hold NaN or infinity (first: {name}); give whole weights")
     with torch.no_grad():
         model.load_state_dict(match.state, strict=False)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grappa.backbone.catalog import name_problem
-from grappa.backbone.hub import is_hub_name as is_hub_weights
+from grappa.backbone.files.hub import is_hub_name as is_hub_weights
+from grappa.backbone.files.places import absolute, files_of, hint
 from grappa.backbone.unusable import BackboneError
-from grappa.backbone.weight_files import absolute, files_of, hint
 from grappa.pipeline.commands.listed import say_images, say_lone_classes
 from grappa.pipeline.config.schema import Config, Images, automatic_num_clusters
 from grappa.pipeline.config.yaml_file import (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from grappa.backbone.hub import is_cached
+from grappa.backbone.files.hub import is_cached
 from grappa.backbone.library import import_timm
 from grappa.backbone.weights import BackboneError, hub_state, load_state, read_state_dict
 
@@ -22,7 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:1")
-    monkeypatch.setattr("grappa.backbone.hub.getproxies", dict)
+    monkeypatch.setattr("grappa.backbone.files.hub.getproxies", dict)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "torch"))
     return tmp_path
 

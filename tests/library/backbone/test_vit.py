@@ -109,8 +109,7 @@ def test_damaged_files_and_pickles_are_refused_without_running_them(tmp_path: Pa
     ("name", "sentence"),
     [
         ("vit_smal_patch16_224", "did you mean vit_small_patch16_224"),
-        ("resnet18", "VisionTransformer with a class token"),
-        ("vit_base_patch16_siglip_224", "cannot be built as a VisionTransformer with a class token"),
+        ("hf_hub:someone/model", "give a timm model"),
         ("vit_small_patch16_224.nonsense", "leave out what follows the dot"),
     ],
 )

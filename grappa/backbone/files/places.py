@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from grappa.backbone.hub import SUFFIXES, chosen_file, fetched, is_hub_name, shard_names
+from grappa.backbone.files.hub import SUFFIXES, chosen_file, fetched, is_hub_name, shard_names
 from grappa.backbone.unusable import BackboneError
 
 LOCAL = "local-dir:"

@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from grappa.backbone.files.places import files_of
 from grappa.backbone.unusable import BackboneError
-from grappa.backbone.weight_files import files_of
 
 _STARTS = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; fetch it by `git lfs pull`",

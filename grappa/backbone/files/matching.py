@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grappa.backbone.layouts import RENAMED, Layout, has_lost_keys, is_unneeded, joined, unchunked, unwrapped
+from grappa.backbone.files.layouts import RENAMED, Layout, has_lost_keys, is_unneeded, joined, unchunked, unwrapped
 from grappa.backbone.library import Conversion, State, conversion_of, import_timm
 
 MOST_PREFIXES = 8
