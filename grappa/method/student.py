@@ -46,13 +46,8 @@ class Transfer:
 
 def new_student(backbone: Backbone, bottleneck_dim: int, *, in_context_rank: int = 0, seed: int) -> AdaptorSet:
     """Return the adaptor set that a student starts from; it leaves the backbone unchanged."""
-    return AdaptorSet(
-        backbone.num_blocks,
-        backbone.width,
-        bottleneck_dim,
-        in_context_rank=in_context_rank,
-        seed=key(seed, "student") >> 1,
-    )
+    seed = key(seed, "student") >> 1
+    return AdaptorSet.of(backbone, bottleneck_dim, in_context_rank=in_context_rank, seed=seed)
 
 
 def train_student(

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grappa.backbone.files.hub import is_hub_name as is_hub_weights
+from grappa.backbone.files.places import absolute, files_of, hint
+from grappa.backbone.unusable import BackboneError
 from grappa.pipeline.commands.listed import say_images, say_lone_classes
 from grappa.pipeline.commands.model_input import check_input, same_backbone, say_input, settle_cache_size
 from grappa.pipeline.config.schema import Config, Images, automatic_num_clusters
@@ -208,7 +211,7 @@ def _absolute(settings: Settings) -> Settings:
     changed: Settings = {}
     weights: Any = settings.get("backbone", {}).get("weights")
     if isinstance(weights, str):
-        changed["backbone"] = {"weights": os.path.abspath(weights)}
+        changed["backbone"] = {"weights": absolute(weights)}
     model: Any = settings.get("objects", {}).get("model")
     if isinstance(model, str) and not is_hub_name(model):
         changed["objects"] = {"model": os.path.abspath(model)}
@@ -229,13 +232,23 @@ def _absolute_domain(text: str) -> str:
 def check_backbone(config: Config, known: RunFolder | None) -> None:
     """Refuse an unsuitable backbone, missing weights and a missing detector, unless the run has read them already."""
     detector_digests(config, None if known is None else _known_detector(known))
-    path = config.backbone.weights
+    weights = config.backbone.weights
     former = former_config(known)
     before = former.backbone if former else None
     if before is None or not same_backbone(before, config.backbone):
         check_input(config.backbone)
-    if path is not None and not os.path.isfile(path) and (before is None or before.weights != path):
-        raise ConfigError(f"backbone.weights: no such file {path}; give a .safetensors file or a state dict")
+    if weights is not None and not is_hub_weights(weights) and (before is None or before.weights != weights):
+        _check_weights(weights)
+
+
+def _check_weights(path: str) -> None:
+    """Refuse weights that are neither a file nor a folder that holds some."""
+    if not os.path.exists(path):
+        raise ConfigError(f"backbone.weights: no such file {path}; {hint(os.path.relpath(path))}")
+    try:
+        files_of(path)
+    except BackboneError as error:
+        raise ConfigError(f"backbone.weights: {error}") from error
 
 
 def _known_detector(run: RunFolder) -> dict[str, Any]:

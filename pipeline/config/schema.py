@@ -90,7 +90,7 @@ class Images(Section):
 
 class Backbone(Section):
     name: str = Field("vit_small_patch16_224.dino", description="a model of timm, see `grappa backbones`")
-    weights: str | None = provenance(None, "a .safetensors file or a state dict; null: the hub's weights")
+    weights: str | None = provenance(None, "a weight file or folder, or hf-hub:OWNER/NAME; null: the hub's weights")
     image_size: PositiveInt | None = Field(
         None, description="pixels of the square input, a multiple of the model's patch; null: the model's own"
     )
