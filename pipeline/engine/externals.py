@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from grappa.backbone.catalog import find_weights
 from grappa.backbone.files.hub import HUB, hub_problem, is_cached
 from grappa.backbone.files.hub import is_hub_name as is_hub_weights
 from grappa.backbone.files.places import files_of
@@ -119,8 +120,8 @@ def hub_problems(config: Config) -> dict[str, str]:
 
 
 def _from_hub(config: Config) -> Iterator[tuple[str, tuple[str, str]]]:
-    name, weights = config.backbone.name, config.backbone.weights
-    if weights is None and not is_cached(f"timm/{name}" if "." in name else f"timm/{name}.*"):
+    weights = config.backbone.weights
+    if weights is None and find_weights(config.backbone.name) is None:
         yield "backbone", ("backbone.weights", "give a file by --set backbone.weights=FILE")
     if weights is not None and is_hub_weights(weights) and not is_cached(weights.removeprefix(HUB)):
         yield "backbone", (f"backbone.weights is {weights} and", "give a file by --set backbone.weights=FILE")
