@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from grappa.backbone.frozen import Backbone, build_backbone, embed
+from grappa.backbone.tensors import fill, give_memory, saved, tables_of
 from grappa.core.arrays import below
 from grappa.core.printing import sentence, shown
 from grappa.images.decoding import image_to_rgb, shrink
@@ -50,7 +51,7 @@ class GrappaModel(nn.Module):
 
     @property
     def embedding_dim(self) -> int:
-        return self.backbone.width
+        return self.backbone.embedding_dim
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed (B, 3, S, S) float images, normalised as ``preprocess`` does; (B, D) float32, L2-normalised rows."""
@@ -64,10 +65,8 @@ class GrappaModel(nn.Module):
         ]
 
     def crop(self, image: np.ndarray[Any, Any]) -> Tensor:
-        """Return an (H, W, 3) uint8 image as (3, S, S) uint8: shrunk as in the pixel cache, then the centre crop."""
-        spec = self.backbone.spec
-        shrunk = shrink(image, self.cache_size)
-        cropped = eval_crop(shrunk, image_size=spec.image_size, crop_fraction=spec.crop_fraction)
+        """Return an (H, W, 3) uint8 image as (3, S, S) uint8: shrunk as in the pixel cache, then its middle."""
+        cropped = eval_crop(shrink(image, self.cache_size), **self.backbone.spec.framing)
         return torch.from_numpy(cropped.copy()).permute(2, 0, 1)
 
 
@@ -91,13 +90,13 @@ def save_model(
     if fusion is None and len(sets) > 1:
         raise ValueError(f"found {len(sets)} adaptor sets and no fusion; a model without one has at most one set")
     head = IdentityHead() if head is None else head
-    tensors = {f"backbone.{name}": value for name, value in backbone.model.state_dict().items()}
+    tensors = {f"backbone.{name}": value for name, value in saved(backbone.model).items()}
     for name, adaptor_set in sets.items():
         tensors.update({f"sets.{name}.{key}": value for key, value in adaptor_set.state_dict().items()})
     tensors.update({f"fusion.{key}": value for key, value in fusion.trained_state().items()} if fusion else {})
     tensors.update({f"head.{key}": value for key, value in head.state_dict().items()})
     fusion_form = FusionForm(**fusion.form()) if fusion else None
-    record = ModelRecord(backbone.spec, cache_size, tuple(sets), fusion_form, head.form(), backbone.width)
+    record = ModelRecord(backbone.spec, cache_size, tuple(sets), fusion_form, head.form(), backbone.embedding_dim)
     write_model(folder, record, tensors)
 
 
@@ -117,8 +116,7 @@ def load_model(folder: str | Path) -> GrappaModel:
         with torch.device("meta"):
             backbone = build_backbone(record.backbone)
         _try_on_paper(record, header, backbone)
-        backbone.model.to_empty(device="cpu")  # _assembled fills every tensor of it
-        return _assembled(record, read_tensors(folder), backbone).eval()
+        return _assembled(record, read_tensors(folder), _with_memory(backbone)).eval()
     except ModelError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
@@ -126,6 +124,17 @@ def load_model(folder: str | Path) -> GrappaModel:
             f"model.json and weights.safetensors in {folder} disagree ({sentence(error, limit=300)}); export the model "
             "again"
         ) from error
+
+
+def _with_memory(backbone: Backbone) -> Backbone:
+    """Return a backbone built by shapes alone with memory for all that ``_assembled`` fills.
+
+    Tables of whole numbers that are saved are computed too: a wrong one would lead out of a tensor.
+    """
+    if not tables_of(backbone.model):
+        give_memory(backbone.model)
+        return backbone
+    return build_backbone(backbone.spec)
 
 
 def _try_on_paper(record: ModelRecord, header: Mapping[str, Tensor], backbone: Backbone) -> None:
@@ -143,32 +152,23 @@ def _assembled(record: ModelRecord, tensors: Mapping[str, Tensor], backbone: Bac
     unknown = [name for name in tensors if not name.startswith(parts)]
     if unknown:
         raise ValueError(f"the tensor {shown(unknown[0])} belongs to no part of the model")
-    _fill(backbone.model, below(tensors, "backbone."))
-    if backbone.width != record.embedding_dim:
-        raise ValueError(f"embedding_dim is {record.embedding_dim}, the backbone's width is {backbone.width}")
+    state = below(tensors, "backbone.")
+    for name, table in tables_of(backbone.model).items():
+        if name in state and not table.is_meta and not torch.equal(state[name], table):
+            raise ValueError(f"backbone.{name} is not the table of this architecture")
+    fill(backbone.model, state, "backbone.")
+    if backbone.embedding_dim != record.embedding_dim:
+        raise ValueError(f"embedding_dim is {record.embedding_dim}, the backbone's is {backbone.embedding_dim}")
     adapted = _open_adapted(record, tensors, backbone)
     head = open_head(record.head, below(tensors, "head."))
     return GrappaModel(backbone, adapted, cache_size=record.cache_size, head=head)
 
 
-def _fill(vit: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a state dict that has every parameter and buffer of ``vit``; ValueError for the first that does not fit."""
-    wanted = dict(vit.named_parameters()) | dict(vit.named_buffers())
-    for name in sorted({*wanted, *state}):
-        found, expected = (tuple(each[name].shape) if name in each else "nothing" for each in (state, wanted))
-        if found != expected:
-            raise ValueError(f"backbone.{name}: found {found}, expected {expected}")
-    vit.load_state_dict(dict(state))
-
-
 def _open_adapted(record: ModelRecord, tensors: Mapping[str, Tensor], backbone: Backbone) -> Fusion | AdaptorSet | None:
     sets = [AdaptorSet.from_state_dict(below(tensors, f"sets.{name}.")) for name in record.sets]
     for each in sets:
-        if (len(each), each.width) != (backbone.num_blocks, backbone.width):
-            raise ValueError(
-                f"an adaptor set has {len(each)} blocks {each.width} wide, the backbone {backbone.num_blocks} blocks "
-                f"{backbone.width} wide"
-            )
+        if misfit := each.misfit(backbone):
+            raise ValueError(misfit)
     if record.fusion is None:
         return sets[0] if sets else None
     fusion = Fusion(sets, level=record.fusion.level, temperature=record.fusion.temperature)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from grappa.backbone.architectures import Number
 from grappa.backbone.spec import BackboneSpec
+from grappa.backbone.tensors import may_be_infinite
 from grappa.core.printing import sentence, shown
 from grappa.method.fusion import AttentionLevel
 
@@ -29,7 +30,7 @@ FORMAT = 3
 RECORD_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
 MAX_RECORD_BYTES, MAX_HEADER_BYTES = 2**20, 2**22  # a hundred times what the largest known model needs
 TEMPERATURE = Number(1e-8, 1e8)
-_DTYPES = {"F32": torch.float32, "I64": torch.int64}  # int64: the counters of a hybrid's batch norms
+_DTYPES = {"F32": torch.float32, "I64": torch.int64}  # int64: counters of batch norms and tables of a backbone
 _KEYS = {"format", "backbone", "cache_size", "sets", "fusion", "head", "embedding_dim"}
 _SET_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _AGAIN = "export the model again"
@@ -76,7 +77,8 @@ class ModelRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as it stands in ``model.json``."""
-        return {"format": FORMAT, **asdict(self), "sets": list(self.sets), "head": dict(self.head)}
+        plain = {"backbone": self.backbone.to_json(), "sets": list(self.sets), "head": dict(self.head)}
+        return {"format": FORMAT, **asdict(self), **plain}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ModelRecord:
@@ -159,7 +161,7 @@ def read_header(folder: Path) -> dict[str, Tensor]:
         for name in file.keys():  # noqa: SIM118 (no mapping)
             part = file.get_slice(name)
             kind = _DTYPES.get(part.get_dtype())
-            if kind is None or (kind is torch.int64) != name.endswith("num_batches_tracked"):
+            if kind is None or (kind is torch.int64 and not name.startswith("backbone.")):
                 raise ModelError(f"{path}: {shown(name)} is of type {part.get_dtype()}, expected F32; {_AGAIN}")
             if 0 in part.get_shape():
                 raise ModelError(f"{path}: {shown(name)} is empty, of shape {shown(part.get_shape())}; {_AGAIN}")
@@ -173,7 +175,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     for name, value in tensors.items():
-        if not bool(torch.isfinite(value).all()):
+        bad = value.isnan() if may_be_infinite(name) else ~value.isfinite()
+        if bool(bad.any()):
             raise ModelError(f"{path}: {shown(name)} holds NaN or infinity; {_AGAIN}")
     return tensors
 

@@ -15,11 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from grappa.backbone.dry_run import peak_numbers, without_tensors
 from grappa.backbone.frozen import Backbone, build_backbone
 from grappa.backbone.spec import BackboneSpec
-from grappa.backbone.weights import load_state, read_state_dict
+from grappa.backbone.tensors import fill
+from grappa.backbone.vit import reads_class_token
 from grappa.core.devices import resolve_device, resolve_precision, set_num_threads
-from grappa.core.memory import VitShape
+from grappa.core.memory import MeasuredShape, Shape, VitShape
 from grappa.images.pixels import PixelCache
 from grappa.images.table import BOX_COLUMNS
 from grappa.method.adaptors import AdaptorSet
@@ -45,7 +47,7 @@ def open_backbone(context: StageContext) -> Backbone:
     """Return the backbone of the backbone artifact; only files of the run are read, nothing from the hub."""
     folder = context.input("backbone")
     backbone = build_backbone(BackboneSpec.from_json(json.loads((folder / "backbone.json").read_text())))
-    load_state(backbone.model, read_state_dict(folder / "weights.safetensors"), source=str(folder))
+    fill(backbone.model, load_file(folder / "weights.safetensors"))
     return backbone
 
 
@@ -118,19 +120,39 @@ def settle_precision(context: StageContext, requested: str, device: torch.device
     return context.resolve("precision", resolve_precision(requested, device))
 
 
-def vit_shape(backbone: Backbone, adaptations: Iterable[object] = ()) -> VitShape:
+def shape_of(backbone: Backbone, adaptations: Iterable[object] = ()) -> Shape:
     """Return the sizes on which the memory of an adapted backbone depends; all ``adaptations`` act at the same time."""
-    vit: Any = backbone.model
+    model: Any = backbone.model
     modules = [each for each in adaptations if isinstance(each, nn.Module)]
     numbers = sum(each.numel() for module in modules for each in (*module.parameters(), *module.buffers()))
+    if not reads_class_token(model):
+        return _measured(backbone, modules, numbers)
     return VitShape(
         image_size=backbone.spec.image_size,
-        tokens=vit.patch_embed.num_patches + vit.num_prefix_tokens,
-        width=backbone.width,
-        heads=getattr(vit.blocks[0], "attn", vit.blocks[0]).num_heads,
-        blocks=backbone.num_blocks,
-        adapted=numbers // (2 * backbone.num_blocks * backbone.width),
+        tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
+        width=backbone.embedding_dim,
+        heads=getattr(model.blocks[0], "attn", model.blocks[0]).num_heads,
+        blocks=len(backbone.units),
+        adapted=numbers // (2 * len(backbone.units) * backbone.embedding_dim),
     )
+
+
+def _measured(backbone: Backbone, modules: list[nn.Module], numbers: int) -> MeasuredShape:
+    """Return the sizes of any model, by a pass of one image without computing it; attention is that of a CPU."""
+    sets = [each for each in modules if isinstance(each, AdaptorSet)]
+    acting: Any = Fusion(sets) if len(sets) > 1 else next(iter(modules), None)
+    if acting is not None:
+        acting = without_tensors(acting).requires_grad_(True)
+    width, size = backbone.embedding_dim, backbone.spec.image_size  # they are found before
+    twin: Any = without_tensors(backbone)
+    for module in twin.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    passing, kept = (
+        peak_numbers(lambda images: twin(images, acting), size, gradients=asked)
+        for asked in (False, acting is not None)
+    )
+    return MeasuredShape(size, width, passing=passing, kept=kept, trained=numbers)
 
 
 def need_for_batches(context: StageContext, device: torch.device, needed: int) -> None:

@@ -1,23 +1,22 @@
 """Which architectures a backbone may have, and which arguments of them are settings: all that timm is ever given.
 
 A specification comes from a configuration, or from the ``model.json`` of strangers. ``timm.create_model`` itself is no
-place to hand such a record to: by its name or its arguments it also reads files and downloads. So a name must be one of
-timm's own architectures, of modules that are known to be adaptable, and an argument must be listed here with its type
-and range. A further architecture needs its module in ``MODULES``, and what is special in its arguments in ``OPTIONS``.
+place to hand such a record to: by its name or its arguments it also reads files and downloads. So a name must be one
+that timm itself registers, and an argument must be listed here with its type and range.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from grappa.backbone.weights import BackboneError, import_timm
-from grappa.core.printing import shown
+from grappa.backbone.unusable import BackboneError
+from grappa.core.printing import sentence, shown
 
-MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")  # of timm.models
 MAX_IMAGE_SIZE = 8192
 _NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)?")  # no "hf-hub:", no "local-dir:", no path
 
@@ -78,6 +77,11 @@ OPTIONS: Mapping[str, Number | Flag | Name] = {
     **dict.fromkeys(("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"), _SHARE),
     **dict.fromkeys(("attn_drop_rate", "drop_path_rate"), _SHARE),
 }
+_FIXED = {  # arguments of timm that would undo what the product needs of a model
+    "num_classes": "a backbone gives features, not classes",
+    "in_chans": "images have three colors",
+    "global_pool": "the model's own pooling gives its features",
+}
 
 
 def check_name(name: object) -> None:
@@ -91,6 +95,8 @@ def check_options(options: object) -> None:
     if not isinstance(options, Mapping):
         raise BackboneError(f"the backbone's options are {shown(options)}; expected names with values")
     for name, value in options.items():
+        if name in _FIXED:
+            raise BackboneError(f"the backbone's option {name} cannot be set: {_FIXED[name]}; leave it out")
         if name not in OPTIONS:
             raise BackboneError(f"the backbone has no option {shown(name)}; expected one of {', '.join(OPTIONS)}")
         if not OPTIONS[name].allows(value):
@@ -113,25 +119,46 @@ def _check(name: str, value: object, allowed: Number) -> None:
         raise BackboneError(f"the backbone's {name} is {shown(value)}; expected {allowed}")
 
 
-def create_model(name: str, image_size: int, options: Mapping[str, Any], *, pretrained: bool) -> Any:
-    """Return a VisionTransformer with a class token, made by timm from checked arguments only.
+def create_model(name: str, image_size: int, options: Mapping[str, Any], *, pretrained: bool = False) -> Any:
+    """Return a model without a classifier, made by timm from checked arguments only; it pools as its author meant.
 
     pretrained: download the weights of this name from timm's hub; else no file and no network is touched.
     """
     check_name(name)
     check_options(options)
-    timm = import_timm()
-    if not timm.models.is_model_in_modules(name, MODULES):
-        raise BackboneError(
-            f"{name!r} is none of timm's VisionTransformers; choose a VisionTransformer with a class token"
-        )
-    arguments = {**options, "num_classes": 0, "global_pool": "token", "img_size": image_size}
+    timm = _import_timm()
+    if not _is_timms_own(name):
+        raise BackboneError(f"timm has no model called {shown(name)}; see timm.list_models()")
+    arguments = {**options, "pretrained": pretrained, "num_classes": 0}
     try:
-        vit = timm.create_model(name, pretrained=pretrained, **arguments)
-    except (TypeError, AssertionError, ArithmeticError) as error:
+        return _sized(partial(timm.create_model, name, **arguments), image_size)
+    except OSError:
+        raise  # of the hub
+    except Exception as error:  # each family refuses arguments in its own way
         raise BackboneError(
-            f"{name!r} cannot be built as a VisionTransformer with a class token ({error}); choose such a model"
+            f"{name!r} cannot be built for {image_size} x {image_size} pixels with the options {shown(dict(options))} "
+            f"({sentence(error, limit=200)}); choose others"
         ) from error
-    if not isinstance(vit, timm.models.vision_transformer.VisionTransformer) or getattr(vit, "cls_token", None) is None:
-        raise BackboneError(f"{name!r} is a {type(vit).__name__}, not a VisionTransformer with a class token")
-    return vit
+
+
+def _sized(create: Callable[..., Any], image_size: int) -> Any:
+    """Return the model made for an input size; models for any size have no such argument."""
+    try:
+        return create(img_size=image_size)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+    return create()
+
+
+def _is_timms_own(name: str) -> bool:
+    timm = _import_timm()
+    base = name.partition(".")[0]
+    return timm.is_model(base) and timm.models.model_entrypoint(base).__module__.startswith("timm.models.")
+
+
+def _import_timm() -> Any:
+    """Import timm when a model is made: it loads torch, which names and options need not."""
+    from grappa.backbone.library import import_timm
+
+    return import_timm()

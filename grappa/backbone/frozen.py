@@ -1,62 +1,107 @@
-"""The frozen pretrained model, any timm VisionTransformer with a class token, and how its blocks are adapted.
+"""The frozen pretrained model, any that timm makes, and how its units are adapted.
 
-First comes the backbone, then how it is built and loaded.
+The model pools as timm does; adaptors stand beside the outputs of its units (``grappa.backbone.adapted``). The plain
+vision transformer with a class token takes a shorter way to the same values (``grappa.backbone.vit``).
 
 Shapes: B batch, T tokens, D width, S image side.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grappa.backbone.adapted import Adaptation, Adding, Residual, Residuals, hook, listening
 from grappa.backbone.architectures import create_model
-from grappa.backbone.spec import BackboneSpec
-from grappa.backbone.vit import is_plain, run_block
-from grappa.backbone.weights import BackboneError, import_timm, load_state, read_state_dict
-from grappa.core.printing import shown
+from grappa.backbone.catalog import name_problem
+from grappa.backbone.dry_run import Found, look
+from grappa.backbone.projections import Projection, call_by_module, find_projections
+from grappa.backbone.spec import BackboneSpec, check_patches, resolve_spec
+from grappa.backbone.units import Unit, find_units
+from grappa.backbone.unusable import BackboneError
+from grappa.backbone.vit import is_plain, reads_class_token, run_block
+from grappa.backbone.weights import hub_state, import_timm, load_state, read_state_dict
 
-Residual = Callable[[Tensor], Tensor]
-Residuals = Sequence[Residual] | nn.ModuleList
+__all__ = ["Adaptation", "Backbone", "Residual", "Residuals", "build_backbone", "embed", "load_backbone"]
 
-
-class Adaptation(Protocol):
-    """What adapts the backbone: in each of two places one residual a block, or no residual at all.
-
-    ``outputs``: (B, T, D) -> (B, T, D), from a block's output to what is added to it. In the last block it gets the
-    class token only (T = 1), since no other token is read after it. ``in_context``: (B, T, D) -> (B, T, 2 D), from a
-    block's normed input to what is added to its queries and keys.
-    """
-
-    @property
-    def outputs(self) -> Residuals: ...
-
-    @property
-    def in_context(self) -> Residuals: ...
+_WITH_CLASS_TOKEN = tuple(f"timm.models.{name}" for name in ("vision_transformer", "deit", "eva", "beit", "naflexvit"))
 
 
 class Backbone(nn.Module):
-    """A frozen VisionTransformer whose blocks can be adapted."""
+    """A frozen model whose units can be adapted.
+
+    Its embedding is what timm returns for the model's own pooling, before any classifier; of a model that is not
+    timm's, what it returns.
+    """
 
     def __init__(self, model: nn.Module, spec: BackboneSpec) -> None:
         super().__init__()
         self.model = model.eval()
         self.spec = spec
         self.requires_grad_(False)
+        call_by_module(model)
+        self._may_be_units = find_units(model)
+        self._may_be_projections = find_projections(model, self._may_be_units)
+        hook(model, [*self._may_be_units, *(n for each in self._may_be_projections for n in (each.query, each.key))])
+        self._found: Found | None = None
 
     @property
-    def width(self) -> int:
-        return int(self.model.embed_dim)  # type: ignore[arg-type]
+    def units(self) -> tuple[Unit, ...]:
+        """The modules that get an adaptor on their output; BackboneError where the model has none that is known."""
+        units = self._seen().units
+        if not units:
+            raise BackboneError(
+                f"no block to adapt is known in {self.spec.name} (a {type(self.model).__name__}); "
+                "give its modules' names in an attribute units, or choose another backbone"
+            )
+        return units
 
     @property
-    def num_blocks(self) -> int:
-        return len(self.model.blocks)  # type: ignore[arg-type]
+    def projections(self) -> tuple[Projection, ...]:
+        """Where queries and keys are made, in the units; BackboneError where the model has no such place."""
+        projections = self._seen().projections
+        if not projections:
+            raise BackboneError(
+                f"{self.spec.name} (a {type(self.model).__name__}) has no linear module that makes queries and keys, "
+                "which in-context adaptors need; set adaptors.kind=bottleneck, or choose another backbone"
+            )
+        return projections
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The width of each unit."""
+        return tuple(unit.width for unit in self.units)
+
+    @property
+    def embedding_dim(self) -> int:
+        """The width of the embedding."""
+        return self._seen().embedding_dim
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first token of every unit is a class token, which the embedding is read from."""
+        model: Any = self.model
+        if type(model).__module__ not in _WITH_CLASS_TOKEN or model.global_pool != "token":
+            return False
+        return getattr(getattr(model, "embeds", model), "cls_token", None) is not None
+
+    def _seen(self) -> Found:
+        """Return what a dry run shows of the model; a plain vision transformer needs none."""
+        if self._found is None:
+            model: Any = self.model
+            if reads_class_token(model):
+                names = (f"blocks.{number}" for number in range(len(model.blocks)))
+                units = tuple(Unit(name, model.embed_dim) for name in names)
+                self._found = Found(units, self._may_be_projections, model.embed_dim)
+            else:
+                size = self.spec.image_size
+                self._found = look(model, _pooled, size, self._may_be_units, self._may_be_projections)
+        return self._found
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode: the backbone is frozen."""
@@ -73,7 +118,7 @@ class Backbone(nn.Module):
         return self.to(device)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Return the tokens (B, T, D) that the first block gets of (B, 3, S, S) normalised images."""
+        """Return the tokens (B, T, D) that a plain vision transformer's first block gets of (B, 3, S, S) images."""
         model: Any = self.model
         tokens: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         return tokens
@@ -86,11 +131,30 @@ class Backbone(nn.Module):
             adaptation: an adaptor set, a fusion; None: the plain backbone.
 
         Returns:
-            (B, D) the class token after the final norm, not normalised.
+            (B, D) the pooled embedding before any classifier, not normalised.
 
         Raises:
-            BackboneError: queries and keys are adapted, and a block's attention is not timm's plain one.
+            BackboneError: queries and keys are adapted, and the model has no module that makes them; or it has no
+                units.
         """
+        if self._takes_the_short_way(adaptation):
+            return self._class_token(images, adaptation)
+        if adaptation is None:
+            return _pooled(self.model, images)
+        units = self.units if len(adaptation.outputs) else ()
+        projections = self.projections if len(adaptation.in_context) else ()
+        adding = Adding(adaptation, units, projections, len(images), class_token=self.has_class_token)
+        with listening(adding):
+            return _pooled(self.model, images)
+
+    def _takes_the_short_way(self, adaptation: Adaptation | None) -> bool:
+        if not reads_class_token(self.model):
+            return False
+        blocks: Any = self.model.blocks
+        return adaptation is None or not len(adaptation.in_context) or all(is_plain(block) for block in blocks)
+
+    def _class_token(self, images: Tensor, adaptation: Adaptation | None) -> Tensor:
+        """Return what ``forward`` does for a vision transformer that reads its class token."""
         model: Any = self.model
         outputs, in_context = ((), ()) if adaptation is None else (adaptation.outputs, adaptation.in_context)
         hidden_BTD = self.tokens(images)
@@ -101,6 +165,15 @@ class Backbone(nn.Module):
                 hidden_BTD = hidden_BTD + outputs[number](hidden_BTD)
         embedding: Tensor = model.norm(hidden_BTD[:, 0])
         return embedding
+
+
+def _pooled(model: Any, images: Tensor) -> Tensor:
+    """Return what the model gives before any classifier: (B, D), if it is a model for images."""
+    if not hasattr(model, "forward_head"):
+        whole: Tensor = model(images)
+        return whole
+    pooled: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+    return pooled
 
 
 def embed(backbone: Backbone, images: Tensor, adaptation: Adaptation | None = None) -> Tensor:
@@ -117,85 +190,58 @@ def build_backbone(spec: BackboneSpec) -> Backbone:
 def load_backbone(
     name: str,
     *,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     image_size: int | None = None,
     crop_fraction: float | None = None,
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
     options: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Backbone:
     """Load a pretrained backbone from a file, or from timm's hub when ``weights`` is None.
 
     Args:
         name: a timm model name; it must be a VisionTransformer with a class token.
-        weights: a .safetensors file or a state dict (read with ``weights_only=True``), in timm's or DINO's key layout.
+        weights: a weight file, a folder of a model, or ``hf-hub:OWNER/NAME`` (`grappa.backbone.weights`); no code of a
+            file is run.
         image_size: side of the square input in pixels; positions are resampled. None: the model's own.
         crop_fraction, mean, std: how an image is prepared; None: the model's own.
         options: further arguments of the architecture (``BackboneSpec``), and ``img_size``.
+        say: called with what is worth knowing of the weights, such as which tensors of a file were ignored.
 
     Raises:
         BackboneError: unknown or unsuitable model, hub out of reach, weights that do not fit.
     """
-    spec = _resolve_spec(name, image_size, crop_fraction, mean, std, options or {})
-    if weights is None:
-        return Backbone(_from_hub(spec), spec)
+    spec = resolve_spec(
+        name,
+        _own_input(name),
+        image_size=image_size,
+        crop_fraction=crop_fraction,
+        mean=mean,
+        std=std,
+        options=options,
+    )
     backbone = build_backbone(spec)
-    load_state(backbone.model, read_state_dict(weights), source=str(weights))
+    patches: Any = getattr(backbone.model, "patch_embed", None)
+    if hasattr(patches, "feat_ratio"):
+        check_patches(spec, patches.feat_ratio())
+    state = hub_state(name) if weights is None else read_state_dict(weights)
+    remark = load_state(backbone.model, state, source=name if weights is None else str(weights))
+    if say and remark:
+        say(remark)
     return backbone
 
 
-def _resolve_spec(
-    name: str,
-    image_size: int | None,
-    crop_fraction: float | None,
-    mean: tuple[float, float, float] | None,
-    std: tuple[float, float, float] | None,
-    options: Mapping[str, Any],
-) -> BackboneSpec:
-    default = _default_cfg(name)
-    own_size = int(options.get("img_size", default["input_size"][-1]))
-    return BackboneSpec(
-        name=name,
-        image_size=image_size or own_size,
-        crop_fraction=crop_fraction or float(default["crop_pct"]),
-        mean=mean or tuple(default["mean"]),
-        std=std or tuple(default["std"]),
-        options={key: value for key, value in options.items() if key != "img_size"},
-    )
-
-
-def _default_cfg(name: str) -> dict[str, Any]:
-    timm = import_timm()
-    if not timm.is_model(name.split(".")[0]):
-        close = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*"), n=1)
-        hint = f"did you mean {close[0]}?" if close else "see timm.list_models()"
-        raise BackboneError(f"timm has no model called {shown(name)}; {hint}")
-    try:
-        cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    except RuntimeError as error:
-        raise BackboneError(f"timm has no weights called {name!r} ({error}); leave out what follows the dot") from error
-    record: dict[str, Any] = cfg.to_dict()
-    return record
-
-
-def _from_hub(spec: BackboneSpec) -> nn.Module:
-    create_model(spec.name, spec.image_size, spec.options, pretrained=False)
-    try:
-        return create_model(spec.name, spec.image_size, spec.options, pretrained=True)
-    except Exception as error:  # hub clients raise many kinds; all mean the same to a user
-        raise BackboneError(
-            f"the pretrained weights of {spec.name!r} could not be had from the hub ({type(error).__name__}); "
-            "give a local file with --set backbone.weights=FILE"
-        ) from error
+def _own_input(name: str) -> Any:
+    """Return what timm declares of a model's weights, a ``PretrainedCfg``; BackboneError for an unsuitable name."""
+    problem = name_problem(name)
+    if problem:
+        raise BackboneError(problem)
+    return import_timm().get_pretrained_cfg(name)
 
 
 def _run(block: nn.Module, hidden_BTD: Tensor, in_context: Residual | None, *, last: bool) -> Tensor:
     if in_context is None and not (last and is_plain(block)):
         out: Tensor = block(hidden_BTD)
         return out
-    if not is_plain(block):
-        raise BackboneError(
-            "in-context adaptors need timm's plain attention, this backbone has blocks of type "
-            f"{type(block).__name__}; set adaptors.kind=bottleneck, or choose another backbone"
-        )
     return run_block(block, hidden_BTD, in_context, class_token=last)

@@ -14,6 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def reads_class_token(model: Any) -> bool:
+    """Tell whether ``model`` is timm's vision transformer whose embedding is the class token after the final norm."""
+    if (type(model).__module__, type(model).__name__) != ("timm.models.vision_transformer", "VisionTransformer"):
+        return False
+    pooled = model.global_pool == "token" and model.attn_pool is None and isinstance(model.fc_norm, nn.Identity)
+    return pooled and model.cls_token is not None
+
+
 def is_plain(block: nn.Module) -> bool:
     """Tell whether ``block`` is timm's plain pre-norm block with plain attention, the kind written out here."""
     attention = getattr(block, "attn", None)

@@ -10,6 +10,7 @@ blocks are the shards of the pixel cache.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 FLOAT, INTEGER, DOUBLE, HALF = 4, 8, 8, 2  # bytes of a float32, an int64, a float64, a bfloat16
 WORK = 64 * 2**20  # bytes of a step's blocks of products, and of what is computed from them
@@ -19,11 +20,46 @@ KEPT_COPIES = 15  # vectors of width D that a block keeps of each token until it
 PASSING_COPIES = 12  # vectors of width D that a block holds of each token at once where no gradient is asked for
 
 
+class Shape(Protocol):
+    """The sizes of a model that its need depends on.
+
+    width: of an embedding. passing: numbers that it holds of an image at once where no gradient is asked for. kept:
+    numbers that it holds of an image where one is. trained: numbers of its adaptors.
+    """
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def passing(self) -> int: ...
+
+    @property
+    def kept(self) -> int: ...
+
+    @property
+    def trained(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class MeasuredShape:
+    """The sizes of a model as a pass of one image has shown them: see ``Shape``."""
+
+    image_size: int
+    width: int
+    passing: int
+    kept: int
+    trained: int
+
+
 @dataclass(frozen=True)
 class VitShape:
     """The sizes of a vision transformer that its need depends on.
 
-    heads: attention heads a block. adapted: the width of all adaptors of a block together.
+    heads: attention heads a block. adapted: the width of all adaptors of a block together. Attention is the explicit
+    one (see ``Backbone.on``), which keeps its weights too.
     """
 
     image_size: int
@@ -33,27 +69,39 @@ class VitShape:
     blocks: int
     adapted: int = 0
 
+    @property
+    def passing(self) -> int:
+        """What one block holds of an image at once."""
+        return self.tokens * (PASSING_COPIES * self.width + 2 * self.heads * self.tokens + 4 * self.adapted)
 
-def embedding(vit: VitShape, batch_size: int, precision: str) -> int:
-    """Return the bytes of embedding a batch: its pixels, and what one block holds of it at once."""
-    kept = vit.tokens * (PASSING_COPIES * vit.width + 2 * vit.heads * vit.tokens + 4 * vit.adapted)
-    return batch_size * (_pixels(vit) + kept * _bytes(precision)) + BATCH_WORK
+    @property
+    def kept(self) -> int:
+        """What every block keeps of an image for gradients."""
+        return self.blocks * self.tokens * (KEPT_COPIES * self.width + self.heads * self.tokens + 4 * self.adapted)
+
+    @property
+    def trained(self) -> int:
+        """The numbers of all adaptors."""
+        return self.width * 2 * self.blocks * self.adapted
 
 
-def training(vit: VitShape, batch_size: int, precision: str, num_classes: int = 0) -> int:
-    """Return the bytes of a training step: the batch's pixels, what every block keeps of it for gradients, and the
-    trained tensors with their gradients and moments.
+def embedding(shape: Shape, batch_size: int, precision: str) -> int:
+    """Return the bytes of embedding a batch: its pixels, and what is held of it at once."""
+    return batch_size * (_pixels(shape) + shape.passing * _bytes(precision)) + BATCH_WORK
 
-    Attention is the explicit one (see ``Backbone.on``), which keeps its weights too. num_classes: proxies of all
-    targets together.
+
+def training(shape: Shape, batch_size: int, precision: str, num_classes: int = 0) -> int:
+    """Return the bytes of a training step: the batch's pixels, what is kept of it for gradients, and the trained
+    tensors with their gradients and moments.
+
+    num_classes: proxies of all targets together.
     """
-    kept = vit.tokens * (KEPT_COPIES * vit.width + vit.heads * vit.tokens + 4 * vit.adapted)
-    trained = 4 * FLOAT * vit.width * (2 * vit.blocks * vit.adapted + num_classes)
-    return trained + batch_size * (_pixels(vit) + vit.blocks * kept * _bytes(precision)) + BATCH_WORK
+    trained = 4 * FLOAT * (shape.trained + shape.width * num_classes)
+    return trained + batch_size * (_pixels(shape) + shape.kept * _bytes(precision)) + BATCH_WORK
 
 
-def _pixels(vit: VitShape) -> int:
-    return PIXEL_COPIES * 3 * vit.image_size**2 * FLOAT
+def _pixels(shape: Shape) -> int:
+    return PIXEL_COPIES * 3 * shape.image_size**2 * FLOAT
 
 
 def _bytes(precision: str) -> int:

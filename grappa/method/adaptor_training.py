@@ -146,13 +146,8 @@ def new_adaptor_set(
     backbone: Backbone, bottleneck_dim: int, *, in_context_rank: int = 0, name: str, seed: int
 ) -> AdaptorSet:
     """Return the adaptor set that the training of instance ``name`` starts from; it leaves the backbone unchanged."""
-    return AdaptorSet(
-        backbone.num_blocks,
-        backbone.width,
-        bottleneck_dim,
-        in_context_rank=in_context_rank,
-        seed=torch_seed(seed, "adaptors", name),
-    )
+    seed = torch_seed(seed, "adaptors", name)
+    return AdaptorSet.of(backbone, bottleneck_dim, in_context_rank=in_context_rank, seed=seed)
 
 
 def _all_labels(targets: Sequence[Targets]) -> Tensor:

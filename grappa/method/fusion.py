@@ -116,9 +116,11 @@ class FoldedFusionLayer(nn.Module):
 
 
 class Fusion(nn.Module):
-    """One fusion layer a block over G adaptor sets of one kind; two layers a block where the adaptor sets have both
-    kinds.
+    """One fusion layer a unit over G adaptor sets of one kind; where the adaptor sets have both kinds, one more where
+    queries and keys are made.
     """
+
+    reads_first = True
 
     def __init__(
         self, sets: Sequence[AdaptorSet], *, level: AttentionLevel = "token", temperature: float = 1.0
@@ -177,6 +179,8 @@ class Fusion(nn.Module):
 class FoldedFusion(nn.Module):
     """The layers of a fusion in their inference form."""
 
+    reads_first = True
+
     def __init__(self, fusion: Fusion) -> None:
         super().__init__()
         self.outputs, self.in_context = (
@@ -187,10 +191,11 @@ class FoldedFusion(nn.Module):
 
 @dataclass(frozen=True)
 class _Attending:
-    """The layers of a fusion; every call of a layer appends the class token's attention to ``attentions``."""
+    """The layers of a fusion; every call of a layer appends the first token's attention to ``attentions``."""
 
     fusion: Adaptation
     attentions: list[Tensor]
+    reads_first: bool = True
 
     @property
     def outputs(self) -> list[Residual]:
@@ -210,7 +215,8 @@ class _Attending:
 
 
 def fused_forward(backbone: Backbone, fusion: Adaptation, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the embeddings (B, D), not normalised, and the class token's attention (B, L, G) of normalised images.
+    """Return the embeddings (B, D), not normalised, and the image's attention (B, L, G) of normalised images: its
+    class token's or, where the model reads none, that of the mean of a unit's tokens.
 
     ``fusion`` may be a folded one. With adaptor sets of both kinds a block attends twice, first over the in-context
     adaptors, and counts as two: (B, 2 L, G).
@@ -221,6 +227,6 @@ def fused_forward(backbone: Backbone, fusion: Adaptation, images: Tensor) -> tup
 
 
 def class_token_attention(backbone: Backbone, images: Tensor, fusion: Adaptation | None) -> Tensor:
-    """Return (B, L, G) float32, the class token's granularity attention; as ``grappa.backbone.frozen.embed``."""
+    """Return (B, L, G) float32, the images' granularity attention (see ``fused_forward``); called like ``embed``."""
     assert fusion is not None, "without a fusion nothing attends"
     return fused_forward(backbone, fusion, images)[1].float()

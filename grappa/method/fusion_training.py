@@ -67,7 +67,7 @@ def train_fusion(
     generator = torch.Generator().manual_seed(torch_seed(seed, "fusion", instance))
     fusion = Fusion(sets, level=level, temperature=attention_temperature)
     fusion.start(query_std=0.02, key_std=initial_std, generator=generator)
-    projector = _projector(backbone.width, generator)
+    projector = _projector(backbone.embedding_dim, generator)
     trained = nn.ModuleDict({"fusion": fusion, "projector": projector}).to(run.device)
     order = BatchOrder(views.ids[rows], optimization.batch_size, (seed, "fusion", instance), run.processes)
 

@@ -46,13 +46,8 @@ class Transfer:
 
 def new_student(backbone: Backbone, bottleneck_dim: int, *, in_context_rank: int = 0, seed: int) -> AdaptorSet:
     """Return the adaptor set that a student starts from; it leaves the backbone unchanged."""
-    return AdaptorSet(
-        backbone.num_blocks,
-        backbone.width,
-        bottleneck_dim,
-        in_context_rank=in_context_rank,
-        seed=key(seed, "student") >> 1,
-    )
+    seed = key(seed, "student") >> 1
+    return AdaptorSet.of(backbone, bottleneck_dim, in_context_rank=in_context_rank, seed=seed)
 
 
 def train_student(
@@ -129,13 +124,7 @@ def _bank(
     chosen = rows[shuffled(key(seed, "student", "bank"), views.ids[rows])[:bank_size]]
     parts = []
     for block in np.array_split(chosen, -(-len(chosen) // 64)):
-        images = eval_batch(
-            views.cache,
-            block,
-            image_size=spec.image_size,
-            crop_fraction=spec.crop_fraction,
-            num_workers=views.num_workers,
-        )
+        images = eval_batch(views.cache, block, num_workers=views.num_workers, **spec.framing)
         with torch.no_grad(), autocast(run.device, run.precision):
             parts.append(embed(backbone, normalize(images.to(run.device), spec.mean, spec.std), teacher))
     return torch.cat(parts)

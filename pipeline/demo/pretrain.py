@@ -87,7 +87,7 @@ def pretrain(settings: Pretraining, report: Callable[[int, float, Backbone], Non
     """Train and return the ViT; ``report`` is called after each step with the step, its loss and the ViT."""
     torch.manual_seed(settings.seed)
     backbone = create_vit().requires_grad_(True)
-    projector = nn.Sequential(nn.Linear(backbone.width, 512), nn.GELU(), nn.Linear(512, PROJECTION_WIDTH))
+    projector = nn.Sequential(nn.Linear(backbone.embedding_dim, 512), nn.GELU(), nn.Linear(512, PROJECTION_WIDTH))
     parameters = [*backbone.parameters(), *projector.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
     pool = draw_pool(settings)

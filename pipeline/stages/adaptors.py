@@ -28,7 +28,7 @@ from grappa.pipeline.opening import (
     open_backgrounds,
     open_objects,
     read_images,
-    vit_shape,
+    shape_of,
 )
 from grappa.pipeline.store.checkpoints import write_tensors
 from grappa.training.targets import Targets, class_targets, label_targets
@@ -37,9 +37,9 @@ from grappa.training.targets import Targets, class_targets, label_targets
 def run(context: StageContext) -> str:
     settings, backbone = context.config.adaptors, open_backbone(context)
     rows, targets, what = _targets(context)
-    views = open_views(context, settings, backbone.spec.image_size)
+    views = open_views(context, settings, backbone.spec)
     start, perception = _start(context, backbone), _perception(context)
-    shape, num_classes = vit_shape(backbone, [start]), sum(len(each.proxies) for each in targets)
+    shape, num_classes = shape_of(backbone, [start]), sum(len(each.proxies) for each in targets)
 
     def need(batch_size: int, precision: str) -> int:
         return memory.training(shape, batch_size * perception.num_kinds, precision, num_classes)
@@ -69,7 +69,7 @@ def run(context: StageContext) -> str:
 
 def _start(context: StageContext, backbone: Backbone) -> AdaptorSet:
     settings = context.config.adaptors
-    bottleneck_dim, rank = sizes_of_set(settings, backbone.width)
+    bottleneck_dim, rank = sizes_of_set(settings, backbone.embedding_dim)
     return new_adaptor_set(
         backbone, bottleneck_dim, in_context_rank=rank, name=str(context.instance), seed=settings.seed
     )

@@ -1,4 +1,4 @@
-"""Stages ``features`` and ``object_features``: the frozen backbone's L2-normalised class tokens of all images, and of
+"""Stages ``features`` and ``object_features``: the frozen backbone's L2-normalised embeddings of all images, and of
 all object views, (N, D) float32."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grappa.pipeline.opening import (
     open_pixels,
     settle_device,
     settle_precision,
-    vit_shape,
+    shape_of,
 )
 from grappa.pipeline.store.checkpoints import RowCheckpoint
 
@@ -53,15 +53,15 @@ def extract(
     """Write the embeddings of all cached images into ``file``, resuming an interrupted try; return their shape (N, D).
 
     ``cache``: the pixels to embed, by default those of the images artifact. ``view`` replaces the crop that the
-    backbone sees, ``read`` the class token that is written (see ``grappa.backbone.features``). ``row_shape`` is the
+    backbone sees, ``read`` the embedding that is written (see ``grappa.backbone.features``). ``row_shape`` is the
     shape of one image's value, by default (D,).
     """
     cache, device = open_pixels(context) if cache is None else cache, settle_device(context)
     settled = settle_precision(context, precision, device)
     batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
     most = min(batch_size, len(cache))
-    need_for_batches(context, device, memory.embedding(vit_shape(backbone, [adaptation]), most, settled))
-    shape, path = (len(cache), *(row_shape or (backbone.width,))), context.path / file
+    need_for_batches(context, device, memory.embedding(shape_of(backbone, [adaptation]), most, settled))
+    shape, path = (len(cache), *(row_shape or (backbone.embedding_dim,))), context.path / file
     checkpoint = RowCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
     out, found = open_rows(context, checkpoint, path, shape) if context.leads else (None, 0)
     start = context.team.agree("start", found)

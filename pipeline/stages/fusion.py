@@ -14,7 +14,7 @@ from grappa.method.fusion_training import PropagationLoss, train_fusion
 from grappa.pipeline.config.schema import Fusion
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.learning import open_views, optimization, training_task, write_metrics
-from grappa.pipeline.opening import open_backbone, open_sets, read_images, vit_shape
+from grappa.pipeline.opening import open_backbone, open_sets, read_images, shape_of
 from grappa.pipeline.store.checkpoints import write_tensors
 
 
@@ -22,8 +22,8 @@ def run(context: StageContext) -> str:
     settings = context.config.fusion
     backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
     rows = train_rows(read_images(context.input("images")))
-    views = open_views(context, settings, backbone.spec.image_size)
-    shape = vit_shape(backbone, sets.values())
+    views = open_views(context, settings, backbone.spec)
+    shape = shape_of(backbone, sets.values())
 
     def need(batch_size: int, precision: str) -> int:
         return memory.training(shape, 2 * batch_size, precision)

@@ -14,7 +14,7 @@ from grappa.pipeline.opening import (
     open_objects,
     open_sets,
     read_images,
-    vit_shape,
+    shape_of,
 )
 from grappa.pipeline.store.checkpoints import write_tensors
 
@@ -22,16 +22,16 @@ from grappa.pipeline.store.checkpoints import write_tensors
 def run(context: StageContext) -> str:
     settings = context.config.student
     backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
-    bottleneck_dim, rank = sizes_of_set(settings, backbone.width)
+    bottleneck_dim, rank = sizes_of_set(settings, backbone.embedding_dim)
     teacher = open_fusion(context, "neighbors", sets).folded()
     rows = train_rows(read_images(context.input("images")))
-    views = open_views(context, settings, backbone.spec.image_size)
+    views = open_views(context, settings, backbone.spec)
     start = new_student(backbone, bottleneck_dim, in_context_rank=rank, seed=settings.seed)
 
     def need(batch_size: int, precision: str) -> int:
         num_views = batch_size * (2 if settings.object_share else 1)
-        taught = memory.embedding(vit_shape(backbone, [teacher]), num_views, precision)
-        return taught + memory.training(vit_shape(backbone, [start]), batch_size, precision)
+        taught = memory.embedding(shape_of(backbone, [teacher]), num_views, precision)
+        return taught + memory.training(shape_of(backbone, [start]), batch_size, precision)
 
     with training_task(context, settings, len(rows), need) as training:
         student, result = train_student(

@@ -142,7 +142,7 @@ def end_to_end(options: Options) -> Iterator[Pair]:
         files = data.write_jpegs(Path(folder), options.size(192, 32))
         cache, backbone = cached(files, Path(folder)), data.backbone(options.quick)
         size, precision = backbone.spec.image_size, resolve_precision("auto", CPU)
-        out = np.empty((len(cache), backbone.width), dtype=np.float32)
+        out = np.empty((len(cache), backbone.embedding_dim), dtype=np.float32)
 
         def ours() -> None:
             extract_features(backbone, cache, out, batch_size=BATCH, precision=precision, num_workers=options.threads)

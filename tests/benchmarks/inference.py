@@ -48,7 +48,7 @@ def _fusion(backbone: Backbone) -> Fusion:
 
 
 def _filled(backbone: Backbone, seed: int) -> AdaptorSet:
-    adaptors = AdaptorSet(backbone.num_blocks, backbone.width, BOTTLENECK, seed=seed).requires_grad_(False)
+    adaptors = AdaptorSet(backbone.widths, BOTTLENECK, seed=seed).requires_grad_(False)
     for adaptor in adaptors.outputs:
         nn.init.normal_(adaptor.up.weight, std=0.02)  # type: ignore[union-attr, arg-type]
     return adaptors

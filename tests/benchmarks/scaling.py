@@ -102,7 +102,7 @@ def evaluation(number: int) -> Callable[[], object]:
 def extraction(number: int) -> Callable[[], object]:
     _one_thread()
     backbone, precision = data.backbone(False, "vit_tiny_patch16_224", SIZE), resolve_precision("auto", CPU)
-    out = np.empty((number, backbone.width), dtype=np.float32)
+    out = np.empty((number, backbone.embedding_dim), dtype=np.float32)
     extract_features(backbone, _drawn_cache(64), out, precision=precision)
     return partial(extract_features, backbone, _drawn_cache(number), out, precision=precision)
 
@@ -111,7 +111,7 @@ def training(number: int, num_sets: int = 1) -> Callable[[], object]:
     _one_thread()
     backbone = data.backbone(False, "vit_tiny_patch16_224", SIZE)
     views = Views(_drawn_cache(number), np.arange(number, dtype=np.uint64), SIZE, Augmentation(min_crop=0.8))
-    proxies = np.random.default_rng(0).normal(size=(16, backbone.width)).astype(np.float32)
+    proxies = np.random.default_rng(0).normal(size=(16, backbone.embedding_dim)).astype(np.float32)
     once = partial(
         train_adaptor_set,
         backbone,

@@ -118,11 +118,11 @@ def _training_step(options: Options, whole: bool, *, fused: bool = False) -> Sid
     backbone = data.backbone(options.quick).on(CPU)
     for block in backbone.model.blocks:  # type: ignore[union-attr]
         block.attn.fused_attn = fused  # type: ignore[union-attr]
-    adaptors = AdaptorSet(backbone.num_blocks, backbone.width, BOTTLENECK)
+    adaptors = AdaptorSet(backbone.widths, BOTTLENECK)
     backbone.requires_grad_(whole)
     images = normalize(pixels(backbone), backbone.spec.mean, backbone.spec.std)
     optimizer = torch.optim.AdamW(backbone.parameters() if whole else adaptors.parameters(), lr=1e-4)
-    labels, proxies = torch.arange(len(images)), torch.randn(1024, backbone.width)
+    labels, proxies = torch.arange(len(images)), torch.randn(1024, backbone.embedding_dim)
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -144,8 +144,8 @@ def explicit_attention(options: Options) -> Iterator[Pair]:
 def checkpoints(options: Options) -> Iterator[Pair]:
     """Writing a set's state (weights, 8,192 proxies, two moments each) against the interval between two."""
     backbone: Backbone = data.backbone(options.quick)
-    adaptors = AdaptorSet(backbone.num_blocks, backbone.width, BOTTLENECK)
-    state = {**adaptors.state_dict(), "proxies": torch.randn(8192, backbone.width)}
+    adaptors = AdaptorSet(backbone.widths, BOTTLENECK)
+    state = {**adaptors.state_dict(), "proxies": torch.randn(8192, backbone.embedding_dim)}
     tensors = {
         f"{part}.{name}": value.clone() for part in ("module", "first", "second") for name, value in state.items()
     }

@@ -37,7 +37,7 @@ def tiny_backbone(seed: int = 0) -> Backbone:
 
 def tiny_set(seed: int, *, trained: bool = True) -> AdaptorSet:
     """A set for the tiny backbone; ``trained`` gives it non-zero up-projections."""
-    adaptors = AdaptorSet(2, 32, 4, seed=seed)
+    adaptors = AdaptorSet([32] * 2, 4, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     if trained:
         for adaptor in adaptors.outputs:

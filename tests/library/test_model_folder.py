@@ -295,7 +295,7 @@ def test_what_a_user_may_configure_is_what_opens(module: str, tmp_path: Path) ->
     options |= {} if module in name else {"reg_tokens": 2, "norm_layer": "layernorm", "act_layer": "gelu_tanh"}
     spec = BackboneSpec(name.get(module, "vit_tiny_patch16_224"), 64, 0.9, (0.5,) * 3, (0.5,) * 3, options)
     backbone = build_backbone(spec)
-    save_model(tmp_path, backbone, {"student": AdaptorSet(1, 32, 4)}, None, cache_size=64)
+    save_model(tmp_path, backbone, {"student": AdaptorSet([32] * 1, 4)}, None, cache_size=64)
     assert not opens_or_says_why(tmp_path)
     assert grappa.load_model(tmp_path).backbone.spec == spec
 

@@ -24,7 +24,7 @@ from grappa.metrics import retrieval
 from grappa.metrics.retrieval import evaluate
 from grappa.pipeline.engine import memory_limit as machine
 from grappa.pipeline.engine.memory_limit import NotEnoughMemoryError, available_memory, require_memory
-from grappa.pipeline.opening import vit_shape
+from grappa.pipeline.opening import shape_of
 from grappa.search import index as indexes
 from grappa.search import kmeans
 from grappa.search import neighbors as neighborhoods
@@ -93,7 +93,7 @@ def training(batch_size: int) -> Callable[[], object]:
     torch.set_num_threads(1)
     backbone = small_vit()
     adaptors = new_adaptor_set(backbone, VIT.adapted, name="k00016", seed=0)
-    proxies = torch.zeros(64, backbone.width, requires_grad=True)
+    proxies = torch.zeros(64, backbone.embedding_dim, requires_grad=True)
 
     def run(number: int) -> object:
         images = torch.randint(0, 256, (number, 3, VIT.image_size, VIT.image_size)).byte()
@@ -110,7 +110,7 @@ def small_vit() -> Backbone:
 
 
 def test_batches_take_what_they_say() -> None:
-    assert vit_shape(small_vit(), [new_adaptor_set(small_vit(), VIT.adapted, name="k00016", seed=0)]) == VIT
+    assert shape_of(small_vit(), [new_adaptor_set(small_vit(), VIT.adapted, name="k00016", seed=0)]) == VIT
     for step, said in ((embedding, memory.embedding), (training, memory.training)):
         measured = peak_growth(step, 32)
         assert measured <= 1.2 * said(VIT, 32, "float32")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from grappa.backbone.frozen import build_backbone
 from grappa.backbone.spec import BackboneSpec
-from grappa.backbone.weights import BackboneError
+from grappa.backbone.unusable import BackboneError
 from grappa.method.adaptors import AdaptorKind, AdaptorSet, adaptor_set_sizes, automatic_rank, folded
 from tests.helpers.tiny import tiny_backbone, tiny_set
 
@@ -22,9 +22,9 @@ def test_backbone_with_untrained_adaptors_is_the_backbone_exactly() -> None:
 
 
 def test_the_same_seed_gives_the_same_set_whatever_the_global_generator() -> None:
-    first = AdaptorSet(2, 32, 4, seed=5).state_dict()
+    first = AdaptorSet([32] * 2, 4, seed=5).state_dict()
     torch.rand(7)
-    second = AdaptorSet(2, 32, 4, seed=5).state_dict()
+    second = AdaptorSet([32] * 2, 4, seed=5).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["adaptors.0.down.weight"], first["adaptors.1.down.weight"])
 
@@ -45,7 +45,7 @@ def test_tensors_that_are_no_set_are_refused() -> None:
 
 
 def _in_context(seed: int, *, bottleneck_dim: int = 0, trained: bool = True) -> AdaptorSet:
-    adaptors = AdaptorSet(2, 32, bottleneck_dim, in_context_rank=3, seed=seed)
+    adaptors = AdaptorSet([32] * 2, bottleneck_dim, in_context_rank=3, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     ups = [value for name, value in adaptors.named_parameters() if "up.weight" in name and trained]
     for up in ups:
@@ -102,8 +102,8 @@ def test_sixteen_ranks_on_vit_b_are_0_68_percent_of_it() -> None:
     spec = BackboneSpec("vit_base_patch16_224", 224, 0.9, (0.5,) * 3, (0.5,) * 3)
     with torch.device("meta"):
         backbone = build_backbone(spec)
-    rank = automatic_rank(backbone.width)
-    num_trained = sum(each.numel() for each in AdaptorSet(12, 768, 0, in_context_rank=rank).parameters())
+    rank = automatic_rank(backbone.embedding_dim)
+    num_trained = sum(each.numel() for each in AdaptorSet([768] * 12, 0, in_context_rank=rank).parameters())
     assert (rank, num_trained) == (16, 589_824)
     assert round(num_trained / (num_trained + sum(each.numel() for each in backbone.parameters())), 4) == 0.0068
 

@@ -101,7 +101,7 @@ def test_only_query_and_key_are_trained_and_saved() -> None:
 
 def test_sets_of_different_depth_are_refused() -> None:
     with pytest.raises(ValueError, match="with as many blocks"):
-        Fusion([tiny_set(0), AdaptorSet(3, 32, 4)])
+        Fusion([tiny_set(0), AdaptorSet([32] * 3, 4)])
     with pytest.raises(ValueError, match="found 0 adaptor sets"):
         Fusion([])
     with pytest.raises(ValueError, match="expected those of a fusion of such sets, .*layers.0.key"):
@@ -109,7 +109,9 @@ def test_sets_of_different_depth_are_refused() -> None:
 
 
 def _in_context_sets(num_sets: int, bottleneck_dim: int = 0) -> list[AdaptorSet]:
-    sets = [AdaptorSet(2, 32, bottleneck_dim, in_context_rank=3, seed=i).requires_grad_(False) for i in range(num_sets)]
+    sets = [
+        AdaptorSet([32] * 2, bottleneck_dim, in_context_rank=3, seed=i).requires_grad_(False) for i in range(num_sets)
+    ]
     generator = torch.Generator().manual_seed(0)
     for name, value in (each for one in sets for each in one.named_parameters()):
         if "up.weight" in name:
