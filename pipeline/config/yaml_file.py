@@ -27,7 +27,10 @@ LINE_ENDS = re.compile("[\n\r\x85\u2028\u2029]")
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**20, 100_000, 32  # of a YAML file; the largest known configuration has 300 values
 
 Settings = dict[str, dict[str, Any]]
-FORMER: Settings = {"images": {"cache_size": 256}}  # defaults that were others when runs were made
+FORMER: Settings = {  # defaults that were others when runs were made
+    "images": {"cache_size": 256},
+    "features": {"whitening_power": 0.0},
+}
 
 
 class ConfigError(ValueError):

@@ -95,7 +95,7 @@ def test_without_a_split_train_images_are_judged_on_other_regions_and_only_white
     run_all(run, until="verdict")
     record = json.loads((run.root / "verdict" / "verdict.json").read_text())
     assert record["images"] == "train"
-    assert record["num_images"] == len(np.load(run.root / "views" / "zero_shot" / "rows.npy"))
+    assert record["num_images"] == len(np.load(run.root / "frozen_views" / "rows.npy"))
     fresh = {each.name: each.state.kind for each in states(run, read_config(run))}
     assert fresh["verdict"] == "fresh"
     run_all(run, until="heads")
