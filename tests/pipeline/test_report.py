@@ -279,7 +279,8 @@ def test_a_model_costs_what_it_depends_on(run: RunFolder, copy: RunFolder) -> No
     found = costs.load_costs(run, config)
     stages = {model: set(own["stage"]) for model, own in found.groupby("model")}
     assert stages["zero_shot"] == {"images", "backbone", "features", "embeddings"}
-    assert stages["fused"] == stages["zero_shot"] | {"neighbors", "clusters", "adaptors", "fusion", "views", "heads"}
+    learned = {"frozen_views", "whitening", "neighbors", "clusters", "adaptors", "fusion", "heads"}
+    assert stages["fused"] == stages["zero_shot"] | learned
     assert set(found[(found["model"] == "k00004") & (found["stage"] == "adaptors")]["instance"]) == {"k00004"}
     seconds = sum(
         run.artifact(node).manifest().provenance["seconds"]  # type: ignore[union-attr]

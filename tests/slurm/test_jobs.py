@@ -60,13 +60,15 @@ def test_the_whole_graph_as_jobs(fakes: FakeStages) -> None:
     assert [job.title for job in jobs] == [
         "backbone+images",
         "features",
+        "frozen_views",
+        "whitening",
         "neighbors",
         "clusters (array of 2)",
         "adaptors (array of 2)",
         "fusion",
         "student",
         "embeddings (array of 7)",
-        "views (array of 6)",
+        "views (array of 5)",
         "verdict+heads+model+evaluation+index",
         "attention",
     ]
@@ -98,7 +100,7 @@ def test_only_what_is_not_fresh_is_planned_and_its_inputs_are_pinned(fakes: Fake
     ]
     (first, *_), (fusion,) = jobs[0].tasks, jobs[1].tasks
     assert first[0].fingerprint is not None
-    assert set(first[0].fingerprint["inputs"]) == {"images", "backbone", "clusters/k00002"}
+    assert set(first[0].fingerprint["inputs"]) == {"images", "backbone", "features", "clusters/k00002"}
     assert fusion[0].fingerprint is None
     assert jobs[0].reasons == {"adaptors/k00002": "missing", "adaptors/k00004": "missing"}
 
@@ -160,11 +162,14 @@ def test_jobs_in_this_process_make_what_a_run_makes(fakes: FakeStages) -> None:
     result = grappa("submit", fakes.root, "--cluster", "debug", "--until", "adaptors")
     assert result.exit_code == 0, result.stderr
     sets = ["adaptors/k00002", "adaptors/k00004"]
-    assert fakes.ran == [*"backbone images features neighbors clusters/k00002 clusters/k00004".split(), *sets]
+    assert fakes.ran == [
+        *"backbone images features frozen_views whitening/features neighbors clusters/k00002 clusters/k00004".split(),
+        *sets,
+    ]
     jobs = tables.load_jobs(fakes.root)
     assert list(jobs["artifact"]) == fakes.ran
     assert set(jobs["state"]) == {"made"}
-    assert list(jobs["exit"]) == [0] * 8
+    assert list(jobs["exit"]) == [0] * 10
     assert jobs["recipe"].str.fullmatch("[0-9a-f]{64}").all()
     assert (jobs["peak_memory_bytes"] > 1_000_000).all()
     assert "fresh" in grappa("status", fakes.root).stdout
@@ -304,19 +309,19 @@ def test_status_of_200_jobs_asks_slurm_twice(
     fakes: FakeStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = tmp_path / "calls"
-    _fake_command(tmp_path / "bin" / "squeue", calls, "12|grappa-fusion-mark|PENDING|Priority||1:00")
-    _fake_command(tmp_path / "bin" / "sacct", calls, "11_5|grappa-adaptors-mark|NODE_FAIL|1:0")
+    _fake_command(tmp_path / "bin" / "squeue", calls, "14|grappa-fusion-mark|PENDING|Priority||1:00")
+    _fake_command(tmp_path / "bin" / "sacct", calls, "13_5|grappa-adaptors-mark|NODE_FAIL|1:0")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     fakes.configure(clusters={"num_clusters": list(range(2, 202))})
     submission = submitted(fakes, planned(fakes))
     for task in range(200):
-        append_event(submission.folder / "events" / f"11_{task}.jsonl", "start", restarts=0, node="n1")
+        append_event(submission.folder / "events" / f"13_{task}.jsonl", "start", restarts=0, node="n1")
     notes, warning = job_notes(fakes.run, states(fakes.run, fakes.config))
     assert not warning
     assert calls.read_text().split() == ["squeue", "sacct"]
-    assert notes["fusion/neighbors"] == JobNote("pending", "pending: Priority (job 12)")
-    assert notes["adaptors/k00007"].text.startswith("failed: NODE_FAIL 1:0 (job 11_5, ")
-    assert notes["adaptors/k00002"].text.startswith("failed: job 11_0 ended without a word")
+    assert notes["fusion/neighbors"] == JobNote("pending", "pending: Priority (job 14)")
+    assert notes["adaptors/k00007"].text.startswith("failed: NODE_FAIL 1:0 (job 13_5, ")
+    assert notes["adaptors/k00002"].text.startswith("failed: job 13_0 ended without a word")
     assert notes["adaptors/k00002"].lost and not notes["adaptors/k00002"].alive
     assert "NODE_FAIL" in (submission.folder / "outcomes.json").read_text()
 
