@@ -65,10 +65,8 @@ class GrappaModel(nn.Module):
         ]
 
     def crop(self, image: np.ndarray[Any, Any]) -> Tensor:
-        """Return an (H, W, 3) uint8 image as (3, S, S) uint8: shrunk as in the pixel cache, then the centre crop."""
-        spec = self.backbone.spec
-        shrunk = shrink(image, self.cache_size)
-        cropped = eval_crop(shrunk, image_size=spec.image_size, crop_fraction=spec.crop_fraction)
+        """Return an (H, W, 3) uint8 image as (3, S, S) uint8: shrunk as in the pixel cache, then its middle."""
+        cropped = eval_crop(shrink(image, self.cache_size), **self.backbone.spec.framing)
         return torch.from_numpy(cropped.copy()).permute(2, 0, 1)
 
 

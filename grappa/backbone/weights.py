@@ -1,121 +1,178 @@
-"""Reading pretrained weights from files: plain tensors under timm's or DINO's names, made to fit a model."""
+"""Pretrained weights from files and from timm's hub: read, made to fit a model, checked, loaded."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-_shim: list[torch.library.Library] = []
+from grappa.backbone.files.hub import HUB, unreachable
+from grappa.backbone.files.layouts import label_of
+from grappa.backbone.files.matching import Match, find_match
+from grappa.backbone.files.reading import read_state_dict
+from grappa.backbone.library import architecture_of, import_timm, quiet
+from grappa.backbone.tensors import may_be_infinite
+from grappa.backbone.unusable import BackboneError
+
+__all__ = ["BackboneError", "hub_state", "import_timm", "load_state", "read_state_dict"]
+
+_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1408: "giant", 1536: "giant"}
+MOST_GROUPS = 4  # of ignored tensors, in a sentence
+_EXPECTED = "expected timm's names or a layout of the table `Weight files` in grappa/README.md"
 
 
-class BackboneError(ValueError):
-    """A backbone that cannot be built or weights that do not fit; the sentence says what to do."""
+def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> str:
+    """Load weights into a model, whatever prefix and layout they have; all that the features need must be there.
 
+    Names and positions of other layouts and image sizes are converted as timm does, numbers become the model's type.
+    Heads, decoders, mask tokens and other modules are left out.
 
-def import_timm() -> Any:
-    """Import timm, also where a CPU-only torch stands beside a CUDA-built torchvision.
+    Args:
+        model: any module; timm's conversions are for modules that timm built.
+        state: tensors, as `read_state_dict` or `hub_state` return them.
+        source: the file or name that a sentence names.
 
-    There torchvision's compiled operators do not load, and its import fails on the missing schema of ``nms``. To
-    declare two schemas is enough for all that timm needs. Where torchvision loads, nothing is declared.
+    Returns:
+        What is worth saying: the prefix taken, the layout, what was ignored; "" where the names were the model's.
+
+    Raises:
+        BackboneError: tensors are missing, unknown, of another shape, or hold NaN or infinity. The model is unchanged.
     """
-    try:
-        return importlib.import_module("timm")
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _shim.append(library)
-    return importlib.import_module("timm")
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from safetensors or a torch file, never unpickling code: float32 tensors under timm's names."""
-    if not path.is_file():
-        raise BackboneError(f"backbone.weights names {path}, which is no file; give an existing file")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except SafetensorError as error:
-        raise BackboneError(f"{path} is no readable safetensors file ({error}); give whole weights") from error
-    except Exception as error:  # torch raises many kinds here; all mean the same to a user
+    match = find_match(model, state)
+    if not match.fits:
+        raise BackboneError(_misfit(model, match, state, source))
+    if match.rivals:
         raise BackboneError(
-            f"{path} is no plain state dict that can be read without running code; save it as safetensors"
-        ) from error
-    return {_timm_key(key): value.float() for key, value in _innermost(state, path).items()}
+            f"{source} holds two models of this kind, under {match.prefix!r} and {match.rivals[0]!r}; "
+            "save the tensors of one in a file of their own"
+        )
+    kinds = {name: value.dtype for name, value in model.state_dict().items()}
+    for name, value in match.state.items():
+        number = value.to(kinds[name])
+        if not bool((~number.isnan() if may_be_infinite(name) else number.isfinite()).all()):
+            raise BackboneError(f"the weights in {source} hold NaN or infinity (first: {name}); give whole weights")
+    with torch.no_grad():
+        model.load_state_dict(match.state, strict=False)
+    return _said(match)
 
 
-def load_state(vit: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Load a state dict into a VisionTransformer; all tensors must fit and be finite.
+def hub_state(name: str) -> dict[str, Tensor]:
+    """Return the pretrained weights of a name of timm as its hub has them, for `load_state`.
 
-    A classifier in the file is ignored; positions for another image size are resampled.
+    Raises:
+        BackboneError: timm knows no weights of this name, or they are not at hand and cannot be had; in 5 seconds.
     """
-    wanted = vit.state_dict()
-    given = {key: value for key, value in state.items() if key in wanted or not _is_head(key)}
-    if "pos_embed" in given and given["pos_embed"].shape != wanted["pos_embed"].shape:
-        given["pos_embed"] = _resample_positions(vit, given["pos_embed"], source)
-    missing, unknown = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
-    wrong = [key for key in wanted if key in given and wanted[key].shape != given[key].shape]
-    if missing or unknown or wrong:
-        raise BackboneError(_misfit(source, missing, unknown, wrong, given, wanted))
-    broken = [key for key, value in given.items() if not bool(torch.isfinite(value).all())]
-    if broken:
-        raise BackboneError(f"the weights in {source} hold NaN or infinity (first: {broken[0]}); give whole weights")
-    vit.load_state_dict(dict(given), strict=True)
-
-
-def _misfit(
-    source: str,
-    missing: list[str],
-    unknown: list[str],
-    wrong: list[str],
-    given: Mapping[str, Tensor],
-    wanted: Mapping[str, Tensor],
-) -> str:
-    parts = [f"{len(missing)} tensors missing (first: {missing[0]})"] if missing else []
-    parts += [f"{len(unknown)} unknown (first: {unknown[0]})"] if unknown else []
-    parts += [f"{k} is {tuple(given[k].shape)} instead of {tuple(wanted[k].shape)}" for k in wrong[:1]]
-    return (
-        f"the weights in {source} do not fit backbone.name: {'; '.join(parts)}; set the name and options they belong to"
-    )
-
-
-def _innermost(state: Any, path: Path) -> dict[str, Tensor]:
-    for name in ("teacher", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(name), dict):
-            state = state[name]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise BackboneError(f"{path} holds no state dict (names with tensors); give such a file")
-    return state
-
-
-def _timm_key(key: str) -> str:
-    for prefix in ("module.", "backbone.", "vit."):
-        key = key.removeprefix(prefix)
-    return key
-
-
-def _is_head(key: str) -> bool:
-    return key.split(".")[0] in {"head", "head_dist", "pre_logits", "fc", "mask_token"}
-
-
-def _resample_positions(vit: nn.Module, positions: Tensor, source: str) -> Tensor:
     timm = import_timm()
-    model: Any = vit
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    side = (positions.shape[1] - prefix) ** 0.5
-    if positions.ndim != 3 or positions.shape[2] != model.embed_dim:
-        return positions
-    if side != int(side):
-        raise BackboneError(f"the positions in {source} have shape {tuple(positions.shape)}, which is no square grid")
-    resampled: Tensor = timm.layers.resample_abs_pos_embed(
-        positions, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=prefix
+    try:
+        record = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # an architecture without a tag of this name
+        record = None
+    if record is None or not record.has_weights:
+        raise BackboneError(
+            f"timm has no pretrained weights for {name!r}; give a file with --set backbone.weights=FILE"
+        )
+    if record.hf_hub_id:
+        return read_state_dict(HUB + record.hf_hub_id)
+    return read_state_dict(_from_address(name, str(record.url)))
+
+
+def _from_address(name: str, address: str) -> Path:
+    """Return the file of weights that lie on a web server; torch keeps it in its own cache."""
+    timm = import_timm()
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
+    problem = "" if cached.is_file() else unreachable(address)
+    try:
+        if problem:
+            raise OSError(problem)
+        with quiet():
+            return Path(timm.models._hub.download_cached_file(address))
+    except Exception as error:  # many kinds; all mean the same to a user
+        raise BackboneError(
+            f"the pretrained weights of {name!r} could not be had from {address} ({error}); "
+            "give a local file with --set backbone.weights=FILE"
+        ) from error
+
+
+def _said(match: Match) -> str:
+    parts = [f"names of {match.layout}"] if match.layout else []
+    if match.prefix:
+        beside = f" (not {', '.join(each.rstrip('.') for each in match.others)})" if match.others else ""
+        parts.append(f"taken from {match.prefix.rstrip('.')}{beside}")
+    inside = [name for name in match.ignored if not name.startswith(tuple(match.others))]
+    groups = list(dict.fromkeys(_group(name, match.prefix) for name in inside))
+    if groups:
+        parts.append(f"ignored: {', '.join(groups[:MOST_GROUPS])}{', ...' if len(groups) > MOST_GROUPS else ''}")
+    return "; ".join(parts)
+
+
+def _group(name: str, prefix: str) -> str:
+    """Return the start of a name up to where it leaves ``prefix``: ``teacher.head`` of ``teacher.head.mlp.0.bias``."""
+    words, taken = name.split("."), prefix.split(".")
+    shared = next((place for place, word in enumerate(words) if place >= len(taken) or word != taken[place]), 0)
+    return ".".join(words[: shared + 1])
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+def _misfit(model: nn.Module, match: Match, state: Mapping[str, Tensor], source: str) -> str:
+    wanted = model.state_dict()
+    parts = [f"{len(match.missing)} tensors missing (first: {match.missing[0]})"] if match.missing else []
+    parts += [f"{len(match.unknown)} unknown (first: {match.unknown[0]})"] if match.unknown else []
+    parts += [_wrong(name, match.state[name], wanted[name]) for name in match.wrong[:1]]
+    where = f" under {match.prefix!r}" if match.prefix and 2 * len(match.missing) <= len(wanted) else ""
+    label = match.layout or label_of(state)
+    looks = f" (they look like {label}{where})" if label else ""
+    return (
+        f"the weights in {source}{looks} do not fit backbone.name: {'; '.join(parts)}; {_advice(model, match, label)}"
     )
-    return resampled
+
+
+def _wrong(name: str, given: Tensor, wanted: Tensor) -> str:
+    if given.shape != wanted.shape:
+        return f"{name} is {tuple(given.shape)} instead of {tuple(wanted.shape)}"
+    return f"{name} holds {given.dtype} instead of floating-point numbers"
+
+
+def _advice(model: nn.Module, match: Match, label: str) -> str:
+    wanted = model.state_dict()
+    if not match.state:
+        return f"no name fits: {f'this is another architecture, or {_EXPECTED}' if label else _EXPECTED}"
+    if 2 * len(match.missing) > len(wanted):
+        return (
+            "most names differ, so the file is of another architecture: set backbone.name to it, or give another file"
+        )
+    found, own = _measures(match.state, [*match.state, *match.unknown]), _measures(wanted, wanted)
+    if found != own and "width" in found:
+        sizes = ", ".join(f"{what} {value}" for what, value in found.items())
+        close = _close_names(architecture_of(model), found)
+        return f"the file has {sizes}: set backbone.name or backbone.options to such a model{close}"
+    if match.wrong and not match.missing and not match.unknown:
+        return "the file is of another size of this architecture: set backbone.name or backbone.options to it"
+    right = "" if match.wrong else "the sizes are right, so "
+    return f"{right}the file is incomplete or of another variant of this architecture (backbone.name, backbone.options)"
+
+
+def _measures(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, int]:
+    """Return width, blocks and patch of a transformer's weights; what is not seen is left out."""
+    patches = state.get("patch_embed.proj.weight")
+    numbers = [int(found.group(1)) for name in names if (found := re.match(r"blocks\.(\d+)\.", name))]
+    measures = {} if patches is None else {"width": patches.shape[0]}
+    if numbers:
+        measures["blocks"] = max(numbers) + 1
+    if patches is not None and patches.ndim == 4:
+        measures["patch"] = patches.shape[-1]
+    return measures
+
+
+def _close_names(architecture: str, found: Mapping[str, int]) -> str:
+    """Return timm's names of such sizes that are most like ``architecture``, as the end of a sentence."""
+    import difflib
+
+    size, patch = _SIZES.get(found.get("width", 0)), found.get("patch")
+    names = import_timm().list_models(f"*_{size}_patch{patch}*") if size and patch else []
+    close = difflib.get_close_matches(architecture, names, n=2, cutoff=0.0)
+    return f" (as {' or '.join(close)})" if close else ""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from threading import Thread
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
+from grappa.backbone.catalog import find_weights
+from grappa.backbone.files.hub import HUB, hub_problem, is_cached
+from grappa.backbone.files.hub import is_hub_name as is_hub_weights
+from grappa.backbone.files.places import files_of
+from grappa.backbone.unusable import BackboneError
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.store.storage import file_digest
 
-HUB_SECONDS = 3.0  # how long `grappa init` waits for the hub
 SUFFIXES = (".json", ".safetensors", ".txt")  # of the files that are read from a detector's folder
 
 
@@ -40,6 +40,39 @@ def weights_digest(path: Path, known: Any = None) -> dict[str, Any]:
     if known and found.items() <= known.items():
         return known
     return found | {"sha256": file_digest(path)[1]}
+
+
+def backbone_digests(config: Config, known: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the digests of the backbone's weights for the fingerprint, and their provenance.
+
+    One file gives its digest, also one in a folder; shards give one digest each, by their names; weights of the hub
+    give the hub's name. ``known`` is the provenance of an earlier call, or None.
+    """
+    weights = config.backbone.weights
+    if weights is None or is_hub_weights(weights):
+        return {"hub": config.backbone.name if weights is None else weights.removeprefix(HUB)}, {}
+    known = known if isinstance(known, dict) else {}
+    files = _weight_files(weights, known)
+    if len(files) == 1:
+        found = weights_digest(files[0], known)
+        return {"sha256": found["sha256"]}, {"weights": found}
+    shards = {file.name: weights_digest(file, known.get(file.name)) for file in files}
+    return {name: each["sha256"] for name, each in shards.items()}, {"weights": shards}
+
+
+def _weight_files(weights: str, known: Mapping[str, Any]) -> list[Path]:
+    """Return the files of a path; of a folder that is gone those that were known, since the run has their content."""
+    if os.path.isdir(weights) or (weights.endswith(".index.json") and os.path.isfile(weights)):
+        try:
+            return files_of(weights)
+        except BackboneError as error:
+            raise MissingInputError(f"backbone.weights: {error}") from error
+    before = [known] if "path" in known else list(known.values())
+    folders = {os.path.dirname(each["path"]) for each in before}
+    folder = os.path.dirname(weights) if weights.endswith(".index.json") else weights
+    if not os.path.isfile(weights) and folders == {folder}:
+        return [Path(each["path"]) for each in before]
+    return [Path(weights)]
 
 
 def is_hub_name(model: str) -> bool:
@@ -77,7 +110,7 @@ def hub_problems(config: Config) -> dict[str, str]:
     A model that lies in the hub's cache is no problem. Behind a proxy the hub is not tried.
     """
     wanted = dict(_from_hub(config))
-    problem = _hub_problem() if wanted else ""
+    problem = hub_problem() if wanted else ""
     if not problem:
         return {}
     return {
@@ -87,43 +120,12 @@ def hub_problems(config: Config) -> dict[str, str]:
 
 
 def _from_hub(config: Config) -> Iterator[tuple[str, tuple[str, str]]]:
-    if config.backbone.weights is None and not _is_cached(f"timm--{config.backbone.name}*"):
+    weights = config.backbone.weights
+    if weights is None and find_weights(config.backbone.name) is None:
         yield "backbone", ("backbone.weights", "give a file by --set backbone.weights=FILE")
+    if weights is not None and is_hub_weights(weights) and not is_cached(weights.removeprefix(HUB)):
+        yield "backbone", (f"backbone.weights is {weights} and", "give a file by --set backbone.weights=FILE")
     model = config.objects.model
     asked = config.objects.provider == "grounding_dino" and model is not None and is_hub_name(model)
-    if asked and not _is_cached(str(model).replace("/", "--")):
+    if asked and not is_cached(str(model)):
         yield "objects", ("objects.model", "give a folder by --set objects.model=FOLDER")
-
-
-def _is_cached(pattern: str) -> bool:
-    from huggingface_hub import constants
-
-    return any(Path(constants.HF_HUB_CACHE).glob(f"models--{pattern}/snapshots/*/*"))
-
-
-def _hub_problem() -> str:
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE forbids it"
-    place = urlsplit(constants.ENDPOINT)
-    if getproxies() or _answers(str(place.hostname), place.port or (80 if place.scheme == "http" else 443)):
-        return ""
-    return f"{place.hostname} cannot be reached from here"
-
-
-def _answers(host: str, port: int) -> bool:
-    """Tell whether a host takes a connection in time; a thread waits, because looking a name up has no limit."""
-    found: list[bool] = []
-
-    def connect() -> None:
-        try:
-            socket.create_connection((host, port), HUB_SECONDS).close()
-        except OSError:
-            return
-        found.append(True)
-
-    thread = Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(HUB_SECONDS)
-    return bool(found)

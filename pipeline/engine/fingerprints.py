@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from grappa.pipeline.config.schema import Config, identity_settings
-from grappa.pipeline.engine.externals import MissingInputError, detector_digests, weights_digest
+from grappa.pipeline.engine.externals import MissingInputError, backbone_digests, detector_digests
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import Input, find_stage
 from grappa.pipeline.store.artifacts import CorruptManifest, Manifest, RunFolder, quoted
@@ -90,9 +89,5 @@ def _input_digests(run: RunFolder, source: Input) -> dict[str, str]:
 
 def _weights(run: RunFolder, config: Config, node: Node) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the digests of the backbone's weights for the fingerprint, and their provenance."""
-    if config.backbone.weights is None:
-        return {"hub": config.backbone.name}, {}
     manifest = read_manifest(run, node)
-    known = manifest.provenance.get("weights") if manifest else None
-    found = weights_digest(Path(config.backbone.weights), known)
-    return {"sha256": found["sha256"]}, {"weights": found}
+    return backbone_digests(config, manifest.provenance.get("weights") if manifest else None)

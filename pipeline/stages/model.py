@@ -21,7 +21,7 @@ def run(context: StageContext) -> str:
         open_backbone(context),
         adapted.sets,
         adapted.fusion,
-        cache_size=context.config.images.cache_size,
+        cache_size=context.config.images.shorter_side,
         head=open_head(context, name) if name in head_models(context.config) else None,
     )
     model = load_model(context.path)
