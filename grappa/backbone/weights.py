@@ -123,7 +123,7 @@ def _misfit(model: nn.Module, match: Match, state: Mapping[str, Tensor], source:
     parts = [f"{len(match.missing)} tensors missing (first: {match.missing[0]})"] if match.missing else []
     parts += [f"{len(match.unknown)} unknown (first: {match.unknown[0]})"] if match.unknown else []
     parts += [_wrong(name, match.state[name], wanted[name]) for name in match.wrong[:1]]
-    where = f" under {match.prefix!r}" if match.prefix else ""
+    where = f" under {match.prefix!r}" if match.prefix and 2 * len(match.missing) <= len(wanted) else ""
     label = match.layout or label_of(state)
     looks = f" (they look like {label}{where})" if label else ""
     return (
@@ -138,19 +138,22 @@ def _wrong(name: str, given: Tensor, wanted: Tensor) -> str:
 
 
 def _advice(model: nn.Module, match: Match, label: str) -> str:
-    if not match.state:
-        names = f"this is another architecture, or {_EXPECTED}" if label else _EXPECTED
-        return f"no name fits: {names}"
     wanted = model.state_dict()
+    if not match.state:
+        return f"no name fits: {f'this is another architecture, or {_EXPECTED}' if label else _EXPECTED}"
+    if 2 * len(match.missing) > len(wanted):
+        return (
+            "most names differ, so the file is of another architecture: set backbone.name to it, or give another file"
+        )
     found, own = _measures(match.state, [*match.state, *match.unknown]), _measures(wanted, wanted)
     if found != own and "width" in found:
         sizes = ", ".join(f"{what} {value}" for what, value in found.items())
         close = _close_names(architecture_of(model), found)
         return f"the file has {sizes}: set backbone.name or backbone.options to such a model{close}"
-    return (
-        "the sizes are right, so the file is incomplete or of another variant of this architecture (backbone.name, "
-        "backbone.options)"
-    )
+    if match.wrong and not match.missing and not match.unknown:
+        return "the file is of another size of this architecture: set backbone.name or backbone.options to it"
+    right = "" if match.wrong else "the sizes are right, so "
+    return f"{right}the file is incomplete or of another variant of this architecture (backbone.name, backbone.options)"
 
 
 def _measures(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from grappa.core.atomic import write_whole
 from grappa.core.notes import UntrustedError, check_claim, claim, read_note, write_note
-from grappa.pipeline.store.storage import atomic_write_bytes, storage_errors
+from grappa.pipeline.store.storage import atomic_write_pieces, storage_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,10 +53,35 @@ def refuse_if_stopped() -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all; a full disk is an OSError (the writer of safetensors hides it)."""
+    """Write a safetensors file whole or not at all; a full disk is an OSError (the writer of safetensors hides it).
+
+    The bytes are those of safetensors' own `save`, which would hold them twice beside the tensors.
+    """
+    plain = _plain(tensors)
+    header = _header(plain, metadata)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    names = [name for name in header if name in plain]
+    atomic_write_pieces(path, [len(text).to_bytes(8, "little"), text, *(_bytes(plain[name]) for name in names)])
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """Return what the file says of its tensors, in their order: safetensors' own header of empty ones, with sizes."""
     from safetensors.torch import save
 
-    atomic_write_bytes(path, save(_plain(tensors), dict(metadata) if metadata else None))
+    whole = save({name: value.new_empty(0) for name, value in tensors.items()}, dict(metadata) if metadata else None)
+    header: dict[str, Any] = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+    end = 0
+    for name in [each for each in header if each in tensors]:
+        start, end = end, end + tensors[name].nbytes
+        header[name].update(shape=list(tensors[name].shape), data_offsets=[start, end])
+    return header
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -65,12 +90,11 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _digest(tensors: Mapping[str, Tensor], record: str) -> str:
     """Return the sha256 of a record and of the names, types, shapes and values of tensors on the CPU."""
-    import torch
 
     digest = hashlib.sha256(record.encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"\0{name} {value.dtype} {tuple(value.shape)}\0".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(value))
     return digest.hexdigest()
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,14 @@ def file_digest(path: Path) -> tuple[int, str]:
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Write the whole file; after an error or a crash the former file is there. StorageError where it cannot write."""
+    atomic_write_pieces(path, [data])
+
+
+def atomic_write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write a file by `atomic_write_bytes`, piece after piece, so that it need not be in memory as a whole."""
     draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with storage_errors(path):
-        write_whole(path, lambda file: file.write(data), draft=draft)
+        write_whole(path, lambda file: file.writelines(pieces), draft=draft)
 
 
 def atomic_write_text(path: Path, text: str) -> None:

@@ -119,15 +119,19 @@ class _Search:
     def _counted(self) -> tuple[Counter[tuple[str, Layout | None]], set[str]]:
         """Return how many wanted names each prefix has in each layout, and the prefixes of what timm converts."""
         hits: Counter[tuple[str, Layout | None]] = Counter()
+        signed: set[tuple[str, Layout | None]] = set()
         foreign: set[str] = set()
         for name in self.tensors:
             for prefix, rest in _splits(name):
                 if _FOREIGN.match(rest):
                     foreign.add(prefix)
-                for layout in (None, *RENAMED):
-                    if (rest if layout is None else layout.renamed(rest)) in self.wanted:
-                        hits[prefix, layout] += 1
-        return hits, foreign
+                hits[prefix, None] += rest in self.wanted
+                for layout in RENAMED:
+                    hits[prefix, layout] += layout.renamed(rest) in self.wanted
+                    if layout.sign.search(rest):
+                        signed.add((prefix, layout))
+        found = {each: number for each, number in hits.items() if number and (each[1] is None or each in signed)}
+        return Counter(found), foreign
 
     def attempts(self) -> list[tuple[str, Layout | None]]:
         """Return (prefix, layout) with the most names in common first, of equal ones as ``PREFERRED`` has it."""

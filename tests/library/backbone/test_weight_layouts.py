@@ -456,6 +456,14 @@ def test_weights_of_other_sizes_are_refused_with_the_sizes_and_the_names_that_ha
     assert "vit_small_patch8_224" in sentence
 
 
+def test_weights_of_another_architecture_are_called_so() -> None:
+    state = noisy("convnext_tiny", **CONVNEXT).state_dict()
+    with pytest.raises(BackboneError, match=r"look like a staged model of timm\) .*(no name fits|most names differ)"):
+        load_state(build(), state, source="the file")
+    with pytest.raises(BackboneError, match=r"look like timm or DINO\) .*(no name fits|most names differ)"):
+        load_state(build("convnext_tiny", **CONVNEXT), noisy().state_dict(), source="the file")
+
+
 def test_a_file_that_lacks_a_tensor_is_not_answered_by_set_the_name() -> None:
     state = under("model.", noisy().state_dict())
     del state["model.norm.weight"]

@@ -195,6 +195,32 @@ def test_a_hub_out_of_reach_is_said_with_the_way_out(desk: Desk, monkeypatch: py
     assert not warnings()
 
 
+def test_weights_named_on_the_hub_are_kept_as_they_are_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(desk.folder / "cache"))
+    config = desk.new("backbone.weights=hf-hub:somebody/some-model")
+    assert config.backbone.weights == "hf-hub:somebody/some-model"
+    (line,) = (line for line in desk.said if "come from the hub" in line)
+    assert line.startswith("warning: backbone.weights is hf-hub:somebody/some-model")
+    assert line.endswith("HF_HUB_OFFLINE forbids it; give a file by --set backbone.weights=FILE")
+
+
+def test_weights_may_be_a_folder_or_lie_in_the_home_folder(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(desk.folder))
+    (desk.folder / "model").mkdir()
+    (desk.folder / "model" / "model.safetensors").write_bytes(b"")
+    for given in ("~/model", f"local-dir:{desk.folder / 'model'}"):
+        assert desk.new(f"backbone.weights={given}").backbone.weights == str(desk.folder / "model")
+    (desk.folder / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"backbone\.weights: .*empty holds no weight file"):
+        desk.init(assignments=["backbone.weights=~/empty/"])
+
+
+def test_a_name_of_the_hub_given_as_a_file_is_answered_by_how_to_write_it(desk: Desk) -> None:
+    with pytest.raises(ConfigError, match="or hf-hub:facebook/dinov2-small for a model of the hub"):
+        desk.new("backbone.weights=facebook/dinov2-small")
+
+
 def test_what_the_hubs_cache_holds_needs_no_hub(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = desk.folder / "cache"
     (cache / "models--timm--vit_small_patch16_224.dino" / "snapshots" / "abc").mkdir(parents=True)
