@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -12,7 +13,10 @@ from grappa.backbone.unusable import BackboneError
 from grappa.core.printing import shown
 
 CROP_MODES, INTERPOLATIONS = ("center", "squash"), ("bicubic", "bilinear")
-_FORMER = {"crop_mode": "center", "interpolation": "bicubic"}  # what records without these fields mean
+_FORMER = {"crop_mode": "center", "interpolation": "bicubic", "module": ""}  # what records without these fields mean
+_PLACE = re.compile(r"[A-Za-z_][\w.]{0,150}:[A-Za-z_]\w{0,100}")
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class BackboneSpec:
     image_size: side of the square input, pixels. crop_fraction: share (0-1) of the shorter side that is shown. mean,
     std: of the three colors, 0-1. options: further arguments of the architecture, those of
     ``grappa.backbone.architectures.OPTIONS``. crop_mode: ``center``, a square of the shorter side; ``squash``, the
-    whole image, both sides stretched to the square's. interpolation: how an image is resized to the input.
+    whole image, both sides stretched to the square's. interpolation: how an image is resized to the input. module:
+    where the function is that makes a model of a user's own, ``package.module:function``; "": it is one of timm.
     BackboneError for any other value.
     """
 
@@ -34,9 +39,15 @@ class BackboneSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     crop_mode: str = "center"
     interpolation: str = "bicubic"
+    module: str = ""
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        if self.module == "":
+            check_name(self.name)
+        else:
+            check_place(self.module)
+            if self.name != self.module.partition(":")[2]:
+                raise BackboneError(f"the backbone is called {shown(self.name)}; expected its function's name")
         check_input(self.image_size, self.crop_fraction, self.mean, self.std)
         check_options(self.options)
         for name, allowed in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
@@ -47,7 +58,7 @@ class BackboneSpec:
     @property
     def framing(self) -> dict[str, Any]:
         """How an image is brought to the input: the arguments of ``eval_crop`` in ``grappa.images.transforms``."""
-        return {name: getattr(self, name) for name in ("image_size", "crop_fraction", *_FORMER)}
+        return {name: getattr(self, name) for name in ("image_size", "crop_fraction", "crop_mode", "interpolation")}
 
     def to_json(self) -> dict[str, Any]:
         """Return the record of it; what is as in records of former versions is left out, so that they stay equal."""
@@ -62,6 +73,33 @@ class BackboneSpec:
             raise BackboneError(f"the backbone is {shown(record)}; expected an object with {', '.join(sorted(names))}")
         colors = {name: tuple(each) if isinstance(each := record[name], list) else each for name in ("mean", "std")}
         return cls(**{**record, **colors})
+
+
+def check_place(text: object) -> None:
+    """Refuse what does not say where a function is; BackboneError."""
+    if not isinstance(text, str) or not _PLACE.fullmatch(text):
+        raise BackboneError(f"backbone.module is {shown(text)}; expected package.module:function")
+
+
+def own_module_spec(
+    place: str,
+    *,
+    image_size: int | None = None,
+    crop_fraction: float | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> BackboneSpec:
+    """Return the specification of a model of a user's own; what is None is usual: 224 px, the whole shorter side,
+    ImageNet's colors. BackboneError: a value is out of its range, or there are options, which only timm's models have.
+    """
+    check_place(place)
+    if options:
+        raise BackboneError(
+            f"backbone.options is {shown(dict(options))}; a module of your own has none, leave them out"
+        )
+    name, colors = place.partition(":")[2], (mean or _IMAGENET_MEAN, std or _IMAGENET_STD)
+    return BackboneSpec(name, image_size or 224, crop_fraction or 1.0, *colors, module=place)
 
 
 def resolve_spec(

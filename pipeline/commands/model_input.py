@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from grappa.backbone.catalog import name_problem, patch_size
-from grappa.backbone.spec import BackboneSpec, check_patches, resolve_spec, visible_side
+from grappa.backbone.spec import BackboneSpec, check_patches, own_module_spec, resolve_spec, visible_side
 from grappa.backbone.timm_source import declared
 from grappa.backbone.unusable import BackboneError
 from grappa.pipeline.config.schema import Backbone, Config
@@ -19,12 +19,12 @@ BYTES = 3 * 4 / 3  # of a pixel of the shorter side's square: photographs are a 
 
 def check_input(settings: Backbone) -> None:
     """Refuse a name that can be no backbone, options that it lacks, and an input that does not fit; ConfigError."""
-    problem = name_problem(settings.name)
+    problem = name_problem(settings.name) if settings.module is None else ""
     if problem:
         raise ConfigError(f"backbone.name: {problem}")
     try:
         spec, patch = _declared_spec(settings), patch_size(settings.name, settings.options)
-        if spec and patch:
+        if spec and patch and not spec.module:
             check_patches(spec, patch)
     except BackboneError as error:
         raise ConfigError(str(error)) from None
@@ -69,7 +69,7 @@ def say_input(config: Config, num_images: int, say: Say) -> None:
 
 
 def _patches(spec: BackboneSpec) -> str:
-    patch = patch_size(spec.name, spec.options)
+    patch = patch_size(spec.name, spec.options) if not spec.module else None
     if patch is None or spec.image_size < patch:
         return ""
     number, usual = (spec.image_size // patch) ** 2, (USUAL_SIZE // patch) ** 2
@@ -92,6 +92,15 @@ def _known_spec(settings: Backbone) -> BackboneSpec | None:
 
 def _declared_spec(settings: Backbone) -> BackboneSpec | None:
     """Return the specification by what timm's source says; None where it says nothing of the model's input."""
+    if settings.module is not None:
+        return own_module_spec(
+            settings.module,
+            image_size=settings.image_size,
+            crop_fraction=settings.crop_fraction,
+            mean=settings.mean,
+            std=settings.std,
+            options=settings.options,
+        )
     found = declared(settings.name)
     if found is None or found.weights is None:
         return None

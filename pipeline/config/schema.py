@@ -90,6 +90,9 @@ class Images(Section):
 
 class Backbone(Section):
     name: str = Field("vit_small_patch16_224.dino", description="a model of timm, see `grappa backbones`")
+    module: str | None = provenance(
+        None, "package.module:function that makes a torch module of your own, which is then adapted; null: timm's name"
+    )
     weights: str | None = provenance(None, "a weight file or folder, or hf-hub:OWNER/NAME; null: the hub's weights")
     image_size: PositiveInt | None = Field(
         None, description="pixels of the square input, a multiple of the model's patch; null: the model's own"
