@@ -288,6 +288,8 @@ def test_keys_that_a_model_has_no_bias_for_are_refused_unless_they_are_zero() ->
         ones = {name: value + 1 for name, value in keys.items()}
         with pytest.raises(BackboneError, match=r"unknown \(first: blocks.0.attn.qkv.bias\)"):
             load_state(build(each), state | ones, source="the file")
+    with pytest.raises(BackboneError, match="set backbone.name=vit_small_patch16_dinov3_qkvb"):
+        load_state(build("vit_small_patch16_dinov3"), state, source="the file")
 
 
 # ---------------------------------------------------------------- what timm converts
