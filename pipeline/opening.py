@@ -141,16 +141,15 @@ def _measured(backbone: Backbone, modules: list[nn.Module], numbers: int) -> Mea
     """Return the sizes of any model, by a pass of one image without computing it; attention is that of a CPU."""
     sets = [each for each in modules if isinstance(each, AdaptorSet)]
     acting: Any = Fusion(sets) if len(sets) > 1 else next(iter(modules), None)
-    if acting is not None:
-        acting = without_tensors(acting).requires_grad_(True)
+    trained = acting is not None and any(True for _ in acting.parameters())
+    acting = acting if acting is None else without_tensors(acting).requires_grad_(True)
     width, size = backbone.embedding_dim, backbone.spec.image_size  # they are found before
     twin: Any = without_tensors(backbone)
     for module in twin.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
     passing, kept = (
-        peak_numbers(lambda images: twin(images, acting), size, gradients=asked)
-        for asked in (False, acting is not None)
+        peak_numbers(lambda images: twin(images, acting), size, gradients=asked) for asked in (False, trained)
     )
     return MeasuredShape(size, width, passing=passing, kept=kept, trained=numbers)
 

@@ -17,9 +17,12 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
+from grappa.backbone.dry_run import without_tensors
 from grappa.backbone.frozen import Adaptation, Backbone, build_backbone
-from grappa.backbone.weights import load_state
+from grappa.backbone.vit import reads_class_token
+from grappa.backbone.weights import BackboneError, load_state
 from grappa.core.arrays import Floats
+from grappa.core.printing import sentence
 
 _BY_SIDES = np.zeros((3, 3, 3), dtype=bool)  # patches of one image that share a side belong together
 _BY_SIDES[1] = ndimage.generate_binary_structure(2, 1)
@@ -28,41 +31,88 @@ MIN_GRID = 16  # patches a side; a box is as fine as they are
 
 
 def seeing_finely(backbone: Backbone) -> Backbone:
-    """Return the backbone for an input of at least 16 x 16 patches, its positions resampled."""
-    vit: Any = backbone.model
-    side = max(backbone.spec.image_size, MIN_GRID * max(vit.patch_embed.patch_size))
-    if side == backbone.spec.image_size:
+    """Return the backbone for an input of at least 16 x 16 patches, its positions resampled.
+
+    A model that takes no larger images, or whose tables of positions are not those of another size, stays as it is: its
+    boxes are as coarse as its own grid.
+    """
+    size, rows = backbone.spec.image_size, grid_of(backbone)[0]
+    side = max(size, -(-MIN_GRID * size // rows))
+    if side == size:
         return backbone
-    finer = build_backbone(replace(backbone.spec, image_size=side))
-    load_state(finer.model, vit.state_dict(), source="the backbone")
-    return finer
+    try:
+        finer = build_backbone(replace(backbone.spec, image_size=side))
+        load_state(finer.model, backbone.model.state_dict(), source="the backbone")
+        return finer if grid_of(finer)[0] > rows else backbone
+    except BackboneError:
+        return backbone
 
 
 def grid_of(backbone: Backbone) -> tuple[int, int]:
-    """Return rows and columns of the backbone's patches."""
-    vit: Any = backbone.model
-    rows, columns = vit.patch_embed.grid_size
+    """Return rows and columns of the backbone's patches; BackboneError where it gives no maps of an image."""
+    model: Any = backbone.model
+    if reads_class_token(model):
+        rows, columns = model.patch_embed.grid_size
+    else:
+        rows, columns = _shape_of_map(backbone)
     return int(rows), int(columns)
+
+
+def _shape_of_map(backbone: Backbone) -> tuple[int, int]:
+    size = backbone.spec.image_size
+    try:
+        with torch.no_grad():
+            try:
+                found = _map(without_tensors(backbone.model), torch.empty((1, 3, size, size), device="meta"))
+            except RuntimeError:  # the model reads values
+                device = next(backbone.parameters()).device
+                found = _map(backbone.model, torch.zeros((1, 3, size, size), device=device))
+    except (TypeError, AttributeError, NotImplementedError, AssertionError) as error:
+        raise BackboneError(
+            f"{backbone.spec.name} gives no maps of an image ({sentence(error, limit=100)}), in which the foreground "
+            "is looked for; set objects.provider to columns or grounding_dino, or choose another backbone"
+        ) from error
+    return found.shape[2], found.shape[3]
 
 
 def foreground(backbone: Backbone, images: Tensor, adaptation: Adaptation | None = None) -> Tensor:
     """Return how much each patch differs from the border, (B, P) float32 in 0-2, large in front.
 
     The value is 1 - the cosine between the patch's token and the mean of the (L2-normalised) tokens at the border of
-    the image, after two thirds of the blocks: the four sides of the image are taken for background.
+    the image, after two thirds of the blocks (of a model in stages, of its stages): the four sides of the image are
+    taken for background.
 
     Args:
         images: (B, 3, S, S) float, normalised; the whole image, not its center.
     """
-    vit: Any = backbone.model
-    hidden_BTD = backbone.tokens(images)
-    for block in vit.blocks[: max(1, 2 * len(vit.blocks) // 3)]:
-        hidden_BTD = block(hidden_BTD)
-    tokens_BPD = F.normalize(hidden_BTD[:, vit.num_prefix_tokens :].float(), dim=-1)
-    edge = torch.from_numpy(_border(grid_of(backbone))).to(tokens_BPD.device)
+    patches_BPD, grid = _patches(backbone, images)
+    tokens_BPD = F.normalize(patches_BPD.float(), dim=-1)
+    edge = torch.from_numpy(_border(grid)).to(tokens_BPD.device)
     background_BD = F.normalize(tokens_BPD[:, edge].mean(1), dim=-1)
     values: Tensor = 1 - (tokens_BPD * background_BD[:, None]).sum(-1)
     return values
+
+
+def _patches(backbone: Backbone, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Return the tokens of the patches, (B, P, D), row by row, and the rows and columns of their grid."""
+    model: Any = backbone.model
+    if not reads_class_token(model):
+        found = _map(model, images)
+        return found.flatten(2).transpose(1, 2), (found.shape[2], found.shape[3])
+    hidden_BTD = backbone.tokens(images)
+    for block in model.blocks[: max(1, 2 * len(model.blocks) // 3)]:
+        hidden_BTD = block(hidden_BTD)
+    return hidden_BTD[:, model.num_prefix_tokens :], grid_of(backbone)
+
+
+def _map(model: Any, images: Tensor) -> Tensor:
+    """Return the map (B, D, rows, columns) that timm gives of a model after two thirds of its blocks or stages."""
+    index = max(1, 2 * len(model.feature_info) // 3) - 1
+    maps = model.forward_intermediates(
+        images, indices=[index], norm=False, stop_early=True, output_fmt="NCHW", intermediates_only=True
+    )
+    found: Tensor = maps[0]
+    return found
 
 
 def _border(grid: tuple[int, int]) -> NDArray[np.bool_]:

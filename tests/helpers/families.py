@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import grappa
 from grappa.backbone import architectures
-from grappa.backbone.frozen import Backbone, build_backbone, embed
+from grappa.backbone.frozen import Backbone, build_backbone
 from grappa.backbone.spec import BackboneSpec
 from grappa.backbone.weights import BackboneError, import_timm
 from grappa.method.adaptors import AdaptorSet
@@ -41,6 +42,9 @@ class Family:
 
     def spec(self, size: int | None = None) -> BackboneSpec:
         return BackboneSpec(self.name, size or self.size, 1.0, HALF, HALF, dict(self.options))
+
+
+FAMILIES = tuple(Family(**each) for each in json.loads(Path(__file__).with_suffix(".json").read_text()))
 
 
 class _Anything:
@@ -145,19 +149,25 @@ def without_gradients(backbone: Backbone, images: Tensor) -> list[str]:
 
 
 def reopened(backbone: Backbone, folder: Path) -> tuple[GrappaModel, GrappaModel]:
-    """Return the model of one set, and the same one saved and loaded."""
+    """Return the model of a fusion of two sets, and the same one saved and loaded."""
+    sets = {f"k0000{seed}": adaptors_for(backbone, seed, in_context=False) for seed in (0, 1)}
+    fusion = fusion_for(list(sets.values()))
+    save_model(folder, backbone, sets, fusion, cache_size=backbone.spec.image_size)
+    return GrappaModel(backbone, fusion, cache_size=backbone.spec.image_size), grappa.load_model(folder)
+
+
+def reopened_set(backbone: Backbone, folder: Path) -> tuple[GrappaModel, GrappaModel]:
+    """Return the model of one set, in-context where it can be, and the same one saved and loaded."""
     student = adaptors_for(backbone)
     save_model(folder, backbone, {"student": student}, None, cache_size=backbone.spec.image_size)
     return GrappaModel(backbone, student, cache_size=backbone.spec.image_size), grappa.load_model(folder)
 
 
-def fused(backbone: Backbone, images: Tensor, level: str = "token") -> tuple[Tensor, Tensor, Tensor]:
+def fused(
+    backbone: Backbone, images: Tensor, level: str = "token", *, in_context: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the embeddings by a fusion of two sets and by its folded form, and the attention."""
-    fusion = fusion_for([adaptors_for(backbone, seed) for seed in (0, 1)], level)
+    fusion = fusion_for([adaptors_for(backbone, seed, in_context=in_context) for seed in (0, 1)], level)
     with torch.no_grad():
         plain, attention = fused_forward(backbone, fusion, images)
         return plain, backbone(images, fusion.folded()), attention
-
-
-FAMILIES: tuple[Family, ...] = ()
-__all__ = ["FAMILIES", "Family", "embed"]
