@@ -23,8 +23,12 @@ from grappa.backbone.timm_source import (
 )
 from grappa.core.printing import shown
 
-# Why architectures cannot be adapted, by the file of timm or by the name, as they turn out when they are built.
-REFUSED: Mapping[str, str] = {}
+_NO_POOLING = "it gives a vector for each patch and none for the image; choose the name without _enc"
+REFUSED: Mapping[str, str] = {  # why architectures can be no backbone, by patterns of their names
+    "gemma4_vit_*_enc": _NO_POOLING,
+    "qwen3_vit_*_enc": _NO_POOLING,
+    "deepseek_vit_*": "its images get a border to be square (crop_mode border), which is not done here",
+}
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # of which timm takes the first that there is
 # Files of timm whose models' embedding is not as wide as what `_stated_width` reads says.
 _OTHER_WIDTHS = frozenset(
@@ -67,7 +71,7 @@ def _entry(name: str, folders: Collection[str]) -> CatalogEntry:
         raise ValueError(f"timm's source does not have {name!r}; give a name of timm")
     _, height, width = found.weights.input_size
     weights = _file_of(found, folders)
-    return CatalogEntry(name, found.family, _stated_width(file, model), (height, width), weights, _refusal(file, model))
+    return CatalogEntry(name, found.family, _stated_width(file, model), (height, width), weights, _refusal(model))
 
 
 # ---------------------------------------------------------------- what is wrong with a name
@@ -85,7 +89,7 @@ def name_problem(name: str) -> str:
     file = find_file(model)
     if file is None:
         return _unknown(name)
-    reason = _refusal(file, model)
+    reason = _refusal(model)
     if reason:
         return f"{name!r} can be no backbone: {reason}; `grappa backbones` lists what can"
     if tag and file.weights and declared(name) is None:
@@ -114,8 +118,8 @@ def _search_word(name: str, models: Collection[str]) -> str:
     return next((f" {word}" for word in words if any(word in model for model in models)), "")
 
 
-def _refusal(file: SourceFile, model: str) -> str:
-    return REFUSED.get(model, REFUSED.get(file.family, ""))
+def _refusal(model: str) -> str:
+    return next((reason for pattern, reason in REFUSED.items() if fnmatchcase(model, pattern)), "")
 
 
 # ---------------------------------------------------------------- what the source says of a model
