@@ -181,11 +181,17 @@ class Augmented(Section):
 
 
 class Trained(Augmented):
-    """Settings of every training: AdamW with a warmed-up cosine schedule."""
+    """Settings of every training: AdamW with a warmed-up cosine schedule, on views that are milder than those by which
+    models are judged."""
 
-    num_epochs: PositiveInt = Field(4, description="passes over the train images")
-    batch_size: PositiveInt = Field(64, description="images (fusion: pairs) a step")
-    learning_rate: PositiveFloat = Field(1e-3, description="peak of the cosine schedule")
+    min_crop: CropFraction = Field(0.85, description="smallest side of a training crop, as a share of the shorter side")
+    brightness: Fraction = Field(0.1, description="strength of the brightness change")
+    contrast: Fraction = Field(0.1, description="strength of the contrast change")
+    saturation: Fraction = Field(0.1, description="strength of the saturation change")
+    grayscale: Fraction = Field(0.0, description="chance of a grey view")
+    num_epochs: PositiveInt = Field(2, description="passes over the train images")
+    batch_size: PositiveInt = Field(32, description="images a step")
+    learning_rate: PositiveFloat = Field(2e-3, description="peak of the cosine schedule")
     weight_decay: NonNegativeFloat = Field(1e-2, description="AdamW's weight decay on what is trained but the proxies")
     warmup: Fraction = Field(0.1, description="share of the steps in which the rate rises linearly")
     seed: NonNegativeInt = Field(0, description="seed of initial weights, order, partners and views")
@@ -209,8 +215,8 @@ class Adaptors(AdaptorSetSettings):
     supervision: Literal["pseudo_labels", "labels"] = Field(
         "pseudo_labels", description="what a set is trained on: clusters, or (one set) the train images' labels"
     )
-    proxy_learning_rate: PositiveFloat = Field(1e-3, description="peak of the class proxies' cosine schedule")
-    temperature: PositiveFloat = Field(0.05, description="tau of the normalised softmax")
+    proxy_learning_rate: PositiveFloat = Field(2e-3, description="peak of the class proxies' cosine schedule")
+    temperature: PositiveFloat = Field(0.1, description="tau of the normalised softmax")
     object_weight: NonNegativeFloat = Field(0.0, description="weight of the same loss on object views (see objects)")
     transfer_weight: NonNegativeFloat = Field(
         0.0, description="weight of the perception transfer from object views to images"
@@ -242,11 +248,13 @@ class Fusion(Trained):
     attention_level: Literal["token", "cls"] = Field(
         "token", description="one attention a token, or the CLS token's for all"
     )
-    attention_temperature: PositiveFloat = Field(1.0, description="the attention's logits are divided by it")
+    attention_temperature: PositiveFloat = Field(4.0, description="the attention's logits are divided by it")
     initial_std: PositiveFloat = Field(
         0.02, description="spread of the keys' start; breaks the symmetry of equal attention"
     )
-    num_epochs: PositiveInt = Field(2, description="passes over the train images")
+    num_epochs: PositiveInt = Field(1, description="passes over the train images")
+    batch_size: PositiveInt = Field(64, description="pairs a step")
+    learning_rate: PositiveFloat = Field(3e-4, description="peak of the cosine schedule")
     weight_decay: NonNegativeFloat = Field(1e-4, description="AdamW's weight decay")
     num_neighbors: PositiveInt = Field(5, description="a pair's second image is one of so many nearest neighbours")
 

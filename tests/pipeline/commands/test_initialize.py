@@ -73,7 +73,7 @@ def test_a_new_run_has_a_listing_and_an_explicit_configuration(desk: Desk) -> No
     assert config.images.sources == (str(desk.images),)
     assert len(desk.listing()) == 16
     assert desk.said[0] == "16 images of 2 domains, no split: birds 6, cars 10"
-    assert desk.said[-1].startswith("34 artifacts: 34 missing; next: grappa run ")
+    assert desk.said[-1].startswith("35 artifacts: 35 missing; next: grappa run ")
 
 
 def test_relative_paths_become_absolute(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,9 +151,9 @@ def test_what_a_preset_changes_is_said(desk: Desk) -> None:
     assert "changed by the preset: fusion.seed 3 -> 0" in desk.said
     desk.init(config="small")
     assert not any("changed by the preset" in line for line in desk.said)
-    desk.init(config="grappa")
+    desk.init(config="demo")
     (line,) = (line for line in desk.said if line.startswith("changed by the preset: "))
-    assert "backbone.name vit_tiny_patch16_224 -> vit_small_patch16_224.dino" in line and " more" in line
+    assert "backbone.image_size 128 -> 64" in line and " more" in line
 
 
 def test_a_preset_of_the_same_backbone_keeps_the_file_of_its_weights(desk: Desk) -> None:
