@@ -151,9 +151,9 @@ def test_what_a_preset_changes_is_said(desk: Desk) -> None:
     assert "changed by the preset: fusion.seed 3 -> 0" in desk.said
     desk.init(config="small")
     assert not any("changed by the preset" in line for line in desk.said)
-    desk.init(config="demo")
+    desk.init(config="small_dva")
     (line,) = (line for line in desk.said if line.startswith("changed by the preset: "))
-    assert "backbone.image_size 128 -> 64" in line and " more" in line
+    assert "objects.provider none -> backbone" in line and " more" in line
 
 
 def test_a_preset_of_the_same_backbone_keeps_the_file_of_its_weights(desk: Desk) -> None:
