@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from grappa.backbone.adapted import Adaptation, Adding, Residual, Residuals, hook, listening
 from grappa.backbone.architectures import create_model
-from grappa.backbone.catalog import name_problem
 from grappa.backbone.dry_run import Found, look
+from grappa.backbone.naming.catalog import name_problem
 from grappa.backbone.own_module import Maker, made_by, place_of
 from grappa.backbone.projections import Projection, call_by_module, find_projections
 from grappa.backbone.spec import BackboneSpec, check_patches, own_module_spec, resolve_spec

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from grappa.backbone.catalog import name_problem, patch_size
+from grappa.backbone.naming.catalog import name_problem, patch_size
+from grappa.backbone.naming.timm_source import declared
 from grappa.backbone.spec import BackboneSpec, check_patches, own_module_spec, resolve_spec, visible_side
-from grappa.backbone.timm_source import declared
 from grappa.backbone.unusable import BackboneError
 from grappa.pipeline.config.schema import Backbone, Config
 from grappa.pipeline.config.yaml_file import ConfigError

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from grappa.backbone import catalog
-from grappa.backbone.catalog import find_weights, list_backbones, name_problem
 from grappa.backbone.frozen import build_backbone
+from grappa.backbone.naming import catalog
+from grappa.backbone.naming.catalog import find_weights, list_backbones, name_problem
+from grappa.backbone.naming.timm_source import declared
 from grappa.backbone.spec import resolve_spec
-from grappa.backbone.timm_source import declared
 from grappa.backbone.unusable import BackboneError
 from grappa.backbone.weights import import_timm
 
@@ -92,7 +92,7 @@ def test_weights_in_the_caches_are_found(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_nothing_slow_is_loaded() -> None:
     code = (
-        "import sys; from grappa.backbone.catalog import list_backbones, name_problem; "
+        "import sys; from grappa.backbone.naming.catalog import list_backbones, name_problem; "
         "assert not name_problem('vit_tiny_patch16_224') and len(list_backbones()) > 1000; "
         "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
     )

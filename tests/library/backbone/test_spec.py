@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from grappa.backbone.naming.timm_source import declared
 from grappa.backbone.spec import BackboneSpec, check_patches, resolve_spec, visible_side
-from grappa.backbone.timm_source import declared
 from grappa.backbone.unusable import BackboneError
 from tests.helpers.tiny import tiny_backbone
 

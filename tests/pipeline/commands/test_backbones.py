@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from grappa.backbone import catalog
+from grappa.backbone.naming import catalog
 from grappa.pipeline.cli import app
 from grappa.pipeline.commands.backbones import found_backbones, say_backbones
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from grappa.backbone.timm_source import (
+from grappa.backbone.naming.timm_source import (
     Declared,
     SourceFile,
     declared,
