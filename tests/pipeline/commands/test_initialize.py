@@ -151,7 +151,7 @@ def test_what_a_preset_changes_is_said(desk: Desk) -> None:
     assert "changed by the preset: fusion.seed 3 -> 0" in desk.said
     desk.init(config="small")
     assert not any("changed by the preset" in line for line in desk.said)
-    desk.init(assignments=["fusion.seed=3", "student.seed=3", "heads.seed=3", "views.seed=3"])
+    desk.init(assignments=[f"{name}.seed=3" for name in "fusion student heads views clusters evaluation".split()])
     desk.init(config="small_dva")
     (line,) = (line for line in desk.said if line.startswith("changed by the preset: "))
     assert "objects.provider none -> backbone" in line and " more" in line
