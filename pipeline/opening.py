@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from grappa.backbone.dry_run import peak_numbers, without_tensors
+from grappa.backbone.adapting.dry_run import peak_numbers, without_tensors
 from grappa.backbone.frozen import Backbone, build_backbone
 from grappa.backbone.spec import BackboneSpec
 from grappa.backbone.tensors import fill

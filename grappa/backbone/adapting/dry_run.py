@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grappa.backbone.adapted import listening
-from grappa.backbone.projections import Projection
-from grappa.backbone.units import Unit, measured
+from grappa.backbone.adapting.adapted import listening
+from grappa.backbone.adapting.projections import Projection
+from grappa.backbone.adapting.units import Unit, measured
 from grappa.backbone.weights import BackboneError
 from grappa.core.printing import sentence
 
