@@ -24,8 +24,9 @@ def check_input(settings: Backbone) -> None:
         raise ConfigError(f"backbone.name: {problem}")
     try:
         spec, patch = _declared_spec(settings), patch_size(settings.name, settings.options)
-        if spec and patch and not spec.module:
-            check_patches(spec, patch)
+        found = declared(settings.name) if spec and patch and not spec.module else None
+        if spec and patch and found:
+            check_patches(spec, patch, found.weights)
     except BackboneError as error:
         raise ConfigError(str(error)) from None
 

@@ -21,13 +21,16 @@ from grappa.backbone.naming.timm_source import (
     pretrained_names,
     source_files,
 )
+from grappa.backbone.spec import CROP_MODES
 from grappa.core.printing import shown
 
-_NO_POOLING = "it gives a vector for each patch and none for the image; choose the name without _enc"
-REFUSED: Mapping[str, str] = {  # why architectures can be no backbone, by patterns of their names
-    "gemma4_vit_*_enc": _NO_POOLING,
-    "qwen3_vit_*_enc": _NO_POOLING,
-    "deepseek_vit_*": "its images get a border to be square (crop_mode border), which is not done here",
+# Why architectures can be no backbone, as it turns out when they are built.
+_ENCODERS = ("deepseek_vit_412m", "gemma4_vit_167m", "gemma4_vit_570m", *(f"qwen3_vit_{n}m" for n in (88, 306, 416)))
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(
+        (f"{each}_enc" for each in _ENCODERS),
+        "it gives tokens for a language model, not one vector an image",
+    ),
 }
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # of which timm takes the first that there is
 # Files of timm whose models' embedding is not as wide as what `_stated_width` reads says.
@@ -70,8 +73,8 @@ def _entry(name: str, folders: Collection[str]) -> CatalogEntry:
     if found is None or file is None:
         raise ValueError(f"timm's source does not have {name!r}; give a name of timm")
     _, height, width = found.weights.input_size
-    weights = _file_of(found, folders)
-    return CatalogEntry(name, found.family, _stated_width(file, model), (height, width), weights, _refusal(model))
+    weights, refused = _file_of(found, folders), _refusal(model, found.weights)
+    return CatalogEntry(name, found.family, _stated_width(file, model), (height, width), weights, refused)
 
 
 # ---------------------------------------------------------------- what is wrong with a name
@@ -89,10 +92,11 @@ def name_problem(name: str) -> str:
     file = find_file(model)
     if file is None:
         return _unknown(name)
-    reason = _refusal(model)
+    found = declared(name)
+    reason = _refusal(model, found.weights if found else None)
     if reason:
         return f"{name!r} can be no backbone: {reason}; `grappa backbones` lists what can"
-    if tag and file.weights and declared(name) is None:
+    if tag and file.weights and found is None:
         known = sorted(each for each in file.weights[model].tags if each) if model in file.weights else []
         hint = f"there are {', '.join(known)}" if known else "leave out what follows the dot"
         return f"timm has no weights called {name!r}; {hint}"
@@ -118,8 +122,13 @@ def _search_word(name: str, models: Collection[str]) -> str:
     return next((f" {word}" for word in words if any(word in model for model in models)), "")
 
 
-def _refusal(model: str) -> str:
-    return next((reason for pattern, reason in REFUSED.items() if fnmatchcase(model, pattern)), "")
+def _refusal(model: str, weights: Any) -> str:
+    """Return why a model can be no backbone, by its architecture or by how its images are framed; "" where it can."""
+    if model in REFUSED:
+        return REFUSED[model]
+    if weights is not None and weights.crop_mode not in CROP_MODES:
+        return f"its images are framed by {weights.crop_mode}; known are {' and '.join(CROP_MODES)}"
+    return ""
 
 
 # ---------------------------------------------------------------- what the source says of a model

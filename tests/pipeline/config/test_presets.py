@@ -34,7 +34,7 @@ def test_a_preset_fits_its_backbone(name: str) -> None:
     )
     patch = patch_size(backbone.name, backbone.options)
     assert patch is not None
-    check_patches(spec, patch)
+    check_patches(spec, patch, found.weights)
     assert settle_cache_size(config, None).images.shorter_side >= visible_side(spec)
 
 
