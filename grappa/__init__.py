@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,19 +29,22 @@ _HOMES = {
 }
 
 
-def load_model(folder: str | Path) -> GrappaModel:
+def load_model(folder: str | Path, module: Callable[[], Any] | str | None = None) -> GrappaModel:
     """Open an exported model folder, or the deployed model of a run folder, as a torch module for images.
 
-    The model is in evaluation mode on the CPU. ValueError where ``folder`` is neither, or is damaged; of a run also
+    The model is in evaluation mode on the CPU. module: the function that makes the backbone, of a model whose backbone
+    is a module of your own. ValueError where ``folder`` is neither, or is damaged; of a run also
     where its model was not made yet.
     """
     path = Path(folder)
     if os.path.exists(path / "run.json"):  # False for a path that no file can have
-        loaded: GrappaModel = _imported("grappa.pipeline.commands.search", "load_run_model", asked="load_model")(path)
+        loaded: GrappaModel = _imported("grappa.pipeline.commands.search", "load_run_model", asked="load_model")(
+            path, module
+        )
         return loaded
     from grappa.model import load_model as load_exported
 
-    return load_exported(path)
+    return load_exported(path, module)
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from grappa.backbone.frozen import Backbone, build_backbone, embed
+from grappa.backbone.own_module import Maker
 from grappa.backbone.tensors import fill, give_memory, saved, tables_of
 from grappa.core.arrays import below
 from grappa.core.printing import sentence, shown
@@ -65,10 +66,8 @@ class GrappaModel(nn.Module):
         ]
 
     def crop(self, image: np.ndarray[Any, Any]) -> Tensor:
-        """Return an (H, W, 3) uint8 image as (3, S, S) uint8: shrunk as in the pixel cache, then the centre crop."""
-        spec = self.backbone.spec
-        shrunk = shrink(image, self.cache_size)
-        cropped = eval_crop(shrunk, image_size=spec.image_size, crop_fraction=spec.crop_fraction)
+        """Return an (H, W, 3) uint8 image as (3, S, S) uint8: shrunk as in the pixel cache, then its middle."""
+        cropped = eval_crop(shrink(image, self.cache_size), **self.backbone.spec.framing)
         return torch.from_numpy(cropped.copy()).permute(2, 0, 1)
 
 
@@ -102,11 +101,15 @@ def save_model(
     write_model(folder, record, tensors)
 
 
-def load_model(folder: str | Path) -> GrappaModel:
+def load_model(folder: str | Path, module: Maker | None = None) -> GrappaModel:
     """Open a model folder; the result is in evaluation mode on the CPU.
 
     The folder may come from anybody: the model is first put together from the names and shapes of its tensors alone,
     which takes no memory, and then from the tensors. Later changes of the files do not reach the model.
+
+    Args:
+        module: the function (or ``package.module:function``) that makes the backbone, of a model whose backbone is not
+            timm's. The folder only names it; what is run is this.
 
     Raises:
         ModelError: a file is missing or damaged, a value is out of its range, the two files disagree, or the folder was
@@ -114,7 +117,13 @@ def load_model(folder: str | Path) -> GrappaModel:
     """
     folder = Path(folder)
     record, header = read_record(folder), read_header(folder)
+    if bool(record.backbone.module) != (module is not None):
+        made = f"made by {record.backbone.module}" if record.backbone.module else "one of timm's"
+        advice = "give that function: load_model(folder, module=...)" if record.backbone.module else "give no module"
+        raise ModelError(f"the backbone of {folder} is {made}; {advice}")
     try:
+        if module is not None:
+            return _assembled(record, read_tensors(folder), build_backbone(record.backbone, module)).eval()
         with torch.device("meta"):
             backbone = build_backbone(record.backbone)
         _try_on_paper(record, header, backbone)

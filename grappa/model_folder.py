@@ -77,7 +77,8 @@ class ModelRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as it stands in ``model.json``."""
-        return {"format": FORMAT, **asdict(self), "sets": list(self.sets), "head": dict(self.head)}
+        plain = {"backbone": self.backbone.to_json(), "sets": list(self.sets), "head": dict(self.head)}
+        return {"format": FORMAT, **asdict(self), **plain}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ModelRecord:

@@ -83,6 +83,29 @@ def init(
     initialize(run, Request(images or (), config, assignments or (), other, domains or (), layout), say=say)
 
 
+@app.command()
+@one_sentence_errors
+def backbones(
+    pattern: Annotated[
+        str | None,
+        typer.Argument(metavar="[PATTERN]", help="a part of the name, or a pattern with wildcards, such as '*dinov2*'"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the pretrained models that can be backbones.
+
+    Print name, pixels of the input, width of the embeddings (-: it is known when the model is built), family, and the
+    size of the weights' file where it is on this machine. No network is needed.
+    """
+    from grappa.pipeline.commands.backbones import found_backbones, say_backbones, to_json
+
+    found = found_backbones(pattern)
+    if as_json:
+        _say_json([to_json(each) for each in found])
+    else:
+        say_backbones(found, say=say)
+
+
 @app.command("run")
 @one_sentence_errors
 def run_command(

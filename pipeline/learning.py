@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from grappa.backbone.spec import BackboneSpec
 from grappa.core.randomness import id_numbers
 from grappa.images.transforms import Augmentation
 from grappa.method.adaptors import adaptor_set_sizes, automatic_rank
@@ -47,14 +48,16 @@ def sizes_of_set(settings: AdaptorSetSettings, width: int) -> tuple[int, int]:
     return adaptor_set_sizes(settings.kind, settings.bottleneck_dim, rank)
 
 
-def open_views(context: StageContext, settings: Augmented, image_size: int) -> Views:
-    """Return the views of the cached images: a training draws augmented images from them."""
+def open_views(context: StageContext, settings: Augmented, spec: BackboneSpec) -> Views:
+    """Return the views of the cached images that a training of the backbone draws augmented images from."""
     return Views(
         cache=open_pixels(context),
         ids=id_numbers(read_images(context.input("images"))["image_id"].tolist()),
-        image_size=image_size,
+        image_size=spec.image_size,
         augmentation=augmentation(settings),
         num_workers=context.num_workers,
+        crop_mode=spec.crop_mode,
+        interpolation=spec.interpolation,
     )
 
 

@@ -46,7 +46,8 @@ def open_pixels(context: StageContext) -> PixelCache:
 def open_backbone(context: StageContext) -> Backbone:
     """Return the backbone of the backbone artifact; only files of the run are read, nothing from the hub."""
     folder = context.input("backbone")
-    backbone = build_backbone(BackboneSpec.from_json(json.loads((folder / "backbone.json").read_text())))
+    spec = BackboneSpec.from_json(json.loads((folder / "backbone.json").read_text()))
+    backbone = build_backbone(spec, context.config.backbone.module)
     fill(backbone.model, load_file(folder / "weights.safetensors"))
     return backbone
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from grappa.backbone.weights import BackboneError, import_timm
+from grappa.backbone.unusable import BackboneError
 from grappa.core.printing import sentence, shown
 
 MAX_IMAGE_SIZE = 8192
@@ -79,6 +79,11 @@ OPTIONS: Mapping[str, Number | Flag | Name] = {
     **dict.fromkeys(("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"), _SHARE),
     **dict.fromkeys(("attn_drop_rate", "drop_path_rate"), _SHARE),
 }
+_FIXED = {  # arguments of timm that would undo what the product needs of a model
+    "num_classes": "a backbone gives features, not classes",
+    "in_chans": "images have three colors",
+    "global_pool": "the model's own pooling gives its features",
+}
 
 
 def check_name(name: object) -> None:
@@ -92,6 +97,8 @@ def check_options(options: object) -> None:
     if not isinstance(options, Mapping):
         raise BackboneError(f"the backbone's options are {shown(options)}; expected names with values")
     for name, value in options.items():
+        if name in _FIXED:
+            raise BackboneError(f"the backbone's option {name} cannot be set: {_FIXED[name]}; leave it out")
         if name not in OPTIONS:
             raise BackboneError(f"the backbone has no option {shown(name)}; expected one of {', '.join(OPTIONS)}")
         if not OPTIONS[name].allows(value):
@@ -121,7 +128,7 @@ def create_model(name: str, image_size: int, options: Mapping[str, Any], *, pret
     """
     check_name(name)
     check_options(options)
-    timm = import_timm()
+    timm = _import_timm()
     if not _is_timms_own(name):
         raise BackboneError(f"timm has no model called {shown(name)}; see timm.list_models()")
     arguments = {**options, "pretrained": pretrained, "num_classes": 0}
@@ -147,6 +154,13 @@ def _sized(create: Callable[..., Any], image_size: int) -> Any:
 
 
 def _is_timms_own(name: str) -> bool:
-    timm = import_timm()
+    timm = _import_timm()
     base = name.partition(".")[0]
     return timm.is_model(base) and timm.models.model_entrypoint(base).__module__.startswith("timm.models.")
+
+
+def _import_timm() -> Any:
+    """Import timm when a model is made: it loads torch, which names and options need not."""
+    from grappa.backbone.library import import_timm
+
+    return import_timm()

@@ -6,7 +6,6 @@ Shapes: N images, B batch, D width, S image side, L blocks, G pseudo-granulariti
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -49,16 +48,14 @@ def extract_features(
         adaptation: an adaptor set, a fusion; None: the plain backbone.
         read: from (backbone, images, adaptation) to what is written of a batch (B, ...): ``embed``, or another function
             such as ``grappa.method.fusion.class_token_attention``; ``out`` is then (N, ...).
-        view: from rows (B,) of the cache to a uint8 batch; None: the center crop of the backbone's spec.
+        view: from rows (B,) of the cache to a uint8 batch; None: the crop that the backbone's spec asks for.
         start: the first row to write; a multiple of ``batch_size``, so that the batches are those of a whole pass.
         progress: called with the number of rows newly written, after they are written.
         processes: the processes that take turns at the batches; the batches are those of a single process.
     """
     device = device or torch.device("cpu")
     spec = backbone.spec
-    view = view or partial(
-        eval_batch, image_size=spec.image_size, crop_fraction=spec.crop_fraction, num_workers=num_workers
-    )
+    view = view or (lambda cache, rows: eval_batch(cache, rows, num_workers=num_workers, **spec.framing))
     backbone = backbone.on(device)
     adaptation = adaptation.to(device) if isinstance(adaptation, nn.Module) else adaptation
     bounds = range(start, len(cache), batch_size)

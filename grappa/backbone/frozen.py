@@ -8,7 +8,6 @@ Shapes: B batch, T tokens, D width, S image side.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,15 @@ from torch.nn import functional as F
 
 from grappa.backbone.adapted import Adaptation, Adding, Residual, Residuals, hook, listening
 from grappa.backbone.architectures import create_model
+from grappa.backbone.catalog import name_problem
 from grappa.backbone.dry_run import Found, look
+from grappa.backbone.own_module import Maker, made_by, place_of
 from grappa.backbone.projections import Projection, call_by_module, find_projections
-from grappa.backbone.spec import BackboneSpec
+from grappa.backbone.spec import BackboneSpec, check_patches, own_module_spec, resolve_spec
 from grappa.backbone.units import Unit, find_units
+from grappa.backbone.unusable import BackboneError
 from grappa.backbone.vit import is_plain, reads_class_token, run_block
-from grappa.backbone.weights import BackboneError, hub_state, import_timm, load_state, read_state_dict
-from grappa.core.printing import shown
+from grappa.backbone.weights import hub_state, import_timm, load_state, read_state_dict
 
 __all__ = ["Adaptation", "Backbone", "Residual", "Residuals", "build_backbone", "embed", "load_backbone"]
 
@@ -181,8 +182,16 @@ def embed(backbone: Backbone, images: Tensor, adaptation: Adaptation | None = No
     return F.normalize(backbone(images, adaptation).float(), dim=-1)
 
 
-def build_backbone(spec: BackboneSpec) -> Backbone:
-    """Build the architecture with random weights; no file and no network is touched."""
+def build_backbone(spec: BackboneSpec, module: Maker | None = None) -> Backbone:
+    """Build the architecture with random weights; no file and no network is touched.
+
+    module: the function that makes a model of a user's own, where the specification names one; nothing is imported or
+    run by the specification's word alone. BackboneError where it is needed and None.
+    """
+    if spec.module:
+        if module is None:
+            raise BackboneError(f"this backbone is a module made by {spec.module}; give that function as `module`")
+        return Backbone(made_by(module), spec)
     model = create_model(spec.name, spec.image_size, spec.options, pretrained=False)
     return Backbone(model, spec)
 
@@ -196,63 +205,54 @@ def load_backbone(
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
     options: Mapping[str, Any] | None = None,
+    module: Maker | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Backbone:
     """Load a pretrained backbone from a file, or from timm's hub when ``weights`` is None.
 
     Args:
-        name: a timm model name; it must be a VisionTransformer with a class token.
+        name: a timm model name.
         weights: a weight file, a folder of a model, or ``hf-hub:OWNER/NAME`` (`grappa.backbone.weights`); no code of a
             file is run.
         image_size: side of the square input in pixels; positions are resampled. None: the model's own.
         crop_fraction, mean, std: how an image is prepared; None: the model's own.
         options: further arguments of the architecture (``BackboneSpec``), and ``img_size``.
+        module: a function, or ``package.module:function``, that makes a torch module of your own instead: from images
+            (B, 3, S, S) to features (B, D). ``name`` is then not read; without ``weights`` it has its own.
         say: called with what is worth knowing of the weights, such as which tensors of a file were ignored.
 
     Raises:
         BackboneError: unknown or unsuitable model, hub out of reach, weights that do not fit.
     """
-    spec = _resolve_spec(name, image_size, crop_fraction, mean, std, options or {})
+    given: dict[str, Any] = {"image_size": image_size, "crop_fraction": crop_fraction, "mean": mean, "std": std}
+    given["options"] = options
+    if module is not None:
+        backbone = build_backbone(own_module_spec(place_of(module), **given), module)
+        return backbone if weights is None else _with_weights(backbone, read_state_dict(weights), str(weights), say)
+    spec = resolve_spec(name, _own_input(name), **given)
     backbone = build_backbone(spec)
+    patches: Any = getattr(backbone.model, "patch_embed", None)
+    if hasattr(patches, "feat_ratio"):
+        check_patches(spec, patches.feat_ratio())
     state = hub_state(name) if weights is None else read_state_dict(weights)
-    remark = load_state(backbone.model, state, source=name if weights is None else str(weights))
+    return _with_weights(backbone, state, name if weights is None else str(weights), say)
+
+
+def _with_weights(
+    backbone: Backbone, state: Mapping[str, Tensor], source: str, say: Callable[[str], None] | None
+) -> Backbone:
+    remark = load_state(backbone.model, state, source=source)
     if say and remark:
         say(remark)
     return backbone
 
 
-def _resolve_spec(
-    name: str,
-    image_size: int | None,
-    crop_fraction: float | None,
-    mean: tuple[float, float, float] | None,
-    std: tuple[float, float, float] | None,
-    options: Mapping[str, Any],
-) -> BackboneSpec:
-    default = _default_cfg(name)
-    own_size = int(options.get("img_size", default["input_size"][-1]))
-    return BackboneSpec(
-        name=name,
-        image_size=image_size or own_size,
-        crop_fraction=crop_fraction or float(default["crop_pct"]),
-        mean=mean or tuple(default["mean"]),
-        std=std or tuple(default["std"]),
-        options={key: value for key, value in options.items() if key != "img_size"},
-    )
-
-
-def _default_cfg(name: str) -> dict[str, Any]:
-    timm = import_timm()
-    if not timm.is_model(name.split(".")[0]):
-        close = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*"), n=1)
-        hint = f"did you mean {close[0]}?" if close else "see timm.list_models()"
-        raise BackboneError(f"timm has no model called {shown(name)}; {hint}")
-    try:
-        cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    except RuntimeError as error:
-        raise BackboneError(f"timm has no weights called {name!r} ({error}); leave out what follows the dot") from error
-    record: dict[str, Any] = cfg.to_dict()
-    return record
+def _own_input(name: str) -> Any:
+    """Return what timm declares of a model's weights, a ``PretrainedCfg``; BackboneError for an unsuitable name."""
+    problem = name_problem(name)
+    if problem:
+        raise BackboneError(problem)
+    return import_timm().get_pretrained_cfg(name)
 
 
 def _run(block: nn.Module, hidden_BTD: Tensor, in_context: Residual | None, *, last: bool) -> Tensor:

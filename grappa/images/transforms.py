@@ -1,8 +1,8 @@
 """From cached pixels to model input: the evaluation crop, the training augmentation, normalization, reading ahead.
 
-Shapes: B batch, S image size. Crops are resized by PIL (bicubic, antialiased) in threads, unless they have the size
-already; color changes run over several images at once in torch. No function here draws a random number: the training
-augmentation takes uniform numbers as an argument, one line of them for each image.
+Shapes: B batch, S image size. Crops are resized by PIL (bicubic or bilinear, antialiased) in threads, unless they have
+the size already; color changes run over several images at once in torch. No function here draws a random number: the
+training augmentation takes uniform numbers as an argument, one line of them for each image.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache as remember
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -30,6 +31,7 @@ _SIDE, _LEFT, _TOP, _FLIP, _BRIGHTNESS, _CONTRAST, _SATURATION, _GRAYSCALE = ran
 NUM_DRAWS = 8
 _GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
 _MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _PART = 8  # images a task: its color changes stay in the processor's cache
 
 
@@ -59,17 +61,27 @@ class Augmentation:
 # ---------------------------------------------------------------- evaluation
 
 
-def eval_crop(image: Pixels, *, image_size: int, crop_fraction: float) -> Pixels:
-    """Resize the center square of ``crop_fraction`` of the shorter side: (H, W, 3) uint8 -> (S, S, 3) uint8.
+def eval_crop(
+    image: Pixels,
+    *,
+    image_size: int,
+    crop_fraction: float,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+) -> Pixels:
+    """Return the part of an image that a model sees: (H, W, 3) uint8 -> (S, S, 3) uint8.
 
-    Where that square has S pixels a side already, it is cut out at whole pixels: at the left of a middle between two.
+    It is the middle: ``center``: a square of ``crop_fraction`` of the shorter side; ``squash``: that share of either
+    side, both stretched to S. Where this has S pixels a side already, it is cut out at whole pixels: at the left of a
+    middle between two.
     """
     height, width = image.shape[:2]
-    side = min(height, width) * crop_fraction
-    if side == image_size:
+    across, down = _sides(image, crop_mode, crop_fraction)
+    if across == down == image_size:
         left, top = (width - image_size) // 2, (height - image_size) // 2
         return image[top : top + image_size, left : left + image_size]
-    return np.asarray(_resized(image, _square((width - side) / 2, (height - side) / 2, side), image_size))
+    box = _box((width - across) / 2, (height - down) / 2, across, down)
+    return np.asarray(_resized(image, box, image_size, interpolation))
 
 
 def eval_batch(
@@ -78,13 +90,21 @@ def eval_batch(
     *,
     image_size: int,
     crop_fraction: float,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
     num_workers: int = 1,
 ) -> torch.Tensor:
-    """Return the center crops of the cache's ``rows`` (B,) as (B, 3, S, S) uint8; ``num_workers`` changes no byte."""
+    """Return ``eval_crop`` of the cache's ``rows`` (B,) as (B, 3, S, S) uint8; ``num_workers`` changes no byte."""
+    crop = partial(
+        eval_crop,
+        image_size=image_size,
+        crop_fraction=crop_fraction,
+        crop_mode=crop_mode,
+        interpolation=interpolation,
+    )
 
     def crops(part: range) -> torch.Tensor:
-        images = (cache.image(rows[i]) for i in part)
-        return _channels_first([eval_crop(one, image_size=image_size, crop_fraction=crop_fraction) for one in images])
+        return _channels_first([crop(cache.image(rows[i])) for i in part])
 
     return _in_parts(crops, len(rows), image_size, num_workers)
 
@@ -109,31 +129,37 @@ def train_batch(
     *,
     image_size: int,
     augmentation: Augmentation,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
     num_workers: int = 1,
 ) -> torch.Tensor:
-    """Return random square crops, flipped and color-changed, of the cache's ``rows`` (B,) as (B, 3, S, S) uint8.
+    """Return random crops, flipped and color-changed, of the cache's ``rows`` (B,) as (B, 3, S, S) uint8.
 
     Image b depends on ``rows[b]`` and ``uniforms[b]`` only: not on the rest of the batch, nor on ``num_workers``.
 
     Args:
+        crop_mode: ``center``: crops are squares; ``squash``: they have the image's aspect, stretched to squares.
         uniforms: (B, NUM_DRAWS) float64 in [0, 1).
     """
     if uniforms.shape != (len(rows), NUM_DRAWS):
         raise ValueError(f"uniforms have shape {uniforms.shape}: expected {(len(rows), NUM_DRAWS)}, one line a row")
 
     def crops(part: range) -> torch.Tensor:
-        plain = [_train_crop(cache.image(rows[i]), uniforms[i], image_size, augmentation) for i in part]
+        plain = [crop(cache.image(rows[i]), uniforms[i]) for i in part]
         return _change_colors(_channels_first(plain), uniforms[part.start : part.stop], augmentation)
+
+    def crop(image: Pixels, draws: Floats) -> Pixels:
+        box = _train_box(image, draws, augmentation.min_crop, crop_mode)
+        resized = _resized(image, box, image_size, interpolation)
+        return np.asarray(resized.transpose(_MIRROR) if draws[_FLIP] < augmentation.flip else resized)
 
     return _in_parts(crops, len(rows), image_size, num_workers)
 
 
-def _train_crop(image: Pixels, draws: Floats, image_size: int, augmentation: Augmentation) -> Pixels:
+def _train_box(image: Pixels, draws: Floats, min_crop: float, crop_mode: str) -> Box:
     height, width = image.shape[:2]
-    side = min(height, width) * (augmentation.min_crop + (1 - augmentation.min_crop) * draws[_SIDE])
-    box = _square((width - side) * draws[_LEFT], (height - side) * draws[_TOP], side)
-    crop = _resized(image, box, image_size)
-    return np.asarray(crop.transpose(_MIRROR) if draws[_FLIP] < augmentation.flip else crop)
+    across, down = _sides(image, crop_mode, min_crop + (1 - min_crop) * draws[_SIDE])
+    return _box((width - across) * draws[_LEFT], (height - down) * draws[_TOP], across, down)
 
 
 def _change_colors(images: torch.Tensor, uniforms: Floats, augmentation: Augmentation) -> torch.Tensor:
@@ -188,19 +214,27 @@ def normalize(batch: torch.Tensor, mean: Sequence[float], std: Sequence[float]) 
     return batch.float().div_(255).sub_(means).div_(stds)
 
 
-def _square(left: float, top: float, side: float) -> Box:
-    return left, top, left + side, top + side
+def _sides(image: Pixels, crop_mode: str, share: float) -> tuple[float, float]:
+    """Return width and height of a crop: a share of the shorter side, or, ``squash``, of each side."""
+    height, width = image.shape[:2]
+    if crop_mode == "squash":
+        return width * share, height * share
+    return min(height, width) * share, min(height, width) * share
+
+
+def _box(left: float, top: float, across: float, down: float) -> Box:
+    return left, top, left + across, top + down
 
 
 def _frame(image: Pixels) -> Box:
     return 0.0, 0.0, float(image.shape[1]), float(image.shape[0])
 
 
-def _resized(image: Pixels, box: Box, size: int) -> Image.Image:
+def _resized(image: Pixels, box: Box, size: int, interpolation: str = "bicubic") -> Image.Image:
     """Resize the part of the image inside ``box`` (pixels, not rounded), cutting rounding errors at the border."""
     height, width = image.shape[:2]
     inside = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(width)), min(box[3], float(height)))
-    return Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=inside)
+    return Image.fromarray(image).resize((size, size), _RESAMPLING[interpolation], box=inside)
 
 
 def _channels_first(images: Sequence[Pixels]) -> torch.Tensor:

@@ -124,13 +124,7 @@ def _bank(
     chosen = rows[shuffled(key(seed, "student", "bank"), views.ids[rows])[:bank_size]]
     parts = []
     for block in np.array_split(chosen, -(-len(chosen) // 64)):
-        images = eval_batch(
-            views.cache,
-            block,
-            image_size=spec.image_size,
-            crop_fraction=spec.crop_fraction,
-            num_workers=views.num_workers,
-        )
+        images = eval_batch(views.cache, block, num_workers=views.num_workers, **spec.framing)
         with torch.no_grad(), autocast(run.device, run.precision):
             parts.append(embed(backbone, normalize(images.to(run.device), spec.mean, spec.std), teacher))
     return torch.cat(parts)

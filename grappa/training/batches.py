@@ -26,13 +26,18 @@ from grappa.training.loop import Checkpointer
 
 @dataclass(frozen=True)
 class Views:
-    """Augmented views of the cached images; ids: (N,) uint64, one for each row of the cache."""
+    """Augmented views of the cached images; ids: (N,) uint64, one for each row of the cache.
+
+    image_size, crop_mode, interpolation: how the model's images are framed (see ``BackboneSpec``).
+    """
 
     cache: ImageRows
     ids: NDArray[np.uint64]
     image_size: int
     augmentation: Augmentation
     num_workers: int = 1
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
 
     def draw(self, view_key: int, rows: Rows) -> Tensor:
         """Return (B, 3, S, S) uint8; row b depends on ``view_key`` and the id of image ``rows[b]`` only."""
@@ -43,6 +48,8 @@ class Views:
             draws,
             image_size=self.image_size,
             augmentation=self.augmentation,
+            crop_mode=self.crop_mode,
+            interpolation=self.interpolation,
             num_workers=self.num_workers,
         )
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grappa.backbone.catalog import name_problem
 from grappa.backbone.files.hub import is_hub_name as is_hub_weights
 from grappa.backbone.files.places import absolute, files_of, hint
 from grappa.backbone.unusable import BackboneError
 from grappa.pipeline.commands.listed import say_images, say_lone_classes
+from grappa.pipeline.commands.model_input import check_input, same_backbone, say_input, settle_cache_size
 from grappa.pipeline.config.schema import Config, Images, automatic_num_clusters
 from grappa.pipeline.config.yaml_file import (
+    FORMER,
     ConfigError,
     Settings,
     dump_config,
@@ -66,12 +67,12 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     """
     known = RunFolder.open(root, writable=True) if (root / RUN_FILE).exists() else None
     other = RunFolder.open(request.other) if request.other else None
-    before = load_config(known.config_path) if known and known.config_path.exists() else None
+    before = former_config(known)
     config = _requested(known, request)
     check_backbone(config, known)
     listing = list_sources(given_images(config))
     num_train = count_train(config, listing)
-    config = fitted(config, listing, num_train)
+    config = fitted(config, listing, num_train, before or former_config(other))
     run, former = write_run(root, config, listing)
     say_images(listing, former, say)
     if SUPERVISED in adaptor_sets(config):
@@ -83,6 +84,7 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
         _say_changes(before, config, say)
     if other:
         reuse_artifacts(other, run, config, say=say)
+    say_input(config, len(listing), say)
     _say_states(run, config, say)
     return config
 
@@ -103,12 +105,19 @@ def write_run(root: Path, config: Config, listing: pd.DataFrame) -> tuple[RunFol
     return run, former
 
 
-def fitted(config: Config, listing: pd.DataFrame, num_train: int) -> Config:
-    """Return the configuration with layout and granularities settled; ConfigError where the images do not suffice.
+def former_config(run: RunFolder | None) -> Config | None:
+    """Return the configuration of a run; None where there is none."""
+    return load_config(run.config_path) if run and run.config_path.exists() else None
 
-    num_train: the different train images, as :func:`count_train` counts them.
+
+def fitted(config: Config, listing: pd.DataFrame, num_train: int, before: Config | None) -> Config:
+    """Return the configuration with layout, granularities and the pixel cache settled.
+
+    num_train: the different train images, as :func:`count_train` counts them. before: the configuration of the run, or
+    of one whose artifacts are reused. ConfigError where the images do not suffice.
     """
-    config = resolve_num_clusters(_settle_layout(config, listing), num_train)
+    config = settle_cache_size(_settle_layout(config, listing), before)
+    config = resolve_num_clusters(config, num_train)
     _check_labels(config, listing)
     _check_boxes(config, listing)
     return config
@@ -174,7 +183,7 @@ def layered(settings: Settings, layers: Iterable[tuple[str, Settings]]) -> tuple
 
 def _base(known: RunFolder | None, request: Request) -> Settings:
     if known and known.config_path.exists():
-        settings = merged({"images": {"layout": "domain/class"}}, read_settings(known.config_path))  # of older runs
+        settings = merged(merged(FORMER, {"images": {"layout": "domain/class"}}), read_settings(known.config_path))
         return _images_only(settings) if request.config else settings
     if request.other is None:
         return {}
@@ -221,15 +230,15 @@ def _absolute_domain(text: str) -> str:
 
 
 def check_backbone(config: Config, known: RunFolder | None) -> None:
-    """Refuse an unknown backbone, missing weights and a missing detector, unless the run has read them already."""
+    """Refuse an unsuitable backbone, missing weights and a missing detector, unless the run has read them already."""
     detector_digests(config, None if known is None else _known_detector(known))
-    name, path = config.backbone.name, config.backbone.weights
-    before = read_settings(known.config_path).get("backbone", {}) if known and known.config_path.exists() else {}
-    problem = name_problem(name) if before.get("name") != name else ""
-    if problem:
-        raise ConfigError(f"backbone.name: {problem}")
-    if path is not None and not is_hub_weights(path) and before.get("weights") != path:
-        _check_weights(path)
+    weights = config.backbone.weights
+    former = former_config(known)
+    before = former.backbone if former else None
+    if before is None or not same_backbone(before, config.backbone):
+        check_input(config.backbone)
+    if weights is not None and not is_hub_weights(weights) and (before is None or before.weights != weights):
+        _check_weights(weights)
 
 
 def _check_weights(path: str) -> None:

@@ -22,16 +22,21 @@ from grappa.pipeline.store.storage import new_folder, refuse_existing
 if TYPE_CHECKING:
     from PIL import Image
 
+    from grappa.backbone.own_module import Maker
     from grappa.model import GrappaModel
 
 FILES = ("model.json", "weights.safetensors")
 
 
-def load_run_model(run: str | Path) -> GrappaModel:
-    """Return the adapted model of a run as a torch module (``grappa.model.GrappaModel``), in evaluation mode."""
+def load_run_model(run: str | Path, module: Maker | None = None) -> GrappaModel:
+    """Return the adapted model of a run as a torch module (``grappa.model.GrappaModel``), in evaluation mode.
+
+    module: the function that makes the backbone, if it is not timm's; None: the one that the run's configuration names.
+    """
     from grappa.model import load_model
 
-    return load_model(published(RunFolder.open(Path(run)), "model"))
+    folder = RunFolder.open(Path(run))
+    return load_model(published(folder, "model"), module or read_config(folder).backbone.module)
 
 
 def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:

@@ -58,7 +58,10 @@ class Images(Section):
         "the tested images: those of the given split; closed_set: half of each train class, without the given test",
     )
     protocol_seed: NonNegativeInt = provenance(0, "closed_set: seed of the halves")
-    cache_size: PositiveInt = Field(256, description="pixels of an image's shorter side in the pixel cache")
+    cache_size: Literal["auto"] | PositiveInt = Field(
+        "auto",
+        description="pixels of an image's shorter side in the pixel cache; auto: what the backbone sees of it",
+    )
     max_rejected: Fraction = provenance(0.05, "share of unreadable files above which the stage stops")
     max_pixels: PositiveInt = Field(100_000_000, description="a larger image is refused as a decompression bomb")
     shard_size: PositiveInt = Field(1024, description="images a file of the pixel cache; the unit of resuming")
@@ -73,22 +76,35 @@ class Images(Section):
         return value
 
     @property
+    def shorter_side(self) -> int:
+        """The pixels of an image's shorter side in the pixel cache; ValueError where they are not settled."""
+        if isinstance(self.cache_size, str):
+            raise ValueError(f"images.cache_size is still `{self.cache_size}`; `grappa init RUN` resolves it")
+        return self.cache_size
+
+    @property
     def listed_by(self) -> dict[str, Any]:
         """The fields that decide which images are listed, and as what."""
         return self.model_dump(mode="json", include={"sources", "domains", "layout", "protocol", "protocol_seed"})
 
 
 class Backbone(Section):
-    name: str = Field("vit_small_patch16_224.dino", description="a timm VisionTransformer with a class token")
+    name: str = Field("vit_small_patch16_224.dino", description="a model of timm, see `grappa backbones`")
+    module: str | None = provenance(
+        None, "package.module:function that makes a torch module of your own, which is then adapted; null: timm's name"
+    )
     weights: str | None = provenance(None, "a weight file or folder, or hf-hub:OWNER/NAME; null: the hub's weights")
-    image_size: PositiveInt | None = Field(None, description="pixels of the square input; null: the model's own")
+    image_size: PositiveInt | None = Field(
+        None, description="pixels of the square input, a multiple of the model's patch; null: the model's own"
+    )
     crop_fraction: CropFraction | None = Field(
         None, description="share of the shorter side that the model sees; null: the model's own"
     )
     mean: Triple | None = Field(None, description="channel means of the input, 0-1; null: the model's own")
     std: PositiveTriple | None = Field(None, description="channel deviations of the input, 0-1; null: the model's own")
     options: dict[str, bool | int | float | str] = Field(
-        default_factory=dict, description="further arguments of the architecture, such as {depth: 6}"
+        default_factory=dict,
+        description="further arguments of the architecture, such as {depth: 6}; not its classes, colors or pooling",
     )
 
 

@@ -27,6 +27,7 @@ LINE_ENDS = re.compile("[\n\r\x85\u2028\u2029]")
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**20, 100_000, 32  # of a YAML file; the largest known configuration has 300 values
 
 Settings = dict[str, dict[str, Any]]
+FORMER: Settings = {"images": {"cache_size": 256}}  # defaults that were others when runs were made
 
 
 class ConfigError(ValueError):
@@ -37,8 +38,8 @@ class ConfigError(ValueError):
 
 
 def load_config(path: Path) -> Config:
-    """Return the configuration in a YAML file; a field that it lacks has its default."""
-    return parse_settings(read_settings(path), str(path))
+    """Return the configuration in the YAML file of a run; a field that it lacks has its default, or its former one."""
+    return parse_settings(merged(FORMER, read_settings(path)), str(path))
 
 
 def parse_settings(settings: Mapping[str, Any], where: str) -> Config:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from grappa.backbone.catalog import find_weights
 from grappa.backbone.files.hub import HUB, hub_problem, is_cached
 from grappa.backbone.files.hub import is_hub_name as is_hub_weights
 from grappa.backbone.files.places import files_of
@@ -48,6 +49,8 @@ def backbone_digests(config: Config, known: Any) -> tuple[dict[str, str], dict[s
     give the hub's name. ``known`` is the provenance of an earlier call, or None.
     """
     weights = config.backbone.weights
+    if config.backbone.module is not None:
+        return _of_own_module(config.backbone.module, weights, known)
     if weights is None or is_hub_weights(weights):
         return {"hub": config.backbone.name if weights is None else weights.removeprefix(HUB)}, {}
     known = known if isinstance(known, dict) else {}
@@ -57,6 +60,14 @@ def backbone_digests(config: Config, known: Any) -> tuple[dict[str, str], dict[s
         return {"sha256": found["sha256"]}, {"weights": found}
     shards = {file.name: weights_digest(file, known.get(file.name)) for file in files}
     return {name: each["sha256"] for name, each in shards.items()}, {"weights": shards}
+
+
+def _of_own_module(place: str, weights: str | None, known: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the digests of a module of a user's own: where its function is, and its weights' file if there is one."""
+    if weights is None:
+        return {"module": place}, {}
+    found = weights_digest(Path(weights), known)
+    return {"module": place, "sha256": found["sha256"]}, {"weights": found}
 
 
 def _weight_files(weights: str, known: Mapping[str, Any]) -> list[Path]:
@@ -119,8 +130,9 @@ def hub_problems(config: Config) -> dict[str, str]:
 
 
 def _from_hub(config: Config) -> Iterator[tuple[str, tuple[str, str]]]:
-    name, weights = config.backbone.name, config.backbone.weights
-    if weights is None and not is_cached(f"timm/{name}" if "." in name else f"timm/{name}.*"):
+    weights = config.backbone.weights
+    own = config.backbone.module is not None
+    if weights is None and not own and find_weights(config.backbone.name) is None:
         yield "backbone", ("backbone.weights", "give a file by --set backbone.weights=FILE")
     if weights is not None and is_hub_weights(weights) and not is_cached(weights.removeprefix(HUB)):
         yield "backbone", (f"backbone.weights is {weights} and", "give a file by --set backbone.weights=FILE")

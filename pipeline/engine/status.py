@@ -42,7 +42,10 @@ def read_config(run: RunFolder) -> Config:
     """Return the configuration of a run; ConfigError when it is missing or cannot be used."""
     if not run.config_path.exists():
         raise ConfigError(f"{run.config_path} is missing; write one by `grappa init {quoted(run.root)} --images ...`")
-    return load_config(run.config_path)
+    config = load_config(run.config_path)
+    if config.images.cache_size == "auto":
+        raise ConfigError(f"images.cache_size is still `auto`; `grappa init {quoted(run.root)}` resolves it")
+    return config
 
 
 class Judge:

@@ -37,7 +37,7 @@ from grappa.training.targets import Targets, label_targets
 def run(context: StageContext) -> str:
     settings, backbone = context.config.adaptors, open_backbone(context)
     rows, targets, what = _targets(context)
-    views = open_views(context, settings, backbone.spec.image_size)
+    views = open_views(context, settings, backbone.spec)
     start, perception = _start(context, backbone), _perception(context)
     shape, num_classes = shape_of(backbone, [start]), sum(len(each.proxies) for each in targets)
 

@@ -20,6 +20,7 @@ def run(context: StageContext) -> str:
         mean=settings.mean,
         std=settings.std,
         options=settings.options,
+        module=settings.module,
         say=remarks.append,
     )
     state = saved(backbone.model)

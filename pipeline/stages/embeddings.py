@@ -79,8 +79,8 @@ def run_on_views(context: StageContext) -> str:
     images, settings = read_images(context.input("images")), context.config.views
     ids, rows = id_numbers(images["image_id"].tolist()), _viewed_rows(images, settings.num_images, settings.seed)
     backbone = open_backbone(context)
-    size = backbone.spec.image_size
-    views = replace(open_views(context, settings, size), cache=ChosenRows(open_pixels(context), rows), ids=ids[rows])
+    views = open_views(context, settings, backbone.spec)
+    views = replace(views, cache=ChosenRows(open_pixels(context), rows), ids=ids[rows])
     backbone, adaptation = open_model(context, name).inference_form(backbone)
     drawn = key(settings.seed, "views")
     num_rows, width = extract(

@@ -22,7 +22,7 @@ def run(context: StageContext) -> str:
     settings = context.config.fusion
     backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
     rows = train_rows(read_images(context.input("images")))
-    views = open_views(context, settings, backbone.spec.image_size)
+    views = open_views(context, settings, backbone.spec)
     shape = shape_of(backbone, sets.values())
 
     def need(batch_size: int, precision: str) -> int:

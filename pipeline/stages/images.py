@@ -20,7 +20,7 @@ def run(context: StageContext) -> str:
     path, roots = context.sources()
     listing = pd.read_parquet(path)
     how: dict[str, Any] = {
-        "cache_size": settings.cache_size,
+        "cache_size": settings.shorter_side,
         "max_pixels": settings.max_pixels,
         "shard_size": settings.shard_size,
         "manifests": context.path / SCRATCH_FOLDER,

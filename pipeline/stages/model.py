@@ -21,10 +21,10 @@ def run(context: StageContext) -> str:
         open_backbone(context),
         adapted.sets,
         adapted.fusion,
-        cache_size=context.config.images.cache_size,
+        cache_size=context.config.images.shorter_side,
         head=open_head(context, name) if name in head_models(context.config) else None,
     )
-    model = load_model(context.path)
+    model = load_model(context.path, context.config.backbone.module)
     added, last = (
         sum(len(each.flatten()) for each in part.state_dict().values()) / 1e6 if part is not None else 0.0
         for part in (model.adaptation, model.head)

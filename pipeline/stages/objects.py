@@ -127,7 +127,7 @@ def _write_views(context: StageContext, images: pd.DataFrame, table: pd.DataFram
             context.originals(),
             open_pixels(context),
             context.path / "pixels",
-            framing=Framing(config.objects.enlargement, config.objects.max_aspect, config.images.cache_size),
+            framing=Framing(config.objects.enlargement, config.objects.max_aspect, config.images.shorter_side),
             max_pixels=config.images.max_pixels,
             shard_size=config.images.shard_size,
             manifests=context.path / SCRATCH_FOLDER,

@@ -25,7 +25,7 @@ def run(context: StageContext) -> str:
     bottleneck_dim, rank = sizes_of_set(settings, backbone.embedding_dim)
     teacher = open_fusion(context, "neighbors", sets).folded()
     rows = train_rows(read_images(context.input("images")))
-    views = open_views(context, settings, backbone.spec.image_size)
+    views = open_views(context, settings, backbone.spec)
     start = new_student(backbone, bottleneck_dim, in_context_rank=rank, seed=settings.seed)
 
     def need(batch_size: int, precision: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grappa.core.names import ORACLE
-from grappa.pipeline.commands.init import check_backbone, count_train, fitted, given_images, layered
+from grappa.pipeline.commands.init import check_backbone, count_train, fitted, former_config, given_images, layered
 from grappa.pipeline.config.schema import Config, Images
 from grappa.pipeline.config.yaml_file import (
     PRESETS,
@@ -87,8 +87,9 @@ def prepare(request: SweepRequest) -> Sweep:
         _check_known(out / point.name, config)
         images = given_images(config)
         listings[images] = listings[images] if images in listings else list_sources(images)
-    runs = [_run(out, point, config, listings[config.images]) for point, config in configs]
-    sweep = Sweep(file, out, tuple(runs), RunFolder.open(request.other) if request.other else None)
+    other = RunFolder.open(request.other) if request.other else None
+    runs = [_run(out, point, config, listings[config.images], former_config(other)) for point, config in configs]
+    sweep = Sweep(file, out, tuple(runs), other)
     if sweep.has_table:
         _check_models(file.rows, where, (run.config for run in runs))
     return sweep
@@ -125,9 +126,10 @@ def _check_known(root: Path, config: Config) -> None:
     check_backbone(config, known)
 
 
-def _run(out: Path, point: Point, config: Config, listing: pd.DataFrame) -> SweepRun:
+def _run(out: Path, point: Point, config: Config, listing: pd.DataFrame, other: Config | None) -> SweepRun:
+    before = former_config(RunFolder(out / point.name)) or other
     try:
-        chosen = fitted(config, listing, count_train(config, listing))
+        chosen = fitted(config, listing, count_train(config, listing), before)
     except ConfigError as error:
         raise ConfigError(f"{point.name}: {error}") from None
     return SweepRun(point.name, point.variant, point.changes, out / point.name, chosen, listing)

@@ -125,7 +125,7 @@ def adaptors_for(backbone: Backbone, seed: int = 0, *, trained: bool = True, in_
         generator = torch.Generator().manual_seed(100 + seed)
         for name, parameter in adaptors.named_parameters():
             if "up" in name:
-                nn.init.normal_(parameter, std=0.3, generator=generator)
+                nn.init.normal_(parameter, std=0.05, generator=generator)
     return adaptors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,22 @@ def test_a_student_is_the_backbone_with_one_set_and_no_fusion(folder: Path) -> N
     assert sum(each.numel() for each in model.adaptation.parameters()) == sum(e.numel() for e in student.parameters())
     with pytest.raises(ValueError, match="found 2 adaptor sets and no fusion"):
         save_model(folder, tiny_backbone(), {"a": student, "b": student}, None, cache_size=40)
+
+
+def test_a_model_sees_images_as_the_backbone_asks_for(tmp_path: Path) -> None:
+    backbone, cache = tiny_backbone(), tiny_cache(tmp_path / "pixels", 5)  # of 40 x 48 pixels
+    backbone.spec = replace(backbone.spec, crop_mode="squash", interpolation="bilinear")
+    save_model(tmp_path, backbone, {}, None, cache_size=40)
+    model = grappa.load_model(tmp_path)
+    assert model.backbone.spec == backbone.spec
+    photo = Image.fromarray(np.array(cache.image(0)))
+    squashed = np.asarray(photo.resize((32, 32), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(model.crop(np.asarray(photo)).permute(1, 2, 0).numpy(), squashed)
+    out = np.empty((5, 32), np.float32)
+    extract_features(backbone, cache, out)
+    np.testing.assert_allclose(model(model.preprocess(photo)[None])[0].numpy(), out[0], rtol=1e-5, atol=1e-6)
+    record = json.loads((tmp_path / "model.json").read_text())
+    assert record["backbone"]["crop_mode"] == "squash"
 
 
 def test_preprocessing_an_image_gives_the_pipelines_embedding(folder: Path, tmp_path: Path) -> None:

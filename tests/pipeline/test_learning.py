@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 
 from grappa.images.transforms import Augmentation
 from grappa.method.adaptor_training import AdaptorLoss
 from grappa.method.fusion_training import PropagationLoss
 from grappa.method.student import Transfer
-from grappa.pipeline.config.schema import Adaptors, Fusion, Section, Student
-from grappa.pipeline.learning import augmentation, optimization, sizes_of_set
+from grappa.pipeline import learning
+from grappa.pipeline.config.schema import Adaptors, Augmented, Fusion, Section, Student
+from grappa.pipeline.learning import augmentation, open_views, optimization, sizes_of_set
 from grappa.pipeline.stages.adaptors import adaptor_loss
 from grappa.pipeline.stages.fusion import propagation_loss
 from grappa.pipeline.stages.student import transfer
 from grappa.training.loop import Optimization
+from tests.helpers.tiny import tiny_backbone, tiny_cache
 
 ADAPTORS = Adaptors(
     num_epochs=7, batch_size=9, learning_rate=0.3, weight_decay=0.4, warmup=0.25, min_crop=0.7, flip=0.1,
@@ -45,6 +52,19 @@ def test_every_option_is_the_settings(build: Callable[[Any], Any], section: Sect
     assert type(built) is kind
     for each in fields(kind):
         assert getattr(built, each.name) == getattr(section, each.name) != each.default, each.name
+
+
+def test_views_are_framed_as_the_backbones_images_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cache = tiny_cache(tmp_path / "pixels", 3)  # of 40 x 48 pixels
+    monkeypatch.setattr(learning, "open_pixels", lambda context: cache)
+    monkeypatch.setattr(learning, "read_images", lambda folder: pd.DataFrame({"image_id": ["a", "b", "c"]}))
+    context: Any = SimpleNamespace(input=lambda stage: tmp_path, num_workers=1)
+    spec = replace(tiny_backbone().spec, crop_mode="squash", interpolation="bilinear")
+    plain = Augmented(min_crop=1, flip=0, brightness=0, contrast=0, saturation=0, grayscale=0)
+    drawn = open_views(context, plain, spec).draw(0, np.array([1]))
+    photo = Image.fromarray(np.array(cache.image(1)))
+    squashed = np.asarray(photo.resize((32, 32), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(drawn[0].permute(1, 2, 0).numpy(), squashed)
 
 
 def test_a_set_has_the_sizes_of_its_kind() -> None:

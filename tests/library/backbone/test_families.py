@@ -41,7 +41,7 @@ def _a_new_set_changes_nothing(backbone: Backbone, images: torch.Tensor, plain: 
     with torch.no_grad():
         assert torch.equal(backbone(images, families.adaptors_for(backbone, trained=False, in_context=False)), plain)
         assert difference(backbone(images, new), plain) < TOLERANCE
-        assert difference(backbone(images, families.adaptors_for(backbone)), plain) > 100 * TOLERANCE
+        assert difference(backbone(images, families.adaptors_for(backbone)), plain) > 10 * TOLERANCE
 
 
 def _folded_equals_plain(family: Family, backbone: Backbone, images: torch.Tensor) -> None:
@@ -49,7 +49,7 @@ def _folded_equals_plain(family: Family, backbone: Backbone, images: torch.Tenso
     if not alike:
         with pytest.raises(BackboneError, match=r"set adaptors\.kind=bottleneck"):
             families.fused(backbone, images)
-    for level in ("token", "cls"):
+    for level in ("token", "cls") if family.further else ("token",):
         plain, folded, attention = families.fused(backbone, images, level, in_context=alike)
         assert difference(folded, plain) < 10 * TOLERANCE
         torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:2]))

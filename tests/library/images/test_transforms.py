@@ -92,7 +92,38 @@ def test_an_image_below_the_crop_is_enlarged(cache: PixelCache) -> None:
     assert eval_batch(cache, [3], image_size=128, crop_fraction=1.0).shape == (1, 3, 128, 128)
 
 
+def test_a_squashed_image_is_whole_and_stretched(cache: PixelCache) -> None:
+    image = cache.image(0)  # 40 x 52
+    how = {"image_size": 32, "crop_mode": "squash"}
+    expected = Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(eval_crop(image, crop_fraction=1.0, **how), np.asarray(expected))
+    middle = Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC, box=(13, 10, 39, 30))
+    np.testing.assert_array_equal(eval_crop(image, crop_fraction=0.5, **how), np.asarray(middle))
+    square = cache.image(2)
+    np.testing.assert_array_equal(
+        eval_crop(square, crop_fraction=0.8, **how), eval_crop(square, image_size=32, crop_fraction=0.8)
+    )
+
+
+def test_the_interpolation_is_the_models(cache: PixelCache) -> None:
+    image = cache.image(0)
+    found = eval_crop(image, image_size=20, crop_fraction=1.0, interpolation="bilinear")
+    expected = Image.fromarray(image).resize((20, 20), Image.Resampling.BILINEAR, box=(6, 0, 46, 40))
+    np.testing.assert_array_equal(found, np.asarray(expected))
+    batch = eval_batch(cache, [0], image_size=20, crop_fraction=1.0, interpolation="bilinear", crop_mode="center")
+    np.testing.assert_array_equal(batch[0].permute(1, 2, 0).numpy(), found)
+
+
 # ---------------------------------------------------------------- training
+
+
+def test_a_training_crop_is_framed_as_the_models_images_are(cache: PixelCache) -> None:
+    how = {"crop_mode": "squash", "interpolation": "bilinear"}
+    plain = train(cache, [0], uniforms(1), augmentation=Augmentation(), **how)
+    assert torch.equal(plain, eval_batch(cache, [0], image_size=32, crop_fraction=1.0, **how))
+    crop = train(cache, [3], np.zeros((1, NUM_DRAWS)), augmentation=Augmentation(min_crop=0.5), **how)  # 24 x 90
+    expected = Image.fromarray(cache.image(3)).resize((32, 32), Image.Resampling.BILINEAR, box=(0, 0, 45, 12))
+    np.testing.assert_array_equal(crop[0].permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
 def test_without_augmentation_a_square_image_is_the_eval_crop(cache: PixelCache) -> None:

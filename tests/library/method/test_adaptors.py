@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from grappa.backbone.frozen import build_backbone
 from grappa.backbone.spec import BackboneSpec
-from grappa.backbone.weights import BackboneError
+from grappa.backbone.unusable import BackboneError
 from grappa.method.adaptors import AdaptorKind, AdaptorSet, adaptor_set_sizes, automatic_rank, folded
 from tests.helpers.tiny import tiny_backbone, tiny_set
 

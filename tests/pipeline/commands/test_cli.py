@@ -153,7 +153,9 @@ def test_ctrl_c_says_how_to_go_on(fakes: FakeStages) -> None:
     assert (result.exit_code, result.stderr) == (130, "grappa: stopped; the same command resumes\n")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["status", "RUN"], ["run", "RUN", "--dry-run"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["status", "RUN"], ["backbones", "dino"], ["run", "RUN", "--dry-run"]]
+)
 def test_nothing_heavy_is_loaded(fakes: FakeStages, arguments: list[str]) -> None:
     code = (
         "import atexit, sys\n"

@@ -13,7 +13,7 @@ from grappa.pipeline.commands.init import Request, initialize, resolve_num_clust
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import ConfigError, load_config
 from grappa.pipeline.engine.sources import published_listing
-from grappa.pipeline.engine.status import states
+from grappa.pipeline.engine.status import read_config, states
 from grappa.pipeline.graph.stages import STAGES
 from grappa.pipeline.store.artifacts import RunFolder, RunFolderError
 from tests.helpers.fake_stages import FakeStages, fake_stages
@@ -231,9 +231,86 @@ def test_what_the_hubs_cache_holds_needs_no_hub(desk: Desk, monkeypatch: pytest.
 
 
 def test_a_backbone_that_cannot_be_one_is_refused(desk: Desk) -> None:
-    with pytest.raises(ConfigError, match=r"backbone\.name: 'resnet50' is no VisionTransformer"):
-        desk.new("backbone.name=resnet50")
+    with pytest.raises(
+        ConfigError, match=r"backbone\.name: timm has no model called 'resnet-50'; did you mean resnet50"
+    ):
+        desk.new("backbone.name=resnet-50")
     assert not desk.root.exists()
+
+
+@pytest.mark.parametrize(
+    ("assignments", "sentence"),
+    [
+        (["backbone.image_size=230"], "image_size is 230, no multiple of the 16 pixels .* set it to 224 or 240"),
+        (["backbone.options={patch_size: 8}", "backbone.image_size=100"], "set it to 96 or 104"),
+        (["backbone.options={num_classes: 10}"], "option num_classes cannot be set"),
+        (["backbone.options={global_pool: avg}"], "option global_pool cannot be set"),
+        (["backbone.options={in_chans: 1}"], "option in_chans cannot be set"),
+        (["backbone.options={tempo: 1}"], "has no option 'tempo'"),
+        (["backbone.name=volo_d5_512.sail_in1k"], "set backbone.crop_fraction=1"),
+        (["backbone.name=vit_base_patch16_sapiens2.fb"], "1024 x 768 pixels, not square"),
+    ],
+)
+def test_an_input_that_does_not_fit_the_backbone_is_refused(desk: Desk, assignments: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        desk.new(*assignments)
+    assert not desk.root.exists()
+
+
+def test_what_a_run_has_is_not_judged_again(desk: Desk) -> None:
+    desk.new()
+    path = desk.root / "config.yaml"
+    path.write_text(path.read_text().replace("image_size: null", "image_size: 230"))
+    assert desk.init(assignments=["fusion.seed=1"]).backbone.image_size == 230
+    with pytest.raises(ConfigError, match="set it to 224 or 240"):
+        desk.init(assignments=["backbone.crop_fraction=1"])
+
+
+@pytest.mark.parametrize(
+    ("assignments", "side"),
+    [
+        ([], 249),
+        (["backbone.crop_fraction=0.875"], 256),
+        (["backbone.image_size=96", "backbone.crop_fraction=1"], 96),
+        (["backbone.name=vit_base_patch14_dinov2.lvd142m"], 518),
+        (["backbone.name=resnet50.a1_in1k"], 236),
+    ],
+)
+def test_the_pixel_cache_fits_what_the_backbone_sees(desk: Desk, assignments: list[str], side: int) -> None:
+    assert desk.new(*assignments).images.cache_size == side
+    assert any(f"the pixel cache keeps {side} px of an image's shorter side" in line for line in desk.said)
+    assert not any("enlarged images" in line for line in desk.said)
+
+
+def test_a_cache_that_is_too_small_for_the_backbone_is_a_warning(desk: Desk) -> None:
+    desk.new("images.cache_size=256")
+    assert not any("enlarged images" in line for line in desk.said)
+    desk.init(assignments=["backbone.name=vit_small_patch14_dinov2.lvd142m"])
+    assert any("518 px input, 1369 patches, 5.3 times those at 224 px; the pixel" in line for line in desk.said)
+    assert any(line.startswith("warning: images.cache_size is 256, but the backbone sees 518") for line in desk.said)
+    assert desk.config.images.cache_size == 256
+    desk.init(assignments=["images.cache_size=auto"])
+    assert desk.config.images.cache_size == 518 and not any("enlarged images" in line for line in desk.said)
+
+
+def test_decoded_images_that_are_large_enough_are_kept(desk: Desk) -> None:
+    desk.new("images.cache_size=256")  # as it was once in every run
+    assert desk.init(config="grappa").images.cache_size == 256
+    assert desk.init(assignments=["images.cache_size=auto"]).images.cache_size == 256
+    assert desk.init(desk.folder / "new", images=[str(desk.images)], other=desk.root, config="grappa").images == (
+        desk.config.images
+    )
+    assert desk.init(config="dinov2").images.cache_size == 224
+    assert desk.init(config="grappa").images.cache_size == 249
+
+
+def test_a_cache_that_is_still_auto_asks_for_init(desk: Desk) -> None:
+    desk.new()
+    path = desk.root / "config.yaml"
+    path.write_text(path.read_text().replace("cache_size: 249", "cache_size: auto"))
+    with pytest.raises(ConfigError, match=r"images\.cache_size is still `auto`; `grappa init .* resolves it"):
+        read_config(RunFolder.open(desk.root))
+    assert desk.init().images.cache_size == 249
 
 
 def test_auto_is_resolved_again_when_asked(desk: Desk) -> None:

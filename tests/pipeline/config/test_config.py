@@ -34,7 +34,7 @@ def test_paths_and_speed_are_no_identity() -> None:
     for name in ("images.sources", "backbone.weights", "compute.device", "compute.num_workers", "fusion.pairs"):
         assert name not in settings
     assert "evaluation.extra_rows" not in identity_settings(Config(), ("evaluation",))
-    assert settings["images.cache_size"] == 256
+    assert settings["images.cache_size"] == "auto"
     assert identity_settings(Config(), ("clusters.seed",)) == {"clusters.seed": 0}
 
 

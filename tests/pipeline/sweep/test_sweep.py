@@ -276,7 +276,11 @@ def test_without_the_evaluation_there_is_no_table(desk: Desk) -> None:
         ("runs: {a: {}}\nrows: [fussed]", [], "rows: 'fussed' is no model of any run; there are zero_shot,"),
         ("seeds: {fusion.seed: [1]}", ["--set", "fusion.seed=2"], "--set fusion.seed: fusion.seed is set by the seeds"),
         (RUNS, ["--set", "fusion.sed=2"], "--set: unknown key fusion.sed"),
-        (RUNS, ["--config", "tiny"], "no preset of that name (demo, dva, grappa, small, small_dva)"),
+        (
+            RUNS,
+            ["--config", "tiny"],
+            "no preset of that name (clip, demo, dinov2, dinov3, dva, grappa, siglip2, small, small_dva)",
+        ),
         (RUNS, ["--images", "/nowhere"], "/nowhere"),
         ("runs: {a: {evaluation.extra_rows: [supervised]}}", [], "a: evaluation.extra_rows asks for `supervised`, but"),
         (RUNS, ["--from", "/nowhere"], "There is no run folder /nowhere"),
