@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from grappa.backbone.dry_run import peak_numbers, without_tensors
+from grappa.backbone.adapting.dry_run import peak_numbers, without_tensors
 from grappa.backbone.frozen import Backbone, build_backbone
 from grappa.backbone.spec import BackboneSpec
 from grappa.backbone.tensors import fill
@@ -31,6 +31,8 @@ from grappa.method.head import open_head as open_form
 from grappa.objects.backgrounds import Backgrounds
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import deployed_model
+
+MARGIN = 1.4  # what a pass takes, as a multiple of what lives in it: an allocator keeps more
 
 
 def read_images(folder: Path) -> pd.DataFrame:
@@ -149,10 +151,13 @@ def _measured(backbone: Backbone, modules: list[nn.Module], numbers: int) -> Mea
     for module in twin.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
+    modules = [twin] if acting is None else [twin, acting]
+    held = [each for module in modules for each in (*module.parameters(), *module.buffers())]
     passing, kept = (
-        peak_numbers(lambda images: twin(images, acting), size, gradients=asked) for asked in (False, trained)
+        peak_numbers(lambda images: twin(images, acting), size, held=held, gradients=asked)
+        for asked in (False, trained)
     )
-    return MeasuredShape(size, width, passing=passing, kept=kept, trained=numbers)
+    return MeasuredShape(size, width, int(MARGIN * passing), int(MARGIN * kept), trained=numbers)
 
 
 def need_for_batches(context: StageContext, device: torch.device, needed: int) -> None:

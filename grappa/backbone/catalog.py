@@ -24,7 +24,13 @@ from grappa.backbone.timm_source import (
 from grappa.core.printing import shown
 
 # Why architectures cannot be adapted, by the file of timm or by the name, as they turn out when they are built.
-REFUSED: Mapping[str, str] = {}
+_ENCODERS = ("deepseek_vit_412m", "gemma4_vit_167m", "gemma4_vit_570m", *(f"qwen3_vit_{n}m" for n in (88, 306, 416)))
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(
+        (f"{each}_enc" for each in _ENCODERS),
+        "it gives tokens for a language model, not one vector an image",
+    ),
+}
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # of which timm takes the first that there is
 # Files of timm whose models' embedding is not as wide as what `_stated_width` reads says.
 _OTHER_WIDTHS = frozenset(

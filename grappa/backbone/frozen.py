@@ -1,6 +1,6 @@
 """The frozen pretrained model, any that timm makes, and how its units are adapted.
 
-The model pools as timm does; adaptors stand beside the outputs of its units (``grappa.backbone.adapted``). The plain
+The model pools as timm does; adaptors stand beside the outputs of its units (``grappa.backbone.adapting``). The plain
 vision transformer with a class token takes a shorter way to the same values (``grappa.backbone.vit``).
 
 Shapes: B batch, T tokens, D width, S image side.
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grappa.backbone.adapted import Adaptation, Adding, Residual, Residuals, hook, listening
+from grappa.backbone.adapting.adapted import Adaptation, Adding, Residual, Residuals, hook, listening
+from grappa.backbone.adapting.dry_run import Found, look
+from grappa.backbone.adapting.projections import Projection, call_by_module, find_projections
+from grappa.backbone.adapting.units import Unit, find_units
 from grappa.backbone.architectures import create_model
 from grappa.backbone.catalog import name_problem
-from grappa.backbone.dry_run import Found, look
 from grappa.backbone.own_module import Maker, made_by, place_of
-from grappa.backbone.projections import Projection, call_by_module, find_projections
 from grappa.backbone.spec import BackboneSpec, check_patches, own_module_spec, resolve_spec
-from grappa.backbone.units import Unit, find_units
 from grappa.backbone.unusable import BackboneError
 from grappa.backbone.vit import is_plain, reads_class_token, run_block
 from grappa.backbone.weights import hub_state, import_timm, load_state, read_state_dict

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grappa.backbone.adapting.projections import Projection
 from grappa.backbone.frozen import Backbone
-from grappa.backbone.projections import Projection
 from grappa.core.printing import shown
 
 AdaptorKind = Literal["bottleneck", "in_context", "both"]

@@ -17,7 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from grappa.backbone.dry_run import without_tensors
+from grappa.backbone.adapting.dry_run import without_tensors
 from grappa.backbone.frozen import Adaptation, Backbone, build_backbone
 from grappa.backbone.vit import reads_class_token
 from grappa.backbone.weights import BackboneError, load_state

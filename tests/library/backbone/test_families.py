@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from grappa.backbone.frozen import Backbone, embed
+from grappa.backbone.catalog import REFUSED
+from grappa.backbone.frozen import Backbone, build_backbone, embed
+from grappa.backbone.spec import BackboneSpec
 from grappa.backbone.weights import BackboneError, import_timm
 from tests.helpers import families
 from tests.helpers.families import FAMILIES, TOLERANCE, Family, difference, images_of, noisy
+from tests.helpers.family_table import accepted_share
+from tests.helpers.tiny import HALF
 
 UNLIKE_INPUTS = {"nextvit", "pvt_v2", "twins", "xcit"}  # queries and keys of one attention have different inputs
 
@@ -91,3 +95,17 @@ def test_every_module_with_pretrained_models_is_in_the_table() -> None:
         timm.models.model_entrypoint(name.partition(".")[0]).__module__ for name in timm.list_models(pretrained=True)
     }
     assert {f"timm.models.{family.module}" for family in FAMILIES} == modules
+
+
+def test_nearly_every_pretrained_name_is_accepted() -> None:
+    share = accepted_share()
+    print(f"{share:.1%} of timm's pretrained names are accepted")
+    assert share >= 0.95
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_refused_by_name_would_give_no_vector(name: str) -> None:
+    with torch.device("meta"):
+        backbone = build_backbone(BackboneSpec(name, 336, 1.0, HALF, HALF, {"depth": 1}))
+        with pytest.raises(BackboneError, match="gives no vector of an image"):
+            _ = backbone.embedding_dim

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grappa.backbone.projections import Projection
-from grappa.backbone.units import Unit
+from grappa.backbone.adapting.projections import Projection
+from grappa.backbone.adapting.units import Unit
 from grappa.backbone.weights import BackboneError
 
 Residual = Callable[[Tensor], Tensor]

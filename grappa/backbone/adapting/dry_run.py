@@ -6,7 +6,7 @@ Shapes: B batch, S image side.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grappa.backbone.adapted import listening
-from grappa.backbone.projections import Projection
-from grappa.backbone.units import Unit, measured
+from grappa.backbone.adapting.adapted import listening
+from grappa.backbone.adapting.projections import Projection
+from grappa.backbone.adapting.units import Unit, measured
 from grappa.backbone.weights import BackboneError
 from grappa.core.printing import sentence
 
@@ -94,6 +94,11 @@ def _pass(
 
 
 def _cannot(model: nn.Module, image_size: int, error: Exception) -> BackboneError:
+    if isinstance(error, NotImplementedError):
+        reason = sentence(error, limit=200)
+        return BackboneError(
+            f"the {type(model).__name__} gives no vector of an image ({reason}); choose another backbone"
+        )
     return BackboneError(
         f"the {type(model).__name__} embeds no images of {image_size} x {image_size} pixels "
         f"({sentence(error, limit=200)}); set backbone.image_size to a size that it was made for"
@@ -104,13 +109,14 @@ def _once(projection: Projection, calls: dict[str, list[Any]]) -> bool:
     return all(len(calls.get(name, ())) == 1 for name in (projection.query, projection.key))
 
 
-def peak_numbers(run: Callable[[Tensor], Tensor], image_size: int, *, gradients: bool) -> int:
+def peak_numbers(run: Callable[[Tensor], Tensor], image_size: int, *, held: Iterable[Tensor], gradients: bool) -> int:
     """Return how many numbers (float32) a pass of one image holds at most, with its gradients' pass if they are asked
     for.
 
-    run: from (1, 3, S, S) on the device ``meta`` to embeddings, by a model whose tensors are there too.
+    run: from (1, 3, S, S) on the device ``meta`` to embeddings, by a model whose tensors are there too. held: those
+    tensors, which do not count.
     """
-    with torch.set_grad_enabled(gradients), _Living() as living:
+    with torch.set_grad_enabled(gradients), _Living(held) as living:
         embeddings = run(torch.zeros((1, 3, image_size, image_size), device="meta"))
         if gradients:
             embeddings.sum().backward()
@@ -120,10 +126,10 @@ def peak_numbers(run: Callable[[Tensor], Tensor], image_size: int, *, gradients:
 class _Living(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make, while they live, and their peak."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.known: set[int] = set()
+        self.known = {each.untyped_storage()._cdata for each in held}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
