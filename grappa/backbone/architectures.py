@@ -161,6 +161,6 @@ def _is_timms_own(name: str) -> bool:
 
 def _import_timm() -> Any:
     """Import timm when a model is made: it loads torch, which names and options need not."""
-    from grappa.backbone.library import import_timm
+    from grappa.backbone.files.conversions import import_timm
 
     return import_timm()

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from grappa.backbone.files.conversions import architecture_of, import_timm, quiet
 from grappa.backbone.files.hub import HUB, unreachable
 from grappa.backbone.files.layouts import label_of
 from grappa.backbone.files.matching import Match, find_match
 from grappa.backbone.files.reading import read_state_dict
-from grappa.backbone.library import architecture_of, import_timm, quiet
 from grappa.backbone.tensors import may_be_infinite
 from grappa.backbone.unusable import BackboneError
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grappa.backbone.files.conversions import Conversion, State, architecture_of, conversion_of, import_timm
 from grappa.backbone.files.layouts import RENAMED, Layout, has_lost_keys, is_unneeded, joined, unchunked, unwrapped
-from grappa.backbone.library import Conversion, State, architecture_of, conversion_of, import_timm
 
 MOST_PREFIXES = 8
 # Which one is taken where a file holds the model several times; a word that is not listed ranks as the empty one.

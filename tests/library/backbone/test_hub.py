@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from grappa.backbone.files.conversions import import_timm
 from grappa.backbone.files.hub import is_cached
-from grappa.backbone.library import import_timm
 from grappa.backbone.weights import BackboneError, hub_state, load_state, read_state_dict
 
 NAME = "test_vit.r160_in1k"  # timm's own small model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grappa.backbone.library import import_timm
+from grappa.backbone.files.conversions import import_timm
 from grappa.backbone.weights import BackboneError, load_state
 
 State = dict[str, Tensor]
