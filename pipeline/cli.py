@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="the run folder")]
+Out = Annotated[Path | None, typer.Option(metavar="FILE", help="a new .parquet file for the whole table")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 
 
@@ -126,6 +127,7 @@ def status(
     when something is corrupt; the last line names the command that repairs it.
     """
     from grappa.pipeline.engine.glance import short_lines
+    from grappa.pipeline.engine.live.additions import addition_lines
     from grappa.pipeline.engine.status import cure_lines, read_config, states, status_lines
     from grappa.pipeline.store.artifacts import RunFolder
 
@@ -140,7 +142,7 @@ def status(
         if as_json:
             _say_json([each.to_json() for each in found])
         else:
-            for line in (status_lines if long else short_lines)(found) + damaged:
+            for line in (status_lines if long else short_lines)(found) + addition_lines(folder) + damaged:
                 say(line)
     if damaged and verify:
         raise typer.Exit(1)
@@ -217,6 +219,7 @@ def search(
     from grappa.pipeline.commands.search import search as find
 
     _warn_if_stale(run, "model", "index")
+    _warn_of_additions(run)
     found = find(run, image, k)
     if as_json:
         _say_json(found)
@@ -273,6 +276,104 @@ def report(
 
     _warn_if_stale(run, "evaluation")
     say(write_report(run, folder))
+
+
+@app.command()
+@one_sentence_errors
+def add(
+    run: Run,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR_OR_TABLE", help="the new images: a folder or a table; can be repeated"),
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(metavar="LAYOUT", help="what the folders are (default: as `init` was told)")
+    ] = None,
+) -> None:
+    """Add images to a finished run, or bring earlier additions up to date.
+
+    Embed them with the deployed model, so that they are found, give them clusters, and say whether adapting again is
+    worth it. Nothing of the run is made again.
+    """
+    from grappa.pipeline.commands.add import add as add_images
+    from grappa.pipeline.engine.progress import Progress
+
+    _warn_if_stale(run, "model", "index")
+    add_images(run, images or (), layout=layout, progress=Progress(), say=say)
+
+
+@app.command()
+@one_sentence_errors
+def remove(
+    run: Run,
+    images: Annotated[
+        list[str] | None, typer.Argument(metavar="[IMAGE]...", help="ids, as `grappa search` prints them, or files")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="a .csv or .parquet table whose column image_id names more")
+    ] = None,
+) -> None:
+    """Take images out of a run: they are found no more.
+
+    Nothing of the run is made again; `grappa add` of the same file brings an image back.
+    """
+    from grappa.pipeline.commands.add import ids_of_table
+    from grappa.pipeline.commands.add import remove as remove_images
+
+    remove_images(run, [*(images or ()), *(ids_of_table(table) if table else ())], say=say)
+
+
+@app.command()
+@one_sentence_errors
+def duplicates(
+    run: Run,
+    out: Out = None,
+    threshold: Annotated[
+        float | None, typer.Option(metavar="COSINE", help="the least cosine of a near-duplicate, above 0, at most 1")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="whose embeddings are compared (default: the frozen backbone)")
+    ] = None,
+) -> None:
+    """Find copies and near-duplicates among the images.
+
+    Print the first pairs, and write all of them as a table.
+    """
+    from grappa.pipeline.commands.curate import duplicates as find
+
+    _warn_of_additions(run)
+    find(run, out, threshold=threshold, model=model, say=say)
+
+
+@app.command()
+@one_sentence_errors
+def outliers(run: Run, out: Out = None) -> None:
+    """Find images that are like no others.
+
+    Print the first ones, and write all images as a table, the most outlying first.
+    """
+    from grappa.pipeline.commands.curate import outliers as find
+
+    find(run, out, say=say)
+
+
+@app.command()
+@one_sentence_errors
+def sample(
+    run: Run,
+    number: Annotated[int, typer.Option("-n", min=1, help="the number of images")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="a new .parquet file; init --images takes it")],
+    seed: Annotated[int, typer.Option(min=0, help="another seed draws other images")] = 0,
+    rows: Annotated[Literal["all", "train", "test"], typer.Option(help="from which images")] = "all",
+) -> None:
+    """Choose images evenly over the clusters of all granularities.
+
+    Copies are left out, rare kinds of images stay. The same seed gives the same images.
+    """
+    from grappa.pipeline.commands.curate import sample as choose
+
+    _warn_of_additions(run)
+    choose(run, number, out, seed=seed, rows=rows, say=say)
 
 
 @app.command()
@@ -341,9 +442,19 @@ def _warn_if_stale(run: Path, *names: str) -> None:
     """Warn on stderr where artifacts of a run that a command reads are not what its configuration asks for."""
     from grappa.pipeline.engine.glance import stale_notice
 
-    notice = stale_notice(run, *names)
+    _warn(stale_notice(run, *names))
+
+
+def _warn_of_additions(run: Path) -> None:
+    """Warn on stderr where images were added or removed that a command does not take into account yet."""
+    from grappa.pipeline.engine.live.additions import additions_notice
+
+    _warn(additions_notice(run))
+
+
+def _warn(notice: str) -> None:
     if notice:
-        print(f"grappa: warning: {notice}", file=sys.stderr, flush=True)
+        print(f"grappa: warning: {printable(notice)}", file=sys.stderr, flush=True)
 
 
 def say(line: str) -> None:

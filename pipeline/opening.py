@@ -42,7 +42,11 @@ def open_pixels(context: StageContext) -> PixelCache:
 
 def open_backbone(context: StageContext) -> Backbone:
     """Return the backbone of the backbone artifact; only files of the run are read, nothing from the hub."""
-    folder = context.input("backbone")
+    return backbone_in(context.input("backbone"))
+
+
+def backbone_in(folder: Path) -> Backbone:
+    """Return the backbone in the folder of a backbone artifact."""
     backbone = build_backbone(BackboneSpec.from_json(json.loads((folder / "backbone.json").read_text())))
     load_state(backbone.vit, read_state_dict(folder / "weights.safetensors"), source=str(folder))
     return backbone

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grappa import load_model
 from grappa.pipeline.commands.search import max_pixels
@@ -14,12 +15,24 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from grappa.model import GrappaModel
 
 BATCH = 64
 NO_BOX = (float("nan"),) * 4
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Decoded images, each (H, W, 3) uint8 at cache size, as rows of a table."""
+
+    images: list[NDArray[np.uint8]]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, row: int) -> NDArray[np.uint8]:
+        return self.images[row]
 
 
 def embed(run_or_model: Path, images: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> str:
@@ -49,15 +62,17 @@ def _write(
 ) -> str:
     import numpy as np
 
+    from grappa.pipeline.engine.live.embedding import embed_images
+
     kept: list[int] = []
     rejected: dict[int, str] = {}
     parts = [np.empty((0, model.embedding_dim), np.float32)]
     for start in range(0, len(listing), BATCH):
         rows = range(start, min(start + BATCH, len(listing)))
-        crops = dict(_crops(model, listing, rows, rejected, largest))
-        if crops:
-            parts.append(_forward(model, list(crops.values())))
-        kept.extend(crops)
+        decoded = dict(_decoded(model, listing, rows, rejected, largest))
+        if decoded:
+            parts.append(embed_images(model, Decoded(list(decoded.values())), batch_size=BATCH))
+        kept.extend(decoded)
         if progress:
             progress(rows.stop, len(listing))
     if not kept:
@@ -71,9 +86,9 @@ def _write(
     return f"{len(kept)} embeddings of {model.embedding_dim} dimensions, {len(rejected)} files rejected,"
 
 
-def _crops(
+def _decoded(
     model: GrappaModel, listing: pd.DataFrame, rows: range, rejected: dict[int, str], largest: int
-) -> Iterator[tuple[int, Tensor]]:
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     from grappa.images.files import ListedFile, RejectedFileError, decode_file
 
     for row in rows:
@@ -85,15 +100,4 @@ def _crops(
         except RejectedFileError as error:
             rejected[row] = str(error)
         else:
-            yield row, model.crop(decoded.pixels)
-
-
-def _forward(model: GrappaModel, crops: list[Tensor]) -> NDArray[np.float32]:
-    import torch
-
-    from grappa.images.transforms import normalize
-
-    spec = model.backbone.spec
-    with torch.inference_mode():
-        embeddings: NDArray[Any] = model(normalize(torch.stack(crops), spec.mean, spec.std)).numpy()
-    return embeddings
+            yield row, decoded.pixels

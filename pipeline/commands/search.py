@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grappa.pipeline.config.schema import Images
+from grappa.pipeline.engine.live.additions import INDEX, Additions, read_additions
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.verdict_file import chosen_model
 from grappa.pipeline.store.artifacts import (
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from grappa.model import GrappaModel
+    from grappa.search.index import SearchIndex
 
 FILES = ("model.json", "weights.safetensors")
 
@@ -35,27 +37,39 @@ def load_run_model(run: str | Path) -> GrappaModel:
 
 
 def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
-    """Return the ``k`` most similar images of the index, nearest first.
+    """Return the ``k`` most similar images of the collection as it is now, nearest first.
 
-    An image is a dict of image_id, path (relative to its image root), domain and similarity (cosine, -1 to 1).
+    Images that were added are among them once the deployed model has embedded them, removed ones never are. An image
+    is a dict of image_id, path (relative to its image root), domain and similarity (cosine, -1 to 1).
     """
     import pandas as pd
     import torch
 
-    from grappa.search.index import SearchIndex
+    from grappa.pipeline.engine.live.collection import live_images
 
     folder = RunFolder.open(run)
     model = load_run_model(run)
     source = _source(folder)
     check_same_origin(folder, "index", "images", f"heads/{source}", f"embeddings/{source}", "verdict", "model")
-    index = SearchIndex.load(published(folder, "index"))
+    config = read_config(folder)
+    index = _index_now(folder, read_additions(folder, config))
     images = pd.read_parquet(published(folder, "images", "images.parquet") / "images.parquet").set_index("image_id")
+    images = live_images(folder, config, images)
     with torch.inference_mode():
         query = model(model.preprocess(open_image(image, max_pixels(run))).unsqueeze(0))
     ids, similarities = index.search(query.numpy(), k)
     found = images.loc[list(ids[0]), ["path", "domain"]]
     rows = zip(ids[0], found["path"], found["domain"], similarities[0], strict=True)
     return [{"image_id": i, "path": p, "domain": d, "similarity": float(s)} for i, p, d, s in rows]
+
+
+def _index_now(folder: RunFolder, found: Additions) -> SearchIndex:
+    """Return the index with the additions; where it is not up to date that of the run, without the removed images."""
+    from grappa.search.index import SearchIndex
+
+    if found.indexed and found.index.kind == "fresh":
+        return SearchIndex.load(published(folder, INDEX))
+    return SearchIndex.load(published(folder, "index")).without(found.removed)
 
 
 def _source(folder: RunFolder) -> str:
