@@ -137,7 +137,16 @@ def train_adaptor_set(
         Group(list(classifier.parameters()), proxy_learning_rate, 0.0),
     ]
     result = fit(
-        trained, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress, run.processes
+        trained,
+        groups,
+        optimization,
+        order.steps_per_epoch,
+        batch,
+        loss,
+        run.checkpoint,
+        run.progress,
+        run.processes,
+        run.recorded,
     )
     return adaptors.cpu(), result
 

@@ -94,7 +94,16 @@ def train_fusion(
         Group(list(projector.parameters()), optimization.learning_rate, optimization.weight_decay),
     ]
     result = fit(
-        trained, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress, run.processes
+        trained,
+        groups,
+        optimization,
+        order.steps_per_epoch,
+        batch,
+        loss,
+        run.checkpoint,
+        run.progress,
+        run.processes,
+        run.recorded,
     )
     return fusion.cpu(), result
 

@@ -103,7 +103,16 @@ def train_student(
 
     groups = [Group(list(student.parameters()), optimization.learning_rate, optimization.weight_decay)]
     result = fit(
-        student, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress, run.processes
+        student,
+        groups,
+        optimization,
+        order.steps_per_epoch,
+        batch,
+        loss,
+        run.checkpoint,
+        run.progress,
+        run.processes,
+        run.recorded,
     )
     return student.cpu(), result
 

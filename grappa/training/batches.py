@@ -49,13 +49,17 @@ class Views:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a training runs: device, precision, checkpoint, progress, and the processes that share a batch."""
+    """Where and how a training runs: device, precision, checkpoint, progress, and the processes that share a batch.
+
+    ``recorded`` gets each record of the metrics as soon as it is known.
+    """
 
     device: torch.device
     precision: str
     checkpoint: Checkpointer | None = None
     progress: Callable[[int], None] | None = None
     processes: Processes = ALONE
+    recorded: Callable[[dict[str, float]], None] | None = None
 
 
 class BatchOrder:

@@ -337,6 +337,9 @@ class Compute(Section):
     num_workers: NonNegativeInt = provenance(0, "threads that decode and crop images; 0: all cores (shared likewise)")
     inference_batch_size: PositiveInt = provenance(64, "images a forward pass without gradients")
     checkpoint_seconds: PositiveFloat = provenance(60.0, "time between two checkpoints")
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = provenance(
+        (), "where the curves of trainings go while they run, beside metrics.jsonl; each is an extra of its name"
+    )
 
 
 PERCEIVED = ("object_weight", "transfer_weight", "background_weight")
