@@ -233,11 +233,13 @@ def search(
 def embed(
     run_or_model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="a run folder or an exported model")],
     images: Annotated[Path, typer.Option(metavar="DIR_OR_TABLE", help="the new images: a folder or a table")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="a new folder for the embeddings")],
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="a new folder for the embeddings, or a new .parquet file")
+    ],
 ) -> None:
     """Embed new images with an adapted model.
 
-    Write embeddings.npy and ids.parquet.
+    Write embeddings.npy and ids.parquet, or one table with all.
     """
     from grappa.pipeline.commands.embed import embed as write_embeddings
     from grappa.pipeline.engine.progress import Progress, totals
@@ -374,6 +376,44 @@ def sample(
 
     _warn_of_additions(run)
     choose(run, number, out, seed=seed, rows=rows, say=say)
+
+
+@app.command()
+@one_sentence_errors
+def vectors(
+    run: Run,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="a new .parquet file")],
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="whose embeddings (default: the deployed model)")
+    ] = None,
+) -> None:
+    """Write the images with their clusters and embeddings as one table.
+
+    Other tools read this Parquet file.
+    """
+    from grappa.pipeline.commands.hand_over import vectors as write_vectors
+
+    _warn_of_additions(run)
+    write_vectors(run, out, model=model, say=say)
+
+
+@app.command()
+@one_sentence_errors
+def links(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the links")],
+    granularity: Annotated[
+        str | None, typer.Option(metavar="NAME", help="such as k00256 (default: all, each in a folder)")
+    ] = None,
+) -> None:
+    """Make a folder for each cluster, with links to its images.
+
+    Any file manager shows the clusters then; images nearest to the centroid come first.
+    """
+    from grappa.pipeline.commands.hand_over import links as make_links
+
+    _warn_of_additions(run)
+    make_links(run, folder, granularity=granularity, say=say)
 
 
 @app.command()

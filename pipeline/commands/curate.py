@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from grappa.pipeline.commands.hand_over import check_parquet_name
 from grappa.pipeline.open_run import NEAR_DUPLICATE, Which, open_run
-from grappa.pipeline.store.storage import atomic_write_bytes, refuse_existing
+from grappa.pipeline.store.storage import atomic_write_bytes
 
 Say = Callable[[str], None]
 MOST_LINES = 10
@@ -16,7 +17,8 @@ MOST_LINES = 10
 
 def duplicates(run: Path, out: Path | None, *, threshold: float | None, model: str | None, say: Say) -> None:
     """Find copies and near-duplicates of the collection as it is now; say the first ones, write all into ``out``."""
-    _check_name(out)
+    if out is not None:
+        check_parquet_name(out)
     how = {} if threshold is None else {"threshold": threshold}
     found = open_run(run).duplicates(**how, model=model or "zero_shot", live=True)
     for row in found.head(MOST_LINES).itertuples():
@@ -31,7 +33,8 @@ def duplicates(run: Path, out: Path | None, *, threshold: float | None, model: s
 
 def outliers(run: Path, out: Path | None, *, say: Say) -> None:
     """Rank the images of a run by how far they lie from others; say the first ones, write all into ``out``."""
-    _check_name(out)
+    if out is not None:
+        check_parquet_name(out)
     found = open_run(run).outliers()
     for row in found.head(MOST_LINES).itertuples():
         say(f"{row.ratio:.2f}  {row.domain}  {row.path}  {row.Index}")
@@ -41,7 +44,8 @@ def outliers(run: Path, out: Path | None, *, say: Say) -> None:
 
 def sample(run: Path, number: int, out: Path, *, seed: int, rows: Which, say: Say) -> None:
     """Write a sample of the collection as it is now as a table that `grappa init --images` takes."""
-    _check_name(out)
+    if out is not None:
+        check_parquet_name(out)
     found = open_run(run).sample(number, seed=seed, rows=rows, live=True)
     table = pd.DataFrame({"image_id": found.index, "path": found["file"].to_numpy(dtype=object)})
     for column in ("domain", "label", "split"):
@@ -53,13 +57,6 @@ def sample(run: Path, number: int, out: Path, *, seed: int, rows: Which, say: Sa
     domains = found["domain"].value_counts().sort_index()
     counts = ", ".join(f"{domain} {count}" for domain, count in domains.items() if count)
     _write(table, out, f"{len(table)} images: {counts}", say)
-
-
-def _check_name(out: Path | None) -> None:
-    if out is not None:
-        if out.suffix.lower() != ".parquet":
-            raise ValueError(f"{out} is to be a Parquet file; give a name that ends in .parquet")
-        refuse_existing(out)
 
 
 def _write(table: pd.DataFrame, out: Path | None, summary: str, say: Say) -> None:

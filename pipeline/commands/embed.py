@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from grappa import load_model
@@ -36,20 +37,37 @@ class Decoded:
 
 
 def embed(run_or_model: Path, images: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> str:
-    """Write ``embeddings.npy`` (n, D) float32 and ``ids.parquet`` (its rows: path, domain) into the new folder ``out``.
+    """Write ``embeddings.npy`` (n, D) float32 and ``ids.parquet`` (its rows: path, domain) into the new folder ``out``;
+    where its name ends in .parquet, one table with path, domain and embedding (a list of D float32).
 
     ``images`` is a folder or a table; files directly in the folder have the domain "". Files that cannot be used are
-    listed with the reason in ``rejected.parquet``. ``progress`` is called with the number of files done and of all
-    files. Returns the result in one sentence; ``out`` appears whole or not at all.
+    listed with the reason in ``rejected.parquet`` of the folder. ``progress`` is called with the number of files done
+    and of all files. Returns the result in one sentence; ``out`` appears whole or not at all.
     """
     from grappa.images.table import list_images
 
     refuse_existing(out)
     model, listing = load_model(run_or_model), list_images([images], loose_domain="")
-    with new_folder(out) as draft:
-        sentence = _write(model, listing, draft, progress, largest=max_pixels(run_or_model))
+    if out.suffix.lower() == ".parquet":
+        with TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as place:
+            sentence = _write(model, listing, Path(place), progress, largest=max_pixels(run_or_model))
+            _write_table(Path(place), out)
+    else:
+        with new_folder(out) as draft:
+            sentence = _write(model, listing, draft, progress, largest=max_pixels(run_or_model))
     passed = "".join(f", {words} passed over" for words in listing.attrs["passed_over"])
     return f"{sentence} in {out}{passed}"
+
+
+def _write_table(folder: Path, out: Path) -> None:
+    """Write what the folder holds as one table."""
+    import numpy as np
+    import pandas as pd
+
+    from grappa.pipeline.commands.hand_over import write_vectors
+
+    embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+    write_vectors(out, pd.read_parquet(folder / "ids.parquet"), embeddings)
 
 
 def _write(
