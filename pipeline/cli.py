@@ -6,12 +6,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from grappa import __version__
-from grappa.core.printing import printable
+from grappa.pipeline.commands.collection import COMMANDS
+from grappa.pipeline.commands.output import Run, say, warn_if_stale, warn_of_additions
 from grappa.pipeline.errors import one_sentence_errors
 
 app = typer.Typer(
@@ -22,8 +23,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="the run folder")]
-Out = Annotated[Path | None, typer.Option(metavar="FILE", help="a new .parquet file for the whole table")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 
 
@@ -218,8 +217,8 @@ def search(
     """
     from grappa.pipeline.commands.search import search as find
 
-    _warn_if_stale(run, "model", "index")
-    _warn_of_additions(run)
+    warn_if_stale(run, "model", "index")
+    warn_of_additions(run)
     found = find(run, image, k)
     if as_json:
         _say_json(found)
@@ -244,7 +243,7 @@ def embed(
     from grappa.pipeline.commands.embed import embed as write_embeddings
     from grappa.pipeline.engine.progress import Progress, totals
 
-    _warn_if_stale(run_or_model, "model")
+    warn_if_stale(run_or_model, "model")
     with totals(Progress(), "embedding") as report:
         sentence = write_embeddings(run_or_model, images, out, report)
     say(sentence)
@@ -261,8 +260,12 @@ def export(
     """
     from grappa.pipeline.commands.search import export as write_model
 
-    _warn_if_stale(run, "model")
+    warn_if_stale(run, "model")
     say(write_model(run, folder))
+
+
+for command in COMMANDS:
+    app.command()(command)
 
 
 @app.command()
@@ -276,144 +279,8 @@ def report(
     """
     from grappa.pipeline.report.page import write_report
 
-    _warn_if_stale(run, "evaluation")
+    warn_if_stale(run, "evaluation")
     say(write_report(run, folder))
-
-
-@app.command()
-@one_sentence_errors
-def add(
-    run: Run,
-    images: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DIR_OR_TABLE", help="the new images: a folder or a table; can be repeated"),
-    ] = None,
-    layout: Annotated[
-        str | None, typer.Option(metavar="LAYOUT", help="what the folders are (default: as `init` was told)")
-    ] = None,
-) -> None:
-    """Add images to a finished run, or bring earlier additions up to date.
-
-    Embed them with the deployed model, so that they are found, give them clusters, and say whether adapting again is
-    worth it. Nothing of the run is made again.
-    """
-    from grappa.pipeline.commands.add import add as add_images
-    from grappa.pipeline.engine.progress import Progress
-
-    _warn_if_stale(run, "model", "index")
-    add_images(run, images or (), layout=layout, progress=Progress(), say=say)
-
-
-@app.command()
-@one_sentence_errors
-def remove(
-    run: Run,
-    images: Annotated[
-        list[str] | None, typer.Argument(metavar="[IMAGE]...", help="ids, as `grappa search` prints them, or files")
-    ] = None,
-    table: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="a .csv or .parquet table whose column image_id names more")
-    ] = None,
-) -> None:
-    """Take images out of a run: they are found no more.
-
-    Nothing of the run is made again; `grappa add` of the same file brings an image back.
-    """
-    from grappa.pipeline.commands.add import ids_of_table
-    from grappa.pipeline.commands.add import remove as remove_images
-
-    remove_images(run, [*(images or ()), *(ids_of_table(table) if table else ())], say=say)
-
-
-@app.command()
-@one_sentence_errors
-def duplicates(
-    run: Run,
-    out: Out = None,
-    threshold: Annotated[
-        float | None, typer.Option(metavar="COSINE", help="the least cosine of a near-duplicate, above 0, at most 1")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="whose embeddings are compared (default: the frozen backbone)")
-    ] = None,
-) -> None:
-    """Find copies and near-duplicates among the images.
-
-    Print the first pairs, and write all of them as a table.
-    """
-    from grappa.pipeline.commands.curate import duplicates as find
-
-    _warn_of_additions(run)
-    find(run, out, threshold=threshold, model=model, say=say)
-
-
-@app.command()
-@one_sentence_errors
-def outliers(run: Run, out: Out = None) -> None:
-    """Find images that are like no others.
-
-    Print the first ones, and write all images as a table, the most outlying first.
-    """
-    from grappa.pipeline.commands.curate import outliers as find
-
-    find(run, out, say=say)
-
-
-@app.command()
-@one_sentence_errors
-def sample(
-    run: Run,
-    number: Annotated[int, typer.Option("-n", min=1, help="the number of images")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="a new .parquet file; init --images takes it")],
-    seed: Annotated[int, typer.Option(min=0, help="another seed draws other images")] = 0,
-    rows: Annotated[Literal["all", "train", "test"], typer.Option(help="from which images")] = "all",
-) -> None:
-    """Choose images evenly over the clusters of all granularities.
-
-    Copies are left out, rare kinds of images stay. The same seed gives the same images.
-    """
-    from grappa.pipeline.commands.curate import sample as choose
-
-    _warn_of_additions(run)
-    choose(run, number, out, seed=seed, rows=rows, say=say)
-
-
-@app.command()
-@one_sentence_errors
-def vectors(
-    run: Run,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="a new .parquet file")],
-    model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="whose embeddings (default: the deployed model)")
-    ] = None,
-) -> None:
-    """Write the images with their clusters and embeddings as one table.
-
-    Other tools read this Parquet file.
-    """
-    from grappa.pipeline.commands.hand_over import vectors as write_vectors
-
-    _warn_of_additions(run)
-    write_vectors(run, out, model=model, say=say)
-
-
-@app.command()
-@one_sentence_errors
-def links(
-    run: Run,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the links")],
-    granularity: Annotated[
-        str | None, typer.Option(metavar="NAME", help="such as k00256 (default: all, each in a folder)")
-    ] = None,
-) -> None:
-    """Make a folder for each cluster, with links to its images.
-
-    Any file manager shows the clusters then; images nearest to the centroid come first.
-    """
-    from grappa.pipeline.commands.hand_over import links as make_links
-
-    _warn_of_additions(run)
-    make_links(run, folder, granularity=granularity, say=say)
 
 
 @app.command()
@@ -476,30 +343,6 @@ def demo(
     say("With your own images (a folder, or a table with path, domain and perhaps label, split):")
     say("  grappa init runs/mine --images DIR_OR_TABLE --config small --set backbone.weights=FILE")
     say("  grappa run runs/mine && grappa search runs/mine IMAGE")
-
-
-def _warn_if_stale(run: Path, *names: str) -> None:
-    """Warn on stderr where artifacts of a run that a command reads are not what its configuration asks for."""
-    from grappa.pipeline.engine.glance import stale_notice
-
-    _warn(stale_notice(run, *names))
-
-
-def _warn_of_additions(run: Path) -> None:
-    """Warn on stderr where images were added or removed that a command does not take into account yet."""
-    from grappa.pipeline.engine.live.additions import additions_notice
-
-    _warn(additions_notice(run))
-
-
-def _warn(notice: str) -> None:
-    if notice:
-        print(f"grappa: warning: {printable(notice)}", file=sys.stderr, flush=True)
-
-
-def say(line: str) -> None:
-    """Print a line at once; names in it are printed, not obeyed."""
-    print(printable(line), flush=True)
 
 
 def _say_json(value: object) -> None:

@@ -358,11 +358,12 @@ class Run:
         return sampled(images.iloc[chosen], partitions, n, seed=seed)
 
     def outliers(self) -> pd.DataFrame:
-        """Return the images of the run, the most outlying first: index image_id.
+        """Return the images of the run, those that are farthest from others first: index image_id.
 
-        Columns: ratio (float32: how much farther the image lies from its nearest train images than these lie from
-        theirs, about 1 for most; ``grappa.search.novelty.outlier_ratios``), distance (float32: mean 1 - cosine to
-        them, by the frozen backbone), then those of ``images()``.
+        Columns: distance (float32: mean 1 - cosine to the nearest train images, by the frozen backbone), ratio
+        (float32: how much farther that is than these images are from theirs, about 1 for most;
+        ``grappa.search.novelty.outlier_ratios``), then those of ``images()``. Sorted by ratio, images on the rim of a
+        dense group come first: on photographs these were ordinary, and what is far from all was odd.
         """
         import numpy as np
 
@@ -373,9 +374,9 @@ class Run:
         distances = 1 - np.load(folder / "similarities.npy", allow_pickle=False)
         ratios = outlier_ratios(np.load(folder / "neighbors.npy", allow_pickle=False), distances)
         table = self.images()
-        table.insert(0, "ratio", ratios)
-        table.insert(1, "distance", distances.mean(axis=1))
-        return table.sort_values(["ratio", "distance"], ascending=False, kind="stable")
+        table.insert(0, "distance", distances.mean(axis=1))
+        table.insert(1, "ratio", ratios)
+        return table.sort_values("distance", ascending=False, kind="stable")
 
     # ---------------------------------------------------------------- inside
 

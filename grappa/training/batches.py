@@ -21,7 +21,7 @@ from grappa.core.distributed import ALONE, Processes
 from grappa.core.randomness import key, shuffled, uniforms
 from grappa.images.pixels import ImageRows
 from grappa.images.transforms import NUM_DRAWS, Augmentation, train_batch
-from grappa.training.loop import Checkpointer
+from grappa.training.loop import Checkpointer, Recorded
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,12 @@ class Runtime:
     checkpoint: Checkpointer | None = None
     progress: Callable[[int], None] | None = None
     processes: Processes = ALONE
-    recorded: Callable[[dict[str, float]], None] | None = None
+    recorded: Recorded | None = None
+
+    @property
+    def hooks(self) -> tuple[Checkpointer | None, Callable[[int], None] | None, Processes, Recorded | None]:
+        """The last arguments of ``grappa.training.loop.fit``."""
+        return self.checkpoint, self.progress, self.processes, self.recorded
 
 
 class BatchOrder:

@@ -16,6 +16,7 @@ from grappa.images.transforms import prefetch
 
 Made = TypeVar("Made")
 NUM_RECORDS = 100
+Recorded = Callable[[dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def fit(
     checkpoint: Checkpointer | None = None,
     progress: Callable[[int], None] | None = None,
     processes: Processes = ALONE,
-    recorded: Callable[[dict[str, float]], None] | None = None,
+    recorded: Recorded | None = None,
 ) -> FitResult:
     """Train ``module`` in place; several processes begin and end with equal modules.
 

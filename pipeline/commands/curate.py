@@ -37,9 +37,14 @@ def outliers(run: Path, out: Path | None, *, say: Say) -> None:
         check_parquet_name(out)
     found = open_run(run).outliers()
     for row in found.head(MOST_LINES).itertuples():
-        say(f"{row.ratio:.2f}  {row.domain}  {row.path}  {row.Index}")
+        say(f"{row.distance:.3f}  {row.domain}  {row.path}  {row.Index}")
     table = found.drop(columns="file").reset_index()
-    _write(table, out, f"{len(found)} images, the most outlying first (1: as near to others as these are)", say)
+    _write(
+        table,
+        out,
+        f"{len(found)} images, those farthest from others first (1 - cosine to the nearest train images)",
+        say,
+    )
 
 
 def sample(run: Path, number: int, out: Path, *, seed: int, rows: Which, say: Say) -> None:
