@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grappa.pipeline.commands.search import check_deployed
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.live import additions
 from grappa.pipeline.engine.live.additions import FOLDER, INDEX, REMOVED, REMOVED_FILE
@@ -89,7 +90,7 @@ def remove(run: Path, names: Sequence[str], *, say: Say) -> None:
         _publish_removed(folder, sorted(before | asked))
         _index(folder, config, say)
     again = f", {len(asked & before)} of them were removed before" if asked & before else ""
-    say(f"{len(asked)} images removed{again}; {left} can be found")
+    say(f"{len(asked)} images removed{again}; {left} are left")
 
 
 def ids_of_table(table: Path) -> list[str]:
@@ -124,6 +125,7 @@ def _check_finished(folder: RunFolder, config: Config) -> None:
                 f"{name} is missing in {folder.root}, and only a finished run has an index to add to; run `{command}`"
             )
     check_same_origin(folder, *names)
+    check_deployed(folder)
 
 
 @contextmanager

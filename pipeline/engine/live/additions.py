@@ -69,7 +69,11 @@ def vectors_fingerprint(run: RunFolder, config: Config, number: int) -> dict[str
         "neighbors": ("similarities.npy",),
         **{f"clusters/{name}": ("centroids.npy",) for name in assigned_granularities(config)},
     }
-    settings = {"features.precision": config.features.precision, "embeddings.precision": config.embeddings.precision}
+    settings = {
+        "images.cache_size": config.images.cache_size,
+        "features.precision": config.features.precision,
+        "embeddings.precision": config.embeddings.precision,
+    }
     return _fingerprint(vectors(number), settings, {name: _digests(run, name, files) for name, files in inputs.items()})
 
 

@@ -19,10 +19,10 @@ from grappa.pipeline.engine.live.additions import (
     read_additions,
     vectors,
 )
-from grappa.pipeline.engine.verdict_file import deployed_in
+from grappa.pipeline.engine.verdict_file import made_of
 from grappa.pipeline.graph.models import final_node
 from grappa.pipeline.graph.node import Node
-from grappa.pipeline.store.artifacts import RunFolder, published, readable_manifest
+from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, published, readable_manifest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,10 +56,12 @@ def live_embeddings(
     kept, added = _live(run, config, pd.Index(ids))
     if kept.all() and added.empty:
         return embeddings, ids
-    files = {FROZEN: "features.npy", final_node(config, deployed_in(run, config)): "embeddings.npy"}
+    files = {FROZEN: "features.npy", final_node(config, made_of(run, "model")): "embeddings.npy"}
     if len(added) and node not in files:
         names = " and ".join(dict.fromkeys(map(str, files)))
         raise ValueError(f"added images have no embeddings of {node}, but those of {names}; ask for these")
+    if len(added):
+        check_same_origin(run, "features" if node == FROZEN else "model", node.name)
     new = added_vectors(run, added, files.get(node, ""), embeddings.shape[1])
     return np.concatenate([embeddings[kept], new]), np.concatenate([ids[kept], added.index.to_numpy(dtype=object)])
 

@@ -27,7 +27,7 @@ from grappa.pipeline.engine.live.additions import assigned_granularities, pictur
 from grappa.pipeline.engine.memory_limit import require_memory
 from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.opening import backbone_in, read_images, vit_shape
-from grappa.pipeline.store.artifacts import RunFolder, published
+from grappa.pipeline.store.artifacts import RunFolder, published, readable_manifest, repair_command
 from grappa.search.kmeans import assign
 from grappa.search.novelty import drift
 
@@ -36,6 +36,7 @@ def write_vectors(run: RunFolder, config: Config, number: int, out: Path, progre
     """Write features.npy, embeddings.npy, assignments.parquet and drift.json of an addition; return the device."""
     set_num_threads(config.compute.num_threads or num_cores())
     folder = published(run, pictures(number))
+    _check_size(run, config, number)
     images, cache = read_images(folder), PixelCache.open(folder / "pixels")
     device = resolve_device(config.compute.device)
     backbone, model_folder = backbone_in(published(run, "backbone")), published(run, "model")
@@ -60,6 +61,18 @@ def write_vectors(run: RunFolder, config: Config, number: int, out: Path, progre
     _write_assignments(run, config, images["image_id"], features, out, str(device))
     (out / "drift.json").write_text(json.dumps(_drift(run, features, str(device)), indent=2) + "\n")
     return str(device)
+
+
+def _check_size(run: RunFolder, config: Config, number: int) -> None:
+    """Refuse images that were decoded at another size than the run's now: their embeddings would be others."""
+    manifest = readable_manifest(run, pictures(number))
+    assert manifest is not None, "it is published"
+    size, wanted = manifest.fingerprint["config"]["images.cache_size"], config.images.cache_size
+    if size != wanted:
+        raise ValueError(
+            f"{pictures(number)} was decoded at images.cache_size {size}, the run has {wanted} now; add its images "
+            f"again by `{repair_command(run, pictures(number).name)}`"
+        )
 
 
 def embed_images(

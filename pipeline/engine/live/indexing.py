@@ -11,7 +11,7 @@ import pandas as pd
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.live.additions import INDEX, INDEX_FILES, REMOVED, Additions, index_fingerprint
 from grappa.pipeline.engine.live.collection import added_images, added_vectors, live_embeddings
-from grappa.pipeline.engine.verdict_file import deployed_in
+from grappa.pipeline.engine.verdict_file import made_of
 from grappa.pipeline.graph.models import final_node
 from grappa.pipeline.store.artifacts import RunFolder, published, readable_manifest
 from grappa.search.index import INDEX_FILE, SearchIndex, recall
@@ -49,7 +49,7 @@ def _base(run: RunFolder, found: Additions) -> Path:
 
 
 def _recall(run: RunFolder, config: Config, index: SearchIndex, ids: pd.Series) -> float:
-    node = final_node(config, deployed_in(run, config))
+    node = final_node(config, made_of(run, "index"))
     embeddings = np.load(published(run, node, "embeddings.npy") / "embeddings.npy", mmap_mode="r", allow_pickle=False)
     vectors, names = live_embeddings(run, config, node, embeddings, ids.to_numpy(dtype=object))
     rows = np.flatnonzero(np.isin(names, index.ids))  # of an index of train images alone, only these and the added ones

@@ -131,11 +131,9 @@ def test_removed_images_are_not_found_until_they_are_added_again(material: Path,
     image = material / "images" / "discs" / "class_1" / "0.png"
     image_id = str(nearest(run, image)["image_id"])
     code, lines = call("remove", run.root, image)
-    assert code == 0 and lines[-1] == "1 images removed; 59 can be found"
+    assert code == 0 and lines[-1] == "1 images removed; 59 are left"
     assert nearest(run, image)["image_id"] != image_id
-    assert (
-        call("remove", run.root, image_id)[1][-1] == "1 images removed, 1 of them were removed before; 59 can be found"
-    )
+    assert call("remove", run.root, image_id)[1][-1] == "1 images removed, 1 of them were removed before; 59 are left"
     code, lines = call("add", run.root, "--images", image.parent, "--layout", "flat")
     assert code == 0 and "1 images that had been removed are back" in lines
     assert nearest(run, image)["image_id"] == image_id
@@ -227,6 +225,26 @@ def test_an_approximate_index_keeps_its_kind_and_its_recall_is_noted(material: P
 def test_an_index_made_before_there_were_kinds_is_fresh(run: RunFolder) -> None:
     manifest = run.artifact("index").manifest()
     assert manifest and set(manifest.fingerprint["config"]) == {"index.rows", "index.ivf_above"}
+
+
+def test_nothing_is_added_while_model_and_index_are_of_different_models(material: Path, run: RunFolder) -> None:
+    added(run, material / "more")
+    initialize(run.root, Request((), None, ["model.source=mean"], None), say=lambda line: None)
+    opened = grappa.open_run(run.root)
+    with pytest.raises(ValueError, match="added images have no embeddings of heads/mean, but those of"):
+        opened.embeddings(live=True)
+    run_all(run, stage="model")
+    code, lines = call("add", run.root)
+    assert code == 1 and "the index is of fused; run `grappa run" in lines[-1]
+    assert len(opened.embeddings(live=True)[1]) == 60
+
+
+def test_images_of_another_size_are_not_embedded(material: Path, run: RunFolder) -> None:
+    added(run, material / "more")
+    initialize(run.root, Request((), None, ["images.cache_size=36"], None), say=lambda line: None)
+    code, lines = call("add", run.root)
+    assert code == 1 and "additions/00001 was decoded at images.cache_size 40, the run has 36 now" in lines[-1]
+    assert len(grappa.open_run(run.root).images(live=True)) == 60
 
 
 def test_far_images_say_that_adapting_again_is_worth_it(
