@@ -36,7 +36,8 @@ def balanced_order(partitions: Sequence[NDArray[np.int64]], ids: NDArray[np.uint
         raise ValueError("ids holds the same number twice; give each image its own")
     cells = [np.zeros(len(ids), dtype=np.int64)]
     for labels in partitions:
-        cells.append(np.unique(np.stack([cells[-1], labels]), axis=1, return_inverse=True)[1].reshape(-1))
+        names, places = np.unique(labels, return_inverse=True)
+        cells.append(np.unique(cells[-1] * len(names) + places, return_inverse=True)[1].astype(np.int64))
     draws = uniforms(key(seed, "sample"), ids, len(cells))
     turns = np.zeros(len(ids), dtype=np.int64)  # the round in which a row is its cell's turn
     for level in reversed(range(len(cells))):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from grappa.pipeline.commands.hand_over import check_parquet_name
+from grappa.pipeline.engine.live.curation import different_rows, duplicate_pairs
+from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.open_run import NEAR_DUPLICATE, Which, open_run
 from grappa.pipeline.store.storage import atomic_write_bytes
 
@@ -19,13 +21,14 @@ def duplicates(run: Path, out: Path | None, *, threshold: float | None, model: s
     """Find copies and near-duplicates of the collection as it is now; say the first ones, write all into ``out``."""
     if out is not None:
         check_parquet_name(out)
-    how = {} if threshold is None else {"threshold": threshold}
-    found = open_run(run).duplicates(**how, model=model or "zero_shot", live=True)
+    opened, limit = open_run(run), NEAR_DUPLICATE if threshold is None else threshold
+    images, (embeddings, _) = opened.images(live=True), opened.embeddings(model or "zero_shot", live=True)
+    with Progress().task("comparing", len(different_rows(images))) as (advance, _):
+        found = duplicate_pairs(images, embeddings, limit, progress=advance)
     for row in found.head(MOST_LINES).itertuples():
         what = "the same bytes" if row.exact else f"{row.similarity:.4f}"
         say(f"{what}  {row.domain}  {row.path}  {row.other_domain}  {row.other_path}")
     near, groups = int((~found["exact"]).sum()), found["group"].nunique()
-    limit = NEAR_DUPLICATE if threshold is None else threshold
     copies = len(found) - near
     summary = f"{copies} exact copies and {near} pairs of cosine {limit:g} or more, in {groups} groups"
     _write(found, out, summary, say)

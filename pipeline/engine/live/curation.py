@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,15 +23,22 @@ def different_rows(images: pd.DataFrame) -> NDArray[np.int64]:
     return np.flatnonzero(~images["duplicate_of"].isin(images.index).to_numpy()).astype(np.int64)
 
 
-def duplicate_pairs(images: pd.DataFrame, embeddings: NDArray[np.float32], threshold: float) -> pd.DataFrame:
+def duplicate_pairs(
+    images: pd.DataFrame,
+    embeddings: NDArray[np.float32],
+    threshold: float,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> pd.DataFrame:
     """Return the pairs of copies and near-duplicates; see ``Run.duplicates``.
 
     images: index image_id, with domain, path and duplicate_of. embeddings: (N, D), L2-normalised, its rows.
+    ``progress`` is called with the number of ``different_rows`` newly compared.
     """
     from grappa.search.duplicates import groups, near_duplicates
 
     ids, originals, different = images.index.to_numpy(dtype=object), images["duplicate_of"], different_rows(images)
-    pairs = near_duplicates(np.asarray(embeddings[different]), threshold=threshold)
+    pairs = near_duplicates(np.asarray(embeddings[different]), threshold=threshold, progress=progress)
     copies = np.setdiff1d(np.arange(len(ids)), different)
     first = np.concatenate([images.index.get_indexer(pd.Index(originals.iloc[copies])), different[pairs.first]])
     second = np.concatenate([copies, different[pairs.second]])
