@@ -89,8 +89,8 @@ def remove(run: Path, names: Sequence[str], *, say: Say) -> None:
             raise ValueError(f"these are all images of {folder.root}; at least one must stay")
         _publish_removed(folder, sorted(before | asked))
         _index(folder, config, say)
-    again = f", {len(asked & before)} of them were removed before" if asked & before else ""
-    say(f"{len(asked)} images removed{again}; {left} are left")
+    again = f" ({len(asked & before)} of them had been removed before)" if asked & before else ""
+    say(f"{_images(len(asked))} removed{again}; {left} left")
 
 
 def ids_of_table(table: Path) -> list[str]:
@@ -212,7 +212,7 @@ def _new_files(folder: RunFolder, listing: pd.DataFrame, progress: Progress, say
     back = {digest for digest in digests if digest in removed}
     if back:
         _publish_removed(folder, sorted(removed - back))
-        say(f"{len(back)} images that had been removed are back")
+        say(f"brought back: {_images(len(back))} that had been removed")
     seen: set[str] = set()
     new = []
     for digest in digests:
@@ -261,7 +261,7 @@ def _say_unusable(rejected: pd.DataFrame, num_passed: int, say: Say) -> None:
 
 
 def _say_decoded(node: Node, images: pd.DataFrame, rejected: pd.DataFrame, say: Say) -> None:
-    say(f"{node}: {len(images)} images of {images['domain'].nunique()} domains, {len(rejected)} rejected")
+    say(f"{node}: {_images(len(images))} of {_domains(images)}, {len(rejected)} rejected")
     for row in rejected.head(MOST_NAMES).itertuples():
         say(f"  rejected: {row.path}: {row.reason}")
 
@@ -281,7 +281,18 @@ def _embed(folder: RunFolder, config: Config, number: int, progress: Progress, s
             device = write_vectors(folder, config, number, work.path, progress)
             _publish(work, started, device=device)
     count = additions.num_images(folder, number)
-    say(f"{node}: {count} images embedded" + (" again: the model or what it was made of has changed" if again else ""))
+    say(
+        f"{node}: {_images(count)} embedded" + (" again: the model or what it was made of has changed" if again else "")
+    )
+
+
+def _images(number: int) -> str:
+    return f"{number} image" if number == 1 else f"{number} images"
+
+
+def _domains(images: pd.DataFrame) -> str:
+    number = images["domain"].nunique()
+    return "1 domain" if number == 1 else f"{number} domains"
 
 
 def _say_drift(folder: RunFolder, number: int, say: Say) -> None:
@@ -290,8 +301,8 @@ def _say_drift(folder: RunFolder, number: int, say: Say) -> None:
     worth = "adapting again with them is worth it (`grappa init` on the grown folder, `grappa run`)"
     advice = worth if found["worth_adapting"] else "adapting again is not needed for them"
     say(
-        f"drift: {found['num_far']} of {found['num_images']} images ({share:.1%}, 95 % interval {found['low']:.1%} to "
-        f"{found['high']:.1%}) lie farther from the train images than 99 % of these from each other: {advice}"
+        f"drift: {found['num_far']} of {_images(found['num_images'])} ({share:.1%}, 95 % interval {found['low']:.1%} "
+        f"to {found['high']:.1%}) lie farther from the train images than 99 % of these from each other: {advice}"
     )
 
 

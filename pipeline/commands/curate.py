@@ -55,7 +55,8 @@ def sample(run: Path, number: int, out: Path, *, seed: int, rows: Which, say: Sa
     if out is not None:
         check_parquet_name(out)
     found = open_run(run).sample(number, seed=seed, rows=rows, live=True)
-    table = pd.DataFrame({"image_id": found.index, "path": found["file"].to_numpy(dtype=object)})
+    table = pd.DataFrame({"image_id": found.index})
+    table["path"] = pd.Series(found["file"].to_numpy(dtype=object), dtype=object)  # a path need not be UTF-8
     for column in ("domain", "label", "split"):
         values = found[column].astype(object)
         table[column] = values.where(values.notna() & (values != ""), None).to_numpy(dtype=object)

@@ -131,11 +131,11 @@ def test_removed_images_are_not_found_until_they_are_added_again(material: Path,
     image = material / "images" / "discs" / "class_1" / "0.png"
     image_id = str(nearest(run, image)["image_id"])
     code, lines = call("remove", run.root, image)
-    assert code == 0 and lines[-1] == "1 images removed; 59 are left"
+    assert code == 0 and lines[-1] == "1 image removed; 59 left"
     assert nearest(run, image)["image_id"] != image_id
-    assert call("remove", run.root, image_id)[1][-1] == "1 images removed, 1 of them were removed before; 59 are left"
+    assert call("remove", run.root, image_id)[1][-1] == "1 image removed (1 of them had been removed before); 59 left"
     code, lines = call("add", run.root, "--images", image.parent, "--layout", "flat")
-    assert code == 0 and "1 images that had been removed are back" in lines
+    assert code == 0 and "brought back: 1 image that had been removed" in lines
     assert nearest(run, image)["image_id"] == image_id
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,23 @@ def test_bad_input_is_one_sentence(run: RunFolder, tmp_path: Path, words: list[s
     code, output = call(*filled)
     assert code == 1 and sentence in output and len(output.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_names_that_parquet_cannot_hold_are_one_sentence_and_links_lead_to_them(tmp_path: Path) -> None:
+    images = draw_images(tmp_path / "images", num_classes=2)
+    odd = os.path.join(os.fsencode(images), b"discs", b"class_0", b"\xff =1+1\n<b>.png")
+    os.rename(images / "discs" / "class_0" / "0.png", odd)
+    made = make_run(
+        tmp_path / "run", [images], write_weights(tmp_path / "weights.safetensors"), model__source="zero_shot"
+    )
+    run_all(made, until="clusters")
+    run_all(made, stage="embeddings", instance="zero_shot")
+    for words in (["vectors", "--model", "zero_shot"], ["sample", "-n", "30"]):
+        code, output = call(words[0], made.root, *words[1:], "--out", tmp_path / "out.parquet")
+        assert code == 1 and "is no UTF-8 name, which Parquet cannot hold" in output and "\\udcff" in output
+        assert len(output.strip().splitlines()) == 1
+    assert call("duplicates", made.root, "--out", tmp_path / "pairs.parquet")[0] == 0
+    assert call("links", made.root, tmp_path / "clusters", "--granularity", "k00004")[0] == 0
+    linked = {os.path.realpath(os.fsencode(link)) for link in (tmp_path / "clusters").rglob("*.png")}
+    assert odd in linked and len(linked) == 30
+    assert not (tmp_path / "out.parquet").exists()
