@@ -48,6 +48,12 @@ def grow(run: RunFolder, material: Path, *settings: str) -> str:
     return line
 
 
+def skip_where_places_matter(run: RunFolder) -> None:
+    """Skip the rest of a test where known rows got other bits in other places, which the stage found out and noted."""
+    if "other bits" in (run.artifact("features").path / "log.jsonl").read_text():
+        pytest.skip("this machine rounds a row by its place in the batch")
+
+
 def made(run: RunFolder) -> bytes:
     return (run.artifact("features").path / "features.npy").read_bytes()
 
@@ -70,10 +76,11 @@ def test_rows_are_taken_over_and_the_bytes_are_those_of_a_whole_computation(
 ) -> None:
     numbers = counted(monkeypatch)
     line = grow(run, material)
+    assert made(run) == made(RunFolder.open(material / "whole"))
+    skip_where_places_matter(run)
     assert "81 features of 32 dimensions, " in line and "of them taken over" in line
     (number,) = numbers
     assert 18 < number < 50
-    assert made(run) == made(RunFolder.open(material / "whole"))
     assert sorted(path.name for path in run.artifact("features").path.iterdir()) == [
         "features.npy",
         "log.jsonl",
@@ -133,5 +140,7 @@ def test_an_interrupted_take_over_goes_on(material: Path, run: RunFolder, monkey
         patch.setattr(row_reuse.Reuse, "fill", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             grow(run, material)
-    assert "taken over" in grow(run, material)
+    line = grow(run, material)
     assert made(run) == made(RunFolder.open(material / "whole"))
+    skip_where_places_matter(run)
+    assert "taken over" in line
