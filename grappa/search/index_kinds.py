@@ -50,8 +50,8 @@ def index_bytes(kind: Kind, num_images: int, width: int) -> int:
 
 
 def megabytes(number: int) -> str:
-    """Return a number of bytes as ``12.3 MB``."""
-    return f"{number / 1e6:.1f} MB"
+    """Return a number of bytes as ``12.3 MB``, below 100,000 as ``12.3 kB``."""
+    return f"{number / 1e6:.1f} MB" if number >= 100_000 else f"{number / 1e3:.1f} kB"
 
 
 def empty_index(kind: Kind, embeddings: NDArray[np.float32]) -> Any:
