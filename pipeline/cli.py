@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from grappa import __version__
-from grappa.core.printing import printable
+from grappa.pipeline.commands.collection import COMMANDS
+from grappa.pipeline.commands.output import Run, say, warn_if_stale, warn_of_additions
 from grappa.pipeline.errors import one_sentence_errors
 
 app = typer.Typer(
@@ -22,7 +23,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="the run folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 
 
@@ -149,6 +149,7 @@ def status(
     when something is corrupt; the last line names the command that repairs it.
     """
     from grappa.pipeline.engine.glance import short_lines
+    from grappa.pipeline.engine.live.additions import addition_lines
     from grappa.pipeline.engine.status import cure_lines, read_config, states, status_lines
     from grappa.pipeline.store.artifacts import RunFolder
 
@@ -163,7 +164,7 @@ def status(
         if as_json:
             _say_json([each.to_json() for each in found])
         else:
-            for line in (status_lines if long else short_lines)(found) + damaged:
+            for line in (status_lines if long else short_lines)(found) + addition_lines(folder) + damaged:
                 say(line)
     if damaged and verify:
         raise typer.Exit(1)
@@ -239,7 +240,8 @@ def search(
     """
     from grappa.pipeline.commands.search import search as find
 
-    _warn_if_stale(run, "model", "index")
+    warn_if_stale(run, "model", "index")
+    warn_of_additions(run)
     found = find(run, image, k)
     if as_json:
         _say_json(found)
@@ -253,16 +255,18 @@ def search(
 def embed(
     run_or_model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="a run folder or an exported model")],
     images: Annotated[Path, typer.Option(metavar="DIR_OR_TABLE", help="the new images: a folder or a table")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="a new folder for the embeddings")],
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="a new folder for the embeddings, or a new .parquet file")
+    ],
 ) -> None:
     """Embed new images with an adapted model.
 
-    Write embeddings.npy and ids.parquet.
+    Write embeddings.npy and ids.parquet, or one table with all.
     """
     from grappa.pipeline.commands.embed import embed as write_embeddings
     from grappa.pipeline.engine.progress import Progress, totals
 
-    _warn_if_stale(run_or_model, "model")
+    warn_if_stale(run_or_model, "model")
     with totals(Progress(), "embedding") as report:
         sentence = write_embeddings(run_or_model, images, out, report)
     say(sentence)
@@ -279,8 +283,12 @@ def export(
     """
     from grappa.pipeline.commands.search import export as write_model
 
-    _warn_if_stale(run, "model")
+    warn_if_stale(run, "model")
     say(write_model(run, folder))
+
+
+for command in COMMANDS:
+    app.command()(command)
 
 
 @app.command()
@@ -294,7 +302,7 @@ def report(
     """
     from grappa.pipeline.report.page import write_report
 
-    _warn_if_stale(run, "evaluation")
+    warn_if_stale(run, "evaluation")
     say(write_report(run, folder))
 
 
@@ -358,20 +366,6 @@ def demo(
     say("With your own images (a folder, or a table with path, domain and perhaps label, split):")
     say("  grappa init runs/mine --images DIR_OR_TABLE --config small --set backbone.weights=FILE")
     say("  grappa run runs/mine && grappa search runs/mine IMAGE")
-
-
-def _warn_if_stale(run: Path, *names: str) -> None:
-    """Warn on stderr where artifacts of a run that a command reads are not what its configuration asks for."""
-    from grappa.pipeline.engine.glance import stale_notice
-
-    notice = stale_notice(run, *names)
-    if notice:
-        print(f"grappa: warning: {notice}", file=sys.stderr, flush=True)
-
-
-def say(line: str) -> None:
-    """Print a line at once; names in it are printed, not obeyed."""
-    print(printable(line), flush=True)
 
 
 def _say_json(value: object) -> None:

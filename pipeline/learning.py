@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 from grappa.backbone.spec import BackboneSpec
 from grappa.core.randomness import id_numbers
@@ -15,6 +15,8 @@ from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.opening import need_for_batches, open_pixels, read_images, settle_device, settle_precision
 from grappa.pipeline.store.checkpoints import FileCheckpoint, SharedCheckpoint
 from grappa.pipeline.store.storage import atomic_write_text
+from grappa.pipeline.store.trackers import Tracked, identity_of, tracked
+from grappa.pipeline.store.work import Work
 from grappa.training.batches import Runtime, Views
 from grappa.training.loop import FitResult, Optimization
 
@@ -78,8 +80,17 @@ def training_task(
     need_for_batches(context, device, need(batch, precision))
     total = settings.num_epochs * (num_train // batch) * batch
     done = context.trusted(file.path, file.steps_done, 0) if context.leads else 0
-    with context.task("training", total, unit, done=done * batch) as advance:
-        yield Runtime(device, precision, checkpoint, lambda steps: advance(steps * batch), context.processes)
+    with context.task("training", total, unit, done=done * batch) as advance, _trackers(context) as recorded:
+        yield Runtime(device, precision, checkpoint, lambda steps: advance(steps * batch), context.processes, recorded)
+
+
+def _trackers(context: StageContext) -> AbstractContextManager[Callable[[Mapping[str, float]], None] | None]:
+    """Return the trackers of ``compute.trackers``; only the process that leads has some."""
+    names = context.config.compute.trackers if isinstance(context.work, Work) else ()
+    fingerprint = context.work.fingerprint if isinstance(context.work, Work) else {}
+    settings = dict(fingerprint.get("config", {}))
+    training = Tracked(context.run.root, context.name, settings, identity_of(fingerprint))
+    return tracked(names, training, context.progress.say)
 
 
 def write_metrics(context: StageContext, result: FitResult) -> None:

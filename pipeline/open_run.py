@@ -18,9 +18,10 @@ import pandas as pd
 
 from grappa.images.splits import chosen_rows
 from grappa.pipeline.config.schema import Config, num_clusters_of
+from grappa.pipeline.engine.live.collection import live_assignments, live_embeddings, live_images
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.verdict_file import VERDICT, Verdict, deployed_in, read_verdict
-from grappa.pipeline.graph.models import evaluated_models
+from grappa.pipeline.graph.models import evaluated_models, final_node
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage, nodes
 from grappa.pipeline.store.artifacts import (
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 Which = Literal["test", "train", "all"]
 BLOCK_ROWS = 65536
+NEAR_DUPLICATE = 0.98
 NAMES = ("model", "granularity", "domain", "gallery")
 # The settings by which a run gets artifacts that are no part of every run.
 ASKING = {
@@ -56,7 +58,12 @@ def open_run(folder: str | Path) -> Run:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder; row i of every array is row i of ``images()``."""
+    """A run folder; row i of every array is row i of ``images()``.
+
+    Methods with the argument ``live`` give, where it is True, the collection as it is now: without the images that
+    `grappa remove` took out, and with those that `grappa add` brought, behind the run's own. Row i of such an array is
+    row i of ``images(live=True)``.
+    """
 
     root: Path
 
@@ -67,14 +74,15 @@ class Run:
 
     # ---------------------------------------------------------------- images
 
-    def images(self) -> pd.DataFrame:
+    def images(self, *, live: bool = False) -> pd.DataFrame:
         """Return the images of the run, without rejected files: index image_id.
 
         Columns: file (str, the absolute path that opens), path (relative to its image root), domain, split ("train",
         "test", or "" where nothing is split), label (missing where not given), height and width (int64 pixels of the
         EXIF-oriented original), box_x0 .. box_y1 (float64 pixels, NaN: none), sha256, duplicate_of (image_id of the
         first image with the same bytes, or ""). A file name that is no UTF-8 is held as Python opens it: such a table
-        cannot be written as Parquet.
+        cannot be written as Parquet. ``live`` adds the column addition (int64, the number of the `grappa add` that
+        brought the image; 0: an image of the run).
         """
         from grappa.images.table import image_file
 
@@ -86,6 +94,7 @@ class Run:
         files = [image_file(roots[root], path) for root, path in zip(table["root"], table["path"], strict=True)]
         table.insert(0, "file", pd.Series(files, index=table.index, dtype=object))  # a path need not be UTF-8
         table.insert(list(table.columns).index("split") + 1, "label", self._labels())
+        table = live_images(self._folder, self.config, table) if live else table
         return _categorical(table.drop(columns="root"), "domain", "split", "label")
 
     def rejected(self) -> pd.DataFrame:
@@ -105,7 +114,7 @@ class Run:
 
     # ---------------------------------------------------------------- clusters
 
-    def assignments(self) -> pd.DataFrame:
+    def assignments(self, *, live: bool = False) -> pd.DataFrame:
         """Return the cluster of each image at each granularity: index image_id.
 
         Columns: path, domain, split, label, and for each granularity ``k00256`` (int64, the pseudo-label) and
@@ -118,6 +127,7 @@ class Run:
         for name in names:
             cluster = self._read(f"clusters/{name}", "assignments.parquet").set_index("image_id")
             table[name], table[f"{name}_distance"] = cluster["pseudo_label"], cluster["distance"]
+        table = live_assignments(self._folder, self.config, table) if live else table
         return _categorical(table, "domain", "split", "label")
 
     def cluster_sizes(self) -> pd.DataFrame:
@@ -263,7 +273,7 @@ class Run:
         return deployed_in(self._folder, self.config)
 
     def embeddings(
-        self, model: str | None = None, *, head: bool = True
+        self, model: str | None = None, *, head: bool = True, live: bool = False
     ) -> tuple[NDArray[np.float32], NDArray[np.object_]]:
         """Return the L2-normalised embeddings (N, D) of all images by a model, and their image ids (N,).
 
@@ -272,31 +282,31 @@ class Run:
                 the deployed model.
             head: whether the embedding head is applied, as in the result table; it makes no difference for models
                 without a head.
+            live: the collection as it is now; added images have embeddings by ``zero_shot`` and the deployed model.
 
-        The array is mapped from the file and read-only: copy it to change it.
+        The array is mapped from the file and read-only: copy it to change it. With ``live`` it is in memory where
+        images were added or removed.
         """
         import numpy as np
 
-        model, sources = model or self.deployed, evaluated_models(self.config)
-        if model not in sources:
-            raise ValueError(f"there are no embeddings of a model {model!r}; the run has {', '.join(sources)}")
-        node = sources[model] if head else Node("embeddings", sources[model].instance)
+        node = self._embedded_by(model, head)
         folder = self._published(node.name)
         check_same_origin(self._folder, "images", node.name)
         embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
-        return embeddings, self._image_table().index.to_numpy(dtype=object)
+        ids = self._image_table().index.to_numpy(dtype=object)
+        return live_embeddings(self._folder, self.config, node, embeddings, ids) if live else (embeddings, ids)
 
-    def neighbors(self, image_id: str, k: int = 10, *, model: str | None = None) -> pd.DataFrame:
+    def neighbors(self, image_id: str, k: int = 10, *, model: str | None = None, live: bool = False) -> pd.DataFrame:
         """Return the ``k`` images nearest to an image of the run, without the image itself, nearest first.
 
-        Index image_id; columns: similarity (cosine, -1 to 1), then those of ``images()``. ``model`` as in
+        Index image_id; columns: similarity (cosine, -1 to 1), then those of ``images()``. ``model`` and ``live`` as in
         ``embeddings``; the search is exact. ValueError for an unknown image.
         """
         import numpy as np
 
         if k < 1:
             raise ValueError(f"k is {k}; ask for at least one image")
-        embeddings, ids = self.embeddings(model)
+        embeddings, ids = self.embeddings(model, live=live)
         (rows,) = np.nonzero(ids == image_id)
         if len(rows) != 1:
             raise ValueError(f"there is no image {image_id!r}; images() lists the ids of the run")
@@ -305,9 +315,72 @@ class Run:
         similarities = np.concatenate([embeddings[start : start + BLOCK_ROWS] @ query for start in starts])
         nearest = np.argsort(-similarities, kind="stable")
         nearest = nearest[nearest != rows[0]][:k]
-        table = self.images().iloc[nearest]
+        table = self.images(live=live).iloc[nearest]
         table.insert(0, "similarity", similarities[nearest])
         return table
+
+    # ---------------------------------------------------------------- keeping a collection clean
+
+    def duplicates(
+        self, *, threshold: float = NEAR_DUPLICATE, model: str | None = "zero_shot", live: bool = False
+    ) -> pd.DataFrame:
+        """Return the pairs of copies and near-duplicates, exact ones first, then the most similar first.
+
+        Columns: image_id and other_id, similarity (float32 cosine), exact (bool: the same bytes), group (int64: pairs
+        with an image in common, directly or not), domain, other_domain, path, other_path. A copy is paired with the
+        first image of its bytes only, and compared with no other image. other_id is the earlier of the two in
+        ``images()``, so without all of image_id no pair is left, and at least one image of each group.
+
+        Args:
+            threshold: the least cosine of a near-duplicate, above 0, at most 1. It depends on the model what a cosine
+                means: look at the pairs near the threshold.
+            model: whose embeddings are compared, as in ``embeddings``; the frozen backbone tells single pictures
+                apart, an adapted model is made to bring the pictures of one kind together. None: the deployed model.
+            live: the collection as it is now.
+
+        ValueError where more than ten million pairs reach the threshold.
+        """
+        from grappa.pipeline.engine.live.curation import duplicate_pairs
+
+        embeddings, _ = self.embeddings(model, live=live)
+        return _categorical(duplicate_pairs(self.images(live=live), embeddings, threshold), "domain", "other_domain")
+
+    def sample(self, n: int, *, seed: int = 0, rows: Which = "all", live: bool = False) -> pd.DataFrame:
+        """Return ``n`` images spread evenly over the clusters of all granularities, the coarsest first: images() rows.
+
+        Each large cluster gives as many images as its size allows, evenly over the small clusters in it; copies are
+        left out. The order is that of drawing: the first m rows are the sample of m images. The draws depend on
+        ``seed`` and the image ids only. ``rows``: from which images, train, test or all of them; ``live``: of the
+        collection as it is now. ValueError where there are fewer than ``n`` different images.
+        """
+        from grappa.pipeline.engine.live.curation import sampled
+
+        names, images, clusters = self._granularities(), self.images(live=live), self.assignments(live=live)
+        clustered = clusters[[*names]].notna().all(axis=1).to_numpy()
+        chosen = [row for row in chosen_rows(images, rows) if clustered[row]]
+        partitions = [clusters[name].iloc[chosen].to_numpy(dtype="int64") for name in names]
+        return sampled(images.iloc[chosen], partitions, n, seed=seed)
+
+    def outliers(self) -> pd.DataFrame:
+        """Return the images of the run, those that are farthest from others first: index image_id.
+
+        Columns: distance (float32: mean 1 - cosine to the nearest train images, by the frozen backbone), ratio
+        (float32: how much farther that is than these images are from theirs, about 1 for most;
+        ``grappa.search.novelty.outlier_ratios``), then those of ``images()``. Sorted by ratio, images on the rim of a
+        dense group come first: on photographs these were ordinary, and what is far from all was odd.
+        """
+        import numpy as np
+
+        from grappa.search.novelty import outlier_ratios
+
+        folder = self._published("neighbors")
+        check_same_origin(self._folder, "images", "neighbors")
+        distances = 1 - np.load(folder / "similarities.npy", allow_pickle=False)
+        ratios = outlier_ratios(np.load(folder / "neighbors.npy", allow_pickle=False), distances)
+        table = self.images()
+        table.insert(0, "distance", distances.mean(axis=1))
+        table.insert(1, "ratio", ratios)
+        return table.sort_values("distance", ascending=False, kind="stable")
 
     # ---------------------------------------------------------------- inside
 
@@ -327,6 +400,14 @@ class Run:
                 f"init {quoted(self.root)} --set {setting}`, then `grappa run {quoted(self.root)}` makes it"
             )
         return published(folder, name, *files)
+
+    def _embedded_by(self, model: str | None, head: bool) -> Node:
+        """Return the node with the embeddings of a model, None: of the deployed one."""
+        sources = evaluated_models(self.config)
+        if model is not None and model not in sources:
+            raise ValueError(f"there are no embeddings of a model {model!r}; the run has {', '.join(sources)}")
+        node = sources[model] if model is not None else final_node(self.config, self.deployed)
+        return node if head else Node("embeddings", node.instance)
 
     def _read(self, name: str, file: str) -> pd.DataFrame:
         return pd.read_parquet(self._published(name, file) / file)

@@ -47,9 +47,13 @@ def open_pixels(context: StageContext) -> PixelCache:
 
 def open_backbone(context: StageContext) -> Backbone:
     """Return the backbone of the backbone artifact; only files of the run are read, nothing from the hub."""
-    folder = context.input("backbone")
+    return backbone_in(context.input("backbone"), context.config.backbone.module)
+
+
+def backbone_in(folder: Path, module: str | None = None) -> Backbone:
+    """Return the backbone in the folder of a backbone artifact; ``module``: the setting ``backbone.module``."""
     spec = BackboneSpec.from_json(json.loads((folder / "backbone.json").read_text()))
-    backbone = build_backbone(spec, context.config.backbone.module)
+    backbone = build_backbone(spec, module)
     fill(backbone.model, load_file(folder / "weights.safetensors"))
     return backbone
 
@@ -83,7 +87,12 @@ def open_deployed(context: StageContext) -> str:
 
 def open_head(context: StageContext, model: str) -> Head:
     """Return the embedding head fitted for a model of the result table."""
-    return open_form(*_read_with_form(context.input("heads", model) / "head.safetensors", "head"))
+    return head_in(context.input("heads", model))
+
+
+def head_in(folder: Path) -> Head:
+    """Return the head in the folder of an artifact of the stages ``heads`` or ``whitening``."""
+    return open_form(*_read_with_form(folder / "head.safetensors", "head"))
 
 
 def _read_with_form(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from grappa.core.printing import printable
 from grappa.pipeline.engine.execution import Say, Selection, selected
 from grappa.pipeline.engine.glance import short_lines
+from grappa.pipeline.engine.live.additions import addition_lines
 from grappa.pipeline.engine.status import cure_lines, read_config, states, status_lines
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import RunFolder, quoted
@@ -38,7 +39,7 @@ def say_status(run: RunFolder, *, verify: bool, watch: bool, long: bool, as_json
             jobs = ({"job": texts.get(each.name, ""), "job_state": _state(notes.get(each.name))} for each in found)
             print(json.dumps([{**each.to_json(), **job} for each, job in zip(found, jobs, strict=True)], indent=2))
             return cure
-        lines = (status_lines if long else short_lines)(found, texts) + cure
+        lines = (status_lines if long else short_lines)(found, texts) + addition_lines(run) + cure
         for line in ([f"warning: {warning}"] if warning else []) + lines:
             say(line)
         if not (watch and any(note.alive for note in notes.values())):

@@ -6,10 +6,12 @@ from importlib.util import find_spec
 
 DISTRIBUTION = "grappa-retrieval"
 EXTRAS = {
+    "alembic": "mlflow",
     "faiss": "cpu",
     "huggingface_hub": "pipeline",
     "jinja2": "report",
     "matplotlib": "report",
+    "mlflow": "mlflow",
     "pandas": "pipeline",
     "pillow_heif": "heic",
     "pyarrow": "pipeline",
@@ -17,9 +19,12 @@ EXTRAS = {
     "rich": "pipeline",
     "scipy": "pipeline",
     "sklearn": "pipeline",
+    "sqlalchemy": "mlflow",
     "submitit": "slurm",
+    "tensorboard": "tensorboard",
     "transformers": "objects",
     "typer": "pipeline",
+    "wandb": "wandb",
     "yaml": "pipeline",
 }
 

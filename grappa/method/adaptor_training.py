@@ -136,9 +136,7 @@ def train_adaptor_set(
         Group(list(adaptors.parameters()), optimization.learning_rate, optimization.weight_decay),
         Group(list(classifier.parameters()), proxy_learning_rate, 0.0),
     ]
-    result = fit(
-        trained, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress, run.processes
-    )
+    result = fit(trained, groups, optimization, order.steps_per_epoch, batch, loss, *run.hooks)
     return adaptors.cpu(), result
 
 

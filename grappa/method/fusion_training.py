@@ -93,9 +93,7 @@ def train_fusion(
         Group(list(fusion.parameters()), optimization.learning_rate, optimization.weight_decay),
         Group(list(projector.parameters()), optimization.learning_rate, optimization.weight_decay),
     ]
-    result = fit(
-        trained, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress, run.processes
-    )
+    result = fit(trained, groups, optimization, order.steps_per_epoch, batch, loss, *run.hooks)
     return fusion.cpu(), result
 
 

@@ -97,9 +97,7 @@ def train_student(
         return share * value, {"similarity": share * similarity}
 
     groups = [Group(list(student.parameters()), optimization.learning_rate, optimization.weight_decay)]
-    result = fit(
-        student, groups, optimization, order.steps_per_epoch, batch, loss, run.checkpoint, run.progress, run.processes
-    )
+    result = fit(student, groups, optimization, order.steps_per_epoch, batch, loss, *run.hooks)
     return student.cpu(), result
 
 

@@ -1,9 +1,9 @@
-"""A search index over embeddings: exact inner products (faiss flat), or an inverted file (IVF) above a size."""
+"""A search index over embeddings: exact, or of one of the approximate kinds of ``grappa.search.index_kinds``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +12,76 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from grappa.core.memory import FLOAT, INTEGER
+from grappa.core.randomness import id_numbers, key, shuffled
 from grappa.core.vectors import check_unit_vectors
+from grappa.search.index_kinds import Kind, add_vectors, empty_index, index_bytes, search_index, settled_kind
+from grappa.search.neighbors import nearest_neighbors
 
-INDEX_FILE, IDS_FILE, ID_COLUMN = "index.faiss", "ids.parquet", "image_id"
-MIN_PROBES, PROBED_SHARE = 16, 32
-BLOCK_ROWS = 65536
+INDEX_FILE, IDS_FILE, ID_COLUMN, HIDDEN_COLUMN = "index.faiss", "ids.parquet", "image_id", "removed"
+RECALLED, RECALL_QUERIES = 10, 1000
+TIE = 1e-6  # images as similar as the last of the exact answer count as found
 
 
 @dataclass(frozen=True)
 class SearchIndex:
-    """``faiss_index`` holds the vectors of N images, ``ids`` (N,) the ids of these images in the same order."""
+    """``faiss_index`` holds the vectors of N images, ``ids`` (N,) the ids of these images in the same order.
+
+    ``hidden`` (N,) bool: images that are not found although their vectors are still there; None: there are none.
+    """
 
     faiss_index: Any
     ids: NDArray[np.object_]
+    hidden: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
-        return len(self.ids)
+        """Return the number of images that can be found."""
+        return len(self.ids) - (0 if self.hidden is None else int(self.hidden.sum()))
 
     @classmethod
-    def build(cls, embeddings: NDArray[np.float32], ids: Sequence[str], *, ivf_above: int = 1_000_000) -> SearchIndex:
+    def build(
+        cls,
+        embeddings: NDArray[np.float32],
+        ids: Sequence[str],
+        *,
+        kind: Kind = "auto",
+        ivf_above: int = 1_000_000,
+    ) -> SearchIndex:
         """Index embeddings (N, D), L2-normalised, under N different image ids.
 
-        Up to ``ivf_above`` rows the index is flat: exact. Above, it is an inverted file with 4 sqrt(N) lists, of which
-        a search visits one in 32 (at least 16): approximate. ValueError when ids and embeddings disagree.
+        ``auto`` is an exact index up to ``ivf_above`` rows, above an inverted file with 4 sqrt(N) lists, of which a
+        search visits one in 32 (at least 16): approximate. ValueError when ids and embeddings disagree, or where there
+        are too few images for the kind.
         """
         embeddings = check_unit_vectors("embeddings", embeddings)
-        if len(ids) != len(embeddings) or len(set(ids)) != len(ids):
-            raise ValueError(f"found {len(set(ids))} different ids for {len(embeddings)} embeddings; give each its own")
-        index = _ivf(embeddings) if len(embeddings) > ivf_above else _flat(embeddings.shape[1])
-        for start in range(0, len(embeddings), BLOCK_ROWS):
-            index.add(embeddings[start : start + BLOCK_ROWS])
+        _check_ids(embeddings, ids)
+        index = empty_index(settled_kind(kind, len(embeddings), ivf_above), embeddings)
+        add_vectors(index, embeddings)
         return cls(faiss_index=index, ids=np.array(list(ids), dtype=object))
+
+    def grown(self, embeddings: NDArray[np.float32], ids: Sequence[str]) -> SearchIndex:
+        """Return the index with embeddings (n, D), L2-normalised, behind its own; it shares its vectors.
+
+        Lists and codes stay those that were learned when the index was built. Nothing else may use the former index
+        from now on. ValueError for ids that are there already.
+        """
+        if not len(ids):
+            return self
+        embeddings = check_unit_vectors("embeddings", embeddings)
+        _check_ids(embeddings, ids)
+        known = set(self.ids) & set(ids)
+        if known:
+            raise ValueError(f"{min(known)} is in the index already; leave it out")
+        add_vectors(self.faiss_index, embeddings)
+        hidden = None if self.hidden is None else np.concatenate([self.hidden, np.zeros(len(ids), dtype=bool)])
+        return SearchIndex(self.faiss_index, np.concatenate([self.ids, np.array(list(ids), dtype=object)]), hidden)
+
+    def without(self, ids: Collection[str]) -> SearchIndex:
+        """Return the index in which exactly the images ``ids`` are hidden; ids that it does not have are passed over.
+
+        Their vectors stay in memory until an index is built anew.
+        """
+        hidden = np.isin(self.ids, np.array(list(ids), dtype=object)) if ids else None
+        return replace(self, hidden=hidden if hidden is not None and hidden.any() else None)
 
     def save(self, folder: Path) -> None:
         """Write index.faiss and ids.parquet into an existing folder."""
@@ -50,17 +89,22 @@ class SearchIndex:
 
         with open(folder / INDEX_FILE, "wb") as file:
             faiss.write_index(self.faiss_index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
-        pd.DataFrame({ID_COLUMN: self.ids}).to_parquet(folder / IDS_FILE, index=False)
+        self.save_ids(folder)
+
+    def save_ids(self, folder: Path) -> None:
+        """Write ids.parquet alone: image_id, and removed (bool) where images are hidden."""
+        hidden = {} if self.hidden is None else {HIDDEN_COLUMN: self.hidden}
+        pd.DataFrame({ID_COLUMN: self.ids, **hidden}).to_parquet(folder / IDS_FILE, index=False)
 
     @classmethod
     def load(cls, folder: Path) -> SearchIndex:
         """Read what :meth:`save` wrote; ValueError when a file is missing, broken or disagrees with the other."""
-        index, ids = _read_index(folder / INDEX_FILE), _read_ids(folder / IDS_FILE)
+        index, (ids, hidden) = _read_index(folder / INDEX_FILE), _read_ids(folder / IDS_FILE)
         if index.ntotal != len(ids):
             raise ValueError(
                 f"{folder / INDEX_FILE} holds {index.ntotal} images and {IDS_FILE} {len(ids)}; build the index again"
             )
-        return cls(faiss_index=index, ids=ids)
+        return cls(faiss_index=index, ids=ids, hidden=hidden)
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.object_], NDArray[np.float32]]:
         """Return the k most similar images of queries (Q, D), L2-normalised: ids (Q, k), cosines (Q, k), largest first.
@@ -72,48 +116,46 @@ class SearchIndex:
             raise ValueError(
                 f"queries are {queries.shape[1]} wide, the index {self.faiss_index.d}; embed with its model"
             )
-        if not 1 <= k <= len(self.ids):
-            raise ValueError(f"k is {k}, but the index of {len(self.ids)} images allows 1 to {len(self.ids)}")
-        similarities, rows = self.faiss_index.search(queries, k)
-        short = np.flatnonzero((rows < 0).any(axis=1))
-        if len(short):
-            similarities[short], rows[short] = _search_all_lists(self.faiss_index, queries[short], k)
+        if not 1 <= k <= len(self):
+            raise ValueError(f"k is {k}, but the index of {len(self)} images allows 1 to {len(self)}")
+        hidden = np.flatnonzero(self.hidden) if self.hidden is not None else np.empty(0, dtype=np.int64)
+        similarities, rows = search_index(self.faiss_index, queries, k, hidden)
         return self.ids[rows], similarities
 
 
-def memory_needed(num_images: int, width: int) -> int:
-    """Return the bytes that building takes at its peak: the embeddings in their file, as given and in the index, and
-    the ids."""
-    return 3 * num_images * width * FLOAT + num_images * 16 * INTEGER
+def recall(index: SearchIndex, embeddings: NDArray[np.float32], ids: Sequence[str]) -> float:
+    """Return the recall@10 of an index of embeddings (N, D) under N ids, measured on at most 1,000 of them as queries.
+
+    It is the share of the ten images nearest to a query (itself left out) that the index finds among its first ten; 1
+    where there are fewer than two images. The queries are drawn by their ids.
+    """
+    embeddings, number = check_unit_vectors("embeddings", embeddings), min(RECALLED, len(embeddings) - 1)
+    if number < 1:
+        return 1.0
+    names = np.array(list(ids), dtype=object)
+    rows, everyone = shuffled(key(0, "recall"), id_numbers(list(ids)))[:RECALL_QUERIES], np.arange(len(ids))
+    _, exact = nearest_neighbors(
+        embeddings[rows], embeddings, num_neighbors=number, query_ids=rows, candidate_ids=everyone
+    )
+    found, _ = index.search(embeddings[rows], number + 1)
+    places = {name: row for row, name in enumerate(names)}
+    hits = 0
+    for query, row in enumerate(rows):
+        others = [places[name] for name in found[query] if name != names[row]][:number]
+        hits += int((embeddings[others] @ embeddings[row] >= exact[query, -1] - TIE).sum())
+    return hits / (len(rows) * number)
 
 
-def _flat(width: int) -> Any:
-    import faiss
-
-    return faiss.IndexFlatIP(width)
-
-
-def _ivf(embeddings: NDArray[np.float32]) -> Any:
-    """Return a trained, empty inverted file; faiss trains on at most 256 images a list, drawn with a fixed seed."""
-    import faiss
-
-    width, num_lists = embeddings.shape[1], max(1, int(4 * len(embeddings) ** 0.5))
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, num_lists, faiss.METRIC_INNER_PRODUCT)
-    index.train(embeddings)
-    index.nprobe = min(num_lists, max(MIN_PROBES, num_lists // PROBED_SHARE))
-    return index
+def memory_needed(num_images: int, width: int, kind: Kind = "flat") -> int:
+    """Return the bytes that building takes at its peak: the embeddings in their file and as given, the index of a
+    settled kind, and the ids."""
+    given = 2 * num_images * width * FLOAT + num_images * 16 * INTEGER
+    return given + index_bytes(kind, num_images, width)
 
 
-def _search_all_lists(
-    index: Any, queries: NDArray[np.float32], k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Search an inverted file in full: for queries whose visited lists held fewer than k images."""
-    usual, index.nprobe = index.nprobe, index.nlist
-    try:
-        found: tuple[NDArray[np.float32], NDArray[np.int64]] = index.search(queries, k)
-    finally:
-        index.nprobe = usual
-    return found
+def _check_ids(embeddings: NDArray[np.float32], ids: Sequence[str]) -> None:
+    if len(ids) != len(embeddings) or len(set(ids)) != len(ids):
+        raise ValueError(f"found {len(set(ids))} different ids for {len(embeddings)} embeddings; give each its own")
 
 
 def _read_index(path: Path) -> Any:
@@ -131,14 +173,16 @@ def _read_index(path: Path) -> Any:
     return index
 
 
-def _read_ids(path: Path) -> NDArray[np.object_]:
+def _read_ids(path: Path) -> tuple[NDArray[np.object_], NDArray[np.bool_] | None]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not path.is_file():
         raise ValueError(f"{path} is missing; build the index again")
     try:
-        column = pq.read_table(path, columns=[ID_COLUMN]).column(ID_COLUMN)
+        table = pq.read_table(path)
+        ids = np.array(table.column(ID_COLUMN).to_pylist(), dtype=object)
     except (pa.ArrowInvalid, KeyError, OSError) as error:
         raise ValueError(f"{path} is truncated or has no column {ID_COLUMN}; build the index again") from error
-    return np.array(column.to_pylist(), dtype=object)
+    hidden = table.column(HIDDEN_COLUMN).to_numpy() if HIDDEN_COLUMN in table.column_names else None
+    return ids, hidden

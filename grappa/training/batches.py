@@ -21,7 +21,7 @@ from grappa.core.distributed import ALONE, Processes
 from grappa.core.randomness import key, shuffled, uniforms
 from grappa.images.pixels import ImageRows
 from grappa.images.transforms import NUM_DRAWS, Augmentation, train_batch
-from grappa.training.loop import Checkpointer
+from grappa.training.loop import Checkpointer, Recorded
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,22 @@ class Views:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a training runs: device, precision, checkpoint, progress, and the processes that share a batch."""
+    """Where and how a training runs: device, precision, checkpoint, progress, and the processes that share a batch.
+
+    ``recorded`` gets each record of the metrics as soon as it is known.
+    """
 
     device: torch.device
     precision: str
     checkpoint: Checkpointer | None = None
     progress: Callable[[int], None] | None = None
     processes: Processes = ALONE
+    recorded: Recorded | None = None
+
+    @property
+    def hooks(self) -> tuple[Checkpointer | None, Callable[[int], None] | None, Processes, Recorded | None]:
+        """The last arguments of ``grappa.training.loop.fit``."""
+        return self.checkpoint, self.progress, self.processes, self.recorded
 
 
 class BatchOrder:

@@ -16,6 +16,7 @@ from grappa.images.transforms import prefetch
 
 Made = TypeVar("Made")
 NUM_RECORDS = 100
+Recorded = Callable[[dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def fit(
     checkpoint: Checkpointer | None = None,
     progress: Callable[[int], None] | None = None,
     processes: Processes = ALONE,
+    recorded: Recorded | None = None,
 ) -> FitResult:
     """Train ``module`` in place; several processes begin and end with equal modules.
 
@@ -82,6 +84,7 @@ def fit(
         module: holds every trained tensor; its names are those of the checkpoint.
         batch: from a step to its batch, which a thread makes ahead; a pure function of the step.
         progress: called with the number of steps newly done; steps that a checkpoint brought are not counted.
+        recorded: called with each record of the metrics as soon as it is known, not with what a checkpoint brought.
         loss: from a batch to its loss and to further scalars to record, all on the device. Of several processes each
             makes its slice of the batch and returns its share of every scalar: the shares add up to the batch's scalar.
 
@@ -99,6 +102,8 @@ def fit(
         _step(optimizer, state, *loss(made), processes)
         if state.since == every or state.step == num_steps:
             _record(state, steps_per_epoch, optimizer.param_groups[0]["lr"])
+            if recorded:
+                recorded(dict(state.metrics[-1]))
         if progress:
             progress(1)
         if checkpoint and state.step < num_steps and checkpoint.due():

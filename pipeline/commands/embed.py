@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from grappa import load_model
 from grappa.pipeline.commands.search import max_pixels
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from grappa.model import GrappaModel
 
@@ -22,21 +23,51 @@ BATCH = 64
 NO_BOX = (float("nan"),) * 4
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Decoded images, each (H, W, 3) uint8 at cache size, as rows of a table."""
+
+    images: list[NDArray[np.uint8]]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, row: int) -> NDArray[np.uint8]:
+        return self.images[row]
+
+
 def embed(run_or_model: Path, images: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> str:
-    """Write ``embeddings.npy`` (n, D) float32 and ``ids.parquet`` (its rows: path, domain) into the new folder ``out``.
+    """Write ``embeddings.npy`` (n, D) float32 and ``ids.parquet`` (its rows: path, domain) into the new folder ``out``;
+    where its name ends in .parquet, one table with path, domain and embedding (a list of D float32).
 
     ``images`` is a folder or a table; files directly in the folder have the domain "". Files that cannot be used are
-    listed with the reason in ``rejected.parquet``. ``progress`` is called with the number of files done and of all
-    files. Returns the result in one sentence; ``out`` appears whole or not at all.
+    listed with the reason in ``rejected.parquet`` of the folder. ``progress`` is called with the number of files done
+    and of all files. Returns the result in one sentence; ``out`` appears whole or not at all.
     """
     from grappa.images.table import list_images
 
     refuse_existing(out)
     model, listing = load_model(run_or_model), list_images([images], loose_domain="")
-    with new_folder(out) as draft:
-        sentence = _write(model, listing, draft, progress, largest=max_pixels(run_or_model))
+    if out.suffix.lower() == ".parquet":
+        with TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as place:
+            sentence = _write(model, listing, Path(place), progress, largest=max_pixels(run_or_model))
+            _write_table(Path(place), out)
+    else:
+        with new_folder(out) as draft:
+            sentence = _write(model, listing, draft, progress, largest=max_pixels(run_or_model))
     passed = "".join(f", {words} passed over" for words in listing.attrs["passed_over"])
     return f"{sentence} in {out}{passed}"
+
+
+def _write_table(folder: Path, out: Path) -> None:
+    """Write what the folder holds as one table."""
+    import numpy as np
+    import pandas as pd
+
+    from grappa.pipeline.commands.hand_over import write_vectors
+
+    embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+    write_vectors(out, pd.read_parquet(folder / "ids.parquet"), embeddings)
 
 
 def _write(
@@ -49,15 +80,17 @@ def _write(
 ) -> str:
     import numpy as np
 
+    from grappa.pipeline.engine.live.embedding import embed_images
+
     kept: list[int] = []
     rejected: dict[int, str] = {}
     parts = [np.empty((0, model.embedding_dim), np.float32)]
     for start in range(0, len(listing), BATCH):
         rows = range(start, min(start + BATCH, len(listing)))
-        crops = dict(_crops(model, listing, rows, rejected, largest))
-        if crops:
-            parts.append(_forward(model, list(crops.values())))
-        kept.extend(crops)
+        decoded = dict(_decoded(model, listing, rows, rejected, largest))
+        if decoded:
+            parts.append(embed_images(model, Decoded(list(decoded.values())), batch_size=BATCH))
+        kept.extend(decoded)
         if progress:
             progress(rows.stop, len(listing))
     if not kept:
@@ -71,9 +104,9 @@ def _write(
     return f"{len(kept)} embeddings of {model.embedding_dim} dimensions, {len(rejected)} files rejected,"
 
 
-def _crops(
+def _decoded(
     model: GrappaModel, listing: pd.DataFrame, rows: range, rejected: dict[int, str], largest: int
-) -> Iterator[tuple[int, Tensor]]:
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     from grappa.images.files import ListedFile, RejectedFileError, decode_file
 
     for row in rows:
@@ -85,15 +118,4 @@ def _crops(
         except RejectedFileError as error:
             rejected[row] = str(error)
         else:
-            yield row, model.crop(decoded.pixels)
-
-
-def _forward(model: GrappaModel, crops: list[Tensor]) -> NDArray[np.float32]:
-    import torch
-
-    from grappa.images.transforms import normalize
-
-    spec = model.backbone.spec
-    with torch.inference_mode():
-        embeddings: NDArray[Any] = model(normalize(torch.stack(crops), spec.mean, spec.std)).numpy()
-    return embeddings
+            yield row, decoded.pixels

@@ -78,7 +78,7 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     if SUPERVISED in adaptor_sets(config):
         say_lone_classes(listing, say)
     _say_few(num_train, say)
-    for sentence in missing_packages(config).values():
+    for sentence in dict.fromkeys(missing_packages(config).values()):
         say(f"warning: {sentence}")
     if before and request.config:
         _say_changes(before, config, say)

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grappa.pipeline.config.schema import Images
+from grappa.pipeline.engine.live.additions import INDEX, Additions, read_additions
 from grappa.pipeline.engine.status import read_config
-from grappa.pipeline.engine.verdict_file import chosen_model
+from grappa.pipeline.engine.verdict_file import made_of
 from grappa.pipeline.store.artifacts import (
     RUN_FILE,
     RunFolder,
     check_same_origin,
     published,
     quoted,
-    readable_manifest,
 )
 from grappa.pipeline.store.storage import new_folder, refuse_existing
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from grappa.backbone.own_module import Maker
     from grappa.model import GrappaModel
+    from grappa.search.index import SearchIndex
 
 FILES = ("model.json", "weights.safetensors")
 
@@ -40,21 +41,23 @@ def load_run_model(run: str | Path, module: Maker | None = None) -> GrappaModel:
 
 
 def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
-    """Return the ``k`` most similar images of the index, nearest first.
+    """Return the ``k`` most similar images of the collection as it is now, nearest first.
 
-    An image is a dict of image_id, path (relative to its image root), domain and similarity (cosine, -1 to 1).
+    Images that were added are among them once the deployed model has embedded them, removed ones never are. An image
+    is a dict of image_id, path (relative to its image root), domain and similarity (cosine, -1 to 1).
     """
     import pandas as pd
     import torch
 
-    from grappa.search.index import SearchIndex
+    from grappa.pipeline.engine.live.collection import live_images
 
     folder = RunFolder.open(run)
     model = load_run_model(run)
-    source = _source(folder)
-    check_same_origin(folder, "index", "images", f"heads/{source}", f"embeddings/{source}", "verdict", "model")
-    index = SearchIndex.load(published(folder, "index"))
+    check_deployed(folder)
+    config = read_config(folder)
+    index = _index_now(folder, read_additions(folder, config))
     images = pd.read_parquet(published(folder, "images", "images.parquet") / "images.parquet").set_index("image_id")
+    images = live_images(folder, config, images)
     with torch.inference_mode():
         query = model(model.preprocess(open_image(image, max_pixels(run))).unsqueeze(0))
     ids, similarities = index.search(query.numpy(), k)
@@ -63,26 +66,27 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
     return [{"image_id": i, "path": p, "domain": d, "similarity": float(s)} for i, p, d, s in rows]
 
 
-def _source(folder: RunFolder) -> str:
-    """Return the model whose embeddings the index holds, such as ``fused``; ValueError where another is deployed."""
-    model, index = (_deployed_by(folder, name) for name in ("model", "index"))
+def _index_now(folder: RunFolder, found: Additions) -> SearchIndex:
+    """Return the index with the additions; where it is not up to date that of the run, without the removed images."""
+    from grappa.search.index import SearchIndex
+
+    if found.indexed and found.index.kind == "fresh":
+        return SearchIndex.load(published(folder, INDEX))
+    return SearchIndex.load(published(folder, "index")).without(found.removed)
+
+
+def check_deployed(folder: RunFolder) -> str:
+    """Return the model that a run's model and index were made of, such as ``fused``.
+
+    ValueError where they were made of different models, or where what they are made of was made again in between.
+    """
+    model, index = (made_of(folder, name) for name in ("model", "index"))
     if model != index:
         raise ValueError(
             f"the model in {folder.root} is {model}, the index is of {index}; run `grappa run {quoted(folder.root)}`"
         )
+    check_same_origin(folder, "index", "images", f"heads/{index}", f"embeddings/{index}", "verdict", "model")
     return index
-
-
-def _deployed_by(folder: RunFolder, name: str) -> str:
-    """Return the model that an artifact was made of: the one that its inputs name, or the choice of the verdict."""
-    published(folder, name)
-    manifest = readable_manifest(folder, name)
-    assert manifest is not None, f"{name} is published"
-    inputs = manifest.fingerprint["inputs"]
-    if "verdict" in inputs:
-        return chosen_model(folder)
-    final = (each.removeprefix("heads/") for each in inputs if each.startswith("heads/"))
-    return next(final, "zero_shot")
 
 
 def max_pixels(run_or_model: Path) -> int:

@@ -46,6 +46,14 @@ def provenance(default: Any, description: str) -> Any:
     return Field(default=default, description=description, json_schema_extra={"identity": False})
 
 
+def later(default: Any, description: str) -> Any:
+    """Return a field that came after runs had been made: with its default the result is that without the field.
+
+    Such a value is left out of fingerprints, so that older artifacts stay fresh.
+    """
+    return Field(default=default, description=description, json_schema_extra={"later": True})
+
+
 class Images(Section):
     sources: tuple[str, ...] = provenance((), "folders or tables (.csv, .parquet) of images")
     domains: tuple[str, ...] = provenance((), "further folders as NAME=DIR: all their images are the domain NAME's")
@@ -343,7 +351,10 @@ class Evaluation(Section):
 
 class Index(Section):
     rows: Literal["all", "train", "test"] = Field("all", description="the images that can be found")
-    ivf_above: PositiveInt = Field(1_000_000, description="more rows than this get an inverted-file index")
+    kind: Literal["auto", "flat", "ivf", "hnsw", "ivfpq"] = later(
+        "auto", "how it is searched: flat is exact; ivf, hnsw, ivfpq: approximate; auto: flat, or ivf above ivf_above"
+    )
+    ivf_above: PositiveInt = Field(1_000_000, description="auto: more rows than this get an inverted-file index")
 
 
 class Compute(Section):
@@ -354,6 +365,9 @@ class Compute(Section):
     num_workers: NonNegativeInt = provenance(0, "threads that decode and crop images; 0: all cores (shared likewise)")
     inference_batch_size: PositiveInt = provenance(64, "images a forward pass without gradients")
     checkpoint_seconds: PositiveFloat = provenance(60.0, "time between two checkpoints")
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = provenance(
+        (), "where the curves of trainings go while they run, beside metrics.jsonl; each is an extra of its name"
+    )
 
 
 PERCEIVED = ("object_weight", "transfer_weight", "background_weight")
@@ -484,9 +498,17 @@ def identity_settings(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
         section_name, _, field_name = name.partition(".")
         section: Section = getattr(config, section_name)
         dumped = section.model_dump(mode="json")
-        fields = [field_name] if field_name else [field for field in dumped if is_identity(section, field)]
+        identity = [field for field in dumped if is_identity(section, field) and not _as_before(section, field)]
+        fields = [field_name] if field_name else identity
         settings.update({f"{section_name}.{field}": dumped[field] for field in fields})
     return settings
+
+
+def _as_before(section: Section, field: str) -> bool:
+    """Tell whether a later field has the value with which everything is as it was without the field."""
+    info = type(section).model_fields[field]
+    marked = isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("later") is True
+    return marked and getattr(section, field) == info.default
 
 
 def is_identity(section: Section, field: str) -> bool:

@@ -51,6 +51,21 @@ def chosen_model(run: RunFolder) -> str:
     return found.choice
 
 
+def made_of(run: RunFolder, name: str) -> str:
+    """Return the model that the artifact ``model`` or ``index`` was made of, whatever the configuration says now.
+
+    It is the one that the artifact's inputs name, or the choice of the verdict.
+    """
+    published(run, name)
+    manifest = readable_manifest(run, name)
+    assert manifest is not None, f"{name} is published"
+    inputs = manifest.fingerprint["inputs"]
+    if VERDICT.name in inputs:
+        return chosen_model(run)
+    final = (each.removeprefix("heads/") for each in inputs if each.startswith("heads/"))
+    return next(final, "zero_shot")
+
+
 def deployed_in(run: RunFolder, config: Config) -> str:
     """Return the model that is deployed, indexed and searched: the given one, or the choice of the verdict."""
     return deployed_model(config, chosen_model(run) if config.model.source == "auto" else None)

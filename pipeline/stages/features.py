@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from grappa.backbone.features import Batch, Read, extract_features
 from grappa.backbone.frozen import Adaptation, Backbone, embed
 from grappa.core import memory
-from grappa.images.pixels import ImageRows
+from grappa.images.pixels import ChosenRows, ImageRows, repeated_rows
 from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.engine.live.row_reuse import DIGESTS_FILE, Reuse, plan_reuse, row_digests
 from grappa.pipeline.opening import (
     need_for_batches,
     open_backbone,
@@ -23,19 +25,65 @@ from grappa.pipeline.opening import (
     settle_precision,
     shape_of,
 )
+from grappa.pipeline.store.artifacts import SCRATCH_FOLDER
 from grappa.pipeline.store.checkpoints import RowCheckpoint
+
+FILE = "features.npy"
 
 
 def run(context: StageContext) -> str:
-    num_rows, width = extract(context, open_backbone(context), None, "features.npy", context.config.features.precision)
-    return f"{num_rows} features of {width} dimensions"
+    number, width, note = _features(context, open_pixels(context))
+    return f"{number} features of {width} dimensions{note}"
 
 
 def run_on_objects(context: StageContext) -> str:
     """Run the stage ``object_features``."""
-    precision, cache = context.config.features.precision, open_objects(context)
-    num_rows, width = extract(context, open_backbone(context), None, "features.npy", precision, cache=cache)
-    return f"{num_rows} features of object views, of {width} dimensions"
+    number, width, note = _features(context, open_objects(context))
+    return f"{number} features of object views, of {width} dimensions{note}"
+
+
+def _features(context: StageContext, cache: ImageRows) -> tuple[int, int, str]:
+    """Write ``features.npy``; rows of a former result that are still true are taken over (``engine.live.row_reuse``).
+
+    Returns N, D, and what was taken over in words.
+    """
+    backbone, precision = open_backbone(context), context.config.features.precision
+    digests = row_digests(cache) if context.leads else None
+    reuse = _planned_reuse(context, digests, precision) if context.team.size == 1 and digests is not None else None
+    number = _take_over(context, backbone, cache, reuse) if reuse else 0
+    if not number:
+        extract(context, backbone, None, FILE, precision, cache=cache)
+    if digests is not None:
+        np.save(context.path / DIGESTS_FILE, digests, allow_pickle=False)
+    return len(cache), backbone.embedding_dim, f", {number} of them taken over" if number else ""
+
+
+def _planned_reuse(context: StageContext, digests: NDArray[np.uint8], precision: str) -> Reuse | None:
+    batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
+    settle_precision(context, precision, settle_device(context))
+    return plan_reuse(context, FILE, digests, batch_size)
+
+
+def _take_over(context: StageContext, backbone: Backbone, cache: ImageRows, reuse: Reuse) -> int:
+    """Write the former rows and the computed ones into ``features.npy``; return how many were taken over.
+
+    Nothing is written, and 0 returned, where rows that were computed again have other bits.
+    """
+    new = Path(SCRATCH_FOLDER, FILE)
+    (context.path / SCRATCH_FOLDER).mkdir(exist_ok=True)
+    precision, chosen = context.config.features.precision, ChosenRows(cache, reuse.computed)
+    extract(context, backbone, None, str(new), precision, cache=chosen)
+    found = np.load(context.path / new, mmap_mode="r", allow_pickle=False)
+    RowCheckpoint(context.path, seconds=0).path.unlink(missing_ok=True)
+    if not reuse.agrees(found):
+        context.log({"reuse": "rows computed again have other bits: all rows are computed"})
+        return 0
+    out = new_array(context.path / FILE, (len(cache), backbone.embedding_dim))
+    reuse.fill(out, found)
+    for row, first in repeated_rows(cache):
+        out[row] = out[first]
+    out.flush()
+    return int((reuse.rows >= 0).sum())
 
 
 def extract(

@@ -326,6 +326,12 @@ def damage_sentence(folder: RunFolder, name: str, problems: Sequence[str]) -> st
 
 def repair_command(folder: RunFolder, name: str) -> str:
     """Return the command that makes a damaged artifact again."""
+    if name.startswith("additions/"):
+        again, number = f"grappa add {quoted(folder.root)}", name.removeprefix("additions/")
+        if number == "removed":
+            return f"rm -r {quoted(folder.root)}/{name}` and `grappa remove {quoted(folder.root)} ..."
+        decoded = number.isdecimal()  # its images must be decoded again, from files that only the user knows
+        return f"rm -r {quoted(folder.root)}/additions/{number}*` and `{again} --images ..." if decoded else again
     return f"grappa init {quoted(folder.root)}" if name == "sources" else f"grappa run {quoted(folder.root)} --verify"
 
 

@@ -30,7 +30,9 @@ PROVIDED_BY = {
     "faiss": "faiss-cpu",
     "markdown_it": "markdown-it-py",
     "rattler": "py-rattler",
+    "mlflow": "mlflow-skinny",
 }
+TRACKERS = ("tensorboard", "mlflow", "wandb")
 TEXTS = {".py", ".yaml", ".md", ".j2"}
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 
@@ -85,20 +87,20 @@ def imported_packages(folder: str) -> set[str]:
 
 def test_every_import_is_a_declared_dependency() -> None:
     product = set[str]().union(*map(imported_packages, PACKAGES))
-    assert product <= set(requirements("all", "cpu"))
-    assert imported_packages("tests") <= set(requirements("all", "cpu", "dev"))
+    assert product <= set(requirements("all", "cpu", *TRACKERS))
+    assert imported_packages("tests") <= set(requirements("all", "cpu", "dev", *TRACKERS))
 
 
 def test_every_package_of_an_extra_is_named_with_it() -> None:
     for module, extra in EXTRAS.items():
         assert canonicalize_name(PROVIDED_BY.get(module, module)) in requirements(extra), module
     known = {canonicalize_name(PROVIDED_BY.get(module, module)) for module in EXTRAS}
-    assert set(requirements("all", "cpu", "objects", "heic")) - set(requirements()) == known
+    assert set(requirements("all", "cpu", "objects", "heic", *TRACKERS)) - set(requirements()) == known
     assert project()["project"]["name"] == DISTRIBUTION
 
 
 def test_each_layer_needs_its_own_extra_only() -> None:
-    assert imported_packages("pipeline") - {"jinja2", "matplotlib"} <= set(requirements("pipeline"))
+    assert imported_packages("pipeline") - {"jinja2", "matplotlib"} <= set(requirements("pipeline", *TRACKERS))
     assert imported_packages("slurm") <= set(requirements("slurm"))
     assert imported_packages("grappa") <= set(requirements("pipeline", "cpu"))
 
@@ -117,7 +119,7 @@ def test_both_faiss_builds_are_extras_only() -> None:
 
 
 def test_every_dependency_is_pinned_within_its_range() -> None:
-    for name, requirement in requirements("all", "cpu", "gpu", "objects", "heic", "dev").items():
+    for name, requirement in requirements("all", "cpu", "gpu", "objects", "heic", "dev", *TRACKERS).items():
         assert name in pins(), f"constraints.txt does not pin {name}"
         assert requirement.specifier.contains(pins()[name]), f"{requirement} excludes the tested {pins()[name]}"
 

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from grappa.search.index import SearchIndex
+from grappa.search.index import SearchIndex, recall
+from grappa.search.index_kinds import Kind, index_bytes, kind_of
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -92,3 +93,76 @@ def test_refuses_what_makes_no_sense() -> None:
         SearchIndex.build(points(20), ["same"] * 20)
     with pytest.raises(ValueError, match="not of length 1"):
         SearchIndex.build(2 * points(20), names(20))
+
+
+def grouped(number: int, width: int = 16) -> np.ndarray:
+    """Points around 60 centers, as photographs lie."""
+    random = np.random.default_rng(0)
+    centers = random.normal(size=(60, width))
+    return unit(centers[random.integers(0, 60, number)] + 0.4 * random.normal(size=(number, width)))
+
+
+@pytest.mark.parametrize(("kind", "least"), [("flat", 1.0), ("ivf", 0.9), ("hnsw", 0.95), ("ivfpq", 0.5)])
+def test_each_kind_finds_most_and_says_how_much_it_finds_and_takes(tmp_path: Path, kind: Kind, least: float) -> None:
+    embeddings = grouped(3000)
+    index = SearchIndex.build(embeddings, names(3000), kind=kind)
+    assert kind_of(index.faiss_index) == kind
+    assert least <= recall(index, embeddings, names(3000)) <= 1
+    index.save(tmp_path)
+    size = (tmp_path / "index.faiss").stat().st_size
+    assert index_bytes(kind, 3000, 16) == pytest.approx(size, rel=0.05)
+    loaded = SearchIndex.load(tmp_path)
+    assert kind_of(loaded.faiss_index) == kind
+    assert loaded.search(embeddings[:20], 10)[0].tolist() == index.search(embeddings[:20], 10)[0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw", "ivfpq"])
+def test_the_same_vectors_give_the_same_bytes(tmp_path: Path, kind: Kind) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        SearchIndex.build(grouped(1000), names(1000), kind=kind).save(tmp_path / name)
+    assert (tmp_path / "one" / "index.faiss").read_bytes() == (tmp_path / "two" / "index.faiss").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw", "ivfpq"])
+def test_an_index_grows_and_hides_images(tmp_path: Path, kind: Kind) -> None:
+    embeddings, ids = grouped(1000), names(1000)
+    index = SearchIndex.build(embeddings[:900], ids[:900], kind=kind).grown(embeddings[900:], ids[900:])
+    assert len(index) == 1000
+    (first, *_), _ = index.search(embeddings[950:951], 5)
+    assert ids[950] in first
+    hidden = index.without([*ids[:400], "unknown"])
+    assert len(hidden) == 600
+    hidden.save(tmp_path)
+    loaded = SearchIndex.load(tmp_path)
+    assert len(loaded) == 600
+    for each in (hidden, loaded):
+        found, _ = each.search(embeddings[:50], 20)
+        assert not set(found.ravel()) & set(ids[:400])
+        everything, _ = each.search(embeddings[:2], 600)
+        assert all(set(row) == set(ids[400:]) for row in everything)
+    with pytest.raises(ValueError, match="allows 1 to 600"):
+        hidden.search(embeddings[:1], 601)
+    assert len(hidden.without([])) == 1000
+    with pytest.raises(ValueError, match="is in the index already"):
+        index.grown(embeddings[:1], ids[:1])
+
+
+def test_auto_is_flat_up_to_a_number_of_images() -> None:
+    assert kind_of(SearchIndex.build(points(100), names(100), ivf_above=100).faiss_index) == "flat"
+    assert kind_of(SearchIndex.build(points(101), names(101), ivf_above=100).faiss_index) == "ivf"
+    assert kind_of(SearchIndex.build(points(101), names(101), kind="flat", ivf_above=100).faiss_index) == "flat"
+
+
+def test_codes_need_images_to_learn_from() -> None:
+    with pytest.raises(ValueError, match=r"needs as many images, found 255; choose index\.kind=flat"):
+        SearchIndex.build(points(255), names(255), kind="ivfpq")
+
+
+def test_the_recall_of_an_index_that_misses_is_below_1() -> None:
+    embeddings = grouped(500)
+    index = SearchIndex.build(embeddings, names(500)).without(names(500)[::2])
+    assert 0.3 < recall(index, embeddings[1::2], names(500)[1::2]) <= 1
+    assert recall(SearchIndex.build(embeddings[:1], names(1)), embeddings[:1], names(1)) == 1
+    wrong = SearchIndex.build(embeddings[::-1].copy(), names(500))
+    assert recall(wrong, embeddings, names(500)) < 0.2

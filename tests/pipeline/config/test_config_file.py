@@ -116,7 +116,7 @@ def test_presets_are_valid_differ_from_the_defaults_and_say_what_they_are(name: 
         ),
         ({"cluster": {"seed": 3}}, "unknown key cluster: did you mean clusters?"),
         ({"compute": {"learning_rate": 3}}, "key compute.learning_rate: did you mean adaptors.learning_rate?"),
-        ({"index": {"zzz": 3}}, "unknown key index.zzz: expected one of rows, ivf_above"),
+        ({"index": {"zzz": 3}}, "unknown key index.zzz: expected one of rows, kind, ivf_above"),
         ({"clusters": {"num_iterations": "many"}}, "clusters.num_iterations: found 'many', expected a valid integer"),
         ({"clusters": {"num_iterations": True}}, "clusters.num_iterations: found True, expected a number"),
         ({"clusters": {"seed": -1}}, "clusters.seed: found -1, expected greater than or equal to 0"),
