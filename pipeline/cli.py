@@ -269,7 +269,7 @@ def report(
 
     Write index.html to look at, and results.md for a README.
     """
-    from grappa.pipeline.report.page import write_report
+    from grappa.pipeline.pages.report.page import write_report
 
     _warn_if_stale(run, "evaluation")
     say(write_report(run, folder))

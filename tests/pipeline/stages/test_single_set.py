@@ -18,7 +18,7 @@ from grappa.pipeline.commands.run import read_table
 from grappa.pipeline.commands.search import export, search
 from grappa.pipeline.config.yaml_file import ConfigError
 from grappa.pipeline.engine.status import read_config, states
-from grappa.pipeline.report.page import write_report
+from grappa.pipeline.pages.report.page import write_report
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import digests, draw_images, make_run, run_all, settings, split_of, write_table, write_weights
 
