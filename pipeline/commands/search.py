@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from grappa.pipeline.config.schema import Images
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.verdict_file import chosen_model
+from grappa.pipeline.graph.models import final_node
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import (
     RUN_FILE,
     RunFolder,
@@ -20,6 +23,9 @@ from grappa.pipeline.store.artifacts import (
 from grappa.pipeline.store.storage import new_folder, refuse_existing
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
     from PIL import Image
 
     from grappa.model import GrappaModel
@@ -35,37 +41,71 @@ def load_run_model(run: str | Path) -> GrappaModel:
 
 
 def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
-    """Return the ``k`` most similar images of the index, nearest first.
+    """Return the ``k`` most similar images of the index, nearest first; the image itself, the same bytes, is left out.
 
-    An image is a dict of image_id, path (relative to its image root), domain and similarity (cosine, -1 to 1).
+    An image is a dict of image_id, file (the absolute path), path (relative to its image root), domain and similarity
+    (cosine, -1 to 1). The image file is looked at first: what is heavy is loaded for an image that can be searched.
     """
-    import pandas as pd
-    import torch
+    folder = RunFolder.open(run)
+    data = image.read_bytes()
+    query = decoded(data, max_pixels(run), str(image))
+    indexed_model(folder)
+    images, roots = _images(folder)
 
+    from grappa.images.paths import image_file
     from grappa.search.index import SearchIndex
 
-    folder = RunFolder.open(run)
-    model = load_run_model(run)
-    source = _source(folder)
-    check_same_origin(folder, "index", "images", f"heads/{source}", f"embeddings/{source}", "verdict", "model")
     index = SearchIndex.load(published(folder, "index"))
-    images = pd.read_parquet(published(folder, "images", "images.parquet") / "images.parquet").set_index("image_id")
+    same = set(images.index[images["sha256"] == hashlib.sha256(data).hexdigest()]) & set(index.ids)
+    more = min(k + len(same), max(len(index), k))  # k that is larger than the index is the index's own error
+    found = zip(*(each[0] for each in index.search(encode(load_run_model(run), query), more)), strict=True)
+    nearest = [(image_id, similarity) for image_id, similarity in found if image_id not in same][:k]
+    rows = images.loc[[image_id for image_id, _ in nearest]].itertuples()
+    return [
+        {
+            "image_id": image_id,
+            "file": image_file(roots[row.root], row.path),
+            "path": row.path,
+            "domain": row.domain,
+            "similarity": float(similarity),
+        }
+        for row, (image_id, similarity) in zip(rows, nearest, strict=True)
+    ]
+
+
+def encode(model: GrappaModel, image: Image.Image) -> NDArray[np.float32]:
+    """Return the embedding (1, D) float32 of an image by an adapted model, L2-normalised."""
+    import torch
+
     with torch.inference_mode():
-        query = model(model.preprocess(open_image(image, max_pixels(run))).unsqueeze(0))
-    ids, similarities = index.search(query.numpy(), k)
-    found = images.loc[list(ids[0]), ["path", "domain"]]
-    rows = zip(ids[0], found["path"], found["domain"], similarities[0], strict=True)
-    return [{"image_id": i, "path": p, "domain": d, "similarity": float(s)} for i, p, d, s in rows]
+        found: NDArray[np.float32] = model(model.preprocess(image).unsqueeze(0)).numpy()
+    return found
 
 
-def _source(folder: RunFolder) -> str:
-    """Return the model whose embeddings the index holds, such as ``fused``; ValueError where another is deployed."""
+def indexed_model(folder: RunFolder) -> tuple[str, Node]:
+    """Return the deployed model, such as ``fused``, and the node of the embeddings that the index holds.
+
+    ValueError where the index is missing or is of another model, or where what a search reads does not belong together.
+    """
     model, index = (_deployed_by(folder, name) for name in ("model", "index"))
     if model != index:
         raise ValueError(
             f"the model in {folder.root} is {model}, the index is of {index}; run `grappa run {quoted(folder.root)}`"
         )
-    return index
+    check_same_origin(folder, "index", "images", f"heads/{index}", f"embeddings/{index}", "verdict", "model")
+    return index, final_node(read_config(folder), index)
+
+
+def _images(folder: RunFolder) -> tuple[pd.DataFrame, list[str]]:
+    """Return root (a number), path, domain and sha256 of the run's images by image_id, and the folders of the roots."""
+    import pandas as pd
+
+    file = published(folder, "images", "images.parquet") / "images.parquet"
+    images = pd.read_parquet(file, columns=["image_id", "root", "path", "domain", "sha256"]).set_index("image_id")
+    check_same_origin(folder, "images", "sources")
+    sources = readable_manifest(folder, "sources")
+    assert sources is not None, "the images were listed before they were decoded"
+    return images, list(sources.provenance["roots"])
 
 
 def _deployed_by(folder: RunFolder, name: str) -> str:
@@ -92,14 +132,19 @@ def open_image(path: Path, largest: int) -> Image.Image:
 
     largest: pixels; an image with more is refused as a decompression bomb.
     """
+    return decoded(path.read_bytes(), largest, str(path))
+
+
+def decoded(data: bytes, largest: int, name: str) -> Image.Image:
+    """Return the bytes of an image file as ``open_image`` does; ``name`` begins the sentence of the ValueError."""
     from PIL import Image
 
     from grappa.images.decoding import ImageDecodeError, decode_image
 
     try:
-        return Image.fromarray(decode_image(path.read_bytes(), max_pixels=largest))
+        return Image.fromarray(decode_image(data, max_pixels=largest))
     except ImageDecodeError as error:
-        raise ValueError(f"{path} cannot be searched with: {error}") from error
+        raise ValueError(f"{name} cannot be searched with: {error}") from error
 
 
 def export(run: Path, folder: Path) -> str:
