@@ -188,6 +188,18 @@ def image(request: Request) -> Response:
     return answer(image_details(workspace, asked.row_in(workspace, request.path_params)))
 
 
+def find_images(request: Request) -> Response:
+    """A page of the run's images whose path, id, label or domain holds a text."""
+    workspace, given = workspace_of(request), dict(request.query_params)
+    collection, domain = workspace.collection, asked.domain_in(workspace, given)
+    wanted = str(given.get("q", "")).casefold().strip()
+    rows = [row for row, text in enumerate(collection.words) if wanted in text] if wanted else range(len(collection))
+    if domain is not None:
+        code = collection.domains.names.index(domain)
+        rows = [row for row in rows if collection.domains.codes[row] == code]
+    return _page(rows, given, lambda row: image_json(collection, row))
+
+
 async def images(request: Request) -> Response:
     """The images of some rows, in the order of the list."""
     workspace, given = workspace_of(request), await asked.json_in(request)
@@ -258,8 +270,12 @@ def column(request: Request) -> Response:
 
 
 def legend(request: Request) -> Response:
-    found = _column(request)
-    items = [{"name": name, "count": count} for name, count in zip(found.names, found.counts(), strict=True)]
+    """The names behind the codes; ``key``: of a granularity the group's number."""
+    found, name = _column(request), request.path_params["name"]
+    workspace = workspace_of(request)
+    keys = workspace.described(name).groups.numbers.tolist() if name in workspace.clusterings else range(len(found.names))
+    parts = zip(found.names, found.counts(), keys, strict=True)
+    items = [{"name": title, "count": count, "key": key} for title, count, key in parts]
     return answer({"items": items, "unknown": int((found.codes < 0).sum())})
 
 
@@ -344,6 +360,7 @@ ROUTES = [
     Route("/api/clusters/{granularity}/split", split, methods=["POST"]),
     Route("/api/clusters/{granularity}/split_off", split_off, methods=["POST"]),
     Route("/api/undo", undo, methods=["POST"]),
+    Route("/api/images", find_images),
     Route("/api/images", images, methods=["POST"]),
     Route("/api/images/{row}", image),
     Route("/api/positions", positions),

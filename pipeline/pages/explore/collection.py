@@ -121,7 +121,7 @@ class Collection:
             splits=Column.of(table["split"]),
             before=_space(folder, "zero_shot", Node("embeddings", "zero_shot")),
             after=_space(folder, model, source),
-            indexed=np.isin(table.index.to_numpy(dtype=object), found.to_numpy(dtype=object)),
+            indexed=np.asarray(table.index.isin(found), dtype=bool),
             pixels=PixelCache.open(published(folder, "images", f"pixels/{INDEX_FILE}") / "pixels"),
             attention=_attention(folder, config),
             version=_identity(folder, "images")[:16],
@@ -142,6 +142,14 @@ class Collection:
         for row, digest in enumerate(self.sha256):
             found.setdefault(digest, []).append(row)
         return found
+
+    @cached_property
+    def words(self) -> list[str]:
+        """What an image is found by when a text is looked for: path, id, label and domain, folded to one case."""
+        labels = [*self.labels.names, ""]
+        domains = self.domains.names
+        parts = zip(self.paths, self.ids, self.labels.codes, self.domains.codes, strict=True)
+        return [f"{path} {image_id} {labels[label]} {domains[domain]}".casefold() for path, image_id, label, domain in parts]
 
     def space(self, name: str) -> Space:
         return self.before if name == "before" else self.after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,7 @@ def image_details(workspace: Workspace, row: int) -> dict[str, Any]:
         row,
         width=width,
         height=height,
+        original=Path(collection.files[row]).is_file(),
         indexed=bool(collection.indexed[row]),
         clusters=clusters,
         same=[each for each in collection.rows_of_file[collection.sha256[row]] if each != row],
