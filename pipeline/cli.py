@@ -354,7 +354,7 @@ def demo(
     run_and_report(RunFolder.open(folder, writable=True), Selection(), progress=Progress(), say=say)
     say("With your own images (a folder, or a table with path, domain and perhaps label, split):")
     say("  grappa init runs/mine --images DIR_OR_TABLE --config small --set backbone.weights=FILE")
-    say("  grappa run runs/mine && grappa search runs/mine IMAGE")
+    say("  grappa run runs/mine && grappa explore runs/mine")
 
 
 def _warn_if_stale(run: Path, *names: str) -> None:

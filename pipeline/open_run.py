@@ -112,8 +112,8 @@ class Run:
         Columns: path, domain, split, label, and for each granularity ``k00256`` (int64, the pseudo-label) and
         ``k00256_distance`` (float32, 1 - cosine to the cluster's centroid, 0 to 2). Where its clusters were named,
         merged or split in `grappa explore`, also ``k00256_group`` (int64, the number of the cluster after merging and
-        splitting) and ``k00256_name`` (its name, or ""). Edits of clusters that were made again since are left out, with
-        a UserWarning.
+        splitting) and ``k00256_name`` (its name, or ""). Edits of clusters that were made again since are left out,
+        with a UserWarning.
         """
         names = self.config.granularities
         table = self._image_table()[["path", "domain", "split"]]

@@ -17,9 +17,11 @@ EXTRAS = {
     "rich": "pipeline",
     "scipy": "pipeline",
     "sklearn": "pipeline",
+    "starlette": "explore",
     "submitit": "slurm",
     "transformers": "objects",
     "typer": "pipeline",
+    "uvicorn": "explore",
     "yaml": "pipeline",
 }
 

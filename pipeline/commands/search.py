@@ -60,16 +60,16 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
     more = min(k + len(same), max(len(index), k))  # k that is larger than the index is the index's own error
     found = zip(*(each[0] for each in index.search(encode(load_run_model(run), query), more)), strict=True)
     nearest = [(image_id, similarity) for image_id, similarity in found if image_id not in same][:k]
-    rows = images.loc[[image_id for image_id, _ in nearest]].itertuples()
+    table = images.loc[[image_id for image_id, _ in nearest]].to_dict("records")
     return [
         {
             "image_id": image_id,
-            "file": image_file(roots[row.root], row.path),
-            "path": row.path,
-            "domain": row.domain,
+            "file": image_file(roots[row["root"]], row["path"]),
+            "path": row["path"],
+            "domain": row["domain"],
             "similarity": float(similarity),
         }
-        for row, (image_id, similarity) in zip(rows, nearest, strict=True)
+        for row, (image_id, similarity) in zip(table, nearest, strict=True)
     ]
 
 

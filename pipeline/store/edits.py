@@ -1,4 +1,4 @@
-"""What people changed about the clusters of a run: names, merged and split clusters, in one small file of the run folder.
+"""What people changed about the clusters of a run: names, merges and splits, in one small file of the run folder.
 
 No artifact is touched. An entry of the file belongs to one clustering, which the digest of its ``assignments.parquet``
 identifies: after other clusters were made the entry stays in the file, and is not applied to them. In an edited

@@ -45,7 +45,7 @@ def clusters(request: Request) -> Response:
 
 def _ordered(workspace: Workspace, found: Described, given: dict[str, Any]) -> Any:
     groups, order = found.groups, given.get("sort", "size")
-    everyone = np.arange(len(groups))
+    everyone = range(len(groups))
     keys = {
         "size": -groups.sizes,
         "number": groups.numbers,
@@ -273,7 +273,9 @@ def legend(request: Request) -> Response:
     """The names behind the codes; ``key``: of a granularity the group's number."""
     found, name = _column(request), request.path_params["name"]
     workspace = workspace_of(request)
-    keys = workspace.described(name).groups.numbers.tolist() if name in workspace.clusterings else range(len(found.names))
+    keys = (
+        workspace.described(name).groups.numbers.tolist() if name in workspace.clusterings else range(len(found.names))
+    )
     parts = zip(found.names, found.counts(), keys, strict=True)
     items = [{"name": title, "count": count, "key": key} for title, count, key in parts]
     return answer({"items": items, "unknown": int((found.codes < 0).sum())})

@@ -66,7 +66,9 @@ def granularity_in(workspace: Workspace, given: Mapping[str, Any]) -> str:
     if not workspace.granularities:
         raise ApiError(404, "the run has no clusters: its adaptors are trained on labels")
     if name not in workspace.clusterings:
-        raise ApiError(404, f"there is no granularity {str(name)[:40]!r}; the run has {', '.join(workspace.granularities)}")
+        raise ApiError(
+            404, f"there is no granularity {str(name)[:40]!r}; the run has {', '.join(workspace.granularities)}"
+        )
     return str(name)
 
 

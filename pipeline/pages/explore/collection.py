@@ -99,7 +99,7 @@ class Collection:
 
     @classmethod
     def open(cls, root: Path) -> Collection:
-        """Open a run; ValueError, with the command that helps, where a part is missing, damaged or of another origin."""
+        """Open a run; ValueError, with the command that helps, where a part is missing, damaged or does not fit."""
         folder = RunFolder.open(root)
         config = read_config(folder)
         model, source = indexed_model(folder)
@@ -149,7 +149,9 @@ class Collection:
         labels = [*self.labels.names, ""]
         domains = self.domains.names
         parts = zip(self.paths, self.ids, self.labels.codes, self.domains.codes, strict=True)
-        return [f"{path} {image_id} {labels[label]} {domains[domain]}".casefold() for path, image_id, label, domain in parts]
+        return [
+            f"{path} {image_id} {labels[label]} {domains[domain]}".casefold() for path, image_id, label, domain in parts
+        ]
 
     def space(self, name: str) -> Space:
         return self.before if name == "before" else self.after
@@ -198,5 +200,3 @@ def _identity(folder: RunFolder, name: str) -> str:
     manifest = readable_manifest(folder, name)
     digests = sorted(entry["sha256"] for entry in manifest.outputs.values()) if manifest else []
     return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-

@@ -29,8 +29,7 @@ def run_json(workspace: Workspace) -> dict[str, Any]:
         "splits": _legend(collection.splits),
         "num_labels": len(collection.labels.names),
         "granularities": [
-            {"name": name, "num_groups": int(len(np.unique(labels)))}
-            for name, (labels, _) in workspace.clusterings.items()
+            {"name": name, "num_groups": len(np.unique(labels))} for name, (labels, _) in workspace.clusterings.items()
         ],
         "has_attention": collection.attention is not None,
         "verdict": collection.verdict(),

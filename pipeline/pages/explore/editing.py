@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from grappa.pipeline.store.artifacts import RunFolder
@@ -22,9 +22,11 @@ class ReadOnlyError(ValueError):
 class Editor:
     """The edits of a run; ``reason``: why they cannot be changed, or "". Close it to let another explorer edit."""
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: RunFolder, granularities: Sequence[str]) -> None:
         self._run, self._mutex, self._stack = run, threading.Lock(), ExitStack()
-        self._edits = read_edits(run)
+        known = read_edits(run)
+        empty = {name: Edits(granularity=name, assignments=clustering_of(run, name)) for name in granularities}
+        self._edits = empty | {name: each for name, each in known.items() if name in empty}
         self._undo: list[tuple[str, Edits]] = []
         self.passed_over = passed_over(run)
         self.reason = ""
@@ -41,8 +43,7 @@ class Editor:
 
     def edits(self, granularity: str) -> Edits:
         """Return the edits of a granularity, empty ones where there are none."""
-        known = self._edits.get(granularity)
-        return known or Edits(granularity=granularity, assignments=clustering_of(self._run, granularity))
+        return self._edits[granularity]
 
     @property
     def can_undo(self) -> bool:
@@ -75,8 +76,8 @@ class Editor:
             raise ReadOnlyError(self.reason) from None
         present = clustering_of(self._run, edits.granularity)
         if edits.assignments != present:
-            raise ReadOnlyError(f"{edits.granularity} was clustered again; start the explorer again to edit its clusters")
+            raise ReadOnlyError(
+                f"{edits.granularity} was clustered again; start the explorer again to edit its clusters"
+            )
         write_edits(self._run, {edits.granularity: edits})
         self._edits[edits.granularity] = edits
-
-

@@ -106,7 +106,7 @@ def overlap(first: NDArray[Any], num_first: int, second: NDArray[Any], num_secon
 
 
 def largest_overlaps(of: Groups, place: int, other: Groups) -> list[tuple[int, int]]:
-    """Return (position in ``other``, number of images) of the groups that images of a group also are in, largest first."""
+    """Return (position in ``other``, number of images) of the groups that a group's images are in, largest first."""
     places, counts = np.unique(other.of[of.rows(place)], return_counts=True)
     order = np.lexsort((places, -counts))
     return [(int(places[each]), int(counts[each])) for each in order]

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -53,13 +53,16 @@ async def limited_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
     """Return the body of a request; ApiError 413 for one that is larger, of which only ``limit`` bytes are kept."""
     data, found, until = bytearray(), 0, time.monotonic() + DRAIN_SECONDS
     too_large = _announced(request.headers) > limit
-    async for chunk in request.stream():  # the rest is read too, and dropped: a client listens when it has sent all
-        found += len(chunk)
-        too_large = too_large or found > limit
-        if not too_large:
-            data += chunk
-        elif found > DRAIN_BYTES or time.monotonic() > until:
-            break
+    try:
+        async for chunk in request.stream():  # the rest is read too, and dropped: a client listens when all is sent
+            found += len(chunk)
+            too_large = too_large or found > limit
+            if not too_large:
+                data += chunk
+            elif found > DRAIN_BYTES or time.monotonic() > until:
+                break
+    except ClientDisconnect:
+        raise ApiError(400, "the request ended before its body") from None
     if too_large:
         raise ApiError(413, f"the body is larger than {limit // 2**20} MiB; send a smaller image")
     return bytes(data)
@@ -77,7 +80,8 @@ class Guard:
         self._app, self._names, self._loopback = app, names, loopback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http":  # the start and the end of the server
+            await self._app(scope, receive, send)
             return
 
         async def with_headers(message: Message) -> None:

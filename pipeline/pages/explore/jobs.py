@@ -1,4 +1,4 @@
-"""Long computations of the explorer: one thread each, with progress, asked for by name, their results kept in memory."""
+"""Long computations of the explorer: a thread each, with progress, asked for by name; results stay in memory."""
 
 from __future__ import annotations
 

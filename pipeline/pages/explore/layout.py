@@ -43,8 +43,10 @@ def fitted(positions: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def tsne(embeddings: NDArray[np.float32], report: Callable[[float], None]) -> NDArray[np.float32]:
-    """Return t-SNE's positions (N, 2) of embeddings; above ``MAX_IMAGES`` it is that of every n-th image, and the others
-    lie between the nearest three of these."""
+    """Return t-SNE's positions (N, 2) of embeddings.
+
+    Above ``MAX_IMAGES`` it is that of every n-th image, and the others lie between the nearest three of these.
+    """
     reduced = principal_components(embeddings, DIMENSIONS)
     chosen = np.linspace(0, len(reduced) - 1, min(len(reduced), MAX_IMAGES)).astype(np.int64)
     if len(chosen) < 4:

@@ -54,7 +54,9 @@ def neighbors(request: Request) -> Response:
 def _by_id(workspace: Workspace, given: dict[str, Any]) -> Response:
     row = workspace.collection.row_of.get(given["id"]) if isinstance(given.get("id"), str) else None
     if row is None:
-        raise ApiError(404, f"there is no image {str(given.get('id'))[:40]!r}; give the image_id of an image of the run")
+        raise ApiError(
+            404, f"there is no image {str(given.get('id'))[:40]!r}; give the image_id of an image of the run"
+        )
     return answer(_by_row(workspace, row, given))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -65,7 +66,7 @@ def _files() -> list[Route]:
     return routes
 
 
-def _file(content: bytes, kind: str) -> object:
+def _file(content: bytes, kind: str) -> Callable[[Request], Response]:
     tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
     headers = {"ETag": tag, "Cache-Control": "no-cache"}
 

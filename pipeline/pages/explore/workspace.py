@@ -58,7 +58,7 @@ class Workspace:
         """Open a run; ValueError or OSError, in a sentence, where it cannot be explored."""
         collection = Collection.open(root)
         clusterings = {name: _clustering(collection, name) for name in collection.config.granularities}
-        editor = Editor(collection.folder)
+        editor = Editor(collection.folder, list(clusterings))
         return cls(collection, editor, Encoder(collection.folder), Thumbnails(collection.pixels), clusterings)
 
     def close(self) -> None:
