@@ -52,8 +52,11 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def quiet_page(started: Any, **options: Any) -> Iterator[Any]:
-    """Yield a page of a new browser profile; AssertionError at the end if its console has said an error."""
+def quiet_page(started: Any, *, expected: str = "\0", **options: Any) -> Iterator[Any]:
+    """Yield a page of a new browser profile; AssertionError at the end if its console has said an error.
+
+    expected: what the errors that are meant to be there hold.
+    """
     context = started.new_context(**options)
     page, said = context.new_page(), list[str]()
     page.set_default_timeout(15_000)
@@ -61,6 +64,6 @@ def quiet_page(started: Any, **options: Any) -> Iterator[Any]:
     page.on("pageerror", lambda error: said.append(str(error)))
     try:
         yield page
-        assert not said, said
+        assert not [text for text in said if expected not in text], said
     finally:
         context.close()

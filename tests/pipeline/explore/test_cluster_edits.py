@@ -20,19 +20,14 @@ from grappa.pipeline.pages.explore.workspace import Workspace
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.edits import EDITS_FILE, Edits, read_edits
 from tests.helpers.tiny import digests, run_all
-from tests.pipeline.explore.material import EVIL, make_explored
+from tests.pipeline.explore.material import EVIL
 
 HOME = "http://127.0.0.1:8421"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return make_explored(tmp_path_factory.mktemp("edited"))
-
-
 @pytest.fixture
-def run(made: RunFolder, tmp_path: Path) -> RunFolder:
-    return RunFolder.open(Path(shutil.copytree(made.root, tmp_path / "run")))
+def run(explored: RunFolder, tmp_path: Path) -> RunFolder:
+    return RunFolder.open(Path(shutil.copytree(explored.root, tmp_path / "run")))
 
 
 @pytest.fixture

@@ -33,14 +33,14 @@ from grappa.pipeline.pages.explore.thumbnails import Thumbnails
 from grappa.pipeline.pages.explore.workspace import Workspace
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import make_run, tiny_cache, with_other_bytes
-from tests.pipeline.explore.material import EVIL, make_explored
+from tests.pipeline.explore.material import EVIL
 
 HOME = "http://127.0.0.1:8421"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return make_explored(tmp_path_factory.mktemp("explored"))
+def run(explored: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return RunFolder.open(copied(explored, tmp_path_factory.mktemp("served") / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -328,9 +328,9 @@ def test_groups_without_labels_have_no_purity() -> None:
     assert none.label.tolist() == [-1, -1] and np.isnan(none.share).all()
 
 
-def test_a_stale_run_says_so(run: RunFolder, tmp_path: Path) -> None:
+def test_a_stale_run_says_so(run: RunFolder, explored: RunFolder, tmp_path: Path) -> None:
     copy = RunFolder.open(copied(run, tmp_path / "stale"))
-    make_run(copy.root, [], run.root.parent / "weights.safetensors", fusion__learning_rate=0.123)
+    make_run(copy.root, [], explored.root.parent / "weights.safetensors", fusion__learning_rate=0.123)
     workspace = Workspace.open(copy.root)
     with TestClient(make_app(workspace), base_url=HOME) as client:
         found = client.post("/search", json={"id": workspace.collection.ids[0]}).json()
