@@ -21,7 +21,7 @@ from grappa.images.splits import chosen_rows
 from grappa.pipeline.config.schema import Config, num_clusters_of
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.verdict_file import VERDICT, Verdict, deployed_in, read_verdict
-from grappa.pipeline.graph.models import evaluated_models
+from grappa.pipeline.graph.models import evaluated_models, final_node
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage, nodes
 from grappa.pipeline.store.artifacts import (
@@ -278,10 +278,12 @@ class Run:
         """
         import numpy as np
 
-        model, sources = model or self.deployed, evaluated_models(self.config)
-        if model not in sources:
+        sources = evaluated_models(self.config)
+        if model is not None and model not in sources:
             raise ValueError(f"there are no embeddings of a model {model!r}; the run has {', '.join(sources)}")
-        node = sources[model] if head else Node("embeddings", sources[model].instance)
+        # the frozen backbone is deployed with the head that it does not have as a model of the table
+        node = final_node(self.config, self.deployed) if model is None else sources[model]
+        node = node if head else Node("embeddings", node.instance)
         folder = self._published(node.name)
         check_same_origin(self._folder, "images", node.name)
         embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)

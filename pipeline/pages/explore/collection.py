@@ -120,7 +120,7 @@ class Collection:
             labels=Column.of(table["label"]),
             splits=Column.of(table["split"]),
             before=_space(folder, "zero_shot", Node("embeddings", "zero_shot")),
-            after=_space(folder, model, source),
+            after=_space(folder, "zero_shot_head" if source == Node("heads", "zero_shot") else model, source),
             indexed=np.asarray(table.index.isin(found), dtype=bool),
             pixels=PixelCache.open(published(folder, "images", f"pixels/{INDEX_FILE}") / "pixels"),
             attention=_attention(folder, config),

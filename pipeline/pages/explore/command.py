@@ -9,8 +9,8 @@ from pathlib import Path
 
 def explore(root: Path, host: str, port: int, *, say: Callable[[str], None]) -> None:
     """Serve a run as a page until Ctrl-C; ValueError or OSError, in a sentence, where it cannot be."""
-    from grappa.pipeline.pages.explore.guard import is_loopback
-    from grappa.pipeline.pages.explore.server import address_of, listening, make_app, serve
+    from grappa.pipeline.pages.explore.web.guard import is_loopback
+    from grappa.pipeline.pages.explore.web.server import address_of, listening, make_app, serve
     from grappa.pipeline.pages.explore.workspace import Workspace
 
     with listening(host, port) as listener:

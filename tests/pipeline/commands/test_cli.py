@@ -112,7 +112,7 @@ def test_the_table_comes_at_the_end(fakes: FakeStages) -> None:
         (["run", "RUN", "--stage", "index"], "index cannot run: upstream images is missing"),
         (["run", "RUN", "--stage", "indexes"], "no stage is called 'indexes'"),
         (["status", "EMPTY"], "is not a run folder"),
-        (["search", "RUN", "NEW"], "model is missing in"),
+        (["search", "RUN", "NEW"], "new: No such file or directory"),
         (["export", "RUN", "NEW"], "model is missing in"),
         (["report", "RUN", "NEW"], "evaluation is missing in"),
     ],

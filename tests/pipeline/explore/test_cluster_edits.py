@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 import grappa
 from grappa.pipeline.pages.explore.editing import LOCK_FILE
-from grappa.pipeline.pages.explore.server import make_app
+from grappa.pipeline.pages.explore.web.server import make_app
 from grappa.pipeline.pages.explore.workspace import Workspace
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.edits import EDITS_FILE, Edits, read_edits

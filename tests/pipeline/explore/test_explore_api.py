@@ -26,13 +26,13 @@ from grappa.pipeline.commands.search import search
 from grappa.pipeline.pages.explore import layout, tsne
 from grappa.pipeline.pages.explore.collection import Column
 from grappa.pipeline.pages.explore.groups import Groups, Purity
-from grappa.pipeline.pages.explore.guard import MAX_BODY_BYTES
-from grappa.pipeline.pages.explore.server import STATIC, address_of, listening, make_app
 from grappa.pipeline.pages.explore.similar import Near, near_duplicates
 from grappa.pipeline.pages.explore.thumbnails import Thumbnails
+from grappa.pipeline.pages.explore.web.guard import MAX_BODY_BYTES
+from grappa.pipeline.pages.explore.web.server import STATIC, address_of, listening, make_app
 from grappa.pipeline.pages.explore.workspace import Workspace
 from grappa.pipeline.store.artifacts import RunFolder
-from tests.helpers.tiny import make_run, tiny_cache, with_other_bytes
+from tests.helpers.tiny import make_run, run_all, tiny_cache, with_other_bytes
 from tests.pipeline.explore.material import EVIL
 
 HOME = "http://127.0.0.1:8421"
@@ -337,6 +337,22 @@ def test_a_stale_run_says_so(run: RunFolder, explored: RunFolder, tmp_path: Path
         assert "not up to date" in found["stale"] and "grappa run" in found["stale"]
         assert client.get("/api/run").json()["notices"] == [found["stale"]]
     workspace.close()
+
+
+def test_the_frozen_backbone_is_deployed_with_its_head(run: RunFolder, explored: RunFolder, tmp_path: Path) -> None:
+    copy = RunFolder.open(copied(run, tmp_path / "frozen"))
+    make_run(copy.root, [], explored.root.parent / "weights.safetensors", model__source="zero_shot")
+    run_all(copy)
+    opened = grappa.open_run(copy.root)
+    head = np.load(copy.root / "heads" / "zero_shot" / "embeddings.npy")
+    np.testing.assert_array_equal(opened.embeddings()[0], head)
+    assert not np.array_equal(opened.embeddings("zero_shot")[0], head)
+    workspace = Workspace.open(copy.root)
+    with TestClient(make_app(workspace), base_url=HOME) as client:
+        assert client.get("/api/run").json()["models"] == {"before": "zero_shot", "after": "zero_shot_head"}
+        found = client.get("/api/images/2/neighbors?k=4").json()["results"]
+    workspace.close()
+    assert [each["image_id"] for each in found] == list(opened.neighbors(opened.images().index[2], 4).index)
 
 
 @pytest.mark.parametrize("missing", ["index", "model", "embeddings/zero_shot"])

@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 
 import grappa
-from grappa.pipeline.pages.explore.server import address_of, listening, make_app
+from grappa.pipeline.pages.explore.web.server import address_of, listening, make_app
 from grappa.pipeline.pages.explore.workspace import Workspace
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.browser.chromium import browser, quiet_page

@@ -17,10 +17,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from grappa.pipeline.commands.search import decoded
-from grappa.pipeline.pages.explore import asked
 from grappa.pipeline.pages.explore.collection import Space
-from grappa.pipeline.pages.explore.described import attention_json, image_json
-from grappa.pipeline.pages.explore.guard import ApiError, answer, limited_body
+from grappa.pipeline.pages.explore.web import asked
+from grappa.pipeline.pages.explore.web.described import attention_json, image_json
+from grappa.pipeline.pages.explore.web.guard import ApiError, answer, limited_body
 from grappa.pipeline.pages.explore.workspace import Workspace
 
 MAX_RESULTS = 200

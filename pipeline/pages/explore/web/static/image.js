@@ -29,7 +29,7 @@ export async function imageView(main, [row]) {
         ["Size", `${count(image.width)} × ${count(image.height)} px`],
         ["File", h("span", { class: "path" }, image.file)],
         ["Id", h("code", {}, image.image_id)],
-        ["Clusters", image.clusters.map((cluster) => h("a", { href: clusterLink(cluster), title: `distance ${cluster.distance.toFixed(2)} to its centre` }, `${clusterTitle(cluster)} `, h("small", {}, cluster.granularity)))],
+        ["Clusters", image.clusters.length > 0 && image.clusters.map((cluster) => h("a", { href: clusterLink(cluster), title: `distance ${cluster.distance.toFixed(2)} to its centre` }, `${clusterTitle(cluster)} `, h("small", {}, cluster.granularity)))],
         ["Original", image.original ? null : "not there any more"],
         ["Index", image.indexed ? null : "not indexed: searches do not find it"],
       ]),

@@ -1,6 +1,6 @@
 // Images that are the same or nearly the same, and images that are like no other.
 
-import { empty, field, fill, h, option, percent, plural, progressBar, debounce } from "./dom.js";
+import { empty, field, fill, h, option, plural, progressBar, debounce } from "./dom.js";
 import { getJson, query } from "./net.js";
 import { Grid } from "./grid.js";
 import { imageTile, photo, describe } from "./parts.js";
@@ -86,7 +86,7 @@ export function outliersView(main) {
   const stop = whenReady(area, path(0, 1), () => {
     grid = new Grid({
       load: (offset, limit) => getJson(path(offset, limit)),
-      render: (image) => imageTile(image, { note: percent(image.loneliness) }),
+      render: (image) => imageTile(image, { note: image.loneliness.toFixed(2) }),
       minWidth: window.innerWidth < 500 ? 100 : 140,
       height: (width) => width + 30,
       gap: window.innerWidth < 500 ? 8 : 12,
@@ -95,7 +95,7 @@ export function outliersView(main) {
     fill(area, grid.element);
   });
   main.append(h("div", { class: "head" }, h("div", {}, h("h1", {}, "Outliers"),
-    h("p", { class: "muted" }, "Images that are least like their ten nearest images, by the deployed model: often wrong, broken, or rare."))),
+    h("p", { class: "muted" }, "Images that are least like their ten nearest images, by the deployed model: often wrong, broken, or rare. The number is 1 minus the mean similarity."))),
     h("div", { class: "toolbar" }, state.run.domains.length > 1 && field("Of domain", domain)), area);
   return { destroy: () => (stop(), grid?.destroy()) };
 }

@@ -28,7 +28,7 @@ export function clustersView(main, [wanted]) {
       return card;
     },
     minWidth: window.innerWidth < 500 ? 150 : 215,
-    height: (width) => width + 84,
+    height: (width) => width + (window.innerWidth < 500 ? 76 : 84),
     gap: window.innerWidth < 500 ? 12 : 18,
     onTotal: (number) => (total.textContent = plural(number, "cluster")),
     none: () => empty("No cluster is called so", "Names, numbers, domains and the most frequent labels are looked through."),

@@ -16,8 +16,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from grappa.pipeline.pages.explore import answers, lookup
-from grappa.pipeline.pages.explore.guard import ApiError, Guard, answer, is_loopback, known_names, refusal
+from grappa.pipeline.pages.explore.web import answers, lookup
+from grappa.pipeline.pages.explore.web.guard import ApiError, Guard, answer, is_loopback, known_names, refusal
 from grappa.pipeline.pages.explore.workspace import Workspace
 
 STATIC = Path(__file__).with_name("static")

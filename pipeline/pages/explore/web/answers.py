@@ -12,14 +12,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from grappa.pipeline.pages.explore import asked
-from grappa.pipeline.pages.explore.asked import workspace_of
-from grappa.pipeline.pages.explore.described import group_json, image_details, image_json, run_json
 from grappa.pipeline.pages.explore.editing import ReadOnlyError
 from grappa.pipeline.pages.explore.groups import largest_overlaps
-from grappa.pipeline.pages.explore.guard import ApiError, answer
 from grappa.pipeline.pages.explore.similar import LEAST_SIMILARITY, Near, near_duplicates, same_files
 from grappa.pipeline.pages.explore.thumbnails import NoPictureError, large
+from grappa.pipeline.pages.explore.web import asked
+from grappa.pipeline.pages.explore.web.asked import workspace_of
+from grappa.pipeline.pages.explore.web.described import group_json, image_details, image_json, run_json
+from grappa.pipeline.pages.explore.web.guard import ApiError, answer
 from grappa.pipeline.pages.explore.workspace import Described, Workspace
 
 MAX_PAGE = 200

@@ -10,7 +10,7 @@ import numpy as np
 from grappa.pipeline.graph.models import find_entry
 from grappa.pipeline.pages.explore.collection import Collection, Column
 from grappa.pipeline.pages.explore.groups import NUM_MEDOIDS
-from grappa.pipeline.pages.explore.guard import MAX_BODY_BYTES
+from grappa.pipeline.pages.explore.web.guard import MAX_BODY_BYTES
 from grappa.pipeline.pages.explore.workspace import Described, Workspace
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from grappa.pipeline.pages.explore.guard import ApiError, limited_body
+from grappa.pipeline.pages.explore.web.guard import ApiError, limited_body
 from grappa.pipeline.pages.explore.workspace import Described, Workspace
 
 MAX_ROWS = 200_000

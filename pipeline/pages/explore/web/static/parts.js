@@ -136,6 +136,6 @@ function score(images, reference) {
 
 export function facts(pairs) {
   const list = h("dl", { class: "facts" });
-  for (const [name, value] of pairs) if (value !== null && value !== undefined && value !== "") append(list, [h("dt", {}, name), h("dd", {}, value)]);
+  for (const [name, value] of pairs) if (value !== null && value !== undefined && value !== "" && value !== false) append(list, [h("dt", {}, name), h("dd", {}, value)]);
   return list;
 }
