@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa.pipeline.pages.explore.tsne import DIMENSIONS, LAST_LINE, MAX_IMAGES
+from grappa.pipeline.pages.explore.tsne import DIMENSIONS, MAX_IMAGES, PROGRESS
 
 PROGRAM = Path(__file__).with_name("tsne.py")
 SAMPLE = 50_000
@@ -63,12 +63,13 @@ def _run(arguments: list[str], report: Callable[[float], None]) -> None:
     # -P: the folder of the program, with the names of our modules in it, is no place to import from
     command = [sys.executable, "-P", "-u", str(PROGRAM), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True) as child:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, text=True) as child:
         try:
             assert child.stdout is not None and child.stderr is not None
             for line in child.stdout:
-                if line.startswith(LAST_LINE):
-                    report(float(line.removeprefix(LAST_LINE)))
+                if line.startswith(PROGRESS):
+                    report(float(line.removeprefix(PROGRESS)))
             problem = child.stderr.read()
         except BaseException:
             child.kill()

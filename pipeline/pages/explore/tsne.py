@@ -1,19 +1,22 @@
 """scikit-learn's t-SNE as a program: ``tsne.py POINTS POSITIONS`` reads (N, D) float32 and writes (N, 2), both .npy.
 
 It is a program, because scikit-learn tells how far it is by printing, and because a page must answer meanwhile. Every
-line on stdout that begins with ``LAST_LINE`` tells the share that is done.
+line on stdout that begins with ``PROGRESS`` tells the share that is done. It ends when its stdin does: with the process
+that started it, however that ends.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
+import threading
 from contextlib import redirect_stdout
 
 import numpy as np
 
-LAST_LINE = "progress "
+PROGRESS = "progress "
 DIMENSIONS = 50
 MAX_IMAGES = 10_000
 NUM_ITERATIONS = 750
@@ -30,11 +33,18 @@ class _Progress(io.TextIOBase):
         found = re.search(r"Iteration (\d+):", text)
         if found:
             share = 0.1 + 0.9 * int(found[1]) / NUM_ITERATIONS
-            print(f"{LAST_LINE}{share:.3f}", file=self._stream, flush=True)  # type: ignore[call-overload]
+            print(f"{PROGRESS}{share:.3f}", file=self._stream, flush=True)  # type: ignore[call-overload]
         return len(text)
 
 
+def _end_with_stdin() -> None:
+    while os.read(0, 4096):  # not sys.stdin, whose lock would be held at the end
+        pass
+    os._exit(1)
+
+
 def main(source: str, target: str) -> None:
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
     from sklearn.manifold import TSNE
 
     points = np.load(source, allow_pickle=False)

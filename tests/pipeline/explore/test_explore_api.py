@@ -300,6 +300,16 @@ def test_t_sne_of_many_places_the_others_between_their_nearest(monkeypatch: pyte
     assert tsne.MAX_IMAGES > 1000
 
 
+def test_t_sne_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(9000, 50)).astype(np.float32))
+    command = [sys.executable, str(layout.PROGRAM), str(tmp_path / "points.npy"), str(tmp_path / "positions.npy")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as program:
+        assert program.stdin is not None
+        program.stdin.close()
+        assert program.wait(timeout=60) == 1
+    assert not (tmp_path / "positions.npy").exists()
+
+
 def test_duplicates_and_outliers(client: TestClient) -> None:
     (group,) = client.get("/api/duplicates?kind=files").json()["items"]
     assert group["size"] == 2 and all("discs/class_2" in each["path"] for each in group["images"])

@@ -26,8 +26,12 @@ const scrolled = new Map(); // where each address was left, to come back to
 
 function route() {
   const [path, words = ""] = (location.hash.slice(2) || "clusters").split("?");
-  const [name, ...rest] = path.split("/").map(decodeURIComponent);
-  return { name, rest, given: Object.fromEntries(new URLSearchParams(words)) };
+  try {
+    const [name, ...rest] = path.split("/").map(decodeURIComponent);
+    return { name, rest, given: Object.fromEntries(new URLSearchParams(words)) };
+  } catch {
+    return { name: "", rest: [], given: {} }; // an address that nobody has written
+  }
 }
 
 let shownHash = null;
