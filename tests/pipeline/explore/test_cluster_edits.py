@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +14,13 @@ import pytest
 from starlette.testclient import TestClient
 
 import grappa
+from grappa.pipeline.pages.explore import editing
 from grappa.pipeline.pages.explore.editing import LOCK_FILE
 from grappa.pipeline.pages.explore.web.server import make_app
 from grappa.pipeline.pages.explore.workspace import Workspace
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.edits import EDITS_FILE, Edits, read_edits
+from grappa.pipeline.store.storage import storage_errors
 from tests.helpers.tiny import digests, run_all
 from tests.pipeline.explore.material import EVIL
 
@@ -132,15 +134,19 @@ def test_a_lock_that_was_taken_over_ends_editing(client: TestClient, run: RunFol
     assert not (run.root / EDITS_FILE).exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_run_that_cannot_be_written_is_shown(run: RunFolder) -> None:
-    run.root.chmod(0o555)
-    try:
-        workspace = Workspace.open(run.root)
-        assert "cannot be written" in workspace.editor.reason
-        workspace.close()
-    finally:
-        run.root.chmod(0o755)
+def test_a_run_that_cannot_be_written_is_shown(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **_: str) -> None:
+        with storage_errors(path.parent):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(editing, "acquire", refuse)
+    workspace = Workspace.open(run.root)
+    with TestClient(make_app(workspace), base_url=HOME) as client:
+        (notice,) = client.get("/api/run").json()["notices"]
+        assert notice.startswith("clusters cannot be edited: ") and "cannot be written" in notice
+        assert sum(sizes(client).values()) == 37
+        assert client.post("/api/clusters/k00004/name", json={"group": 0, "name": "A"}).status_code == 409
+    workspace.close()
 
 
 def test_edits_of_other_clusters_are_kept_and_not_applied(client: TestClient, run: RunFolder) -> None:

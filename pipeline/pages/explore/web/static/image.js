@@ -2,7 +2,7 @@
 
 import { count, field, fill, h, option, plural } from "./dom.js";
 import { getJson, query } from "./net.js";
-import { attention, comparison, facts, fullPhoto, imageTile, describe } from "./parts.js";
+import { attention, comparison, facts, fullPhoto, imageTile, describe, nameOf } from "./parts.js";
 import { clusterLink, clusterTitle, sayError, state } from "./state.js";
 
 export const asked = { k: 12, domain: "" }; // what is asked for stays, from image to image
@@ -21,7 +21,7 @@ export async function imageView(main, [row]) {
   main.append(h("div", { class: "query" },
     h("div", { class: "query-image" },
       h("div", { class: "frame" }, fullPhoto(image, describe(image))),
-      h("h1", {}, image.label ?? image.domain)),
+      h("h1", {}, nameOf(image))),
     h("aside", { class: "query-about" },
       facts([
         ["Domain", image.domain],

@@ -7,6 +7,8 @@ export function describe(image) {
   return [image.domain, image.label].filter(Boolean).join(", ");
 }
 
+export const nameOf = (image) => image.label ?? image.path.split("/").pop();
+
 export function photo(row, alt, { large = false } = {}) {
   const source = large ? picture(row) : thumbnail(row);
   const element = h("img", { src: source, alt, loading: "lazy", decoding: "async", draggable: false });
@@ -86,7 +88,7 @@ export function imageTile(image, { note = null, mark = null, href = imageLink(im
   const code = state.run.domains.findIndex(({ name }) => name === image.domain);
   return h("a", { class: `tile ${mark ?? ""}`, href, title: image.path, "data-row": image.row },
     photo(image.row, describe(image)),
-    h("span", { class: "tile-text" }, swatch(code), h("span", { class: "tile-name" }, image.label ?? image.domain), note !== null && h("span", { class: "number" }, note)));
+    h("span", { class: "tile-text" }, swatch(code), h("span", { class: "tile-name" }, nameOf(image)), note !== null && h("span", { class: "number" }, note)));
 }
 
 export function attention(found) {
