@@ -176,6 +176,20 @@ def test_the_map_is_drawn_searched_by_pointer_and_selected_by_lasso(page: Any, h
     page.get_by_role("heading", name="After").wait_for()
 
 
+def test_a_finger_on_the_map_shows_the_image_and_its_link(started: Any, home: str) -> None:
+    with quiet_page(started, **PHONE) as page:
+        page.goto(f"{home}#/map")
+        page.locator(".legend .key").first.wait_for()
+        box = page.locator(".overlay").bounding_box()
+        for step in range(150):
+            x, y = box["width"] * (0.1 + 0.6 * (step % 10) / 10), box["height"] * (0.1 + 0.8 * (step // 10) / 15)
+            page.touchscreen.tap(box["x"] + x, box["y"] + y)
+            if page.locator(".tip").is_visible():
+                break
+        page.get_by_role("link", name="Nearest images").click()
+        page.get_by_role("heading", name="After").wait_for()
+
+
 def test_duplicates_and_the_keyboard(page: Any, home: str) -> None:
     page.goto(home)
     page.locator("a.card").first.wait_for()

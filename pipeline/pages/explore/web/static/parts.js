@@ -100,7 +100,7 @@ export function attention(found) {
   const lines = blocks.map((values, block) =>
     h("tr", {}, h("th", { scope: "row" }, block + 1), values.map((value) => {
       const cell = h("td", {}, value.toFixed(2));
-      cell.style.setProperty("--level", `${Math.round(value * 100)}%`);
+      cell.style.setProperty("--level", `${Math.round(value * 60)}%`);
       return cell;
     })));
   return h("section", { class: "attention" }, h("h2", {}, "Attention over the granularities"), rows,

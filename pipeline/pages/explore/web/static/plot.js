@@ -266,7 +266,8 @@ export class Plot {
     };
     overlay.addEventListener("pointerup", up, { signal });
     overlay.addEventListener("pointercancel", up, { signal });
-    overlay.addEventListener("pointerleave", () => !this.pointers.size && this.hover(-1), { signal });
+    const leaves = (event) => event.pointerType === "mouse" && !this.pointers.size; // a finger leaves when it is lifted
+    overlay.addEventListener("pointerleave", (event) => leaves(event) && this.hover(-1), { signal });
     overlay.addEventListener("keydown", (event) => this.key(event), { signal });
   }
 
