@@ -1,6 +1,7 @@
 # make install   a virtual environment in .venv with the `grappa` command, once
 # make demo      the whole pipeline on built-in images, offline after the installation
-# make test      lint, types and tests, those on a Slurm cluster too where Slurm is installed (tests/cluster/install.sh)
+# make test      lint, types and tests; those on a Slurm cluster and in a browser where there is one (tests/cluster/install.sh,
+#                tests/browser/install.sh)
 # make test-narrow   the tests that compute, as on a CPU without wide vector units: results differ in rounding only
 # make test-faults   the fault campaigns: signals at random moments, damaged files; half an hour
 # make bench     every performance gate, some hours; `make bench ONLY=R5` one of them, `QUICK=--quick` toy sizes

@@ -236,7 +236,8 @@ def search(
 ) -> None:
     """Find the images of a run that are nearest to an image file.
 
-    Print the similarity, domain, path and id of these images, the nearest first.
+    Print the similarity, domain, file and id of these images, the nearest first. An image of the run is not its own
+    nearest one: files with the bytes of IMAGE are left out.
     """
     from grappa.pipeline.commands.search import search as find
 
@@ -247,7 +248,7 @@ def search(
         _say_json(found)
         return
     for each in found:
-        say(f"{each['similarity']:.4f}  {each['domain']}  {each['path']}  {each['image_id']}")
+        say(f"{each['similarity']:.4f}  {each['domain']}  {each['file']}  {each['image_id']}")
 
 
 @app.command()
@@ -300,10 +301,29 @@ def report(
 
     Write index.html to look at, and results.md for a README.
     """
-    from grappa.pipeline.report.page import write_report
+    from grappa.pipeline.pages.report.page import write_report
 
     warn_if_stale(run, "evaluation")
     say(write_report(run, folder))
+
+
+@app.command()
+@one_sentence_errors
+def explore(
+    run: Run,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="the port; 0 takes a free one")] = 8421,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="where to listen; only this machine can open the default")
+    ] = "127.0.0.1",
+) -> None:
+    """Look at a finished run in the browser.
+
+    Serve a page with the clusters (to name, merge and split them), a map, the nearest images before and after
+    adaptation, also of images of your own, duplicates and outliers. Ctrl-C ends it.
+    """
+    from grappa.pipeline.pages.explore.command import explore as serve_page
+
+    serve_page(run, host, port, say=say)
 
 
 @app.command()
@@ -365,7 +385,7 @@ def demo(
     run_and_report(RunFolder.open(folder, writable=True), Selection(), progress=Progress(), say=say)
     say("With your own images (a folder, or a table with path, domain and perhaps label, split):")
     say("  grappa init runs/mine --images DIR_OR_TABLE --config small --set backbone.weights=FILE")
-    say("  grappa run runs/mine && grappa search runs/mine IMAGE")
+    say("  grappa run runs/mine && grappa explore runs/mine")
 
 
 def _say_json(value: object) -> None:

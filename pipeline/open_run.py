@@ -9,6 +9,7 @@ granularity ...) are categorical.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,10 @@ class Run:
         """Return the cluster of each image at each granularity: index image_id.
 
         Columns: path, domain, split, label, and for each granularity ``k00256`` (int64, the pseudo-label) and
-        ``k00256_distance`` (float32, 1 - cosine to the cluster's centroid, 0 to 2).
+        ``k00256_distance`` (float32, 1 - cosine to the cluster's centroid, 0 to 2). Where its clusters were named,
+        merged or split in `grappa explore`, also ``k00256_group`` (int64, the number of the cluster after merging and
+        splitting) and ``k00256_name`` (its name, or ""). Edits of clusters that were made again since are left out,
+        with a UserWarning.
         """
         names = self.config.granularities
         table = self._image_table()[["path", "domain", "split"]]
@@ -128,7 +132,8 @@ class Run:
             cluster = self._read(f"clusters/{name}", "assignments.parquet").set_index("image_id")
             table[name], table[f"{name}_distance"] = cluster["pseudo_label"], cluster["distance"]
         table = live_assignments(self._folder, self.config, table) if live else table
-        return _categorical(table, "domain", "split", "label")
+        named = self._add_groups(table)
+        return _categorical(table, "domain", "split", "label", *named)
 
     def cluster_sizes(self) -> pd.DataFrame:
         """Return a row for each cluster, empty ones too: granularity, pseudo_label, num_train, num_images (int64)."""
@@ -411,6 +416,20 @@ class Run:
 
     def _read(self, name: str, file: str) -> pd.DataFrame:
         return pd.read_parquet(self._published(name, file) / file)
+
+    def _add_groups(self, table: pd.DataFrame) -> list[str]:
+        """Add the groups and names of edited clusters to the table of assignments; return the columns of names."""
+        from grappa.pipeline.store.edits import EDITS_FILE, passed_over, read_edits
+
+        for name in passed_over(self._folder):
+            text = f"what {self.root / EDITS_FILE} says of {name} belongs to clusters that were made again since"
+            warnings.warn(f"{text}: it is left out", UserWarning, stacklevel=3)
+        edits = {name: each for name, each in read_edits(self._folder).items() if name in table}
+        for name, each in edits.items():
+            groups = each.groups(table[name].to_numpy(), list(table.index))
+            table[f"{name}_group"] = groups
+            table[f"{name}_name"] = [each.names.get(int(group), "") for group in groups]
+        return [f"{name}_name" for name in edits]
 
     def _granularities(self) -> tuple[str, ...]:
         names = self.config.granularities

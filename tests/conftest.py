@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import chromium
 from tests.cluster.cluster import Cluster, missing_reason
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,14 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests marked ``slurm`` where no cluster can be started; GRAPPA_REQUIRE_SLURM=1 makes that a failure."""
-    if not item.get_closest_marker("slurm"):
-        return
-    reason = missing_reason()
-    if reason and os.environ.get("GRAPPA_REQUIRE_SLURM") == "1":
-        pytest.fail(f"GRAPPA_REQUIRE_SLURM is set, but {reason}", pytrace=False)
-    if reason:
-        pytest.skip(reason)
+    """Skip tests marked ``slurm`` or ``browser`` where there is none; GRAPPA_REQUIRE_SLURM=1 and
+    GRAPPA_REQUIRE_CHROMIUM=1 make that a failure."""
+    for marker, required, missing in (
+        ("slurm", "GRAPPA_REQUIRE_SLURM", missing_reason),
+        ("browser", "GRAPPA_REQUIRE_CHROMIUM", chromium.missing_reason),
+    ):
+        reason = missing() if item.get_closest_marker(marker) else None
+        if reason and os.environ.get(required) == "1":
+            pytest.fail(f"{required} is set, but {reason}", pytrace=False)
+        if reason:
+            pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

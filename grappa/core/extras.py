@@ -20,10 +20,12 @@ EXTRAS = {
     "scipy": "pipeline",
     "sklearn": "pipeline",
     "sqlalchemy": "mlflow",
+    "starlette": "explore",
     "submitit": "slurm",
     "tensorboard": "tensorboard",
     "transformers": "objects",
     "typer": "pipeline",
+    "uvicorn": "explore",
     "wandb": "wandb",
     "yaml": "pipeline",
 }

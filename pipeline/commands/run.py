@@ -15,7 +15,7 @@ from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.verdict_file import read_verdict
 from grappa.pipeline.graph.models import FREE, SUPERVISED
-from grappa.pipeline.store.artifacts import RunFolder, published, readable_manifest
+from grappa.pipeline.store.artifacts import RunFolder, published, quoted, readable_manifest
 from grappa.pipeline.store.csv_cells import unguarded
 
 METRICS_FILE = "metrics.csv"
@@ -23,7 +23,7 @@ METRICS_FILE = "metrics.csv"
 
 def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, say: Say) -> None:
     """Run the selected stages, then print the verdict (if all stages were selected), the result table (if the
-    evaluation was selected) and the times."""
+    evaluation was selected), how to look at a whole run, and the times."""
     config = read_config(run)
     report = run_stages(run, config, selection, progress=progress, say=say)
     if not report.leads:
@@ -42,6 +42,8 @@ def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, 
     ):
         print_table(published(run, "evaluation", METRICS_FILE) / METRICS_FILE)
     if report.seconds:
+        if readable_manifest(run, "index") and not (selection.stage or selection.until):
+            say(f"look at it: grappa explore {quoted(run.root)}")
         say(times_line(report.seconds))
 
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grappa.pipeline.config.schema import Images
-from grappa.pipeline.engine.live.additions import INDEX, Additions, read_additions
+from grappa.pipeline.engine.live.additions import INDEX, read_additions
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.verdict_file import made_of
+from grappa.pipeline.graph.models import final_node
+from grappa.pipeline.graph.node import Node
 from grappa.pipeline.store.artifacts import (
     RUN_FILE,
     RunFolder,
     check_same_origin,
     published,
     quoted,
+    readable_manifest,
 )
 from grappa.pipeline.store.storage import new_folder, refuse_existing
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
     from PIL import Image
 
     from grappa.backbone.own_module import Maker
@@ -41,35 +48,45 @@ def load_run_model(run: str | Path, module: Maker | None = None) -> GrappaModel:
 
 
 def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
-    """Return the ``k`` most similar images of the collection as it is now, nearest first.
+    """Return the ``k`` most similar images of the collection as it is now, nearest first; the image itself, the same
+    bytes, is left out.
 
     Images that were added are among them once the deployed model has embedded them, removed ones never are. An image
-    is a dict of image_id, path (relative to its image root), domain and similarity (cosine, -1 to 1).
+    is a dict of image_id, file (the absolute path), path (relative to its image root), domain and similarity (cosine,
+    -1 to 1). The image file is looked at first: what is heavy is loaded for an image that can be searched.
     """
-    import pandas as pd
+    folder = RunFolder.open(run)
+    data = image.read_bytes()
+    query = decoded(data, max_pixels(run), str(image))
+    check_deployed(folder)
+    images = _images(folder)
+    index = _index_now(folder)
+    same = set(images.index[images["sha256"] == hashlib.sha256(data).hexdigest()]) & set(index.ids)
+    more = min(k + len(same), max(len(index), k))  # k that is larger than the index is the index's own error
+    found = zip(*(each[0] for each in index.search(encode(load_run_model(run), query), more)), strict=True)
+    nearest = [(image_id, similarity) for image_id, similarity in found if image_id not in same][:k]
+    rows = images.loc[[image_id for image_id, _ in nearest]]
+    files = _files(folder, rows)
+    return [
+        {"image_id": i, "file": file, "path": path, "domain": domain, "similarity": float(similarity)}
+        for (i, similarity), file, path, domain in zip(nearest, files, rows["path"], rows["domain"], strict=True)
+    ]
+
+
+def encode(model: GrappaModel, image: Image.Image) -> NDArray[np.float32]:
+    """Return the embedding (1, D) float32 of an image by an adapted model, L2-normalised."""
     import torch
 
-    from grappa.pipeline.engine.live.collection import live_images
-
-    folder = RunFolder.open(run)
-    model = load_run_model(run)
-    check_deployed(folder)
-    config = read_config(folder)
-    index = _index_now(folder, read_additions(folder, config))
-    images = pd.read_parquet(published(folder, "images", "images.parquet") / "images.parquet").set_index("image_id")
-    images = live_images(folder, config, images)
     with torch.inference_mode():
-        query = model(model.preprocess(open_image(image, max_pixels(run))).unsqueeze(0))
-    ids, similarities = index.search(query.numpy(), k)
-    found = images.loc[list(ids[0]), ["path", "domain"]]
-    rows = zip(ids[0], found["path"], found["domain"], similarities[0], strict=True)
-    return [{"image_id": i, "path": p, "domain": d, "similarity": float(s)} for i, p, d, s in rows]
+        found: NDArray[np.float32] = model(model.preprocess(image).unsqueeze(0)).numpy()
+    return found
 
 
-def _index_now(folder: RunFolder, found: Additions) -> SearchIndex:
+def _index_now(folder: RunFolder) -> SearchIndex:
     """Return the index with the additions; where it is not up to date that of the run, without the removed images."""
     from grappa.search.index import SearchIndex
 
+    found = read_additions(folder, read_config(folder))
     if found.indexed and found.index.kind == "fresh":
         return SearchIndex.load(published(folder, INDEX))
     return SearchIndex.load(published(folder, "index")).without(found.removed)
@@ -78,7 +95,8 @@ def _index_now(folder: RunFolder, found: Additions) -> SearchIndex:
 def check_deployed(folder: RunFolder) -> str:
     """Return the model that a run's model and index were made of, such as ``fused``.
 
-    ValueError where they were made of different models, or where what they are made of was made again in between.
+    ValueError where the index is missing, where they were made of different models, or where what they are made of was
+    made again in between.
     """
     model, index = (made_of(folder, name) for name in ("model", "index"))
     if model != index:
@@ -87,6 +105,36 @@ def check_deployed(folder: RunFolder) -> str:
         )
     check_same_origin(folder, "index", "images", f"heads/{index}", f"embeddings/{index}", "verdict", "model")
     return index
+
+
+def indexed_model(folder: RunFolder) -> tuple[str, Node]:
+    """Return the deployed model and the node of the embeddings that the index holds; errors of ``check_deployed``."""
+    model = check_deployed(folder)
+    return model, final_node(read_config(folder), model)
+
+
+def _images(folder: RunFolder) -> pd.DataFrame:
+    """Return the images of the collection as it is now: root (a number), path, domain, sha256, and the file of those
+    that were added, by image_id."""
+    import pandas as pd
+
+    from grappa.pipeline.engine.live.collection import live_images
+
+    file = published(folder, "images", "images.parquet") / "images.parquet"
+    images = pd.read_parquet(file, columns=["image_id", "root", "path", "domain", "sha256"]).set_index("image_id")
+    return live_images(folder, read_config(folder), images.assign(file=None))
+
+
+def _files(folder: RunFolder, rows: pd.DataFrame) -> list[str]:
+    """Return the files of images, the absolute paths that open."""
+    from grappa.images.paths import image_file
+
+    check_same_origin(folder, "images", "sources")
+    sources = readable_manifest(folder, "sources")
+    assert sources is not None, "the images were listed before they were decoded"
+    roots = sources.provenance["roots"]
+    known = zip(rows["file"], rows["root"], rows["path"], strict=True)
+    return [image_file(roots[root], path) if file is None else file for file, root, path in known]
 
 
 def max_pixels(run_or_model: Path) -> int:
@@ -101,14 +149,19 @@ def open_image(path: Path, largest: int) -> Image.Image:
 
     largest: pixels; an image with more is refused as a decompression bomb.
     """
+    return decoded(path.read_bytes(), largest, str(path))
+
+
+def decoded(data: bytes, largest: int, name: str) -> Image.Image:
+    """Return the bytes of an image file as ``open_image`` does; ``name`` begins the sentence of the ValueError."""
     from PIL import Image
 
     from grappa.images.decoding import ImageDecodeError, decode_image
 
     try:
-        return Image.fromarray(decode_image(path.read_bytes(), max_pixels=largest))
+        return Image.fromarray(decode_image(data, max_pixels=largest))
     except ImageDecodeError as error:
-        raise ValueError(f"{path} cannot be searched with: {error}") from error
+        raise ValueError(f"{name} cannot be searched with: {error}") from error
 
 
 def export(run: Path, folder: Path) -> str:

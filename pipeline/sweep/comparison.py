@@ -75,7 +75,7 @@ def setting(config: Config, key: str) -> Any:
 
 def _seconds(run: SweepRun, until: str) -> dict[str, float | bool]:
     """Return ``seconds_STAGE`` for each stage up to ``until``, and the three columns after them."""
-    from grappa.pipeline.report.costs import cost_of
+    from grappa.pipeline.pages.report.costs import cost_of
 
     seconds, here, partly = dict[str, float](), 0.0, False
     for node in selected(run.config, Selection(until=until)):

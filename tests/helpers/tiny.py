@@ -158,6 +158,12 @@ def digests(run: RunFolder) -> dict[str, str]:
     return found
 
 
+def with_other_bytes(image: Path, folder: Path) -> Path:
+    """Write a copy of a PNG that decodes to the same pixels and is not the same file."""
+    (folder / f"copy_{image.name}").write_bytes(image.read_bytes() + b"more")
+    return folder / f"copy_{image.name}"
+
+
 def sign_again(folder: Path) -> None:
     """Write the digests of an artifact's present files into its manifest, as if a stage had made them so."""
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -11,7 +11,7 @@ import pytest
 import grappa
 from grappa.pipeline.commands.embed import embed
 from grappa.pipeline.commands.search import export, search
-from grappa.pipeline.report.page import write_report
+from grappa.pipeline.pages.report.page import write_report
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.digests import forget_digests
 from grappa.pipeline.tables import load_sweep

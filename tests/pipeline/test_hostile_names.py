@@ -26,9 +26,9 @@ from grappa.pipeline.cli import app
 from grappa.pipeline.commands.run import print_rows, read_table
 from grappa.pipeline.errors import sentence_and_code
 from grappa.pipeline.open_run import read_metrics
-from grappa.pipeline.report import figures
-from grappa.pipeline.report.page import write_report
-from grappa.pipeline.report.summary import Table, plain_markdown
+from grappa.pipeline.pages.report import figures
+from grappa.pipeline.pages.report.page import write_report
+from grappa.pipeline.pages.report.summary import Table, plain_markdown
 from grappa.pipeline.store.csv_cells import csv_bytes, guarded, unguarded, with_unguarded
 from grappa.slurm.commands import _print_from
 from tests.helpers.hostile import ACTIVE, NAMES

@@ -26,7 +26,17 @@ from grappa.pipeline.stages import index as index_stage
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.checkpoints import RowCheckpoint
 from grappa.pipeline.store.work import Work
-from tests.helpers.tiny import digests, draw_images, make_run, run_all, sign_again, split_of, write_table, write_weights
+from tests.helpers.tiny import (
+    digests,
+    draw_images,
+    make_run,
+    run_all,
+    sign_again,
+    split_of,
+    with_other_bytes,
+    write_table,
+    write_weights,
+)
 
 COLUMNS = "model domain gallery num_queries map map_se r_precision map_at_r recall_at_1 recall_at_1_se recall_at_2"
 FREE = ["zero_shot", "zero_shot_whitened", "zero_shot_head"]
@@ -165,7 +175,7 @@ def test_the_student_can_be_what_is_deployed_indexed_and_searched(
 ) -> None:
     make_run(copy.root, [], material / "weights.safetensors", model__source="student")
     assert {name for name, kind in _kinds(copy).items() if kind == "stale"} == {"model", "index"}
-    picture = material / "images" / "discs" / "class_2" / "0.png"
+    picture = with_other_bytes(material / "images" / "discs" / "class_2" / "0.png", tmp_path)
     lines = run_all(copy, stage="model")
     assert lines[0].startswith("model: student: 1 adaptor set")
     with pytest.raises(ValueError, match=r"is student, the index is of fused; run `grappa run "):
@@ -220,13 +230,34 @@ def test_a_head_learns_on_train_rows_only(copy: RunFolder) -> None:
     assert digests(copy)["heads/fused/head.safetensors"] == head
 
 
-def test_search_finds_the_image_itself_first(run: RunFolder, material: Path) -> None:
+def test_search_finds_a_copy_with_other_bytes_first(run: RunFolder, material: Path, tmp_path: Path) -> None:
     image = material / "images" / "discs" / "class_3" / "2.png"
-    found = search(run.root, image, 3)
+    found = search(run.root, with_other_bytes(image, tmp_path), 3)
     assert found[0]["path"].endswith("discs/class_3/2.png")
+    assert found[0]["file"] == str(image), "the file is absolute"
     assert found[0]["domain"] == "discs"
     assert found[0]["similarity"] > 0.999
     assert found[0]["similarity"] >= found[1]["similarity"] >= found[2]["similarity"]
+
+
+def test_an_image_of_the_run_is_not_its_own_nearest_one(run: RunFolder, material: Path, tmp_path: Path) -> None:
+    image = material / "images" / "discs" / "class_3" / "2.png"
+    found = search(run.root, image, 3)
+    assert len(found) == 3
+    others = search(run.root, with_other_bytes(image, tmp_path), 4)
+    assert [each["image_id"] for each in found] == [each["image_id"] for each in others[1:]]
+    everyone = len(pd.read_parquet(run.root / "images" / "images.parquet"))
+    assert len(search(run.root, image, everyone)) == everyone - 1
+
+
+def test_search_looks_at_the_image_before_it_loads_a_model(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "no.jpg").write_bytes(b"no image")
+    code = "import sys; from grappa.pipeline.cli import main; sys.argv[0] = 'grappa'\n"
+    code += "try: main()\nfinally: print(*({'torch', 'timm', 'faiss'} & set(sys.modules)))"
+    for name, sentence in (("missing.jpg", "No such file"), ("no.jpg", "not an image in JPEG")):
+        command = [sys.executable, "-c", code, "search", str(run.root), str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and sentence in done.stderr and done.stdout.split() == [], done
 
 
 def test_the_exported_model_stands_alone_and_embeds_the_same(run: RunFolder, material: Path, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.graph.models import evaluated_models
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import with_upstream
-from grappa.pipeline.report import costs, examples, figures, summary
-from grappa.pipeline.report.page import write_report
+from grappa.pipeline.pages.report import costs, examples, figures, summary
+from grappa.pipeline.pages.report.page import write_report
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import draw_images, make_run, run_all, sign_again, split_of, write_table, write_weights
 from tests.helpers.verdicts import VERDICT, publish_verdict

@@ -13,7 +13,7 @@ from grappa.pipeline.commands.run import run_and_report
 from grappa.pipeline.engine.execution import Report, Selection
 from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.verdict_file import read_verdict
-from grappa.pipeline.report.summary import verdict_table
+from grappa.pipeline.pages.report.summary import verdict_table
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.fake_stages import FakeStages, fake_stages
 from tests.helpers.verdicts import VERDICT, publish_verdict

@@ -100,7 +100,9 @@ def test_every_package_of_an_extra_is_named_with_it() -> None:
 
 
 def test_each_layer_needs_its_own_extra_only() -> None:
-    assert imported_packages("pipeline") - {"jinja2", "matplotlib"} <= set(requirements("pipeline", *TRACKERS))
+    assert imported_packages("pipeline") - {"jinja2", "matplotlib", "starlette", "uvicorn"} <= set(
+        requirements("pipeline", *TRACKERS)
+    )
     assert imported_packages("slurm") <= set(requirements("slurm"))
     assert imported_packages("grappa") <= set(requirements("pipeline", "cpu"))
 

@@ -56,7 +56,8 @@ def test_run_status_and_run_again(fakes: FakeStages) -> None:
     result = grappa("run", fakes.root)
     assert result.exit_code == 0
     assert "clusters/k00002: 2 files (" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("times: backbone ")
+    page, times = result.stdout.splitlines()[-2:]
+    assert times.startswith("times: backbone ") and page == f"look at it: grappa explore {fakes.root}"
     assert "missing" not in grappa("status", fakes.root).stdout
     again = grappa("run", fakes.root).stdout.splitlines()
     how = "sizes were compared, --verify reads every byte"
@@ -112,7 +113,7 @@ def test_the_table_comes_at_the_end(fakes: FakeStages) -> None:
         (["run", "RUN", "--stage", "index"], "index cannot run: upstream images is missing"),
         (["run", "RUN", "--stage", "indexes"], "no stage is called 'indexes'"),
         (["status", "EMPTY"], "is not a run folder"),
-        (["search", "RUN", "NEW"], "model is missing in"),
+        (["search", "RUN", "NEW"], "new: No such file or directory"),
         (["export", "RUN", "NEW"], "model is missing in"),
         (["report", "RUN", "NEW"], "evaluation is missing in"),
     ],

@@ -116,7 +116,7 @@ def test_commands_that_read_a_stale_model_say_so_on_stderr(
     monkeypatch.setattr("grappa.pipeline.commands.search.search", lambda *arguments: [])
     monkeypatch.setattr("grappa.pipeline.commands.search.export", lambda *arguments: "done")
     monkeypatch.setattr("grappa.pipeline.commands.embed.embed", lambda *arguments: "done")
-    monkeypatch.setattr("grappa.pipeline.report.page.write_report", lambda *arguments: "done")
+    monkeypatch.setattr("grappa.pipeline.pages.report.page.write_report", lambda *arguments: "done")
     arguments = {
         "search": [complete.root, tmp_path / "photo.jpg", "--json"],
         "embed": [complete.root, "--images", tmp_path, "--out", tmp_path / "out"],

@@ -18,9 +18,19 @@ from grappa.pipeline.commands.run import read_table
 from grappa.pipeline.commands.search import export, search
 from grappa.pipeline.config.yaml_file import ConfigError
 from grappa.pipeline.engine.status import read_config, states
-from grappa.pipeline.report.page import write_report
+from grappa.pipeline.pages.report.page import write_report
 from grappa.pipeline.store.artifacts import RunFolder
-from tests.helpers.tiny import digests, draw_images, make_run, run_all, settings, split_of, write_table, write_weights
+from tests.helpers.tiny import (
+    digests,
+    draw_images,
+    make_run,
+    run_all,
+    settings,
+    split_of,
+    with_other_bytes,
+    write_table,
+    write_weights,
+)
 
 LABELS = {"adaptors__supervision": "labels", "model__source": "single"}
 
@@ -71,7 +81,7 @@ def test_the_kinds_tensors_are_trained_and_change_the_embeddings(run: RunFolder)
 
 
 def test_the_model_is_exported_searched_and_reported(run: RunFolder, material: Path, tmp_path: Path) -> None:
-    picture = material / "images" / "discs" / "class_2" / "0.png"
+    picture = with_other_bytes(material / "images" / "discs" / "class_2" / "0.png", tmp_path)
     images = pd.read_parquet(run.root / "images" / "images.parquet")
     row = int(np.flatnonzero(images["path"].str.endswith("discs/class_2/0.png"))[0])
     assert search(run.root, picture, 3)[0]["image_id"] == images["image_id"][row]

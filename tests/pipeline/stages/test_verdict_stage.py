@@ -15,7 +15,7 @@ from grappa.pipeline.commands.search import search
 from grappa.pipeline.config.yaml_file import ConfigError
 from grappa.pipeline.engine.status import read_config, states
 from grappa.pipeline.store.artifacts import RunFolder
-from tests.helpers.tiny import draw_images, make_run, run_all, split_of, write_table, write_weights
+from tests.helpers.tiny import draw_images, make_run, run_all, split_of, with_other_bytes, write_table, write_weights
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,8 @@ def chosen(material: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolde
 
 
 def _query(material: Path) -> Path:
-    return sorted(path for path in (material / "images").rglob("*") if path.is_file())[0]
+    image = sorted(path for path in (material / "images").rglob("*") if path.is_file())[0]
+    return with_other_bytes(image, material)  # an image of the run is not its own result
 
 
 def _found(run: RunFolder, material: Path) -> NDArray[np.float64]:

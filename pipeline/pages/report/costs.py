@@ -12,7 +12,7 @@ from grappa.pipeline.engine.execution import spent
 from grappa.pipeline.graph.models import evaluated_models
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import STAGES, with_upstream
-from grappa.pipeline.report.summary import Table
+from grappa.pipeline.pages.report.summary import Table
 from grappa.pipeline.store.artifacts import LOG_FILE, RunFolder
 from grappa.pipeline.store.storage import read_json_lines
 

@@ -18,8 +18,8 @@ from grappa.pipeline.engine.verdict_file import Verdict, deployed_in, read_verdi
 from grappa.pipeline.graph.models import FREE, evaluated_models, find_entry, fusions
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import nodes
-from grappa.pipeline.report import costs, examples, figures, summary
-from grappa.pipeline.report.summary import Table, number
+from grappa.pipeline.pages.report import costs, examples, figures, summary
+from grappa.pipeline.pages.report.summary import Table, number
 from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, quoted, readable_manifest
 from grappa.pipeline.store.storage import new_folder, refuse_existing
 

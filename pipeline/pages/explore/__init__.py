@@ -1,0 +1,1 @@
+"""`grappa explore`: a run as a page in the browser, served by this machine to itself."""
