@@ -10,7 +10,7 @@ from grappa.backbone.spec import BackboneSpec
 from grappa.core.randomness import id_numbers
 from grappa.images.transforms import Augmentation
 from grappa.method.adaptors import adaptor_set_sizes, automatic_rank
-from grappa.pipeline.config.schema import AdaptorSetSettings, Augmented, Trained
+from grappa.pipeline.config.trainings import AdaptorSetSettings, Augmented, Trained
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.opening import need_for_batches, open_pixels, read_images, settle_device, settle_precision
 from grappa.pipeline.store.checkpoints import FileCheckpoint, SharedCheckpoint

@@ -15,7 +15,8 @@ import yaml
 from pydantic import ValidationError
 
 from grappa.core.printing import sentence, shown
-from grappa.pipeline.config.schema import Config, Section
+from grappa.pipeline.config.schema import Config
+from grappa.pipeline.config.section import Section
 
 HEADER = """\
 # The resolved configuration of this run, every value with its meaning. Edit it, or change values by

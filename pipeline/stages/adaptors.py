@@ -19,7 +19,7 @@ from grappa.core.randomness import id_numbers
 from grappa.images.splits import train_rows
 from grappa.method.adaptor_training import AdaptorLoss, Perception, new_adaptor_set, train_adaptor_set
 from grappa.method.adaptors import AdaptorSet
-from grappa.pipeline.config.schema import Adaptors
+from grappa.pipeline.config.trainings import Adaptors
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import taught_by
 from grappa.pipeline.learning import open_views, optimization, sizes_of_set, training_task, write_metrics

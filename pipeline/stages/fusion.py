@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from grappa.core import memory
 from grappa.images.splits import train_rows
 from grappa.method.fusion_training import PropagationLoss, train_fusion
-from grappa.pipeline.config.schema import Fusion
+from grappa.pipeline.config.trainings import Fusion
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.learning import open_views, optimization, training_task, write_metrics
 from grappa.pipeline.opening import open_backbone, open_sets, read_images, shape_of

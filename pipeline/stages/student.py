@@ -5,7 +5,7 @@ from __future__ import annotations
 from grappa.core import memory
 from grappa.images.splits import train_rows
 from grappa.method.student import Transfer, new_student, train_student
-from grappa.pipeline.config.schema import Student
+from grappa.pipeline.config.trainings import Student
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.learning import open_views, optimization, sizes_of_set, training_task, write_metrics
 from grappa.pipeline.opening import (

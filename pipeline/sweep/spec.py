@@ -26,7 +26,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from grappa.core.printing import shown
-from grappa.pipeline.config.schema import Section
+from grappa.pipeline.config.section import Section
 from grappa.pipeline.config.yaml_file import (
     PRESETS,
     ConfigError,

@@ -18,7 +18,8 @@ from grappa.method.adaptor_training import AdaptorLoss
 from grappa.method.fusion_training import PropagationLoss
 from grappa.method.student import Transfer
 from grappa.pipeline import learning
-from grappa.pipeline.config.schema import Adaptors, Augmented, Fusion, Section, Student
+from grappa.pipeline.config.section import Section
+from grappa.pipeline.config.trainings import Adaptors, Augmented, Fusion, Student
 from grappa.pipeline.learning import augmentation, open_views, optimization, sizes_of_set
 from grappa.pipeline.stages.adaptors import adaptor_loss
 from grappa.pipeline.stages.fusion import propagation_loss

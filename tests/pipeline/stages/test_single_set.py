@@ -56,6 +56,7 @@ def run(request: pytest.FixtureRequest, material: Path, tmp_path_factory: pytest
         **LABELS,
         adaptors__kind=request.param,
         adaptors__in_context_rank=3,
+        embeddings__precision="float32",
     )
     run_all(made)
     return made

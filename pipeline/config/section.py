@@ -1,0 +1,35 @@
+"""What every section of the configuration is made of: frozen groups of fields, kinds of numbers, kinds of fields."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+
+LARGEST = 2**53  # an integer that every reader of JSON holds exactly
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
+Precision = Literal["auto", "float32", "bfloat16"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+CropFraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Triple = tuple[float, float, float]
+PositiveTriple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+
+
+class Section(BaseModel):
+    """A frozen group of fields; unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def provenance(default: Any, description: str) -> Any:
+    """Return a field that is recorded in the provenance but is no part of any fingerprint."""
+    return Field(default=default, description=description, json_schema_extra={"identity": False})
+
+
+def later(default: Any, description: str) -> Any:
+    """Return a field that came after runs had been made: with its default the result is that without the field.
+
+    Such a value is left out of fingerprints, so that older artifacts stay fresh.
+    """
+    return Field(default=default, description=description, json_schema_extra={"later": True})
