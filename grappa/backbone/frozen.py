@@ -21,7 +21,7 @@ from grappa.backbone.adapting.dry_run import Found, look
 from grappa.backbone.adapting.projections import Projection, call_by_module, find_projections
 from grappa.backbone.adapting.units import Unit, find_units
 from grappa.backbone.architectures import create_model
-from grappa.backbone.catalog import name_problem
+from grappa.backbone.naming.catalog import name_problem
 from grappa.backbone.own_module import Maker, made_by, place_of
 from grappa.backbone.spec import BackboneSpec, check_patches, own_module_spec, resolve_spec
 from grappa.backbone.unusable import BackboneError
@@ -229,11 +229,12 @@ def load_backbone(
     if module is not None:
         backbone = build_backbone(own_module_spec(place_of(module), **given), module)
         return backbone if weights is None else _with_weights(backbone, read_state_dict(weights), str(weights), say)
-    spec = resolve_spec(name, _own_input(name), **given)
+    own = _own_input(name)
+    spec = resolve_spec(name, own, **given)
     backbone = build_backbone(spec)
     patches: Any = getattr(backbone.model, "patch_embed", None)
     if hasattr(patches, "feat_ratio"):
-        check_patches(spec, patches.feat_ratio())
+        check_patches(spec, patches.feat_ratio(), own)
     state = hub_state(name) if weights is None else read_state_dict(weights)
     return _with_weights(backbone, state, name if weights is None else str(weights), say)
 

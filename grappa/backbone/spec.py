@@ -146,13 +146,14 @@ def resolve_spec(
     )
 
 
-def check_patches(spec: BackboneSpec, patch_size: int) -> None:
+def check_patches(spec: BackboneSpec, patch_size: int, own: Any) -> None:
     """Refuse an input whose side is no multiple of the patch: its border would be left out; BackboneError.
 
-    Models that enlarge their input to whole patches by themselves (``dynamic_img_pad``) take any size.
+    Models that enlarge their input to whole patches by themselves (``dynamic_img_pad``) take any size, and a model
+    takes its own, whatever it is; own: what timm declares of its weights.
     """
     below = spec.image_size // patch_size * patch_size
-    if below != spec.image_size and not spec.options.get("dynamic_img_pad"):
+    if spec.image_size not in (below, own.input_size[-1]) and not spec.options.get("dynamic_img_pad"):
         near = f"{below} or {below + patch_size}" if below else f"{patch_size}"
         raise BackboneError(
             f"backbone.image_size is {spec.image_size}, no multiple of the {patch_size} pixels of a patch of "

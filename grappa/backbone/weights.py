@@ -150,6 +150,9 @@ def _advice(model: nn.Module, match: Match, label: str) -> str:
         sizes = ", ".join(f"{what} {value}" for what, value in found.items())
         close = _close_names(architecture_of(model), found)
         return f"the file has {sizes}: set backbone.name or backbone.options to such a model{close}"
+    biased = f"{architecture_of(model)}_qkvb"
+    if match.unknown and all(name.endswith("qkv.bias") for name in match.unknown) and import_timm().is_model(biased):
+        return f"queries and values have a bias in this file: set backbone.name={biased}"
     if match.wrong and not match.missing and not match.unknown:
         return "the file is of another size of this architecture: set backbone.name or backbone.options to it"
     right = "" if match.wrong else "the sizes are right, so "

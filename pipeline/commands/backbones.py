@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from grappa.backbone.catalog import CatalogEntry, list_backbones
+from grappa.backbone.naming.catalog import CatalogEntry, list_backbones
 from grappa.core.printing import shown
 from grappa.pipeline.commands.model_input import readable_size
 

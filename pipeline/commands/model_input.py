@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from grappa.backbone.catalog import name_problem, patch_size
+from grappa.backbone.naming.catalog import name_problem, patch_size
+from grappa.backbone.naming.timm_source import declared
 from grappa.backbone.spec import BackboneSpec, check_patches, own_module_spec, resolve_spec, visible_side
-from grappa.backbone.timm_source import declared
 from grappa.backbone.unusable import BackboneError
 from grappa.pipeline.config.schema import Backbone, Config
 from grappa.pipeline.config.yaml_file import ConfigError
@@ -24,8 +24,9 @@ def check_input(settings: Backbone) -> None:
         raise ConfigError(f"backbone.name: {problem}")
     try:
         spec, patch = _declared_spec(settings), patch_size(settings.name, settings.options)
-        if spec and patch and not spec.module:
-            check_patches(spec, patch)
+        found = declared(settings.name) if spec and patch and not spec.module else None
+        if spec and patch and found:
+            check_patches(spec, patch, found.weights)
     except BackboneError as error:
         raise ConfigError(str(error)) from None
 

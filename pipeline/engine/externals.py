@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grappa.backbone.catalog import find_weights
 from grappa.backbone.files.hub import HUB, hub_problem, is_cached
 from grappa.backbone.files.hub import is_hub_name as is_hub_weights
 from grappa.backbone.files.places import files_of
+from grappa.backbone.naming.catalog import find_weights
 from grappa.backbone.unusable import BackboneError
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.store.storage import file_digest

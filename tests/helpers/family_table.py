@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from grappa.backbone.catalog import REFUSED
 from grappa.backbone.frozen import build_backbone
+from grappa.backbone.naming.catalog import REFUSED
 from grappa.backbone.spec import BackboneSpec
 from grappa.backbone.weights import BackboneError, import_timm
 from tests.helpers import families

@@ -117,6 +117,7 @@ MMPRETRAIN = _layout(
 RENAMED = (TRANSFORMERS, CONVNEXT, TORCHVISION, MMPRETRAIN)
 _CONVERTED_BY_TIMM = (
     _layout("LoRA or another adaptor (merge it into the model first)", r"lora_[AB]|base_model\.model\."),
+    _layout("flat parameters of FSDP (gather the full state dict first)", r"_flat_param|flat_param_\d"),
     _layout("quantized weights (give the full ones)", r"\.(qweight|qzeros|SCB|absmax|weight_scale)$"),
     _layout("OpenCLIP or OpenAI's CLIP", r"visual\.(trunk|transformer|class_embedding|conv1)"),
     _layout("DINOv3 (Meta)", r"(^|\.)storage_tokens$"),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grappa.backbone.files.layouts import RENAMED, Layout, has_lost_keys, is_unneeded, joined, unchunked, unwrapped
-from grappa.backbone.library import Conversion, State, conversion_of, import_timm
+from grappa.backbone.library import Conversion, State, architecture_of, conversion_of, import_timm
 
 MOST_PREFIXES = 8
 # Which one is taken where a file holds the model several times; a word that is not listed ranks as the empty one.
@@ -107,14 +107,19 @@ class _Search:
         self.model = model
         self.wanted: dict[str, Tensor] = model.state_dict()
         self.counters = {name for name, value in self.wanted.items() if not value.is_floating_point()}
-        chunks = any(unchunked(name) != name for name in self.wanted)
-        self.tensors = {self._plain(name, chunks): value for name, value in tensors.items()}
+        self.tensors = self._plainly_named(tensors)
         self.hits, self.foreign = self._counted()
         self._conversion: list[Conversion | None] = []
 
-    @staticmethod
-    def _plain(name: str, chunks: bool) -> str:
-        return unwrapped(name) if chunks else unchunked(unwrapped(name))
+    def _plainly_named(self, tensors: Mapping[str, Tensor]) -> State:
+        """Return the tensors without wrappers and chunks in their names, where no two get one name by that."""
+        names = {name: unwrapped(name) for name in tensors}
+        if len(set(names.values())) < len(names):
+            names = {name: name for name in tensors}
+        chunks = {name: unchunked(plain) for name, plain in names.items()}
+        if len(set(chunks.values())) == len(names) and all(unchunked(name) == name for name in self.wanted):
+            names = chunks
+        return {names[name]: value for name, value in tensors.items()}
 
     def _counted(self) -> tuple[Counter[tuple[str, Layout | None]], set[str]]:
         """Return how many wanted names each prefix has in each layout, and the prefixes of what timm converts."""
@@ -146,6 +151,8 @@ class _Search:
         """Yield what the tensors under a prefix give: as they are, then after timm's conversion."""
         inside = {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
         renamed = inside if layout is None else {layout.renamed(name): value for name, value in inside.items()}
+        if len(renamed) < len(inside):  # two tensors of one name: it is another layout
+            return
         state = joined(renamed, self.wanted)
         yield self._compared(prefix, layout, state, [])
         yield self._converted(prefix, layout, state)
@@ -155,16 +162,16 @@ class _Search:
             self._conversion.append(conversion_of(self.model))
         conversion = self._conversion[0]
         if conversion is None:
-            return self._compared(prefix, layout, state, [])
+            return self._compared(prefix, layout, self._resampled(state), [])
         traced = {name: _traced(name, value) for name, value in state.items()}
         try:
             given = conversion(traced, self.model)
         except _CONFUSED:  # timm's conversions rely on their own layout
-            return self._compared(prefix, layout, state, [])
+            return self._compared(prefix, layout, self._resampled(state), [])
         used = frozenset().union(*(getattr(value, "sources", frozenset()) for value in given.values()))
         dropped = [name for name in state if name not in used]
         inner = _common_prefix(used)
-        plain = {name: value.as_subclass(Tensor) for name, value in given.items() if isinstance(value, Tensor)}
+        plain = self._resampled({name: self._own_patches(name, value, state) for name, value in given.items()})
         outside = [name for name in dropped if not name.startswith(inner)]
         inside = [name for name in dropped if name.startswith(inner)]
         lost = [name for name in inside if not (is_unneeded(name.removeprefix(inner)) or _is_void(name, state[name]))]
@@ -175,7 +182,6 @@ class _Search:
         self, prefix: str, layout: Layout | None, state: State, dropped: list[str], lost: Iterable[str] = ()
     ) -> Match:
         given = {name: value for name, value in state.items() if name in self.wanted}
-        given = {name: self._resampled(name, value) for name, value in given.items()}
         for name in self.counters & set(given):
             if given[name].shape != self.wanted[name].shape:
                 del given[name]
@@ -216,18 +222,29 @@ class _Search:
         names = (heads,) if isinstance(heads, str) else tuple(heads or ())
         return any(name in (f"{head}.weight", f"{head}.bias") for head in names)
 
-    def _resampled(self, name: str, value: Tensor) -> Tensor:
-        """Return positions of another image size resampled to the model's; what is no such tensor stays."""
-        wanted, grid = self.wanted[name], getattr(getattr(self.model, "patch_embed", None), "grid_size", None)
-        if name != "pos_embed" or value.shape == wanted.shape or grid is None or value.ndim != 3:
-            return value
+    def _own_patches(self, name: str, value: Tensor, state: State) -> Tensor:
+        """Return a converted tensor; patches of another size as they are in the file, where timm would resample them.
+
+        Only FlexiViT is trained for patches of several sizes: of any other model it would be another model.
+        """
+        sources = [state[each] for each in getattr(value, "sources", ()) if each.endswith("proj.weight")]
+        resampled = [each for each in sources if each.ndim == value.ndim == 4 and each.shape[2:] != value.shape[2:]]
+        if resampled and "patch_embed" in name and not architecture_of(self.model).startswith("flexivit"):
+            return resampled[0]
+        return value.as_subclass(Tensor)
+
+    def _resampled(self, state: State) -> State:
+        """Return the state with positions of another image size resampled, where timm's conversion has not done so."""
+        positions, wanted = state.get("pos_embed"), self.wanted.get("pos_embed")
+        grid = getattr(getattr(self.model, "patch_embed", None), "grid_size", None)
+        if positions is None or wanted is None or grid is None or positions.ndim != 3 or wanted.ndim != 3:
+            return state
         prefix = wanted.shape[1] - grid[0] * grid[1]
-        side = (value.shape[1] - prefix) ** 0.5
-        if prefix < 0 or side != int(side) or value.shape[2] != wanted.shape[2]:
-            return value
-        layers = import_timm().layers
-        out: Tensor = layers.resample_abs_pos_embed(value.float(), new_size=list(grid), num_prefix_tokens=prefix)
-        return out
+        side = (positions.shape[1] - prefix) ** 0.5 if positions.shape[1] > prefix else 0.5
+        if positions.shape == wanted.shape or prefix < 0 or side != int(side) or positions.shape[2] != wanted.shape[2]:
+            return state
+        resample = import_timm().layers.resample_abs_pos_embed
+        return {**state, "pos_embed": resample(positions.float(), new_size=list(grid), num_prefix_tokens=prefix)}
 
 
 def _traced(name: str, value: Tensor) -> Tensor:

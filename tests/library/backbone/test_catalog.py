@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from grappa.backbone import catalog
-from grappa.backbone.catalog import find_weights, list_backbones, name_problem
+from grappa.backbone.naming import catalog
+from grappa.backbone.naming.catalog import find_weights, list_backbones, name_problem
 from grappa.backbone.weights import import_timm
 
 
@@ -20,7 +20,7 @@ def test_every_name_that_timm_has_passes_but_for_those_that_are_refused() -> Non
 
 
 def test_a_refused_architecture_is_a_sentence_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "REFUSED", {"resnet": "it is too old", "swin_tiny_patch4_window7_224": "its blocks"})
+    monkeypatch.setattr(catalog, "REFUSED", {"resnet50": "it is too old", "swin_tiny_patch4_window7_224": "its blocks"})
     assert name_problem("resnet50.a1_in1k").startswith("'resnet50.a1_in1k' can be no backbone: it is too old; ")
     assert "its blocks" in name_problem("swin_tiny_patch4_window7_224")
     assert not name_problem("swin_small_patch4_window7_224")
@@ -41,6 +41,11 @@ def test_a_refused_architecture_is_a_sentence_with_its_reason(monkeypatch: pytes
 )
 def test_other_names_are_one_sentence(name: str, problem: str) -> None:
     assert name_problem(name).startswith(problem)
+
+
+def test_images_with_a_border_are_refused_by_name() -> None:
+    assert "framed by border; known are center and squash" in name_problem("deepseek_vit_412m.deepseek_v4_1_flash")
+    assert all(each.refused for each in list_backbones("deepseek_vit"))
 
 
 def test_patterns_are_parts_of_names_or_have_wildcards() -> None:
@@ -73,7 +78,7 @@ def test_weights_in_the_caches_are_found(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_nothing_slow_is_loaded() -> None:
     code = (
-        "import sys; from grappa.backbone.catalog import list_backbones, name_problem; "
+        "import sys; from grappa.backbone.naming.catalog import list_backbones, name_problem; "
         "assert not name_problem('vit_tiny_patch16_224') and len(list_backbones()) > 1000; "
         "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grappa.backbone.catalog import REFUSED
 from grappa.backbone.frozen import Backbone, build_backbone, embed
+from grappa.backbone.naming.catalog import REFUSED
 from grappa.backbone.spec import BackboneSpec
 from grappa.backbone.weights import BackboneError, import_timm
 from tests.helpers import families

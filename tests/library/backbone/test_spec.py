@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from grappa.backbone.naming.timm_source import declared
 from grappa.backbone.spec import BackboneSpec, check_patches, resolve_spec, visible_side
-from grappa.backbone.timm_source import declared
 from grappa.backbone.unusable import BackboneError
 from tests.helpers.tiny import tiny_backbone
 
@@ -83,12 +83,13 @@ def test_a_given_size_and_crop_replace_those_that_cannot_be_given() -> None:
 
 
 def test_a_size_between_patches_is_refused_with_its_neighbours() -> None:
-    check_patches(replace(SPEC, image_size=64), 16)
-    check_patches(replace(SPEC, image_size=65, options={"dynamic_img_pad": True}), 16)
+    check_patches(replace(SPEC, image_size=64), 16, OWN)
+    check_patches(replace(SPEC, image_size=65, options={"dynamic_img_pad": True}), 16, OWN)
+    check_patches(replace(SPEC, image_size=384), 14, _own(input_size=(3, 384, 384)))  # as SigLIP's so400m has it
     with pytest.raises(BackboneError, match="image_size is 65, no multiple of the 16 pixels .* set it to 64 or 80"):
-        check_patches(replace(SPEC, image_size=65), 16)
+        check_patches(replace(SPEC, image_size=65), 16, OWN)
     with pytest.raises(BackboneError, match="set it to 16$"):
-        check_patches(replace(SPEC, image_size=5), 16)
+        check_patches(replace(SPEC, image_size=5), 16, OWN)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from grappa.backbone.catalog import list_backbones
-from grappa.backbone.timm_source import SourceFile, declared, former_names, pretrained_names, source_files
+from grappa.backbone.naming.catalog import list_backbones
+from grappa.backbone.naming.timm_source import SourceFile, declared, former_names, pretrained_names, source_files
 from grappa.backbone.weights import import_timm
 
 SMALL = """

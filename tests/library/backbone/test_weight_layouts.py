@@ -288,6 +288,8 @@ def test_keys_that_a_model_has_no_bias_for_are_refused_unless_they_are_zero() ->
         ones = {name: value + 1 for name, value in keys.items()}
         with pytest.raises(BackboneError, match=r"unknown \(first: blocks.0.attn.qkv.bias\)"):
             load_state(build(each), state | ones, source="the file")
+    with pytest.raises(BackboneError, match="set backbone.name=vit_small_patch16_dinov3_qkvb"):
+        load_state(build("vit_small_patch16_dinov3"), state, source="the file")
 
 
 # ---------------------------------------------------------------- what timm converts
@@ -418,6 +420,36 @@ def test_positions_of_another_image_size_are_resampled_as_timm_does(name: str, s
     expected = module.checkpoint_filter_fn(dict(model.state_dict()), larger)
     for key, value in larger.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-6)
+
+
+def test_positions_are_resampled_in_the_way_of_the_architecture() -> None:
+    model = noisy("flexivit_small")
+    larger = build("flexivit_small", img_size=48)
+    load_state(larger, model.state_dict(), source="the file")
+    resample = import_timm().layers.resample_abs_pos_embed
+    positions = model.state_dict()["pos_embed"]
+    prefix = positions.shape[1] - 16
+    bilinear = resample(positions, new_size=[6, 6], num_prefix_tokens=prefix, interpolation="bilinear", antialias=False)
+    assert torch.equal(larger.state_dict()["pos_embed"], bilinear)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "beit_base_patch16_224"])
+def test_patches_of_another_size_are_refused_and_not_resampled_silently(name: str) -> None:
+    state = noisy(name).state_dict()
+    with pytest.raises(BackboneError, match=r"the file has width 32, blocks 2, patch 8: set backbone.name"):
+        load_state(build(name, patch_size=16, img_size=64), under("model.", state), source="the file")
+
+
+def test_chunks_that_are_numbered_each_on_its_own_are_not_mixed_up() -> None:
+    state = noisy(depth=4).state_dict()
+    local = {
+        r"^blocks\.([01])\.": r"blocks.0.\1.",
+        r"^blocks\.2\.(?!\d)": "blocks.1.0.",
+        r"^blocks\.3\.(?!\d)": "blocks.1.1.",
+    }
+    for depth in (2, 4):
+        with pytest.raises(BackboneError, match="do not fit"):
+            load_state(build(depth=depth), replaced(state, local), source="the file")
 
 
 # ---------------------------------------------------------------- numbers, and what does not fit

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from grappa.backbone import catalog
+from grappa.backbone.naming import catalog
 from grappa.pipeline.cli import app
 from grappa.pipeline.commands.backbones import found_backbones, say_backbones
 
@@ -54,7 +54,8 @@ def test_json_is_all_of_stdout(hub: Path) -> None:
 
 
 def test_what_is_refused_comes_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "REFUSED", {"gcvit": "its blocks are not known"})
+    names = [f"gcvit_{size}" for size in ("base", "small", "tiny", "xtiny", "xxtiny")]
+    monkeypatch.setattr(catalog, "REFUSED", dict.fromkeys(names, "its blocks are not known"))
     lines = _said("gc?it*").splitlines()
     assert all(line.endswith("refused") for line in lines[1:6])
     assert lines[-2:] == [

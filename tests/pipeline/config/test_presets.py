@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from grappa.backbone.catalog import find_weights, name_problem, patch_size
+from grappa.backbone.naming.catalog import find_weights, name_problem, patch_size
+from grappa.backbone.naming.timm_source import declared
 from grappa.backbone.spec import check_patches, resolve_spec, visible_side
-from grappa.backbone.timm_source import declared
 from grappa.pipeline.commands.model_input import check_input, settle_cache_size
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import PRESETS, parse_settings, preset_path, read_settings
@@ -34,7 +34,7 @@ def test_a_preset_fits_its_backbone(name: str) -> None:
     )
     patch = patch_size(backbone.name, backbone.options)
     assert patch is not None
-    check_patches(spec, patch)
+    check_patches(spec, patch, found.weights)
     assert settle_cache_size(config, None).images.shorter_side >= visible_side(spec)
 
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from grappa.backbone.timm_source import (
+from grappa.backbone.naming.timm_source import (
     Declared,
     SourceFile,
     declared,
@@ -21,9 +21,10 @@ from grappa.backbone.timm_source import (
     pretrained_names,
     source_files,
 )
+from grappa.backbone.spec import CROP_MODES
 from grappa.core.printing import shown
 
-# Why architectures cannot be adapted, by the file of timm or by the name, as they turn out when they are built.
+# Why architectures can be no backbone, as it turns out when they are built.
 _ENCODERS = ("deepseek_vit_412m", "gemma4_vit_167m", "gemma4_vit_570m", *(f"qwen3_vit_{n}m" for n in (88, 306, 416)))
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
@@ -72,8 +73,8 @@ def _entry(name: str, folders: Collection[str]) -> CatalogEntry:
     if found is None or file is None:
         raise ValueError(f"timm's source does not have {name!r}; give a name of timm")
     _, height, width = found.weights.input_size
-    weights = _file_of(found, folders)
-    return CatalogEntry(name, found.family, _stated_width(file, model), (height, width), weights, _refusal(file, model))
+    weights, refused = _file_of(found, folders), _refusal(model, found.weights)
+    return CatalogEntry(name, found.family, _stated_width(file, model), (height, width), weights, refused)
 
 
 # ---------------------------------------------------------------- what is wrong with a name
@@ -91,10 +92,11 @@ def name_problem(name: str) -> str:
     file = find_file(model)
     if file is None:
         return _unknown(name)
-    reason = _refusal(file, model)
+    found = declared(name)
+    reason = _refusal(model, found.weights if found else None)
     if reason:
         return f"{name!r} can be no backbone: {reason}; `grappa backbones` lists what can"
-    if tag and file.weights and declared(name) is None:
+    if tag and file.weights and found is None:
         known = sorted(each for each in file.weights[model].tags if each) if model in file.weights else []
         hint = f"there are {', '.join(known)}" if known else "leave out what follows the dot"
         return f"timm has no weights called {name!r}; {hint}"
@@ -120,8 +122,13 @@ def _search_word(name: str, models: Collection[str]) -> str:
     return next((f" {word}" for word in words if any(word in model for model in models)), "")
 
 
-def _refusal(file: SourceFile, model: str) -> str:
-    return REFUSED.get(model, REFUSED.get(file.family, ""))
+def _refusal(model: str, weights: Any) -> str:
+    """Return why a model can be no backbone, by its architecture or by how its images are framed; "" where it can."""
+    if model in REFUSED:
+        return REFUSED[model]
+    if weights is not None and weights.crop_mode not in CROP_MODES:
+        return f"its images are framed by {weights.crop_mode}; known are {' and '.join(CROP_MODES)}"
+    return ""
 
 
 # ---------------------------------------------------------------- what the source says of a model
