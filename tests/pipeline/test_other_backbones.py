@@ -1,4 +1,4 @@
-"""Whole runs on backbones that are no plain vision transformer: maps in stages, and mean-pooled tokens."""
+"""Whole runs on backbones that are no plain vision transformer: windows of tokens in stages, and convolutions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,6 @@ from tests.helpers.tiny import HALF, draw_images, make_run, run_all, split_of, w
 
 BACKBONES = {
     "swin": ("swin_tiny_patch4_window7_224", "{embed_dim: 8, window_size: 4}", {"embed_dim": 8, "window_size": 4}),
-    "siglip": (
-        "vit_base_patch16_siglip_224",
-        "{embed_dim: 32, depth: 2, num_heads: 2, patch_size: 8}",
-        {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8},
-    ),
     "resnet": ("test_resnet", "{}", {}),
 }
 
