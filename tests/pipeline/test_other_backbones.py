@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import grappa
+import grappa.model
 from grappa.backbone.frozen import build_backbone
 from grappa.backbone.spec import BackboneSpec
 from tests.helpers.tiny import HALF, draw_images, make_run, run_all, split_of, write_table
@@ -41,3 +42,14 @@ def test_a_run_adapts_and_exports_it(kind: str, tmp_path: Path) -> None:
     embeddings = model(torch.randn(2, 3, 32, 32))
     assert embeddings.shape == (2, backbone.embedding_dim)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
+
+
+def test_a_run_adapts_a_module_of_the_users_own(tmp_path: Path) -> None:
+    images = draw_images(tmp_path / "images", num_images=3)
+    changes = {"backbone__module": "tests.helpers.own_encoder:encoder", "backbone__options": "{}"}
+    run = make_run(tmp_path / "run", [images], Path("null"), **changes)
+    run_all(run)
+    embeddings = grappa.load_model(run.root)(torch.randn(2, 3, 32, 32))
+    assert embeddings.shape == (2, 12)
+    with pytest.raises(grappa.model.ModelError, match="give that function"):
+        grappa.load_model(run.artifact("model").home)
