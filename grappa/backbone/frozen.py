@@ -48,7 +48,10 @@ class Backbone(nn.Module):
         call_by_module(model)
         self._may_be_units = find_units(model)
         self._may_be_projections = find_projections(model, self._may_be_units)
-        hook(model, [*self._may_be_units, *(n for each in self._may_be_projections for n in (each.query, each.key))])
+        if not self._is_plain():
+            hook(
+                model, [*self._may_be_units, *(n for each in self._may_be_projections for n in (each.query, each.key))]
+            )
         self._found: Found | None = None
 
     @property
@@ -151,8 +154,12 @@ class Backbone(nn.Module):
     def _takes_the_short_way(self, adaptation: Adaptation | None) -> bool:
         if not reads_class_token(self.model):
             return False
-        blocks: Any = self.model.blocks
-        return adaptation is None or not len(adaptation.in_context) or all(is_plain(block) for block in blocks)
+        return adaptation is None or not len(adaptation.in_context) or self._is_plain()
+
+    def _is_plain(self) -> bool:
+        """Tell whether no way but the short one is ever taken."""
+        model: Any = self.model
+        return reads_class_token(model) and all(is_plain(block) for block in model.blocks)
 
     def _class_token(self, images: Tensor, adaptation: Adaptation | None) -> Tensor:
         """Return what ``forward`` does for a vision transformer that reads its class token."""

@@ -1,4 +1,4 @@
-"""Whole runs on backbones that are no plain vision transformer: maps in stages, and mean-pooled tokens."""
+"""Whole runs on backbones that are no plain vision transformer: windows of tokens in stages, and convolutions."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 import grappa
+import grappa.model
 from grappa.backbone.frozen import build_backbone
 from grappa.backbone.spec import BackboneSpec
 from tests.helpers.tiny import HALF, draw_images, make_run, run_all, split_of, write_table
 
 BACKBONES = {
     "swin": ("swin_tiny_patch4_window7_224", "{embed_dim: 8, window_size: 4}", {"embed_dim": 8, "window_size": 4}),
-    "siglip": (
-        "vit_base_patch16_siglip_224",
-        "{embed_dim: 32, depth: 2, num_heads: 2, patch_size: 8}",
-        {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8},
-    ),
     "resnet": ("test_resnet", "{}", {}),
 }
 
@@ -46,3 +42,14 @@ def test_a_run_adapts_and_exports_it(kind: str, tmp_path: Path) -> None:
     embeddings = model(torch.randn(2, 3, 32, 32))
     assert embeddings.shape == (2, backbone.embedding_dim)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
+
+
+def test_a_run_adapts_a_module_of_the_users_own(tmp_path: Path) -> None:
+    images = draw_images(tmp_path / "images", num_images=3)
+    changes = {"backbone__module": "tests.helpers.own_encoder:encoder", "backbone__options": "{}"}
+    run = make_run(tmp_path / "run", [images], Path("null"), **changes)
+    run_all(run)
+    embeddings = grappa.load_model(run.root)(torch.randn(2, 3, 32, 32))
+    assert embeddings.shape == (2, 12)
+    with pytest.raises(grappa.model.ModelError, match="give that function"):
+        grappa.load_model(run.artifact("model").home)

@@ -1,6 +1,6 @@
 """One forward pass of any model with what adapts it: hooks that stay on its modules, and act only while they are told.
 
-A hook asks which adaptation acts in its own thread (a context variable); where there is none, the model is the plain
+A hook asks which adaptation acts in its own thread; where there is none, the model is the plain
 one. So nothing is added to the model or removed from it during a pass, and passes in several threads may differ.
 
 Shapes: B batch, T tokens, D width.
@@ -8,9 +8,9 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -46,7 +46,13 @@ class Adaptation(Protocol):
     def reads_first(self) -> bool: ...
 
 
-_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+class _Thread(threading.local):
+    """What listens in this thread."""
+
+    listener: Listener | None = None
+
+
+_thread = _Thread()
 
 
 class _Hook:
@@ -56,7 +62,7 @@ class _Hook:
         self.name = name
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        listener = _listener.get()
+        listener = _thread.listener
         return None if listener is None else listener(self.name, inputs, output)
 
 
@@ -74,11 +80,11 @@ def listening(listener: Listener) -> Iterator[None]:
 
     What it returns becomes the module's output, unless it is None.
     """
-    token = _listener.set(listener)
+    before, _thread.listener = _thread.listener, listener
     try:
         yield
     finally:
-        _listener.reset(token)
+        _thread.listener = before
 
 
 class Adding:

@@ -18,6 +18,7 @@ from torch import nn
 _TOGETHER = (("qkv", 3), ("qk", 2))
 _APART = (("q_proj", "k_proj"), ("q", "k"), ("q", "kv"), ("query", "key"), ("to_query", "to_key"))
 _BY_HEADS = ("timm.models.tiny_vit", "timm.models.levit", "timm.models.efficientformer")
+_OTHER_SENSE = ("ChannelAttention", "ChannelAttentionV2")  # DaViT's: its queries are what is mixed
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def find_projections(model: nn.Module, units: Sequence[str]) -> tuple[Projection
 
 
 def _of(name: str, attention: nn.Module) -> Projection | None:
-    if type(attention).__module__ in _BY_HEADS or getattr(attention, "head_first", False):
+    kind = type(attention)
+    if kind.__module__ in _BY_HEADS or kind.__name__ in _OTHER_SENSE or getattr(attention, "head_first", False):
         return None
     linear = {key: each for key, each in attention.named_children() if isinstance(each, nn.Linear)}
     for key, parts in _TOGETHER:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import grappa
 from grappa.backbone.frozen import build_backbone, embed, load_backbone
@@ -18,33 +18,12 @@ from grappa.backbone.weights import BackboneError
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.fusion import Fusion, fused_forward
 from grappa.model import GrappaModel, ModelError, save_model
+from tests.helpers.own_encoder import Encoder, encoder
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-class Encoder(nn.Module):
-    """Two convolutions on a stem, pooled: features (B, 12) of maps that are 8 wide."""
-
-    units = ("first", "second")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.out = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 12)
-        self.first, self.second = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps = self.stem(images)
-        maps = maps + self.first(maps)
-        pooled: Tensor = self.out((maps + self.second(maps)).mean((2, 3)))
-        return pooled
-
-
-def encoder() -> nn.Module:
-    torch.manual_seed(0)
-    return Encoder()
-
-
-PLACE = f"{__name__}:encoder"
+PLACE = "tests.helpers.own_encoder:encoder"
 
 
 def test_its_units_are_adapted_and_its_features_stay_its_own() -> None:
@@ -70,7 +49,7 @@ def test_an_exported_model_opens_with_its_function_and_imports_nothing_by_itself
     for module in (encoder, PLACE):
         assert torch.equal(grappa.load_model(tmp_path, module=module)(IMAGES), made(IMAGES))
     assert not torch.equal(embed(backbone, IMAGES), made(IMAGES))
-    monkeypatch.setitem(sys.modules, __name__, None)
+    monkeypatch.setitem(sys.modules, "tests.helpers.own_encoder", None)
     with pytest.raises(ModelError, match=r"is made by .*:encoder; give that function: load_model\("):
         grappa.load_model(tmp_path)
 
@@ -80,7 +59,7 @@ def test_an_exported_model_opens_with_its_function_and_imports_nothing_by_itself
     [
         ("no_colon", "expected package.module:function"),
         ("no.such:function", "there is no such function"),
-        (f"{__name__}:absent", "there is no such function"),
+        ("tests.helpers.own_encoder:absent", "there is no such function"),
         (lambda: 3, "expected a torch.nn.Module"),
         (lambda: 1 / 0, "ZeroDivisionError"),
     ],

@@ -78,7 +78,7 @@ def test_folding_keeps_the_outputs_the_size_and_the_bits_of_the_values(bottlenec
     torch.testing.assert_close(plain(IMAGES, rest), backbone(IMAGES, adaptors), rtol=1e-4, atol=1e-5)
     after = plain.state_dict()
     assert {n: v.shape for n, v in after.items()} == {n: v.shape for n, v in before.items()}
-    assert len(rest) == (2 if bottleneck_dim else 0)
+    assert len(rest.adaptors) == (2 if bottleneck_dim else 0)
     for name in after:
         changed = name.endswith("qkv.weight")
         assert torch.equal(after[name], before[name]) != changed
@@ -120,8 +120,15 @@ def test_a_saved_in_context_set_reloads_to_the_same_output(bottleneck_dim: int) 
     assert torch.equal(backbone(IMAGES, again), backbone(IMAGES, adaptors))
 
 
-def test_a_backbone_without_plain_attention_is_refused() -> None:
+def test_blocks_of_two_attentions_have_two_places() -> None:
     options = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
-    spec = BackboneSpec("vit_small_patch16_18x2_224", 32, 1.0, (0.5,) * 3, (0.5,) * 3, options)
-    with pytest.raises(BackboneError, match="ParallelThingsBlock; set adaptors.kind=bottleneck"):
-        build_backbone(spec)(IMAGES, _in_context(0))
+    backbone = build_backbone(BackboneSpec("vit_small_patch16_18x2_224", 32, 1.0, (0.5,) * 3, (0.5,) * 3, options))
+    adaptors = AdaptorSet.of(backbone, 0, in_context_rank=2)
+    assert len(adaptors.in_context) == 4
+    torch.testing.assert_close(backbone(IMAGES, adaptors), backbone(IMAGES))
+
+
+def test_a_backbone_without_queries_and_keys_is_refused() -> None:
+    backbone = build_backbone(BackboneSpec("test_resnet", 32, 1.0, (0.5,) * 3, (0.5,) * 3))
+    with pytest.raises(BackboneError, match=r"ResNet\) has no linear module .* set adaptors.kind=bottleneck"):
+        AdaptorSet.of(backbone, 0, in_context_rank=2)
