@@ -377,12 +377,15 @@ def demo(
     from grappa.pipeline.demo.dataset import write_demo_images
     from grappa.pipeline.engine.execution import Selection
     from grappa.pipeline.engine.progress import Progress
+    from grappa.pipeline.pages.report.page import PAGE, write_report
     from grappa.pipeline.store.artifacts import RunFolder
 
     table = write_demo_images(folder.with_name(f"{folder.name}_images"))
     weights = [f"backbone.weights={Path(__file__).parent / 'demo' / 'vit_demo.safetensors'}"]
     initialize(folder, Request([os.fspath(table)], "demo", weights), say=say)
     run_and_report(RunFolder.open(folder, writable=True), Selection(), progress=Progress(), say=say)
+    page = folder.with_name(f"{folder.name}_report")
+    say(f"the report is in {page / PAGE} already" if page.exists() else write_report(folder, page))
     say("With your own images (a folder, or a table with path, domain and perhaps label, split):")
     say("  grappa init runs/mine --images DIR_OR_TABLE --config small --set backbone.weights=FILE")
     say("  grappa run runs/mine && grappa explore runs/mine")
