@@ -1,4 +1,4 @@
-"""Stage ``attention``: the class token's granularity attention of every image, (N, L, G) float32, for inspection.
+"""Stage ``attention``: the granularity attention of every image, (N, L, G) float32, for inspection.
 
 L blocks, and G pseudo-granularities in the order of their numbers; the values of an image and a block sum to 1 over G.
 Where the sets adapt outputs, queries and keys, a block attends twice and counts as two blocks. No other stage reads
