@@ -63,7 +63,7 @@ def test_an_exported_model_opens_with_its_function_and_imports_nothing_by_itself
         (lambda: 3, "expected a torch.nn.Module"),
         (lambda: 1 / 0, "ZeroDivisionError"),
     ],
-    ids=str,
+    ids=["no colon", "no package", "no function", "no module", "an error"],
 )
 def test_what_makes_no_module_is_refused(module: Any, sentence: str) -> None:
     with pytest.raises(BackboneError, match=sentence):
