@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grappa import load_model
 from grappa.pipeline.commands.search import max_pixels
 from grappa.pipeline.store.storage import new_folder, refuse_existing
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from grappa.model import GrappaModel
@@ -49,15 +47,17 @@ def _write(
 ) -> str:
     import numpy as np
 
+    from grappa.deploy.encoding import forward
+
     kept: list[int] = []
     rejected: dict[int, str] = {}
     parts = [np.empty((0, model.embedding_dim), np.float32)]
     for start in range(0, len(listing), BATCH):
         rows = range(start, min(start + BATCH, len(listing)))
-        crops = dict(_crops(model, listing, rows, rejected, largest))
-        if crops:
-            parts.append(_forward(model, list(crops.values())))
-        kept.extend(crops)
+        inputs = dict(_inputs(model, listing, rows, rejected, largest))
+        if inputs:
+            parts.append(forward(model, list(inputs.values())))
+        kept.extend(inputs)
         if progress:
             progress(rows.stop, len(listing))
     if not kept:
@@ -71,9 +71,10 @@ def _write(
     return f"{len(kept)} embeddings of {model.embedding_dim} dimensions, {len(rejected)} files rejected,"
 
 
-def _crops(
+def _inputs(
     model: GrappaModel, listing: pd.DataFrame, rows: range, rejected: dict[int, str], largest: int
 ) -> Iterator[tuple[int, Tensor]]:
+    from grappa.deploy.encoding import prepared
     from grappa.images.files import ListedFile, RejectedFileError, decode_file
 
     for row in rows:
@@ -85,15 +86,4 @@ def _crops(
         except RejectedFileError as error:
             rejected[row] = str(error)
         else:
-            yield row, model.crop(decoded.pixels)
-
-
-def _forward(model: GrappaModel, crops: list[Tensor]) -> NDArray[np.float32]:
-    import torch
-
-    from grappa.images.transforms import normalize
-
-    spec = model.backbone.spec
-    with torch.inference_mode():
-        embeddings: NDArray[Any] = model(normalize(torch.stack(crops), spec.mean, spec.std)).numpy()
-    return embeddings
+            yield row, prepared(model, decoded.pixels, largest)
