@@ -39,7 +39,16 @@ from grappa.images.transforms import eval_crop
 from grappa.method.adaptors import AdaptorSet, folded
 from grappa.method.fusion import FoldedFusion, Fusion
 from grappa.method.head import Head, IdentityHead, open_head
-from grappa.model_folder import FusionForm, ModelError, ModelRecord, read_header, read_record, read_tensors, write_model
+from grappa.model_folder import (
+    FusionForm,
+    ModelError,
+    ModelRecord,
+    check_weights,
+    read_header,
+    read_record,
+    read_tensors,
+    write_model,
+)
 
 __all__ = ["GrappaModel", "ItemError", "ModelError", "load_model", "save_model"]
 
@@ -225,11 +234,12 @@ def load_model(folder: str | Path, module: Maker | None = None) -> GrappaModel:
             timm's. The folder only names it; what is run is this.
 
     Raises:
-        ModelError: a file is missing or damaged, a value is out of its range, the two files disagree, or the folder was
-            written by another version.
+        ModelError: a file is missing, damaged, or not the one that was exported, a value is out of its range, the two
+            files disagree, or the folder was written by another version.
     """
     folder = Path(folder)
     record, header = read_record(folder), read_header(folder)
+    check_weights(folder, record)
     if bool(record.backbone.module) != (module is not None):
         made = f"made by {record.backbone.module}" if record.backbone.module else "one of timm's"
         advice = "give that function: load_model(folder, module=...)" if record.backbone.module else "give no module"

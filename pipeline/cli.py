@@ -277,7 +277,7 @@ def export(
 
     `grappa.load_model` opens this folder.
     """
-    from grappa.pipeline.commands.search import export as write_model
+    from grappa.pipeline.commands.export import export as write_model
 
     _warn_if_stale(run, "model")
     say(write_model(run, folder))

@@ -1,8 +1,7 @@
-"""`grappa search` and `grappa export`: search the index of a run with an image file; copy the run's model."""
+"""`grappa search`: search the index of a run with an image file."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +16,12 @@ from grappa.pipeline.store.artifacts import (
     quoted,
     readable_manifest,
 )
-from grappa.pipeline.store.storage import new_folder, refuse_existing
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from grappa.backbone.own_module import Maker
     from grappa.model import GrappaModel
-
-FILES = ("model.json", "weights.safetensors")
 
 
 def load_run_model(run: str | Path, module: Maker | None = None) -> GrappaModel:
@@ -51,7 +47,7 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
 
     folder = RunFolder.open(run)
     model = load_run_model(run)
-    source = _source(folder)
+    source = model_in_index(folder)
     check_same_origin(folder, "index", "images", f"heads/{source}", f"embeddings/{source}", "verdict", "model")
     index = SearchIndex.load(published(folder, "index"))
     images = pd.read_parquet(published(folder, "images", "images.parquet") / "images.parquet").set_index("image_id")
@@ -63,9 +59,9 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
     return [{"image_id": i, "path": p, "domain": d, "similarity": float(s)} for i, p, d, s in rows]
 
 
-def _source(folder: RunFolder) -> str:
+def model_in_index(folder: RunFolder) -> str:
     """Return the model whose embeddings the index holds, such as ``fused``; ValueError where another is deployed."""
-    model, index = (_deployed_by(folder, name) for name in ("model", "index"))
+    model, index = (deployed_by(folder, name) for name in ("model", "index"))
     if model != index:
         raise ValueError(
             f"the model in {folder.root} is {model}, the index is of {index}; run `grappa run {quoted(folder.root)}`"
@@ -73,7 +69,7 @@ def _source(folder: RunFolder) -> str:
     return index
 
 
-def _deployed_by(folder: RunFolder, name: str) -> str:
+def deployed_by(folder: RunFolder, name: str) -> str:
     """Return the model that an artifact was made of: the one that its inputs name, or the choice of the verdict."""
     published(folder, name)
     manifest = readable_manifest(folder, name)
@@ -105,13 +101,3 @@ def open_image(path: Path, largest: int) -> Image.Image:
         return Image.fromarray(decode_image(path.read_bytes(), max_pixels=largest))
     except ImageDecodeError as error:
         raise ValueError(f"{path} cannot be searched with: {error}") from error
-
-
-def export(run: Path, folder: Path) -> str:
-    """Copy the model of a run into the new folder ``folder``, whole or not at all; return the result in a sentence."""
-    refuse_existing(folder)
-    source = published(RunFolder.open(run), "model")
-    with new_folder(folder) as draft:
-        for name in FILES:
-            shutil.copyfile(source / name, draft / name)
-    return f"wrote {' and '.join(FILES)} to {folder}; open them with grappa.load_model({str(folder)!r})"
