@@ -271,16 +271,19 @@ def embed(
 @app.command()
 @one_sentence_errors
 def export(
-    run: Run, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the model")]
+    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the model")],
+    format: Annotated[str, typer.Option(metavar="FORMAT", help="safetensors, or onnx")] = "safetensors",
+    half: Annotated[bool, typer.Option("--half", help="numbers of 16 bits (onnx)")] = False,
 ) -> None:
-    """Write the adapted model of a run to a folder of its own.
+    """Write the adapted model of a run to a folder of its own, with a model card.
 
-    `grappa.load_model` opens this folder.
+    `grappa.load_model` opens the folder of safetensors. Size and time of an image are said.
     """
     from grappa.pipeline.commands.export import export as write_model
 
     _warn_if_stale(run, "model")
-    say(write_model(run, folder))
+    say(write_model(run, folder, format=format, half=half))
 
 
 @app.command()

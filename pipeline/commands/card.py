@@ -156,16 +156,17 @@ def _base_model(config: Config) -> BaseModel:
 # ---------------------------------------------------------------- writing
 
 
-def write_card(folder: Path, facts: Facts, record: ModelRecord) -> None:
-    """Write the card into a folder."""
-    parts = (_front_matter(facts), _body(facts, record))
+def write_card(folder: Path, facts: Facts, record: ModelRecord, file: str, digest: str) -> None:
+    """Write the card into a folder whose weights are in ``file``, of this sha256."""
+    parts = (_front_matter(facts, file), _body(facts, record, file, digest))
     (folder / CARD).write_text("\n".join(parts), encoding="utf-8", errors="backslashreplace")
 
 
-def _front_matter(facts: Facts) -> str:
+def _front_matter(facts: Facts, file: str) -> str:
     import yaml
 
-    data: dict[str, Any] = {"library_name": "grappa", "pipeline_tag": "image-feature-extraction", "tags": _TAGS}
+    data: dict[str, Any] = {"library_name": "grappa", "pipeline_tag": "image-feature-extraction"}
+    data["tags"] = [*_TAGS, *(["onnx"] if file.endswith(".onnx") else [])]
     if facts.base.repository:
         data |= {"base_model": facts.base.repository, "base_model_relation": "adapter"}
     licence = facts.base.licence
@@ -176,14 +177,14 @@ def _front_matter(facts: Facts) -> str:
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _body(facts: Facts, record: ModelRecord) -> str:
+def _body(facts: Facts, record: ModelRecord, file: str, digest: str) -> str:
     sections = {
         "What it is": _what(facts, record),
         "Did adaptation help?": _verdict(facts),
         "Numbers": _numbers(facts),
-        "How to use it": _use(record),
+        "How to use it": _use_onnx(record) if file.endswith(".onnx") else _use(record),
         "Licence": _licence(facts.base),
-        "How it was made": _made(facts, record),
+        "How it was made": _made(facts, file, digest),
     }
     text = "\n\n".join(f"## {title}\n\n{content}" for title, content in sections.items())
     return f"# {_plain(facts.base.name)}, adapted to {_domains_in_words(facts.domains)}\n\n{text}\n"
@@ -250,6 +251,16 @@ def _use(record: ModelRecord) -> str:
     )
 
 
+def _use_onnx(record: ModelRecord) -> str:
+    side = record.backbone.image_size
+    return (
+        "```python\nimport onnxruntime\n\n"
+        'session = onnxruntime.InferenceSession("model.onnx")\n'
+        f"# images: (batch, 3, {side}, {side}) float32, made as preprocessing.json says\n"
+        'vectors = session.run(["embeddings"], {"images": images})[0]  # (batch, D) float32, L2-normalised\n```'
+    )
+
+
 def _licence(base: BaseModel) -> str:
     if not base.licence or base.licence == "unknown":
         return (
@@ -262,12 +273,12 @@ def _licence(base: BaseModel) -> str:
     )
 
 
-def _made(facts: Facts, record: ModelRecord) -> str:
+def _made(facts: Facts, file: str, digest: str) -> str:
     commit = f", commit {facts.commit[:12]}" if facts.commit else ""
     settings = _without_paths(facts.config)
     return (
         f"Grappa {__version__}{commit}. Base weights: {_plain(facts.base.weights)}. sha256 of "
-        f"weights.safetensors: `{record.weights_sha256}`.\n\n<details><summary>All settings</summary>\n\n"
+        f"{file}: `{digest}`.\n\n<details><summary>All settings</summary>\n\n"
         f"```yaml\n{printable(dump_config(settings), kept=chr(10)).strip()}\n```\n\n</details>"
     )
 

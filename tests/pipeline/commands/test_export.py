@@ -124,3 +124,31 @@ def test_without_an_evaluation_the_card_says_so(run: RunFolder, tmp_path: Path) 
     done = CliRunner().invoke(app, ["export", str(copy), str(tmp_path / "model")])
     assert done.exit_code == 0 and "no numbers on the card: evaluation is missing" in " ".join(done.output.split())
     assert "No numbers on the card: evaluation is missing" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_onnx_comes_with_its_preprocessing_and_a_card(run: RunFolder, folder: Path, tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} (extra onnx) is not installed")
+    done = CliRunner().invoke(app, ["export", str(run.root), str(tmp_path / "model"), "--format", "onnx"])
+    said = " ".join(done.output.split())
+    assert done.exit_code == 0 and "differs from torch by" in said and "ms an image alone" in said and " MB" in said
+    names = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert names == ["README.md", "model.onnx", "preprocessing.json"]
+    assert "onnx" in str(front_matter(tmp_path / "model")["tags"])
+    assert "InferenceSession" in (tmp_path / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--format", "torchscript"], "torch has given it up for torch.export"),
+        (["--format", "tflite"], "the format is 'tflite'; expected safetensors or onnx"),
+        (["--half"], "--half is for --format onnx"),
+    ],
+)
+def test_other_formats_are_refused_in_a_sentence(
+    run: RunFolder, tmp_path: Path, options: list[str], sentence: str
+) -> None:
+    done = CliRunner().invoke(app, ["export", str(run.root), str(tmp_path / "model"), *options])
+    assert done.exit_code != 0 and sentence in " ".join(done.output.split())
+    assert list(tmp_path.iterdir()) == []
