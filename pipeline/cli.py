@@ -288,6 +288,22 @@ def export(
 
 @app.command()
 @one_sentence_errors
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a folder of `grappa export`")],
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="a repository of the Hugging Face hub")],
+    private: Annotated[bool, typer.Option("--private", help="make a new repository private")] = False,
+) -> None:
+    """Put an exported model on the Hugging Face hub.
+
+    `grappa.load_model("hf-hub:OWNER/NAME")` opens it. Log in first: `hf auth login`.
+    """
+    from grappa.pipeline.commands.export import push as send
+
+    say(send(folder, name, private=private))
+
+
+@app.command()
+@one_sentence_errors
 def report(
     run: Run, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the report")]
 ) -> None:

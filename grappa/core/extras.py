@@ -7,7 +7,7 @@ from importlib.util import find_spec
 DISTRIBUTION = "grappa-retrieval"
 EXTRAS = {
     "faiss": "cpu",
-    "huggingface_hub": "pipeline",
+    "huggingface_hub": "hub",
     "jinja2": "report",
     "matplotlib": "report",
     "onnx": "onnx",

@@ -43,6 +43,13 @@ def export(run: Path, folder: Path, *, format: str = "safetensors", half: bool =
     return f"wrote {names}{remark} to {folder}: {size:.1f} MB, {measured}; {how.format(folder=str(folder))}"
 
 
+def push(folder: Path, name: str, *, private: bool = False) -> str:
+    """Put an exported folder on the Hugging Face hub; return in a sentence where it is."""
+    from grappa.deploy.hub_model import push as send
+
+    return send(folder, name, private=private)
+
+
 def _check(format: str, half: bool) -> None:
     if format == "torchscript":
         raise ValueError(
