@@ -365,13 +365,13 @@ def demo(
     """Run the whole pipeline on drawn images, without a network."""
     from grappa.pipeline.commands.init import Request, initialize
     from grappa.pipeline.commands.run import run_and_report
-    from grappa.pipeline.demo.dataset import write_demo_images
+    from grappa.pipeline.demo.dataset import WEIGHTS, write_demo_images
     from grappa.pipeline.engine.execution import Selection
     from grappa.pipeline.engine.progress import Progress
     from grappa.pipeline.store.artifacts import RunFolder
 
     table = write_demo_images(folder.with_name(f"{folder.name}_images"))
-    weights = [f"backbone.weights={Path(__file__).parent / 'demo' / 'vit_demo.safetensors'}"]
+    weights = [f"backbone.weights={WEIGHTS}"]
     initialize(folder, Request([os.fspath(table)], "demo", weights), say=say)
     run_and_report(RunFolder.open(folder, writable=True), Selection(), progress=Progress(), say=say)
     say("With your own images (a folder, or a table with path, domain and perhaps label, split):")

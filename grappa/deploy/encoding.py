@@ -26,8 +26,7 @@ from grappa.core.devices import moved, staged
 from grappa.core.printing import sentence, shown
 from grappa.images.decoding import ImageDecodeError, image_to_rgb
 from grappa.images.files import ERRORS_OF_THE_FILE, ListedFile, RejectedFileError, decode_file
-from grappa.images.paths import show, size_of
-from grappa.images.table import escape_path
+from grappa.images.paths import escape_path, show, size_of
 from grappa.images.transforms import normalize
 
 Item = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
