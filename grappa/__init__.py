@@ -32,11 +32,15 @@ _HOMES = {
 def load_model(folder: str | Path, module: Callable[[], Any] | str | None = None) -> GrappaModel:
     """Open an exported model folder, or the deployed model of a run folder, as a torch module for images.
 
-    The model is in evaluation mode on the CPU. module: the function that makes the backbone, of a model whose backbone
-    is a module of your own. ValueError where ``folder`` is neither, or is damaged; of a run also
-    where its model was not made yet.
+    ``hf-hub:OWNER/NAME``, with ``@REVISION`` or without, is an exported model on the Hugging Face hub: what its cache
+    holds, or else the hub. The model is in evaluation mode on the CPU. module: the function that makes the backbone, of
+    a model whose backbone is a module of your own. ValueError where ``folder`` is neither, or is damaged; of a run also
+    where its model was not made yet; of the hub where it cannot be reached.
     """
-    path = Path(folder)
+    if isinstance(folder, str) and folder.startswith("hf-hub:"):
+        path: Path = _imported("grappa.deploy.hub_model", "fetched_model", asked="load_model")(folder)
+    else:
+        path = Path(folder)
     if os.path.exists(path / "run.json"):  # False for a path that no file can have
         loaded: GrappaModel = _imported("grappa.pipeline.commands.search", "load_run_model", asked="load_model")(
             path, module

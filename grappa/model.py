@@ -7,28 +7,50 @@ without a fusion has one adaptor set (a student's, or one that was trained alone
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from grappa.backbone.frozen import Backbone, build_backbone, embed
 from grappa.backbone.own_module import Maker
+from grappa.backbone.spec import BackboneSpec
 from grappa.backbone.tensors import fill, give_memory, saved, tables_of
 from grappa.core.arrays import below
 from grappa.core.printing import sentence, shown
-from grappa.images.decoding import image_to_rgb, shrink
-from grappa.images.transforms import eval_crop, normalize
+from grappa.deploy.encoding import (
+    BATCH,
+    MAX_PIXELS,
+    Errors,
+    Item,
+    ItemError,
+    Report,
+    encode,
+    is_single,
+    named,
+    prepared,
+)
+from grappa.images.decoding import shrink
+from grappa.images.transforms import eval_crop
 from grappa.method.adaptors import AdaptorSet, folded
 from grappa.method.fusion import FoldedFusion, Fusion
 from grappa.method.head import Head, IdentityHead, open_head
-from grappa.model_folder import FusionForm, ModelError, ModelRecord, read_header, read_record, read_tensors, write_model
+from grappa.model_folder import (
+    FusionForm,
+    ModelError,
+    ModelRecord,
+    check_weights,
+    read_header,
+    read_record,
+    read_tensors,
+    write_model,
+)
 
-__all__ = ["GrappaModel", "ModelError", "load_model", "save_model"]
+__all__ = ["GrappaModel", "ItemError", "ModelError", "load_model", "save_model"]
 
 
 class GrappaModel(nn.Module):
@@ -52,23 +74,123 @@ class GrappaModel(nn.Module):
 
     @property
     def embedding_dim(self) -> int:
+        """The width D of an embedding."""
         return self.backbone.embedding_dim
+
+    @property
+    def spec(self) -> BackboneSpec:
+        """How the input is prepared, and what the backbone is made of."""
+        return self.backbone.spec
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next((each.device for each in self.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of number that the backbone computes in."""
+        return next((each.dtype for each in self.parameters()), torch.float32)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed (B, 3, S, S) float images, normalised as ``preprocess`` does; (B, D) float32, L2-normalised rows."""
-        embeddings: Tensor = self.head(embed(self.backbone, images, self.adaptation))
+        embeddings: Tensor = self.head(embed(self.backbone, images.to(self.dtype), self.adaptation))
         return embeddings
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Return a PIL image as (3, S, S) float32, by the same steps as the pipeline's images."""
-        return normalize(self.crop(image_to_rgb(image)).unsqueeze(0), self.backbone.spec.mean, self.backbone.spec.std)[
-            0
-        ]
+    @overload
+    def encode(
+        self,
+        items: Item | Iterable[Item],
+        *,
+        batch_size: int = ...,
+        device: str | torch.device | None = ...,
+        progress: Report = ...,
+        errors: Literal["raise"] = ...,
+        max_pixels: int = ...,
+    ) -> NDArray[np.float32]: ...
+
+    @overload
+    def encode(
+        self,
+        items: Item | Iterable[Item],
+        *,
+        batch_size: int = ...,
+        device: str | torch.device | None = ...,
+        progress: Report = ...,
+        errors: Literal["mask"],
+        max_pixels: int = ...,
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]: ...
+
+    def encode(
+        self,
+        items: Item | Iterable[Item],
+        *,
+        batch_size: int = BATCH,
+        device: str | torch.device | None = None,
+        progress: Report = False,
+        errors: Errors = "raise",
+        max_pixels: int = MAX_PIXELS,
+    ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Embed images: (N, D) float32, L2-normalised, in the order of ``items``.
+
+        Threads read, decode and crop a batch ahead. The same image in batches of the same size has the same bits as
+        from `grappa embed`.
+
+        Args:
+            items: paths, PIL images, (H, W, 3) uint8 arrays, (3, H, W) uint8 tensors, or what ``preprocess`` returns,
+                (3, S, S) float tensors; mixed as you like, any iterable. One item counts as a list of one.
+            batch_size: images a forward pass.
+            device: where to compute; the model moves there and stays. None: where it is.
+            progress: a bar on stderr; or a function that is told the number of items done, and of all (None: unknown).
+            errors: ``raise``: an item that cannot be used is an error that names it. ``mask``: its row is NaN, a
+                warning names the first one, and what is returned is (embeddings, mask), mask (N,) bool, False there.
+            max_pixels: a larger image is not decoded.
+
+        Raises:
+            ItemError: an item is no image, or a broken one. A ValueError.
+        """
+        if device is not None:
+            self.to(device)
+        several: Any = [items] if is_single(items) else items
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "max_pixels": max_pixels}
+        embeddings, mask = encode(self, several, errors=errors, **options)
+        return embeddings if errors == "raise" else (embeddings, mask)
+
+    def preprocess(self, items: Item | Sequence[Item], *, max_pixels: int = MAX_PIXELS) -> Tensor:
+        """Return an image as (3, S, S) float32, or a list of them as (B, 3, S, S): the input of ``forward``.
+
+        An image is what ``encode`` takes; the steps are those of the pipeline's images. ItemError, a ValueError, for
+        what cannot be used.
+        """
+        if is_single(items):
+            one: Any = items
+            return prepared(self, one, max_pixels)
+        several: Any = items
+        side, found = self.spec.image_size, []
+        for number, item in enumerate(several):
+            try:
+                found.append(prepared(self, item, max_pixels))
+            except ItemError as error:
+                raise ItemError(f"{named(item, number)}: {error}") from error
+        return torch.stack(found) if found else torch.empty(0, 3, side, side)
 
     def crop(self, image: np.ndarray[Any, Any]) -> Tensor:
         """Return an (H, W, 3) uint8 image as (3, S, S) uint8: shrunk as in the pixel cache, then its middle."""
         cropped = eval_crop(shrink(image, self.cache_size), **self.backbone.spec.framing)
         return torch.from_numpy(cropped.copy()).permute(2, 0, 1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GrappaModel:
+        """Do what ``to``, ``half`` and the like ask for; the head's numbers stay float32, which its steps need."""
+        for part in (self.backbone, self.adaptation):
+            if part is not None:
+                part._apply(fn, recurse)
+        self.head._apply(lambda tensor: _of_its_type(fn(tensor), tensor))
+        return self
+
+
+def _of_its_type(found: Tensor, tensor: Tensor) -> Tensor:
+    """Return ``tensor`` where ``found`` is, without its change of type."""
+    return found if found.dtype == tensor.dtype else tensor.to(found.device)
 
 
 def save_model(
@@ -112,11 +234,12 @@ def load_model(folder: str | Path, module: Maker | None = None) -> GrappaModel:
             timm's. The folder only names it; what is run is this.
 
     Raises:
-        ModelError: a file is missing or damaged, a value is out of its range, the two files disagree, or the folder was
-            written by another version.
+        ModelError: a file is missing, damaged, or not the one that was exported, a value is out of its range, the two
+            files disagree, or the folder was written by another version.
     """
     folder = Path(folder)
     record, header = read_record(folder), read_header(folder)
+    check_weights(folder, record)
     if bool(record.backbone.module) != (module is not None):
         made = f"made by {record.backbone.module}" if record.backbone.module else "one of timm's"
         advice = "give that function: load_model(folder, module=...)" if record.backbone.module else "give no module"

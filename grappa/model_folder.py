@@ -1,17 +1,19 @@
 """Reading and writing a model folder, whoever made it: plain values and plain tensors, checked before anything is made.
 
 ``model.json`` says what the tensors of ``weights.safetensors`` are. Nothing in the two files is run, and nothing in
-them leads anywhere else. Values are checked for type and range; tensors for finite numbers.
+them leads anywhere else. Values are checked for type and range; tensors for finite numbers. A folder that was exported
+also says where it came from, and the digest of its weights.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +34,8 @@ MAX_RECORD_BYTES, MAX_HEADER_BYTES = 2**20, 2**22  # a hundred times what the la
 TEMPERATURE = Number(1e-8, 1e8)
 _DTYPES = {"F32": torch.float32, "I64": torch.int64}  # int64: counters of batch norms and tables of a backbone
 _KEYS = {"format", "backbone", "cache_size", "sets", "fusion", "head", "embedding_dim"}
+_LATER_KEYS = {"provenance", "weights_sha256"}  # of exported folders; those of former versions have none
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _SET_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _AGAIN = "export the model again"
 
@@ -56,7 +60,8 @@ class ModelRecord:
     """What ``model.json`` says, checked.
 
     cache_size: pixels of the shorter side of the images the model was adapted on. sets: the names of the adaptor sets,
-    in the fusion's order. head: the ``form()`` of the head. embedding_dim: the width D.
+    in the fusion's order. head: the ``form()`` of the head. embedding_dim: the width D. weights_sha256: the digest of
+    ``weights.safetensors``; "": not told. provenance: where the model came from, for people; nothing computes with it.
     """
 
     backbone: BackboneSpec
@@ -65,11 +70,17 @@ class ModelRecord:
     fusion: FusionForm | None
     head: Mapping[str, Any]
     embedding_dim: int
+    weights_sha256: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in (("cache_size", self.cache_size), ("embedding_dim", self.embedding_dim)):
             _expect(name, value, Number(1, 2**31 - 1, whole=True))
         _check_sets(self.sets, alone=self.fusion is None)
+        if self.weights_sha256 != "" and not _is_digest(self.weights_sha256):
+            raise ValueError(f"weights_sha256 is {shown(self.weights_sha256)}; expected 64 hexadecimal digits")
+        if not isinstance(self.provenance, Mapping):
+            raise ValueError(f"provenance is {shown(self.provenance)}; expected an object")
         if self.fusion is not None:
             _expect("fusion.temperature", self.fusion.temperature, TEMPERATURE)
             if self.fusion.level not in ("token", "cls"):
@@ -78,12 +89,13 @@ class ModelRecord:
     def to_json(self) -> dict[str, Any]:
         """Return the record as it stands in ``model.json``."""
         plain = {"backbone": self.backbone.to_json(), "sets": list(self.sets), "head": dict(self.head)}
-        return {"format": FORMAT, **asdict(self), **plain}
+        record = {"format": FORMAT, **asdict(self), **plain}
+        return {name: value for name, value in record.items() if value or name not in _LATER_KEYS}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ModelRecord:
         """Return the record that gave this ``to_json()``; ValueError for any other value."""
-        if set(record) != _KEYS:
+        if set(record) - _LATER_KEYS != _KEYS:
             raise ValueError(f"it has the keys {shown(sorted(record))}; expected {', '.join(sorted(_KEYS))}")
         fusion, sets, head = record["fusion"], record["sets"], record["head"]
         if fusion is not None and (not isinstance(fusion, dict) or set(fusion) != {"level", "temperature"}):
@@ -97,6 +109,8 @@ class ModelRecord:
             fusion=None if fusion is None else FusionForm(fusion["level"], fusion["temperature"]),
             head=head,
             embedding_dim=record["embedding_dim"],
+            weights_sha256=record.get("weights_sha256", ""),
+            provenance=record.get("provenance", {}),
         )
 
 
@@ -108,6 +122,10 @@ def _check_sets(names: tuple[str, ...], *, alone: bool) -> None:
     for name in names:
         if not isinstance(name, str) or not _SET_NAME.fullmatch(name):
             raise ValueError(f"an adaptor set is called {shown(name)}; expected letters, digits, - and _")
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def _expect(name: str, value: object, allowed: Number) -> None:
@@ -123,6 +141,24 @@ def write_model(folder: Path, record: ModelRecord, tensors: Mapping[str, Tensor]
     plain = {name: value.contiguous().cpu() for name, value in tensors.items()}
     (folder / WEIGHTS_FILE).write_bytes(save(plain))
     (folder / RECORD_FILE).write_text(json.dumps(record.to_json(), indent=2, allow_nan=False) + "\n")
+
+
+def seal(folder: Path, provenance: Mapping[str, Any]) -> ModelRecord:
+    """Note the digest of the weights and where the model came from in ``model.json``; return the record."""
+    digest = weights_digest(folder)
+    record = replace(read_record(folder), weights_sha256=digest, provenance=dict(provenance))
+    (folder / RECORD_FILE).write_text(json.dumps(record.to_json(), indent=2, allow_nan=False) + "\n")
+    return record
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the sha256 of the weights, in hex; ModelError where they cannot be read."""
+    path = folder / WEIGHTS_FILE
+    try:
+        with path.open("rb", buffering=0) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); make it readable") from error
 
 
 # ---------------------------------------------------------------- reading
@@ -150,6 +186,15 @@ def read_record(folder: Path) -> ModelRecord:
         return ModelRecord.from_json(record)
     except ValueError as error:
         raise ModelError(f"{path}: {sentence(error)}") from error
+
+
+def check_weights(folder: Path, record: ModelRecord) -> None:
+    """Refuse weights that are not those that were exported, where ``model.json`` tells; ModelError."""
+    if record.weights_sha256 and (found := weights_digest(folder)) != record.weights_sha256:
+        raise ModelError(
+            f"{folder / WEIGHTS_FILE} is not the file that was exported: its sha256 begins with {found[:12]}, "
+            f"model.json says {record.weights_sha256[:12]}; copy the folder again, or {_AGAIN}"
+        )
 
 
 def read_header(folder: Path) -> dict[str, Tensor]:

@@ -276,16 +276,35 @@ def embed(
 @app.command()
 @one_sentence_errors
 def export(
-    run: Run, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the model")]
+    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the model")],
+    format: Annotated[str, typer.Option(metavar="FORMAT", help="safetensors, or onnx")] = "safetensors",
+    half: Annotated[bool, typer.Option("--half", help="numbers of 16 bits (onnx)")] = False,
 ) -> None:
-    """Write the adapted model of a run to a folder of its own.
+    """Write the adapted model of a run to a folder of its own, with a model card.
 
-    `grappa.load_model` opens this folder.
+    `grappa.load_model` opens the folder of safetensors. Size and time of an image are said.
     """
-    from grappa.pipeline.commands.search import export as write_model
+    from grappa.pipeline.commands.export import export as write_model
 
     warn_if_stale(run, "model")
-    say(write_model(run, folder))
+    say(write_model(run, folder, format=format, half=half))
+
+
+@app.command()
+@one_sentence_errors
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a folder of `grappa export`")],
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="a repository of the Hugging Face hub")],
+    private: Annotated[bool, typer.Option("--private", help="make a new repository private")] = False,
+) -> None:
+    """Put an exported model on the Hugging Face hub.
+
+    `grappa.load_model("hf-hub:OWNER/NAME")` opens it. Log in first: `hf auth login`.
+    """
+    from grappa.pipeline.commands.export import push as send
+
+    say(send(folder, name, private=private))
 
 
 for command in COMMANDS:
@@ -374,14 +393,14 @@ def demo(
     """Run the whole pipeline on drawn images, without a network."""
     from grappa.pipeline.commands.init import Request, initialize
     from grappa.pipeline.commands.run import run_and_report
-    from grappa.pipeline.demo.dataset import write_demo_images
+    from grappa.pipeline.demo.dataset import WEIGHTS, write_demo_images
     from grappa.pipeline.engine.execution import Selection
     from grappa.pipeline.engine.progress import Progress
     from grappa.pipeline.pages.report.page import PAGE, write_report
     from grappa.pipeline.store.artifacts import RunFolder
 
     table = write_demo_images(folder.with_name(f"{folder.name}_images"))
-    weights = [f"backbone.weights={Path(__file__).parent / 'demo' / 'vit_demo.safetensors'}"]
+    weights = [f"backbone.weights={WEIGHTS}"]
     initialize(folder, Request([os.fspath(table)], "demo", weights), say=say)
     run_and_report(RunFolder.open(folder, writable=True), Selection(), progress=Progress(), say=say)
     page = folder.with_name(f"{folder.name}_report")

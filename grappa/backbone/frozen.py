@@ -141,7 +141,7 @@ class Backbone(nn.Module):
             BackboneError: queries and keys are adapted, and the model has no module that makes them; or it has no
                 units.
         """
-        if self._takes_the_short_way(adaptation):
+        if self.takes_the_short_way(adaptation):
             return self._class_token(images, adaptation)
         if adaptation is None:
             return _pooled(self.model, images)
@@ -151,7 +151,8 @@ class Backbone(nn.Module):
         with listening(adding):
             return _pooled(self.model, images)
 
-    def _takes_the_short_way(self, adaptation: Adaptation | None) -> bool:
+    def takes_the_short_way(self, adaptation: Adaptation | None) -> bool:
+        """Tell whether the model is a vision transformer that is written out here, so that no hook acts."""
         if not reads_class_token(self.model):
             return False
         return adaptation is None or not len(adaptation.in_context) or self._is_plain()

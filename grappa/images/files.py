@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from grappa.core.arrays import Box
 from grappa.core.atomic import too_long
 from grappa.images.decoding import METADATA_BYTES, ImageDecodeError, decode_image, shrink
-from grappa.images.table import MISSING, image_file
+from grappa.images.paths import MISSING, image_file
 
 # More bytes than this cannot be one image within max_pixels: 16-bit RGBA, uncompressed, and generous metadata.
 _BYTES_A_PIXEL = 8

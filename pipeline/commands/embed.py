@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -13,27 +12,13 @@ from grappa.pipeline.commands.search import max_pixels
 from grappa.pipeline.store.storage import new_folder, refuse_existing
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
-    from numpy.typing import NDArray
+    from torch import Tensor
 
     from grappa.model import GrappaModel
 
 BATCH = 64
 NO_BOX = (float("nan"),) * 4
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Decoded images, each (H, W, 3) uint8 at cache size, as rows of a table."""
-
-    images: list[NDArray[np.uint8]]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def image(self, row: int) -> NDArray[np.uint8]:
-        return self.images[row]
 
 
 def embed(run_or_model: Path, images: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> str:
@@ -80,17 +65,17 @@ def _write(
 ) -> str:
     import numpy as np
 
-    from grappa.pipeline.engine.live.embedding import embed_images
+    from grappa.deploy.encoding import forward
 
     kept: list[int] = []
     rejected: dict[int, str] = {}
     parts = [np.empty((0, model.embedding_dim), np.float32)]
     for start in range(0, len(listing), BATCH):
         rows = range(start, min(start + BATCH, len(listing)))
-        decoded = dict(_decoded(model, listing, rows, rejected, largest))
-        if decoded:
-            parts.append(embed_images(model, Decoded(list(decoded.values())), batch_size=BATCH))
-        kept.extend(decoded)
+        inputs = dict(_inputs(model, listing, rows, rejected, largest))
+        if inputs:
+            parts.append(forward(model, list(inputs.values())))
+        kept.extend(inputs)
         if progress:
             progress(rows.stop, len(listing))
     if not kept:
@@ -104,9 +89,10 @@ def _write(
     return f"{len(kept)} embeddings of {model.embedding_dim} dimensions, {len(rejected)} files rejected,"
 
 
-def _decoded(
+def _inputs(
     model: GrappaModel, listing: pd.DataFrame, rows: range, rejected: dict[int, str], largest: int
-) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+) -> Iterator[tuple[int, Tensor]]:
+    from grappa.deploy.encoding import prepared
     from grappa.images.files import ListedFile, RejectedFileError, decode_file
 
     for row in rows:
@@ -118,4 +104,4 @@ def _decoded(
         except RejectedFileError as error:
             rejected[row] = str(error)
         else:
-            yield row, decoded.pixels
+            yield row, prepared(model, decoded.pixels, largest)

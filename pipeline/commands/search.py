@@ -1,9 +1,8 @@
-"""`grappa search` and `grappa export`: search the index of a run with an image file; copy the run's model."""
+"""`grappa search`: search the index of a run with an image file."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ from grappa.pipeline.store.artifacts import (
     quoted,
     readable_manifest,
 )
-from grappa.pipeline.store.storage import new_folder, refuse_existing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
     from grappa.backbone.own_module import Maker
     from grappa.model import GrappaModel
     from grappa.search.index import SearchIndex
-
-FILES = ("model.json", "weights.safetensors")
 
 
 def load_run_model(run: str | Path, module: Maker | None = None) -> GrappaModel:
@@ -162,13 +158,3 @@ def decoded(data: bytes, largest: int, name: str) -> Image.Image:
         return Image.fromarray(decode_image(data, max_pixels=largest))
     except ImageDecodeError as error:
         raise ValueError(f"{name} cannot be searched with: {error}") from error
-
-
-def export(run: Path, folder: Path) -> str:
-    """Copy the model of a run into the new folder ``folder``, whole or not at all; return the result in a sentence."""
-    refuse_existing(folder)
-    source = published(RunFolder.open(run), "model")
-    with new_folder(folder) as draft:
-        for name in FILES:
-            shutil.copyfile(source / name, draft / name)
-    return f"wrote {' and '.join(FILES)} to {folder}; open them with grappa.load_model({str(folder)!r})"

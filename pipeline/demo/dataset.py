@@ -15,6 +15,7 @@ from grappa.core.randomness import key
 from grappa.pipeline.demo import digits, glyphs, objects, textures
 
 NUM_IMAGES_PER_CLASS = 26
+WEIGHTS = Path(__file__).parent / "vit_demo.safetensors"  # of the preset `demo`
 
 
 @dataclass(frozen=True)

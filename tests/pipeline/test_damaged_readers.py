@@ -10,7 +10,8 @@ import pytest
 
 import grappa
 from grappa.pipeline.commands.embed import embed
-from grappa.pipeline.commands.search import export, search
+from grappa.pipeline.commands.export import export
+from grappa.pipeline.commands.search import search
 from grappa.pipeline.pages.report.page import write_report
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.digests import forget_digests

@@ -16,7 +16,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 import grappa
 from grappa.pipeline import tables
 from grappa.pipeline.commands import notebook
-from grappa.pipeline.commands.search import export
+from grappa.pipeline.commands.export import export
 from grappa.pipeline.config.yaml_file import merged, parse_assignments, parse_settings
 from grappa.pipeline.engine.status import states
 from grappa.pipeline.graph.node import Node

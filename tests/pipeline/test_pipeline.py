@@ -19,8 +19,9 @@ from PIL import Image
 import grappa
 from grappa.pipeline import tables
 from grappa.pipeline.commands.embed import embed
+from grappa.pipeline.commands.export import export
 from grappa.pipeline.commands.init import Request, initialize
-from grappa.pipeline.commands.search import export, search
+from grappa.pipeline.commands.search import search
 from grappa.pipeline.engine.status import read_config, states
 from grappa.pipeline.stages import index as index_stage
 from grappa.pipeline.store.artifacts import RunFolder
@@ -262,7 +263,8 @@ def test_search_looks_at_the_image_before_it_loads_a_model(run: RunFolder, tmp_p
 
 def test_the_exported_model_stands_alone_and_embeds_the_same(run: RunFolder, material: Path, tmp_path: Path) -> None:
     export(run.root, tmp_path / "model")
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["model.json", "weights.safetensors"]
+    names = ["README.md", "model.json", "weights.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == names
     assert grappa.load_model(tmp_path / "model").embedding_dim == 32
     embed(run.root, material / "images", tmp_path / "from_run")
     embed(tmp_path / "model", material / "images", tmp_path / "from_model")

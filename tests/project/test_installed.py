@@ -53,6 +53,8 @@ import grappa, numpy
 from PIL import Image
 model = grappa.load_model(sys.argv[1])
 image = Image.fromarray(numpy.zeros((50, 60, 3), numpy.uint8))
+image.save(sys.argv[1] + '/black.png')
+assert model.encode([image, sys.argv[1] + '/black.png']).shape == (2, 32)
 print(tuple(model(model.preprocess(image)[None]).shape))
 for ask in (lambda: grappa.open_run, lambda: grappa.load_model(sys.argv[2])):
     try:

@@ -162,7 +162,7 @@ def test_the_make_targets_of_a_text_exist(name: str) -> None:
 def test_the_settings_of_a_text_exist(name: str) -> None:
     for code in CODE.findall(prose(name)):
         found = SETTING.match(code)
-        if found and found[1] in Config.model_fields and not code.endswith(".py"):
+        if found and found[1] in Config.model_fields and not code.endswith((".py", ".json", ".onnx", ".safetensors")):
             _check_setting(f"{found[1]}.{found[2]}", code)
     for block in blocks(name):
         if block.language == "yaml":

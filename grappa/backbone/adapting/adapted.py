@@ -74,6 +74,13 @@ def hook(model: nn.Module, names: Sequence[str]) -> None:
             module.register_forward_hook(_Hook(name))
 
 
+def unhook(model: nn.Module) -> None:
+    """Take the hooks off all modules again."""
+    for module in model.modules():
+        for key in [key for key, each in module._forward_hooks.items() if isinstance(each, _Hook)]:
+            del module._forward_hooks[key]
+
+
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Hand the outputs of all hooked modules, in this thread, to ``listener(name, inputs, output)``.

@@ -114,7 +114,7 @@ def test_commands_that_read_a_stale_model_say_so_on_stderr(
     complete: FakeStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setattr("grappa.pipeline.commands.search.search", lambda *arguments: [])
-    monkeypatch.setattr("grappa.pipeline.commands.search.export", lambda *arguments: "done")
+    monkeypatch.setattr("grappa.pipeline.commands.export.export", lambda *arguments, **options: "done")
     monkeypatch.setattr("grappa.pipeline.commands.embed.embed", lambda *arguments: "done")
     monkeypatch.setattr("grappa.pipeline.pages.report.page.write_report", lambda *arguments: "done")
     arguments = {

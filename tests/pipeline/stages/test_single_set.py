@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import grappa
+from grappa.pipeline.commands.export import export
 from grappa.pipeline.commands.init import Request, initialize
 from grappa.pipeline.commands.run import read_table
-from grappa.pipeline.commands.search import export, search
+from grappa.pipeline.commands.search import search
 from grappa.pipeline.config.yaml_file import ConfigError
 from grappa.pipeline.engine.status import read_config, states
 from grappa.pipeline.pages.report.page import write_report
