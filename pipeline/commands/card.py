@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from grappa import __version__
 from grappa.core.names import MEAN
 from grappa.core.printing import printable, sentence
+from grappa.images.splits import train_rows
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import dump_config
 from grappa.pipeline.engine.status import read_config
@@ -81,14 +82,16 @@ def read_facts(run: RunFolder) -> Facts:
     config, manifest = read_config(run), readable_manifest(run, "model")
     assert manifest is not None, "the model is published"
     model = made_of(run, "model")
-    listing = pd.read_parquet(published(run, "images", "images.parquet") / "images.parquet", columns=["domain"])
+    images = published(run, "images", "images.parquet") / "images.parquet"
+    listing = pd.read_parquet(images, columns=["domain", "split"])
+    learned = listing["domain"].iloc[train_rows(listing)]
     scores, gains, unknown = _numbers_of(run, model)
     return Facts(
         model=model,
         base=_base_model(config),
         config=config,
         commit=str(manifest.provenance.get("git_commit") or ""),
-        domains={str(name): int(number) for name, number in sorted(listing["domain"].value_counts().items())},
+        domains={str(name): int(number) for name, number in sorted(learned.value_counts().items())},
         verdict=_verdict_of(run),
         gains=gains,
         scores=scores,

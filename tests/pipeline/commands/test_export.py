@@ -54,7 +54,7 @@ def test_the_card_has_what_the_hub_reads_and_people_ask(folder: Path, run: RunFo
     assert head["library_name"] == "grappa" and head["pipeline_tag"] == "image-feature-extraction"
     assert "license" not in head and "base_model" not in head  # the weights are a file: nothing is known of them
     assert "licence of the base model (weights: the file weights.safetensors) is not known" in card
-    assert "checks 20, discs 20, stripes 20" in card and "60 images of 3 domain(s)" in card
+    assert "checks 10, discs 10, stripes 10" in card and "30 images of 3 domain(s)" in card  # the train images
     assert "| domain | gain | over |" in card and "95 % interval" in card and "**fused**" not in card
     assert "## Did adaptation help?" in card and "num_clusters:" in card
     assert str(material) not in card and str(material) not in (folder / "model.json").read_text()
@@ -84,7 +84,7 @@ def test_base_model_and_licence_are_what_is_known(settings: dict[str, str], repo
 def test_model_json_says_where_the_model_came_from(folder: Path, run: RunFolder) -> None:
     record = json.loads((folder / "model.json").read_text())
     assert set(record["provenance"]) >= {"grappa", "commit", "base_model", "base_license", "verdict"}
-    assert record["provenance"]["model"] == "fused" and record["provenance"]["images"]["discs"] == 20
+    assert record["provenance"]["model"] == "fused" and record["provenance"]["images"]["discs"] == 10
     assert len(record["weights_sha256"]) == 64 and record["weights_sha256"] in (folder / "README.md").read_text()
 
 
