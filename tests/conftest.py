@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.browser import chromium
 from tests.cluster.cluster import Cluster, missing_reason
@@ -16,6 +17,9 @@ from tests.cluster.cluster import Cluster, missing_reason
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("same", derandomize=True, deadline=None)  # the same cases in each run, however slow it is
+settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

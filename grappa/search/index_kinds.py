@@ -108,14 +108,19 @@ def search_index(index: Any, queries: NDArray[np.float32], k: int, hidden: NDArr
 
     Where the usual search finds fewer than k images, all are searched.
     """
-    similarities, rows = index.search(queries, k, params=_parameters(index, hidden, whole=False))
+    similarities, rows = _search(index)(queries, k, params=_parameters(index, hidden, whole=False))
     short = np.flatnonzero((rows < 0).any(axis=1))
     if len(short):
         whole = _vectors_of(index)
-        similarities[short], rows[short] = whole.search(
-            queries[short], k, params=_parameters(whole, hidden, whole=True)
-        )
+        found = _search(whole)(queries[short], k, params=_parameters(whole, hidden, whole=True))
+        similarities[short], rows[short] = found
     return similarities, rows
+
+
+def _search(index: Any) -> Any:
+    """Return faiss's search of numpy arrays, also where ``faiss.contrib.torch_utils``, which some packages import, has
+    put one without parameters in its place."""
+    return getattr(index, "search_numpy", index.search)
 
 
 def _vectors_of(index: Any) -> Any:

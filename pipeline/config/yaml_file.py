@@ -245,7 +245,7 @@ def flow(value: Any) -> str:
     text = yaml.dump(
         value, Dumper=_Flow, default_flow_style=True, allow_unicode=True, width=float("inf"), sort_keys=False
     )
-    return text.removesuffix("...\n").strip()
+    return text.removesuffix("...\n").rstrip("\n")
 
 
 class _Flow(yaml.SafeDumper):

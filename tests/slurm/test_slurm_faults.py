@@ -261,12 +261,12 @@ def test_a_configuration_edited_while_jobs_wait(scene: Scene) -> None:
     scene.wait_for_step(SETS[0])
     grappa("init", scene.run.root, "--set", "fusion.learning_rate=0.5")
     refused = grappa("submit", scene.run.root, "--cluster", scene.profile, "--until", "fusion", fails=True)
-    assert "fusion.learning_rate: 0.001 -> 0.5" in refused and "grappa cancel" in refused
+    assert "fusion.learning_rate: 0.0003 -> 0.5" in refused and "grappa cancel" in refused
     scene.open_gate()
     scene.wait_for_failure("fusion/neighbors")
     scene.wait_until_idle()
     note = scene.status()["fusion/neighbors"]
-    assert "no longer what was submitted: config fusion.learning_rate: 0.001 -> 0.5" in note
+    assert "no longer what was submitted: config fusion.learning_rate: 0.0003 -> 0.5" in note
     scene.assert_undisturbed(*SETS)
     grappa("init", scene.run.root, "--set", "fusion.learning_rate=0.001")
     scene.submit("--until", "fusion")

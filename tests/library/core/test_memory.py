@@ -177,7 +177,7 @@ def test_a_run_refuses_before_it_works_and_goes_on_where_there_is_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run", [draw_images(tmp_path / "images")], write_weights(tmp_path / "vit.safetensors"))
-    run_all(run, until="features")
+    run_all(run, until="whitening")
     monkeypatch.setattr(machine, "available_memory", lambda: 10 * 2**20)
     with pytest.raises(NotEnoughMemoryError, match="neighbors needs about 0.. GiB"):
         run_all(run, until="clusters")

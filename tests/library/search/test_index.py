@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -166,3 +167,11 @@ def test_the_recall_of_an_index_that_misses_is_below_1() -> None:
     assert recall(SearchIndex.build(embeddings[:1], names(1)), embeddings[:1], names(1)) == 1
     wrong = SearchIndex.build(embeddings[::-1].copy(), names(500))
     assert recall(wrong, embeddings, names(500)) < 0.2
+
+
+def test_packages_that_bring_faiss_and_torch_together_change_nothing() -> None:
+    """Where this module was imported, by whatever package, faiss's search takes no parameters."""
+    importlib.import_module("faiss.contrib.torch_utils")
+    embeddings, ids = points(50), names(50)
+    found, _ = SearchIndex.build(embeddings, ids).without([ids[7]]).search(embeddings[:8], 2)
+    assert found[0, 0] == ids[0] and ids[7] not in found

@@ -55,7 +55,7 @@ def process(*arguments: str | Path, code: str = "") -> subprocess.CompletedProce
 def test_run_status_and_run_again(fakes: FakeStages) -> None:
     result = grappa("run", fakes.root)
     assert result.exit_code == 0
-    assert "clusters/k00002: 2 files (" in result.stdout
+    assert "clusters/k00002: 1 files (" in result.stdout
     page, times = result.stdout.splitlines()[-2:]
     assert times.startswith("times: backbone ") and page == f"look at it: grappa explore {fakes.root}"
     assert "missing" not in grappa("status", fakes.root).stdout

@@ -209,6 +209,7 @@ def test_a_value_of_set_is_refused_in_a_sentence(tmp_path: Path, value: str) -> 
 
 
 @example(["\x85"])
+@example(["\xa0f\xa0"])
 @example(["a\u2028b", "\u2029", "\r"])
 @given(st.lists(st.sampled_from(NAMES) | st.text(max_size=20), max_size=4))
 def test_any_names_survive_the_file(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:

@@ -82,7 +82,7 @@ def test_a_flipped_byte_is_found_by_verify(complete: FakeStages) -> None:
     assert complete.not_fresh() == {}
     found = complete.not_fresh(verify=True)
     assert found["features"] == "corrupt: features.npy: sha256 differs"
-    assert found["neighbors"] == "stale: upstream features is corrupt"
+    assert found["whitening/features"] == "stale: upstream features is corrupt"
     complete.execute(stage="features", force=True)
     assert complete.not_fresh(verify=True) == {}
 
@@ -109,7 +109,7 @@ def test_an_artifact_that_was_removed_is_missing(complete: FakeStages) -> None:
     (complete.root / "features").rename(complete.root / "away")
     found = complete.not_fresh()
     assert found["features"] == "missing"
-    assert found["neighbors"] == "stale: upstream features is missing"
+    assert found["whitening/features"] == "stale: upstream features is missing"
 
 
 def test_changed_sources_reach_the_images(complete: FakeStages) -> None:

@@ -107,7 +107,7 @@ def test_what_runs_share_is_computed_once(desk: Desk) -> None:
     assert desk.source("swapped", "adaptors/k00002") == "base"
     assert desk.source("wide", "clusters/k00002") == "base"
     assert desk.source("wide", "adaptors/k00002") is None
-    assert "reused from base: backbone, images, features, neighbors, clusters/{" in result.stdout
+    assert "reused from base: backbone, images, features, frozen_views, whitening" in result.stdout
 
 
 def test_every_run_is_an_ordinary_one_and_a_second_sweep_does_nothing(desk: Desk) -> None:
