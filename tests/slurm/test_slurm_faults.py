@@ -268,7 +268,7 @@ def test_a_configuration_edited_while_jobs_wait(scene: Scene) -> None:
     note = scene.status()["fusion/neighbors"]
     assert "no longer what was submitted: config fusion.learning_rate: 0.0003 -> 0.5" in note
     scene.assert_undisturbed(*SETS)
-    grappa("init", scene.run.root, "--set", "fusion.learning_rate=0.001")
+    grappa("init", scene.run.root, "--set", "fusion.learning_rate=0.0003")
     scene.submit("--until", "fusion")
     scene.wait_until_idle()
     scene.assert_undisturbed()
