@@ -121,21 +121,18 @@ def _check(name: str, value: object, allowed: Number) -> None:
         raise BackboneError(f"the backbone's {name} is {shown(value)}; expected {allowed}")
 
 
-def create_model(name: str, image_size: int, options: Mapping[str, Any], *, pretrained: bool = False) -> Any:
-    """Return a model without a classifier, made by timm from checked arguments only; it pools as its author meant.
-
-    pretrained: download the weights of this name from timm's hub; else no file and no network is touched.
+def create_model(name: str, image_size: int, options: Mapping[str, Any]) -> Any:
+    """Return a model with random weights and without a classifier, made by timm from checked arguments only; it pools
+    as its author meant. No file and no network is touched.
     """
     check_name(name)
     check_options(options)
     timm = _import_timm()
     if not _is_timms_own(name):
         raise BackboneError(f"timm has no model called {shown(name)}; see timm.list_models()")
-    arguments = {**options, "pretrained": pretrained, "num_classes": 0}
+    arguments = {**options, "pretrained": False, "num_classes": 0}
     try:
         return _sized(partial(timm.create_model, name, **arguments), image_size)
-    except OSError:
-        raise  # of the hub
     except Exception as error:  # each family refuses arguments in its own way
         raise BackboneError(
             f"{name!r} cannot be built for {image_size} x {image_size} pixels with the options {shown(dict(options))} "

@@ -200,7 +200,7 @@ def build_backbone(spec: BackboneSpec, module: Maker | None = None) -> Backbone:
         if module is None:
             raise BackboneError(f"this backbone is a module made by {spec.module}; give that function as `module`")
         return Backbone(made_by(module), spec)
-    model = create_model(spec.name, spec.image_size, spec.options, pretrained=False)
+    model = create_model(spec.name, spec.image_size, spec.options)
     return Backbone(model, spec)
 
 

@@ -122,8 +122,23 @@ def resolve_spec(
         BackboneError: the model's own input is none that can be given, or a value is out of its range.
     """
     options = options or {}
-    channels, height, width = own.input_size
     size = image_size or options.get("img_size")
+    _check_own_input(name, own, size, crop_fraction)
+    return BackboneSpec(
+        name=name,
+        image_size=size or own.input_size[1],
+        crop_fraction=crop_fraction or float(own.crop_pct),
+        mean=mean or tuple(own.mean),
+        std=std or tuple(own.std),
+        options={key: value for key, value in options.items() if key != "img_size"},
+        crop_mode=own.crop_mode,
+        interpolation=own.interpolation,
+    )
+
+
+def _check_own_input(name: str, own: Any, size: int | None, crop_fraction: float | None) -> None:
+    """Refuse a model whose own input cannot be given, and is not replaced by a given size or crop; BackboneError."""
+    channels, height, width = own.input_size
     if channels != 3:
         raise BackboneError(f"{name!r} takes images of {channels} channels; choose a model of color images")
     if size is None and height != width:
@@ -134,16 +149,6 @@ def resolve_spec(
         if getattr(own, field_name) not in allowed:
             found = f"{field_name} {getattr(own, field_name)!r}"
             raise BackboneError(f"{name!r} needs {found}; choose a model with {' or '.join(allowed)}")
-    return BackboneSpec(
-        name=name,
-        image_size=size or height,
-        crop_fraction=crop_fraction or float(own.crop_pct),
-        mean=mean or tuple(own.mean),
-        std=std or tuple(own.std),
-        options={key: value for key, value in options.items() if key != "img_size"},
-        crop_mode=own.crop_mode,
-        interpolation=own.interpolation,
-    )
 
 
 def check_patches(spec: BackboneSpec, patch_size: int, own: Any) -> None:

@@ -53,13 +53,13 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
     """
     folder = RunFolder.open(run)
     data = image.read_bytes()
-    query = decoded(data, max_pixels(run), str(image))
+    picture = decoded(data, max_pixels(run), str(image))
     check_deployed(folder)
     images = _images(folder)
     index = _index_now(folder)
     same = set(images.index[images["sha256"] == hashlib.sha256(data).hexdigest()]) & set(index.ids)
     more = min(k + len(same), max(len(index), k))  # k that is larger than the index is the index's own error
-    found = zip(*(each[0] for each in index.search(encode(load_run_model(run), query), more)), strict=True)
+    found = zip(*(each[0] for each in index.search(_embedded(load_run_model(run), picture), more)), strict=True)
     nearest = [(image_id, similarity) for image_id, similarity in found if image_id not in same][:k]
     rows = images.loc[[image_id for image_id, _ in nearest]]
     files = _files(folder, rows)
@@ -69,13 +69,10 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
     ]
 
 
-def encode(model: GrappaModel, image: Image.Image) -> NDArray[np.float32]:
-    """Return the embedding (1, D) float32 of an image by an adapted model, L2-normalised."""
-    import torch
+def _embedded(model: GrappaModel, picture: Image.Image) -> NDArray[np.float32]:
+    from grappa.deploy.encoding import forward
 
-    with torch.inference_mode():
-        found: NDArray[np.float32] = model(model.preprocess(image).unsqueeze(0)).numpy()
-    return found
+    return forward(model, [model.preprocess(picture)])
 
 
 def _index_now(folder: RunFolder) -> SearchIndex:

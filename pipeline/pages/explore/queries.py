@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from grappa.pipeline.commands.search import encode, load_run_model
+from grappa.pipeline.commands.search import load_run_model
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.store.artifacts import RunFolder, published
 
@@ -56,10 +56,11 @@ class Encoder:
         model, backbone = self._models()
         with self._lock, torch.inference_mode():
             from grappa.backbone.frozen import embed
+            from grappa.deploy.encoding import forward
 
             pixels = model.preprocess(image).unsqueeze(0)
             before = embed(backbone, pixels).numpy()[0]
-            return Encoded(before, encode(model, image)[0], _attention(model, pixels))
+            return Encoded(before, forward(model, list(pixels))[0], _attention(model, pixels))
 
     def _models(self) -> tuple[GrappaModel, Backbone]:
         with self._lock:
