@@ -46,7 +46,8 @@ def start(code: str) -> subprocess.Popen[str]:
         "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import grappa.pipeline.store.artifacts as artifacts\n"
-        f"def work(*arguments, **options):\n    print('at work', flush=True)\n{code}\n"
+        "def pause():\n    print('at work', flush=True)\n    time.sleep(60)\n"  # Said inside of the code's own try.
+        f"def work(*arguments, **options):\n{code}\n"
         "artifacts.RunFolder.open = work\n"
         "from grappa.__main__ import main\n"
         "sys.argv = ['grappa', 'status', 'RUN']\n"
@@ -61,9 +62,9 @@ def start(code: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     "work",
     [
-        "    time.sleep(60)",
-        "    try:\n        time.sleep(60)\n    except KeyboardInterrupt:\n        raise ImportError('numpy is broken')",
-        "    try:\n        time.sleep(60)\n    except KeyboardInterrupt:\n        raise ValueError('another sentence')",
+        "    pause()",
+        "    try:\n        pause()\n    except KeyboardInterrupt:\n        raise ImportError('numpy is broken')",
+        "    try:\n        pause()\n    except KeyboardInterrupt:\n        raise ValueError('another sentence')",
     ],
     ids=["plain", "an import made an error of it", "a library made an error of it"],
 )
@@ -75,7 +76,7 @@ def test_an_interrupt_of_the_work_is_one_sentence(work: str) -> None:
 
 
 def test_a_second_interrupt_ends_the_process_at_once() -> None:
-    child = start("    try:\n        time.sleep(60)\n    finally:\n        time.sleep(60)")
+    child = start("    try:\n        pause()\n    finally:\n        time.sleep(60)")
     child.send_signal(signal.SIGINT)
     assert child.stderr is not None and child.stderr.readline() == "grappa: stopped; the same command resumes\n"
     time.sleep(0.1)
