@@ -21,7 +21,14 @@ from grappa.images.splits import chosen_rows
 from grappa.pipeline.config.schema import Config, num_clusters_of
 from grappa.pipeline.engine.live.collection import live_assignments, live_embeddings, live_images
 from grappa.pipeline.engine.status import read_config
-from grappa.pipeline.engine.verdict_file import VERDICT, Verdict, deployed_in, read_verdict
+from grappa.pipeline.engine.verdict_file import (
+    SELECTION,
+    VERDICT,
+    Verdict,
+    deployed_in,
+    fused_granularities,
+    read_verdict,
+)
 from grappa.pipeline.graph.models import evaluated_models, final_node
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage, nodes
@@ -453,6 +460,7 @@ class Run:
         chosen = chosen_rows(images, rows)
         inputs = Manifest.read(folder / MANIFEST_FILE).fingerprint["inputs"]
         names = [name.removeprefix("adaptors/") for name in inputs if name.startswith("adaptors/")]
+        names = list(fused_granularities(self._folder, self.config)) if SELECTION.name in inputs else names
         attention = np.load(folder / "attention.npy", mmap_mode="r", allow_pickle=False)
         return attention[chosen], images["domain"].to_numpy()[chosen], sorted(names, key=num_clusters_of)
 

@@ -30,7 +30,9 @@ from grappa.method.head import Head
 from grappa.method.head import open_head as open_form
 from grappa.objects.backgrounds import Backgrounds
 from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.engine.verdict_file import SELECTION, kept_names
 from grappa.pipeline.graph.models import deployed_model
+from grappa.pipeline.graph.stages import upstream
 
 MARGIN = 1.4  # what a pass takes, as a multiple of what lives in it: an allocator keeps more
 
@@ -62,6 +64,14 @@ def open_sets(context: StageContext, names: tuple[str, ...]) -> dict[str, Adapto
     """Return the adaptor sets of the given pseudo-granularities, in their order."""
     paths = {name: context.input("adaptors", name) / "adaptors.safetensors" for name in names}
     return {name: AdaptorSet.from_state_dict(load_file(path)) for name, path in paths.items()}
+
+
+def open_fused_sets(context: StageContext) -> dict[str, AdaptorSet]:
+    """Return the adaptor sets that are fused: all, or those that the stage ``selection`` kept."""
+    names = context.config.granularities
+    if SELECTION in upstream(context.node, context.config):
+        names = kept_names(context.input("selection"))
+    return open_sets(context, names)
 
 
 def open_student(context: StageContext) -> AdaptorSet:

@@ -173,6 +173,16 @@ class SampledViews(Augmented):
     seed: NonNegativeInt = Field(0, description="seed of the sample and of its views")
 
 
+class Selection(Section):
+    """Which of the trained adaptor sets are fused, and so taught to the student."""
+
+    sets: Literal["auto", "all"] = Field(
+        "auto", description="the sets that are fused; auto: without those that are certainly weaker, told by views"
+    )
+    max_loss: Fraction = Field(0.03, description="auto: what a set may certainly be below the best, as a share of it")
+    num_images: PositiveInt = Field(2048, description="auto: train images, at most; half of them are judged by a view")
+
+
 class Heads(Section):
     kind: Literal["auto", "none", "whitening", "neighborhood"] = Field(
         "auto",
@@ -257,6 +267,7 @@ class Config(Section):
     objects: Objects = Objects()
     clusters: Clusters = Clusters()
     adaptors: Adaptors = Adaptors()
+    selection: Selection = Selection()
     fusion: Fusion = Fusion()
     student: Student = Student()
     embeddings: Embeddings = Embeddings()

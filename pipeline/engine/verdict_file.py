@@ -1,4 +1,6 @@
-"""The verdict of a run: whether adaptation helped, told without labels. Report, command line and ``Run`` read it here.
+"""What a run has told without labels: whether adaptation helped, and which sets are fused.
+
+Report, command line and ``Run`` read both here.
 
 Nothing heavy is imported: `grappa run` says the verdict at its end.
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,6 +23,8 @@ from grappa.pipeline.store.artifacts import RunFolder, published, quoted, readab
 
 VERDICT = Node("verdict")
 VERDICT_FILE = "verdict.json"
+SELECTION = Node("selection")
+SELECTION_FILE = "selection.json"
 
 
 @dataclass(frozen=True)
@@ -86,3 +91,16 @@ def read_verdict(run: RunFolder) -> Verdict | None:
     except ValueError as error:
         problem = f"not JSON ({error})"
     raise ValueError(f"{file}: {problem}; make it again by `grappa run {quoted(run.root)} --stage verdict --force`")
+
+
+def kept_names(selection: Path) -> tuple[str, ...]:
+    """Return the names of the sets that are fused, in the folder of an artifact ``selection``."""
+    found = json.loads((selection / SELECTION_FILE).read_text())
+    return tuple(each["name"] for each in found["sets"] if each["kept"])
+
+
+def fused_granularities(run: RunFolder, config: Config) -> tuple[str, ...]:
+    """Return the granularities over which attention goes: all, or those that the stage ``selection`` kept."""
+    if readable_manifest(run, SELECTION) is None:
+        return config.granularities
+    return kept_names(published(run, SELECTION, SELECTION_FILE))

@@ -31,6 +31,7 @@ from grappa.pipeline.graph.node import Node
 PIXELS = ("images.parquet", "pixels/")
 WEIGHTS = ("weights.safetensors", "backbone.json")
 VIEWS = ("views.npy", "rows.npy")
+MIN_KEPT = 2  # sets that are fused in any case (grappa.method.set_choice, which takes longer to import)
 
 
 @dataclass(frozen=True)
@@ -165,14 +166,31 @@ def _adaptor_inputs(config: Config) -> tuple[Input, ...]:
     return tuple(Input("adaptors", ("adaptors.safetensors",), name) for name in config.granularities)
 
 
+def _selection(config: Config) -> tuple[str | None, ...]:
+    """Return the instance of the stage ``selection``: two sets are fused in any case."""
+    choosing = config.selection.sets == "auto" and len(config.granularities) > MIN_KEPT
+    return (None,) if choosing and config.model.source != "single" else ()
+
+
+def _selection_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    made = (Input("images", PIXELS), Input("backbone", WEIGHTS), Input("features", ("features.npy",)))
+    return (*made, *_adaptor_inputs(config))
+
+
+def _fused_sets(config: Config) -> tuple[Input, ...]:
+    """Return all adaptor sets, and where there is a selection the names of those that are fused."""
+    chosen = (Input("selection", ("selection.json",)),) if _selection(config) else ()
+    return (*_adaptor_inputs(config), *chosen)
+
+
 def _fusion_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     neighbors = (Input("neighbors", ("neighbors.npy",)),) if instance == "neighbors" else ()
-    return (Input("images", PIXELS), Input("backbone", WEIGHTS), *neighbors, *_adaptor_inputs(config))
+    return (Input("images", PIXELS), Input("backbone", WEIGHTS), *neighbors, *_fused_sets(config))
 
 
 def _fused_inputs(config: Config, instance: str | None = "neighbors") -> tuple[Input, ...]:
     fusion = Input("fusion", ("fusion.safetensors",), instance)
-    return (Input("backbone", WEIGHTS), *_adaptor_inputs(config), fusion)
+    return (Input("backbone", WEIGHTS), *_fused_sets(config), fusion)
 
 
 PARTS: dict[Part, Callable[[Config, str], tuple[Input, ...]]] = {
@@ -183,7 +201,7 @@ PARTS: dict[Part, Callable[[Config, str], tuple[Input, ...]]] = {
     "object_views": lambda config, model: _perceived(True),
     "backbone": lambda config, model: (Input("backbone", WEIGHTS),),
     "set": lambda config, model: (Input("adaptors", ("adaptors.safetensors",), model),),
-    "sets": lambda config, model: _adaptor_inputs(config),
+    "sets": lambda config, model: _fused_sets(config),
     "neighbors_fusion": lambda config, model: (Input("fusion", ("fusion.safetensors",), "neighbors"),),
     "views_fusion": lambda config, model: (Input("fusion", ("fusion.safetensors",), "views"),),
     "student": lambda config, model: (Input("student", ("student.safetensors",)),),
@@ -312,6 +330,14 @@ STAGES: tuple[Stage, ...] = (
         _granularities,
     ),
     Stage("adaptors", 1, _settings("adaptors"), _set_inputs, adaptor_sets, parallel=True),
+    Stage(
+        "selection",
+        1,
+        _settings("selection", "views", "embeddings.precision"),
+        _selection_inputs,
+        _selection,
+        function="adaptors.select",
+    ),
     Stage("fusion", 1, _settings("fusion"), _fusion_inputs, fusions, parallel=True),
     Stage(
         "student",

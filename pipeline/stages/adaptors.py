@@ -1,36 +1,57 @@
-"""Stage ``adaptors``: one adaptor set for each pseudo-granularity, trained on its pseudo-labels on the frozen backbone.
+"""Stages ``adaptors`` and ``selection``: the adaptor sets, and which of them are fused.
+
+``adaptors`` trains a set for each pseudo-granularity, on its pseudo-labels and on the frozen backbone.
 
 Two further sets are competitors in the result table, if ``evaluation.extra_rows`` names them; their settings, such as
 the number of epochs, are those of the other sets. ``multi_head`` is one set that is trained on the pseudo-labels of all
 granularities at once (one table of proxies for each granularity, the mean of their losses); several sets must be better
 than this single one. ``supervised`` is trained on the labels of the train images (a class is a domain and a label;
 unlabelled images are left out); it shows what labels would bring. Of the other stages only the evaluation reads labels.
+
+``selection`` embeds train images, and a view of half of them, by every set. ``selection.json`` says how far each set is
+below the best by ``grappa.metrics.indicators.neighborhood_standout``, without labels, and which sets are kept.
 """
 
 from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from grappa.backbone.features import extract_features
 from grappa.backbone.frozen import Backbone
 from grappa.core import memory
-from grappa.core.randomness import id_numbers
+from grappa.core.randomness import id_numbers, key, shuffled
+from grappa.images.pixels import ChosenRows
 from grappa.images.splits import train_rows
 from grappa.method.adaptor_training import AdaptorLoss, Perception, new_adaptor_set, train_adaptor_set
-from grappa.method.adaptors import AdaptorSet
+from grappa.method.adaptors import AdaptorSet, folded
+from grappa.method.head import apply_head, fit_whitened_neighborhood_head
+from grappa.method.head_choice import DEFAULT_WEIGHT, region_halves
+from grappa.method.set_choice import MIN_JUDGED, JudgedSet, choose_sets
+from grappa.metrics.indicators import neighborhood_standout
 from grappa.pipeline.config.trainings import Adaptors
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import taught_by
 from grappa.pipeline.learning import open_views, optimization, sizes_of_set, training_task, write_metrics
 from grappa.pipeline.opening import (
+    need_for_batches,
     open_backbone,
     open_backgrounds,
     open_objects,
+    open_sets,
     read_images,
+    settle_device,
+    settle_precision,
     shape_of,
 )
-from grappa.pipeline.store.checkpoints import write_tensors
+from grappa.pipeline.store.artifacts import SCRATCH_FOLDER
+from grappa.pipeline.store.checkpoints import ArrayCheckpoint, refuse_if_stopped, write_tensors
+from grappa.search.kmeans import count_distinct
 from grappa.training.targets import Targets, class_targets, label_targets
 
 
@@ -130,3 +151,112 @@ def _labelled(context: StageContext, images: pd.DataFrame) -> tuple[NDArray[np.i
     chosen = images.iloc[rows]
     ids = id_numbers(chosen["image_id"].tolist())
     return rows, label_targets(features[rows], chosen["domain"].to_numpy(), labels[rows], ids)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The train images by which sets are judged: their rows (n,) ascending and ids, the places (m,) of those that are
+    seen by a view too, and the half (n,) bool of the collection in which each lies."""
+
+    rows: NDArray[np.int64]
+    ids: NDArray[np.uint64]
+    seen: NDArray[np.int64]
+    half: NDArray[np.bool_]
+
+
+def select(context: StageContext) -> str:
+    """Run the stage ``selection``."""
+    settings, names, trial = context.config.selection, context.config.granularities, _trial(context)
+    if trial is None:
+        return _write_selection(context, tuple(JudgedSet(name, 0.0, 0.0, 0.0, 0.0, kept=True) for name in names), 0)
+    device, standouts = str(settle_device(context)), {}
+    for name in names:
+        standouts[name] = _standouts(trial, *_tried(context, name, trial), device)
+    seed = context.config.views.seed
+    return _write_selection(context, choose_sets(standouts, max_loss=settings.max_loss, seed=seed), len(trial.seen))
+
+
+def _trial(context: StageContext) -> Trial | None:
+    """Draw the images; None where they are too few, or too alike, to be cut into two halves of regions."""
+    images, seed = read_images(context.input("images")), context.config.views.seed
+    ids, train = id_numbers(images["image_id"].tolist()), train_rows(images)
+    most = context.config.selection.num_images
+    drawn = train[shuffled(key(seed, "selection"), ids[train])[:most]]
+    rows, seen = np.sort(drawn), np.sort(drawn[: (most + 1) // 2])
+    features = np.load(context.input("features") / "features.npy", mmap_mode="r", allow_pickle=False)
+    frozen = np.asarray(features[rows])
+    if len(seen) < MIN_JUDGED or count_distinct(frozen, 8) < 8:
+        return None
+    return Trial(rows, ids[rows], np.searchsorted(rows, seen), region_halves(frozen, ids[rows], seed=seed))
+
+
+def _tried(context: StageContext, name: str, trial: Trial) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return what a set makes of the images, (n, D), and of the views, (m, D); a later try need not make it again."""
+    kept = ArrayCheckpoint(context.path / SCRATCH_FOLDER / f"{name}.npy")
+    both = context.trusted(kept.path, kept.load, None)
+    if both is None:
+        kept.path.parent.mkdir(exist_ok=True)
+        both = _embedded(context, name, trial)
+        kept.save(both)
+    refuse_if_stopped()
+    return both[: len(trial.rows)], both[len(trial.rows) :]
+
+
+def _embedded(context: StageContext, name: str, trial: Trial) -> NDArray[np.float32]:
+    """Return the embeddings of the images and then of the views by a set, (n + m, D)."""
+    (adaptors,) = open_sets(context, (name,)).values()
+    backbone, form = folded(open_backbone(context), adaptors)
+    device, settings = settle_device(context), context.config.views
+    precision = settle_precision(context, context.config.embeddings.precision, device)
+    batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
+    need_for_batches(context, device, memory.embedding(shape_of(backbone, [form]), batch_size, precision))
+    views, drawn = open_views(context, settings, backbone.spec), key(settings.seed, "views")
+    seen = replace(views, cache=ChosenRows(views.cache, trial.rows[trial.seen]), ids=trial.ids[trial.seen])
+    out = np.empty((len(trial.rows) + len(trial.seen), backbone.embedding_dim), dtype=np.float32)
+    with context.task(f"embedding by {name}", len(out)) as advance:
+        run = partial(
+            extract_features,
+            backbone,
+            adaptation=form,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            num_workers=context.num_workers,
+            progress=advance,
+        )
+        run(ChosenRows(views.cache, trial.rows), out[: len(trial.rows)])
+        run(seen.cache, out[len(trial.rows) :], view=lambda cache, rows: seen.draw(drawn, rows))
+    return out
+
+
+def _standouts(
+    trial: Trial, images: NDArray[np.float32], views: NDArray[np.float32], device: str
+) -> NDArray[np.float64]:
+    """Return how far the neighbours of each judged image stand out, behind a head of the other half: (m,)."""
+    parts = []
+    for half in (trial.half, ~trial.half):
+        head = fit_whitened_neighborhood_head(
+            images[~half], trial.ids[~half], neighborhood_weight=DEFAULT_WEIGHT, device=device
+        )
+        judged = half[trial.seen]
+        made = (apply_head(head, each, device=device) for each in (images[trial.seen[judged]], views[judged]))
+        parts.append(neighborhood_standout(*made))
+    return np.concatenate(parts)
+
+
+def _write_selection(context: StageContext, judged: tuple[JudgedSet, ...], num_images: int) -> str:
+    record = {"num_images": num_images, "sets": [asdict(each) for each in judged]}
+    (context.path / "selection.json").write_text(json.dumps(record, indent=2) + "\n")
+    kept = [each.name for each in judged if each.kept]
+    if not num_images:
+        return f"{', '.join(kept)} are fused: too few images to choose among sets"
+    left = [
+        f"{each.name} ({-each.loss:+.1%} [{-each.high:+.1%}, {-each.low:+.1%}])" for each in judged if not each.kept
+    ]
+    what = f"{', '.join(kept)} are fused"
+    return f"{what}; left out as certainly weaker: {', '.join(left)}" if left else f"{what}: no set is certainly weaker"
+
+
+def _loss(judged: JudgedSet) -> str:
+    """Return ``k00045 (-6.0% [-6.8%, -5.2%])``."""
+    return f"{judged.name} ({-judged.loss:+.1%} [{-judged.high:+.1%}, {-judged.low:+.1%}])"

@@ -14,14 +14,14 @@ import numpy as np
 from grappa.method.fusion import class_token_attention
 from grappa.metrics.attention import entropy
 from grappa.pipeline.engine.context import StageContext
-from grappa.pipeline.opening import open_backbone, open_fusion, open_sets
+from grappa.pipeline.opening import open_backbone, open_fused_sets, open_fusion
 from grappa.pipeline.stages.features import extract
 
 FILE = "attention.npy"
 
 
 def run(context: StageContext) -> str:
-    backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
+    backbone, sets = open_backbone(context), open_fused_sets(context)
     fusion = open_fusion(context, str(context.instance), sets)
     num_images, num_blocks, num_sets = extract(
         context,

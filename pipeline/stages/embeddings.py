@@ -30,6 +30,7 @@ from grappa.pipeline.graph.models import CHOOSING_MODEL, Making, find_model, mod
 from grappa.pipeline.learning import open_views
 from grappa.pipeline.opening import (
     open_backbone,
+    open_fused_sets,
     open_fusion,
     open_objects,
     open_pixels,
@@ -117,12 +118,12 @@ def _set(context: StageContext, name: str) -> Adapted:
 
 
 def _mean(context: StageContext, name: str) -> Adapted:
-    sets = open_sets(context, context.config.granularities)
+    sets = open_fused_sets(context)
     return Adapted(sets, Fusion(list(sets.values())))
 
 
 def _fused(context: StageContext, name: str, *, pairs: str) -> Adapted:
-    sets = open_sets(context, context.config.granularities)
+    sets = open_fused_sets(context)
     return Adapted(sets, open_fusion(context, pairs, sets))
 
 

@@ -14,13 +14,13 @@ from grappa.method.fusion_training import PropagationLoss, train_fusion
 from grappa.pipeline.config.trainings import Fusion
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.learning import open_views, optimization, training_task, write_metrics
-from grappa.pipeline.opening import open_backbone, open_sets, read_images, shape_of
+from grappa.pipeline.opening import open_backbone, open_fused_sets, read_images, shape_of
 from grappa.pipeline.store.checkpoints import write_tensors
 
 
 def run(context: StageContext) -> str:
     settings = context.config.fusion
-    backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
+    backbone, sets = open_backbone(context), open_fused_sets(context)
     rows = train_rows(read_images(context.input("images")))
     views = open_views(context, settings, backbone.spec)
     shape = shape_of(backbone, sets.values())

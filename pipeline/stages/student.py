@@ -10,9 +10,9 @@ from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.learning import open_views, optimization, sizes_of_set, training_task, write_metrics
 from grappa.pipeline.opening import (
     open_backbone,
+    open_fused_sets,
     open_fusion,
     open_objects,
-    open_sets,
     read_images,
     shape_of,
 )
@@ -21,7 +21,7 @@ from grappa.pipeline.store.checkpoints import write_tensors
 
 def run(context: StageContext) -> str:
     settings = context.config.student
-    backbone, sets = open_backbone(context), open_sets(context, context.config.granularities)
+    backbone, sets = open_backbone(context), open_fused_sets(context)
     bottleneck_dim, rank = sizes_of_set(settings, backbone.embedding_dim)
     teacher = open_fusion(context, "neighbors", sets).folded()
     rows = train_rows(read_images(context.input("images")))

@@ -21,7 +21,7 @@ from grappa.pipeline.commands.search import indexed_model
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.glance import stale_notice
 from grappa.pipeline.engine.status import read_config
-from grappa.pipeline.engine.verdict_file import read_verdict
+from grappa.pipeline.engine.verdict_file import fused_granularities, read_verdict
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.open_run import open_run
 from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, published, quoted, readable_manifest
@@ -94,6 +94,7 @@ class Collection:
     indexed: NDArray[np.bool_]
     pixels: PixelCache
     attention: NDArray[np.float32] | None
+    fused: tuple[str, ...]
     version: str
     opened: tuple[str, ...]
 
@@ -124,6 +125,7 @@ class Collection:
             indexed=np.asarray(table.index.isin(found), dtype=bool),
             pixels=PixelCache.open(published(folder, "images", f"pixels/{INDEX_FILE}") / "pixels"),
             attention=_attention(folder, config),
+            fused=fused_granularities(folder, config),
             version=_identity(folder, "images")[:16],
             opened=tuple(_identity(folder, name) for name in READ),
         )

@@ -39,7 +39,7 @@ def test_paths_and_speed_are_no_identity() -> None:
 
 
 def test_every_identity_field_is_read_by_a_stage() -> None:
-    config = Config(clusters=Clusters(num_clusters=(2,)), objects=Objects(provider="backbone"))
+    config = Config(clusters=Clusters(num_clusters=(2, 4, 8)), objects=Objects(provider="backbone"))
     sections = tuple(Config.model_fields)
     read = {
         name

@@ -37,7 +37,12 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _make(folder: Path, material: Path, labels: str, **changes: object) -> RunFolder:
-    changes = {"objects__provider": "backbone", "model__source": "auto", **changes}
+    changes = {
+        "objects__provider": "backbone",
+        "model__source": "auto",
+        "clusters__num_clusters": "[2, 4, 8]",
+        **changes,
+    }
     return make_run(folder, [material / f"{labels}.csv"], material / "weights.safetensors", **changes)
 
 
@@ -50,7 +55,7 @@ def run(material: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 def _config() -> Config:
     settings = {
-        "clusters": {"num_clusters": [4, 8]},
+        "clusters": {"num_clusters": [2, 4, 8]},
         "fusion": {"pairs": ["neighbors", "views"]},
         "objects": {"provider": "backbone"},
         "evaluation": {"extra_rows": ["concat", "multi_head", "supervised", "zero_shot_objects"]},

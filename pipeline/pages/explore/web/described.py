@@ -90,7 +90,7 @@ def attention_json(workspace: Workspace, attention: Any) -> dict[str, Any] | Non
         return None
     values = np.asarray(attention, dtype=np.float64)
     return {
-        "granularities": workspace.granularities,
+        "granularities": list(workspace.collection.fused),
         "mean": values.mean(axis=0).round(4).tolist(),
         "blocks": values.round(4).tolist(),
     }
