@@ -27,39 +27,76 @@ STANDOUT_ROWS, MIN_DEVIATION = 1024, 1e-9
 IMAGES_PER_STANDING, MIN_STANDING = 40, 3
 
 
-def reciprocity(embeddings: NDArray[np.float32], *, num_neighbors: int = NUM_NEIGHBORS) -> NDArray[np.float64]:
-    """Return for each row of embeddings (N, D), L2-normalised, the share of its K neighbours that have it as a
+def reciprocity(
+    embeddings: NDArray[np.float32],
+    *,
+    num_neighbors: int = NUM_NEIGHBORS,
+    rows: NDArray[np.int64] | None = None,
+    device: str = "cpu",
+) -> NDArray[np.float64]:
+    """Return for rows of embeddings (N, D), L2-normalised, the share of their K neighbours that have them as a
     neighbour.
 
-    (N,) in [0, 1]. With fewer than K + 1 rows all other rows are neighbours, and every share is 1; NaN for a lone row.
+    ``rows`` (n,), by default all: of whom it is told; neighbours are sought among all N, for these rows and their
+    neighbours only. Returns (n,) in [0, 1]. With fewer than K + 1 rows all other rows are neighbours, and every share
+    is 1; NaN for a lone row.
     """
     own = np.arange(len(embeddings))
+    asked = own if rows is None else rows
     number = min(num_neighbors, len(own) - 1)
-    if number < 1:
-        return np.full(len(own), np.nan)
-    neighbors, _ = nearest_neighbors(embeddings, embeddings, num_neighbors=number, query_ids=own, candidate_ids=own)
-    shares = np.empty(len(own))
-    for start in range(0, len(own), BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
-        shares[rows] = (neighbors[neighbors[rows]] == own[rows, None, None]).any(axis=2).mean(axis=1)
+    if number < 1 or not len(asked):
+        return np.full(len(asked), np.nan)
+
+    def neighbors_of(chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+        return nearest_neighbors(
+            embeddings[chosen], embeddings, num_neighbors=number, query_ids=chosen, candidate_ids=own, device=device
+        )[0]
+
+    if rows is None:
+        known, theirs = own, neighbors_of(own)
+        mine = theirs
+    else:
+        mine = neighbors_of(asked)
+        known = np.unique(mine)
+        theirs = neighbors_of(known)
+    shares = np.empty(len(asked))
+    for start in range(0, len(asked), BLOCK_ROWS):
+        part = slice(start, start + BLOCK_ROWS)
+        back = theirs[np.searchsorted(known, mine[part])]
+        shares[part] = (back == asked[part, None, None]).any(axis=2).mean(axis=1)
     return shares
 
 
 def reciprocity_table(
-    embeddings: NDArray[np.float32], domains: NDArray[np.object_], *, gallery: str, num_neighbors: int = NUM_NEIGHBORS
+    embeddings: NDArray[np.float32],
+    domains: NDArray[np.object_],
+    *,
+    gallery: str,
+    num_neighbors: int = NUM_NEIGHBORS,
+    rows: NDArray[np.int64] | None = None,
+    device: str = "cpu",
 ) -> pd.DataFrame:
     """Return the mean reciprocity of each domain's images: domain, reciprocity; ``_mean`` over domains last.
 
     domains (N,); ``gallery`` as in ``grappa.metrics.retrieval``: neighbours of the image's own domain ("domain") or of
-    all ("merged").
+    all ("merged"). ``rows`` (n,), ascending: the images over which the mean is, by default all.
     """
     names = sorted(set(domains))
-    if gallery == "merged":
-        shares = reciprocity(embeddings, num_neighbors=num_neighbors)
-        means = [float(shares[domains == name].mean()) for name in names]
-    else:
-        means = [float(reciprocity(embeddings[domains == name], num_neighbors=num_neighbors).mean()) for name in names]
+    chosen = np.ones(len(domains), dtype=bool) if rows is None else np.isin(np.arange(len(domains)), rows)
+    means = []
+    merged = _shares(embeddings, chosen, num_neighbors, device) if gallery == "merged" else np.empty(0)
+    for name in names:
+        own = domains == name
+        found = merged[own[chosen]] if len(merged) else _shares(embeddings[own], chosen[own], num_neighbors, device)
+        means.append(float(found.mean()) if len(found) else np.nan)
     return pd.DataFrame({"domain": [*names, MEAN], "reciprocity": [*means, float(np.nanmean(means))]})
+
+
+def _shares(
+    embeddings: NDArray[np.float32], chosen: NDArray[np.bool_], num_neighbors: int, device: str
+) -> NDArray[np.float64]:
+    rows = None if chosen.all() else np.flatnonzero(chosen)
+    return reciprocity(embeddings, num_neighbors=num_neighbors, rows=rows, device=device)
 
 
 def neighborhood_standout(

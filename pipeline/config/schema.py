@@ -210,6 +210,11 @@ class Model(Section):
 
 class Evaluation(Section):
     seed: NonNegativeInt = Field(0, description="seed of the hash that breaks ties")
+    max_queries: Literal["auto"] | PositiveInt | None = later(
+        "auto",
+        "labelled test images that query all others, at most, drawn evenly over domains; auto: 10,000; null: all",
+        before=None,
+    )
     extra_rows: tuple[ExtraModel, ...] = provenance(
         (),
         "further models: concat, multi_head, supervised (train labels), zero_shot_objects, adapted_objects (crops)",
@@ -380,9 +385,8 @@ def identity_settings(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
 
 def _as_before(section: Section, field: str) -> bool:
     """Tell whether a later field has the value with which everything is as it was without the field."""
-    info = type(section).model_fields[field]
-    marked = isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("later") is True
-    return marked and getattr(section, field) == info.default
+    extra = type(section).model_fields[field].json_schema_extra
+    return isinstance(extra, dict) and extra.get("later") is True and getattr(section, field) == extra["before"]
 
 
 def is_identity(section: Section, field: str) -> bool:

@@ -34,6 +34,9 @@ def test_paths_and_speed_are_no_identity() -> None:
     for name in ("images.sources", "backbone.weights", "compute.device", "compute.num_workers", "fusion.pairs"):
         assert name not in settings
     assert "evaluation.extra_rows" not in identity_settings(Config(), ("evaluation",))
+    assert identity_settings(Config(), ("evaluation",))["evaluation.max_queries"] == "auto"
+    as_before = Config(evaluation=Evaluation(max_queries=None))
+    assert identity_settings(as_before, ("evaluation",)) == {"evaluation.seed": 0}, "older tables stay fresh"
     assert settings["images.cache_size"] == "auto"
     assert identity_settings(Config(), ("clusters.seed",)) == {"clusters.seed": 0}
 

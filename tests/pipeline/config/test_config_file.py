@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from grappa.pipeline.config.schema import Config, Features, Images
+from grappa.pipeline.config.schema import Config, Evaluation, Features, Images
 from grappa.pipeline.config.yaml_file import (
     ConfigError,
     Settings,
@@ -53,7 +53,11 @@ def test_every_field_is_written_with_its_description() -> None:
 
 
 def test_missing_and_empty_sections_have_the_defaults(tmp_path: Path) -> None:
-    former = Config(images=Images(cache_size=256), features=Features(whitening_power=0.0))  # as runs had them then
+    former = Config(  # as runs had them then
+        images=Images(cache_size=256),
+        features=Features(whitening_power=0.0),
+        evaluation=Evaluation(max_queries=None),
+    )
     assert load_config(written(tmp_path, "clusters:\n")) == former
     assert load_config(written(tmp_path, "")) == former
 
