@@ -100,29 +100,37 @@ def _shares(
 
 
 def neighborhood_standout(
-    embeddings: NDArray[np.float32], views: NDArray[np.float32], *, num_neighbors: int | None = None
+    embeddings: NDArray[np.float32],
+    views: NDArray[np.float32],
+    *,
+    rows: NDArray[np.int64] | None = None,
+    num_neighbors: int | None = None,
 ) -> NDArray[np.float64]:
-    """Return for each image how far its neighbours stand out for another view of it, in standard deviations: (m,).
+    """Return for images how far their neighbours stand out for another view of them, in standard deviations: (n,).
 
-    embeddings (m, D): images, L2-normalised; views (m, D): of each image one augmented view, likewise. Of an image's
-    similarities to all other images, those of its view are taken: the mean over the K nearest of the *image*, minus the
-    mean over all, over the standard deviation over all. What holds the neighbourhood together must so survive a change
-    of crop and colours; a space in which an image is only near itself scores low, and so does one with hubs.
+    embeddings (m, D): images, L2-normalised; views (n, D): of ``rows`` (n,), by default of all, one augmented view
+    each, likewise. Of an image's similarities to all other images, those of its view are taken: the mean over the K
+    nearest of the *image*, minus the mean over all, over the standard deviation over all. What holds the neighbourhood
+    together must so survive a change of crop and colours; a space in which an image is only near itself scores low, and
+    so does one with hubs.
 
     K is a 40th of the images (at least 3), so that the same collection gives the same picture whatever the size of the
-    sample; it is at most a third of the other images. ValueError for fewer than 4 images or different shapes.
+    sample; it is at most a third of the other images. ValueError for fewer than 4 images or shapes that do not fit.
     """
-    number, nearest = len(embeddings), _num_compared(embeddings, views, num_neighbors)
-    found = np.empty(number)
-    for start in range(0, number, STANDOUT_ROWS):
-        rows = np.arange(start, min(start + STANDOUT_ROWS, number))
-        own, seen = (each[rows] @ embeddings.T for each in (embeddings, views))
-        own[np.arange(len(rows)), rows] = -np.inf
+    judged = np.arange(len(embeddings)) if rows is None else rows
+    if len(judged) != len(views):
+        raise ValueError(f"found {len(views)} views of {len(judged)} images; expected one of each")
+    nearest = _num_compared(embeddings, views, num_neighbors)
+    found = np.empty(len(views))
+    for start in range(0, len(views), STANDOUT_ROWS):
+        part = slice(start, start + STANDOUT_ROWS)
+        own, seen = (each @ embeddings.T for each in (embeddings[judged[part]], views[part]))
+        own[np.arange(len(own)), judged[part]] = -np.inf
         around = np.argpartition(-own, nearest, axis=1)[:, :nearest]
         near = np.take_along_axis(seen, around, axis=1).mean(axis=1, dtype=np.float64)
-        seen[np.arange(len(rows)), rows] = np.nan
+        seen[np.arange(len(seen)), judged[part]] = np.nan
         deviation = np.nanstd(seen, axis=1, dtype=np.float64)
-        found[rows] = (near - np.nanmean(seen, axis=1, dtype=np.float64)) / np.maximum(deviation, MIN_DEVIATION)
+        found[part] = (near - np.nanmean(seen, axis=1, dtype=np.float64)) / np.maximum(deviation, MIN_DEVIATION)
     return found
 
 
@@ -131,8 +139,11 @@ def neighbor_agreement(
 ) -> NDArray[np.float64]:
     """Return for each image the share of its K nearest images that its view has among its own K nearest: (m,), 0 to 1.
 
-    Arguments, K and errors are those of :func:`neighborhood_standout`; the image itself is in neither list.
+    Arguments, K and errors are those of :func:`neighborhood_standout`, with a view of every image; the image itself is
+    in neither list.
     """
+    if embeddings.shape != views.shape:
+        raise ValueError(f"embeddings have shape {embeddings.shape} and views {views.shape}; expected the same")
     number, nearest = len(embeddings), _num_compared(embeddings, views, num_neighbors)
     found = np.empty(number)
     for start in range(0, number, STANDOUT_ROWS):
@@ -148,9 +159,9 @@ def neighbor_agreement(
 
 def _num_compared(embeddings: NDArray[np.float32], views: NDArray[np.float32], wanted: int | None) -> int:
     number = len(embeddings)
-    if number < 4 or embeddings.shape != views.shape:
+    if number < 4 or embeddings.shape[1] != views.shape[1]:
         raise ValueError(
-            f"embeddings have shape {embeddings.shape} and views {views.shape}; expected the same, of at least 4 rows"
+            f"embeddings have shape {embeddings.shape} and views {views.shape}; expected one width and at least 4 rows"
         )
     default = max(MIN_STANDING, round(number / IMAGES_PER_STANDING))
     return min(default if wanted is None else wanted, (number - 1) // 3)

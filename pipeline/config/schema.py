@@ -171,6 +171,11 @@ class SampledViews(Augmented):
         1024, description="train images with a view, at most, and as many test images"
     )
     seed: NonNegativeInt = Field(0, description="seed of the sample and of its views")
+    num_judged: Annotated[int, Field(ge=16)] | None = later(
+        512,
+        "of these, the ones with a view through every adapted model: test images where there are some; null: all",
+        before=None,
+    )
 
 
 class Heads(Section):
