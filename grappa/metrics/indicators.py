@@ -27,65 +27,110 @@ STANDOUT_ROWS, MIN_DEVIATION = 1024, 1e-9
 IMAGES_PER_STANDING, MIN_STANDING = 40, 3
 
 
-def reciprocity(embeddings: NDArray[np.float32], *, num_neighbors: int = NUM_NEIGHBORS) -> NDArray[np.float64]:
-    """Return for each row of embeddings (N, D), L2-normalised, the share of its K neighbours that have it as a
+def reciprocity(
+    embeddings: NDArray[np.float32],
+    *,
+    num_neighbors: int = NUM_NEIGHBORS,
+    rows: NDArray[np.int64] | None = None,
+    device: str = "cpu",
+) -> NDArray[np.float64]:
+    """Return for rows of embeddings (N, D), L2-normalised, the share of their K neighbours that have them as a
     neighbour.
 
-    (N,) in [0, 1]. With fewer than K + 1 rows all other rows are neighbours, and every share is 1; NaN for a lone row.
+    ``rows`` (n,), by default all: of whom it is told; neighbours are sought among all N, for these rows and their
+    neighbours only. Returns (n,) in [0, 1]. With fewer than K + 1 rows all other rows are neighbours, and every share
+    is 1; NaN for a lone row.
     """
     own = np.arange(len(embeddings))
+    asked = own if rows is None else rows
     number = min(num_neighbors, len(own) - 1)
-    if number < 1:
-        return np.full(len(own), np.nan)
-    neighbors, _ = nearest_neighbors(embeddings, embeddings, num_neighbors=number, query_ids=own, candidate_ids=own)
-    shares = np.empty(len(own))
-    for start in range(0, len(own), BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
-        shares[rows] = (neighbors[neighbors[rows]] == own[rows, None, None]).any(axis=2).mean(axis=1)
+    if number < 1 or not len(asked):
+        return np.full(len(asked), np.nan)
+
+    def neighbors_of(chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+        return nearest_neighbors(
+            embeddings[chosen], embeddings, num_neighbors=number, query_ids=chosen, candidate_ids=own, device=device
+        )[0]
+
+    if rows is None:
+        known, theirs = own, neighbors_of(own)
+        mine = theirs
+    else:
+        mine = neighbors_of(asked)
+        known = np.unique(mine)
+        theirs = neighbors_of(known)
+    shares = np.empty(len(asked))
+    for start in range(0, len(asked), BLOCK_ROWS):
+        part = slice(start, start + BLOCK_ROWS)
+        back = theirs[np.searchsorted(known, mine[part])]
+        shares[part] = (back == asked[part, None, None]).any(axis=2).mean(axis=1)
     return shares
 
 
 def reciprocity_table(
-    embeddings: NDArray[np.float32], domains: NDArray[np.object_], *, gallery: str, num_neighbors: int = NUM_NEIGHBORS
+    embeddings: NDArray[np.float32],
+    domains: NDArray[np.object_],
+    *,
+    gallery: str,
+    num_neighbors: int = NUM_NEIGHBORS,
+    rows: NDArray[np.int64] | None = None,
+    device: str = "cpu",
 ) -> pd.DataFrame:
     """Return the mean reciprocity of each domain's images: domain, reciprocity; ``_mean`` over domains last.
 
     domains (N,); ``gallery`` as in ``grappa.metrics.retrieval``: neighbours of the image's own domain ("domain") or of
-    all ("merged").
+    all ("merged"). ``rows`` (n,), ascending: the images over which the mean is, by default all.
     """
     names = sorted(set(domains))
-    if gallery == "merged":
-        shares = reciprocity(embeddings, num_neighbors=num_neighbors)
-        means = [float(shares[domains == name].mean()) for name in names]
-    else:
-        means = [float(reciprocity(embeddings[domains == name], num_neighbors=num_neighbors).mean()) for name in names]
+    chosen = np.ones(len(domains), dtype=bool) if rows is None else np.isin(np.arange(len(domains)), rows)
+    means = []
+    merged = _shares(embeddings, chosen, num_neighbors, device) if gallery == "merged" else np.empty(0)
+    for name in names:
+        own = domains == name
+        found = merged[own[chosen]] if len(merged) else _shares(embeddings[own], chosen[own], num_neighbors, device)
+        means.append(float(found.mean()) if len(found) else np.nan)
     return pd.DataFrame({"domain": [*names, MEAN], "reciprocity": [*means, float(np.nanmean(means))]})
 
 
-def neighborhood_standout(
-    embeddings: NDArray[np.float32], views: NDArray[np.float32], *, num_neighbors: int | None = None
+def _shares(
+    embeddings: NDArray[np.float32], chosen: NDArray[np.bool_], num_neighbors: int, device: str
 ) -> NDArray[np.float64]:
-    """Return for each image how far its neighbours stand out for another view of it, in standard deviations: (m,).
+    rows = None if chosen.all() else np.flatnonzero(chosen)
+    return reciprocity(embeddings, num_neighbors=num_neighbors, rows=rows, device=device)
 
-    embeddings (m, D): images, L2-normalised; views (m, D): of each image one augmented view, likewise. Of an image's
-    similarities to all other images, those of its view are taken: the mean over the K nearest of the *image*, minus the
-    mean over all, over the standard deviation over all. What holds the neighbourhood together must so survive a change
-    of crop and colours; a space in which an image is only near itself scores low, and so does one with hubs.
+
+def neighborhood_standout(
+    embeddings: NDArray[np.float32],
+    views: NDArray[np.float32],
+    *,
+    rows: NDArray[np.int64] | None = None,
+    num_neighbors: int | None = None,
+) -> NDArray[np.float64]:
+    """Return for images how far their neighbours stand out for another view of them, in standard deviations: (n,).
+
+    embeddings (m, D): images, L2-normalised; views (n, D): of ``rows`` (n,), by default of all, one augmented view
+    each, likewise. Of an image's similarities to all other images, those of its view are taken: the mean over the K
+    nearest of the *image*, minus the mean over all, over the standard deviation over all. What holds the neighbourhood
+    together must so survive a change of crop and colours; a space in which an image is only near itself scores low, and
+    so does one with hubs.
 
     K is a 40th of the images (at least 3), so that the same collection gives the same picture whatever the size of the
-    sample; it is at most a third of the other images. ValueError for fewer than 4 images or different shapes.
+    sample; it is at most a third of the other images. ValueError for fewer than 4 images or shapes that do not fit.
     """
-    number, nearest = len(embeddings), _num_compared(embeddings, views, num_neighbors)
-    found = np.empty(number)
-    for start in range(0, number, STANDOUT_ROWS):
-        rows = np.arange(start, min(start + STANDOUT_ROWS, number))
-        own, seen = (each[rows] @ embeddings.T for each in (embeddings, views))
-        own[np.arange(len(rows)), rows] = -np.inf
+    judged = np.arange(len(embeddings)) if rows is None else rows
+    if len(judged) != len(views):
+        raise ValueError(f"found {len(views)} views of {len(judged)} images; expected one of each")
+    nearest = _num_compared(embeddings, views, num_neighbors)
+    found = np.empty(len(views))
+    for start in range(0, len(views), STANDOUT_ROWS):
+        part = slice(start, start + STANDOUT_ROWS)
+        own, seen = (each @ embeddings.T for each in (embeddings[judged[part]], views[part]))
+        own[np.arange(len(own)), judged[part]] = -np.inf
         around = np.argpartition(-own, nearest, axis=1)[:, :nearest]
         near = np.take_along_axis(seen, around, axis=1).mean(axis=1, dtype=np.float64)
-        seen[np.arange(len(rows)), rows] = np.nan
+        seen[np.arange(len(seen)), judged[part]] = np.nan
         deviation = np.nanstd(seen, axis=1, dtype=np.float64)
-        found[rows] = (near - np.nanmean(seen, axis=1, dtype=np.float64)) / np.maximum(deviation, MIN_DEVIATION)
+        found[part] = (near - np.nanmean(seen, axis=1, dtype=np.float64)) / np.maximum(deviation, MIN_DEVIATION)
     return found
 
 
@@ -94,8 +139,11 @@ def neighbor_agreement(
 ) -> NDArray[np.float64]:
     """Return for each image the share of its K nearest images that its view has among its own K nearest: (m,), 0 to 1.
 
-    Arguments, K and errors are those of :func:`neighborhood_standout`; the image itself is in neither list.
+    Arguments, K and errors are those of :func:`neighborhood_standout`, with a view of every image; the image itself is
+    in neither list.
     """
+    if embeddings.shape != views.shape:
+        raise ValueError(f"embeddings have shape {embeddings.shape} and views {views.shape}; expected the same")
     number, nearest = len(embeddings), _num_compared(embeddings, views, num_neighbors)
     found = np.empty(number)
     for start in range(0, number, STANDOUT_ROWS):
@@ -111,9 +159,9 @@ def neighbor_agreement(
 
 def _num_compared(embeddings: NDArray[np.float32], views: NDArray[np.float32], wanted: int | None) -> int:
     number = len(embeddings)
-    if number < 4 or embeddings.shape != views.shape:
+    if number < 4 or embeddings.shape[1] != views.shape[1]:
         raise ValueError(
-            f"embeddings have shape {embeddings.shape} and views {views.shape}; expected the same, of at least 4 rows"
+            f"embeddings have shape {embeddings.shape} and views {views.shape}; expected one width and at least 4 rows"
         )
     default = max(MIN_STANDING, round(number / IMAGES_PER_STANDING))
     return min(default if wanted is None else wanted, (number - 1) // 3)

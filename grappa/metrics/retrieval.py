@@ -1,10 +1,11 @@
 """Retrieval metrics: every labelled image queries all others, per domain or over the merged gallery.
 
 Images are first put in a seeded order of their ids, and ties go to the earlier image of that order: rows sorted by
-class leak nothing, and the order of the rows changes nothing. Products are made in blocks of queries, never N x N.
+class leak nothing, and the order of the rows changes nothing. Products are made in blocks of queries, never N x N, and
+once for both galleries (``grappa.metrics.ranking``).
 """
 
-# B queries of a block, M images of a gallery, D width
+# B queries of a block, P pairs of a query and a positive, D width
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ from grappa.core.memory import FLOAT, INTEGER, WORK
 from grappa.core.names import GALLERIES, MEAN, ORACLE
 from grappa.core.randomness import key, shuffled
 from grappa.core.vectors import check_unit_vectors
+from grappa.metrics import ranking
+from grappa.metrics.ranking import QUERY_BLOCK, Gallery, ranked
+from grappa.metrics.samples import even_sample
 
 RECALL_AT = (1, 2, 4, 8)
 METRICS = ["average_precision", "r_precision", "map_at_r", *(f"recall_at_{depth}" for depth in RECALL_AT)]
-QUERY_BLOCK, BLOCK_ELEMENTS = 256, 2**22
 SUMMARY_COLUMNS = ["model", "domain", "gallery", "num_queries", "map", "map_se", "r_precision", "map_at_r"]
 SUMMARY_COLUMNS += ["recall_at_1", "recall_at_1_se", "recall_at_2", "recall_at_4", "recall_at_8"]
 
@@ -35,7 +38,10 @@ def evaluate(
     ids: NDArray[np.uint64],
     gallery: str,
     seed: int = 0,
+    max_queries: int | None = None,
     block_size: int = QUERY_BLOCK,
+    device: str = "cpu",
+    num_threads: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """Score every labelled row of embeddings (N, D), L2-normalised, as a query against all other labelled rows.
@@ -44,37 +50,121 @@ def evaluate(
     with a null label take no part and are counted in ``.attrs["num_unlabeled"]``. ``gallery`` is "domain" (images of
     the query's own domain) or "merged" (all). Returns one row a query, by row: row, domain, num_positives,
     average_precision over the full ranking, r_precision, map_at_r, recall_at_1/2/4/8, each in [0, 1], NaN for a query
-    without positives. Similarities are compared as float32; equal ones in an order hashed from (seed, id). ``progress``
-    is called with queries newly done.
+    without positives. Similarities are compared as float32; equal ones in an order hashed from (seed, id).
+
+    Of more than ``max_queries`` queries with positives, that many are drawn evenly over domains (``sampled_queries``);
+    each is still compared with all rows. ``device`` and ``num_threads`` compute; ``progress`` is called with the
+    queries newly done.
     """
+    if gallery not in GALLERIES:
+        raise ValueError(f"gallery is {gallery!r}; expected one of {', '.join(GALLERIES)}")
+    return evaluate_galleries(
+        embeddings,
+        labels=labels,
+        domains=domains,
+        ids=ids,
+        galleries=(gallery,),
+        seed=seed,
+        max_queries=max_queries,
+        block_size=block_size,
+        device=device,
+        num_threads=num_threads,
+        progress=progress,
+    )[gallery]
+
+
+def evaluate_galleries(
+    embeddings: NDArray[np.float32],
+    *,
+    labels: NDArray[np.object_],
+    domains: NDArray[np.object_],
+    ids: NDArray[np.uint64],
+    galleries: Sequence[str] = GALLERIES,
+    seed: int = 0,
+    max_queries: int | None = None,
+    block_size: int = QUERY_BLOCK,
+    device: str = "cpu",
+    num_threads: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, pd.DataFrame]:
+    """Return what :func:`evaluate` does for each gallery, in the time of the larger one: products are made once."""
     embeddings = check_unit_vectors("embeddings", embeddings)
-    _check(embeddings, labels, domains, ids, gallery, block_size)
+    _check(embeddings, labels, domains, ids, block_size)
     labelled = np.flatnonzero(~pd.isna(labels))
     order = labelled[shuffled(key(seed, "evaluation"), ids[labelled])]
-    classes = pd.factorize(pd.MultiIndex.from_arrays([domains[order], labels[order]]))[0].astype(np.int32)
-    groups = pd.factorize(domains[order])[0] if gallery == "domain" else np.zeros(len(order), dtype=np.int64)
-    parts = []
+    asked = np.zeros(len(embeddings), dtype=bool)
+    asked[sampled_queries(labels, domains, ids, max_queries, seed=seed)] = True
+    classes = _classes(labels[order], domains[order])
+    num_positives = np.bincount(classes)[classes] - 1
+    groups = np.zeros(len(order), dtype=np.int64) if "domain" not in galleries else pd.factorize(domains[order])[0]
+    parts: dict[str, list[pd.DataFrame]] = {gallery: [] for gallery in galleries}
     for group in range(groups.max(initial=-1) + 1):
-        members = np.flatnonzero(groups == group)
-        found = _score(embeddings[order[members]], classes[members], block_size, progress)
-        parts.append(found.assign(row=order[members], domain=domains[order[members]]))
+        own, others = (np.flatnonzero(mask) for mask in (groups == group, groups != group))
+        places = np.concatenate([own, others]) if "merged" in galleries else own
+        searched = Gallery(embeddings[order[places]], classes[places], places, len(own))
+        queries = np.flatnonzero(asked[order[own]])
+        for block, ranks in ranked(searched, queries, block_size=block_size, device=device, num_threads=num_threads):
+            rows = order[own[block]]
+            for gallery, part in parts.items():
+                found = ranks.own if gallery == "domain" else ranks.merged
+                scores = ranking_metrics(ranks.query, found, num_positives[own[block]])
+                part.append(scores.assign(row=rows, domain=domains[rows]))
+            if progress is not None:
+                progress(len(block))
+    return {gallery: _table(part, len(embeddings) - len(labelled)) for gallery, part in parts.items()}
+
+
+def _classes(labels: NDArray[np.object_], domains: NDArray[np.object_]) -> NDArray[np.int64]:
+    return pd.factorize(pd.MultiIndex.from_arrays([domains, labels]))[0].astype(np.int64)
+
+
+def _table(parts: list[pd.DataFrame], num_unlabeled: int) -> pd.DataFrame:
     frame = pd.concat(parts) if parts else pd.DataFrame(columns=["row", "domain", "num_positives", *METRICS])
     frame = frame[["row", "domain", "num_positives", *METRICS]].sort_values("row", ignore_index=True)
-    frame.attrs["num_unlabeled"] = len(embeddings) - len(labelled)
+    frame.attrs["num_unlabeled"] = num_unlabeled
     return frame
 
 
-def memory_needed(num_images: int, width: int, num_models: int) -> int:
+def with_positives(labels: NDArray[np.object_], domains: NDArray[np.object_]) -> NDArray[np.int64]:
+    """Return the rows, ascending, that are queries with positives: those of a class of two labelled images or more."""
+    labelled = np.flatnonzero(~pd.isna(labels))
+    classes = _classes(labels[labelled], domains[labelled])
+    return labelled[np.bincount(classes)[classes] > 1]
+
+
+def sampled_queries(
+    labels: NDArray[np.object_],
+    domains: NDArray[np.object_],
+    ids: NDArray[np.uint64],
+    max_queries: int | None,
+    *,
+    seed: int = 0,
+) -> NDArray[np.int64]:
+    """Return the rows that query, ascending: all labelled ones, or a sample of ``max_queries``.
+
+    It is drawn of those with positives, where there are more, and evenly over domains
+    (``grappa.metrics.samples.even_sample``).
+    """
+    scored = with_positives(labels, domains)
+    if max_queries is None or len(scored) <= max_queries:
+        return np.flatnonzero(~pd.isna(labels))
+    return scored[even_sample(domains[scored], ids[scored], max_queries, seed=key(seed, "queries"))]
+
+
+def memory_needed(
+    num_images: int, width: int, num_models: int, *, num_queries: int | None = None, num_threads: int = 1
+) -> int:
     """Return the bytes that the evaluation of ``num_models`` models takes at its peak.
 
-    Counted are one model's embeddings in their file, as given and in order, two tables of every model (one a gallery,
-    twice while they are put together), and a block of rankings.
+    Counted are one model's embeddings in their file, as given and in order, two tables of ``num_queries`` rows (by
+    default one an image) of every model, each twice while they are put together, and a block of products with what is
+    compared at once.
     """
     num_columns = len(["row", "domain", "num_positives", *METRICS, "model", "gallery"])
     embeddings = 3 * num_images * width * FLOAT
-    tables = 2 * len(GALLERIES) * num_models * num_images * num_columns * INTEGER
-    block = min(BLOCK_ELEMENTS, QUERY_BLOCK * num_images)
-    return embeddings + tables + block * (4 * INTEGER + 3 * FLOAT) + WORK
+    asked = num_images if num_queries is None else num_queries
+    tables = 2 * len(GALLERIES) * num_models * asked * num_columns * INTEGER
+    return embeddings + tables + ranking.memory_needed(num_images, num_threads) + WORK // 4
 
 
 def _check(
@@ -82,7 +172,6 @@ def _check(
     labels: NDArray[np.object_],
     domains: NDArray[np.object_],
     ids: NDArray[np.uint64],
-    gallery: str,
     block_size: int,
 ) -> None:
     lengths = {"embeddings": len(embeddings), "labels": len(labels), "domains": len(domains), "ids": len(ids)}
@@ -90,59 +179,27 @@ def _check(
         raise ValueError(f"expected one label, domain and id a row of embeddings, found {lengths}")
     if len(np.unique(ids)) != len(ids):
         raise ValueError("ids holds the same id twice; give each image its own")
-    if gallery not in GALLERIES:
-        raise ValueError(f"gallery is {gallery!r}; expected one of {', '.join(GALLERIES)}")
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; expected at least 1")
 
 
-def _score(
-    embeddings_MD: NDArray[np.float32],
-    classes: NDArray[np.int32],
-    block_size: int,
-    progress: Callable[[int], None] | None,
+def ranking_metrics(
+    query: NDArray[np.int64], rank: NDArray[np.int64], num_positives: NDArray[np.int64]
 ) -> pd.DataFrame:
-    num_positives = np.bincount(classes)[classes] - 1
-    num_rows = max(1, min(block_size, BLOCK_ELEMENTS // len(classes)))
-    blocks = []
-    for start in range(0, len(classes), num_rows):
-        queries = np.arange(start, min(start + num_rows, len(classes)))
-        hits = classes[_ranking(embeddings_MD[queries] @ embeddings_MD.T, queries)] == classes[queries, None]
-        blocks.append(ranking_metrics(hits, num_positives[queries]))
-        if progress is not None:
-            progress(len(queries))
-    return pd.concat(blocks, ignore_index=True)
-
-
-def _ranking(products_BM: NDArray[np.float32], queries: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return (B, M - 1) positions, most similar first, ties by the lower position, the query itself left out.
-
-    Similarity and position are packed into one 64-bit number, which sorts faster than an indirect stable sort.
-    """
-    bits = (products_BM + np.float32(0.0)).view(np.uint32)
-    negative = bits >> np.uint32(31) == 1
-    falling = np.where(negative, bits, ~bits & np.uint32(0x7FFFFFFF))
-    packed = falling.astype(np.uint64) << np.uint64(32) | np.arange(products_BM.shape[1], dtype=np.uint64)
-    packed[np.arange(len(queries)), queries] = np.iinfo(np.uint64).max
-    packed.sort(axis=1)
-    return (packed[:, :-1] & np.uint64(0xFFFFFFFF)).astype(np.int64)
-
-
-def ranking_metrics(hits: NDArray[np.bool_], num_positives: NDArray[np.int64]) -> pd.DataFrame:
     """Return num_positives and METRICS of B rankings.
 
-    hits (B, M) bool: is the image at this rank of the query's class; num_positives (B,): how many are in the gallery
-    (R). Average precision is the mean over the R positives of (positives up to its rank) / rank, MAP@R the same with
-    positives below rank R counted 0 (Musgrave et al. 2020), R-precision the share of positives among the first R,
-    recall at k whether one is among the first k. NaN where R = 0.
+    query (P,) and rank (P,) tell of each positive which ranking it is in, and its rank there from 0: by query,
+    ascending for each; num_positives (B,): how many are in the gallery (R). Average precision is the mean over the R
+    positives of (positives up to its rank) / rank, MAP@R the same with positives below rank R counted 0 (Musgrave et
+    al. 2020), R-precision the share of positives among the first R, recall at k whether one is among the first k. NaN
+    where R = 0.
     """
-    query, rank = np.nonzero(hits)
-    first = np.concatenate([[0], np.cumsum(np.bincount(query, minlength=len(hits)))])[query]
+    first = np.concatenate([[0], np.cumsum(np.bincount(query, minlength=len(num_positives)))])[query]
     precision = (np.arange(len(query)) - first + 1) / (rank + 1)
     inside = rank < num_positives[query]
 
     def per_query(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        sums = np.bincount(query, weights=values, minlength=len(hits))
+        sums = np.bincount(query, weights=values, minlength=len(num_positives))
         return np.where(num_positives > 0, sums / np.maximum(num_positives, 1), np.nan)
 
     columns = {
@@ -152,7 +209,8 @@ def ranking_metrics(hits: NDArray[np.bool_], num_positives: NDArray[np.int64]) -
         "map_at_r": per_query(precision * inside),
     }
     for depth in RECALL_AT:
-        columns[f"recall_at_{depth}"] = np.where(num_positives > 0, hits[:, :depth].any(axis=1), np.nan)
+        hits = np.bincount(query[rank < depth], minlength=len(num_positives)) > 0
+        columns[f"recall_at_{depth}"] = np.where(num_positives > 0, hits, np.nan)
     return pd.DataFrame(columns)
 
 

@@ -40,7 +40,10 @@ def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, 
         and METRICS_FILE in evaluated.outputs
         and any(node.stage == "evaluation" for node in selected(config, selection))
     ):
-        print_table(published(run, "evaluation", METRICS_FILE) / METRICS_FILE)
+        metrics = published(run, "evaluation", METRICS_FILE) / METRICS_FILE
+        print_table(metrics)
+        if caption(metrics):
+            say(caption(metrics))
     if report.seconds:
         if readable_manifest(run, "index") and not (selection.stage or selection.until):
             say(f"look at it: grappa explore {quoted(run.root)}")
@@ -65,8 +68,7 @@ def read_table(metrics: Path) -> tuple[list[str], list[list[str]]]:
     is ``-``. With a model ``supervised``, a last line shows which share of the gap between zero_shot and supervised is
     closed without labels: (fused - zero_shot) / (supervised - zero_shot).
     """
-    with metrics.open(newline="", encoding="utf-8") as file:
-        records = [{name: unguarded(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+    records = _read(metrics)
     header, rows = _quality_table(records)
     if not records or "reciprocity" not in records[0]:
         return header, rows
@@ -75,6 +77,23 @@ def read_table(metrics: Path) -> tuple[list[str], list[list[str]]]:
     if not any(_number(row["map"]) is not None for row in records):
         return ["", "reciprocity"], [[row[0], row[-1]] for row in rows]
     return [*header, "reciprocity"], rows
+
+
+def _read(metrics: Path) -> list[dict[str, str]]:
+    with metrics.open(newline="", encoding="utf-8") as file:
+        return [{name: unguarded(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+
+
+def caption(metrics: Path) -> str:
+    """Return what the numbers of a ``metrics.csv`` are means over, where that is a sample; empty where it is not."""
+    whole = next((row for row in _read(metrics) if row["domain"] == MEAN and "num_possible_queries" in row), None)
+    if whole is None:
+        return ""
+    asked, possible = (int(whole[name]) for name in ("num_queries", "num_possible_queries"))
+    if asked == possible:
+        return ""
+    reciprocity = f"reciprocity is that of {int(whole['num_reciprocity_images']):,} images"
+    return f"{asked:,} of {possible:,} queries, each against all images (evaluation.max_queries); {reciprocity}"
 
 
 def _quality_table(records: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:

@@ -171,6 +171,11 @@ class SampledViews(Augmented):
         1024, description="train images with a view, at most, and as many test images"
     )
     seed: NonNegativeInt = Field(0, description="seed of the sample and of its views")
+    num_judged: Annotated[int, Field(ge=16)] | None = later(
+        512,
+        "of these, the ones with a view through every adapted model: test images where there are some; null: all",
+        before=None,
+    )
 
 
 class Selection(Section):
@@ -220,6 +225,11 @@ class Model(Section):
 
 class Evaluation(Section):
     seed: NonNegativeInt = Field(0, description="seed of the hash that breaks ties")
+    max_queries: Literal["auto"] | PositiveInt | None = later(
+        "auto",
+        "labelled test images that query all others, at most, drawn evenly over domains; auto: 10,000; null: all",
+        before=None,
+    )
     extra_rows: tuple[ExtraModel, ...] = provenance(
         (),
         "further models: concat, multi_head, supervised (train labels), zero_shot_objects, adapted_objects (crops)",
@@ -391,9 +401,8 @@ def identity_settings(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
 
 def _as_before(section: Section, field: str) -> bool:
     """Tell whether a later field has the value with which everything is as it was without the field."""
-    info = type(section).model_fields[field]
-    marked = isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("later") is True
-    return marked and getattr(section, field) == info.default
+    extra = type(section).model_fields[field].json_schema_extra
+    return isinstance(extra, dict) and extra.get("later") is True and getattr(section, field) == extra["before"]
 
 
 def is_identity(section: Section, field: str) -> bool:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
+UNCHANGED = object()
 LARGEST = 2**53  # an integer that every reader of JSON holds exactly
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -27,9 +28,12 @@ def provenance(default: Any, description: str) -> Any:
     return Field(default=default, description=description, json_schema_extra={"identity": False})
 
 
-def later(default: Any, description: str) -> Any:
-    """Return a field that came after runs had been made: with its default the result is that without the field.
+def later(default: Any, description: str, *, before: Any = UNCHANGED) -> Any:
+    """Return a field that came after runs had been made: with the value ``before``, by default the default, the result
+    is that without the field.
 
-    Such a value is left out of fingerprints, so that older artifacts stay fresh.
+    Such a value is left out of fingerprints, so that older artifacts stay fresh. Where it is not the default, older
+    runs get it by ``FORMER`` of ``grappa.pipeline.config.yaml_file``.
     """
-    return Field(default=default, description=description, json_schema_extra={"later": True})
+    as_before = default if before is UNCHANGED else before
+    return Field(default=default, description=description, json_schema_extra={"later": True, "before": as_before})

@@ -32,6 +32,8 @@ FORMER: Settings = {  # defaults that were others when runs were made
     "images": {"cache_size": 256},
     "features": {"whitening_power": 0.0},
     "selection": {"sets": "all"},
+    "views": {"num_judged": None},
+    "evaluation": {"max_queries": None},
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from grappa.pipeline.config.schema import Config
+from grappa.pipeline.config.schema import Config, SampledViews
 from grappa.pipeline.graph.models import (
     CHOOSING_MODEL,
     Part,
@@ -247,6 +247,11 @@ def _view_settings(instance: str | None) -> tuple[str, ...]:
     return ("views", "embeddings.precision")
 
 
+def _frozen_view_settings(instance: str | None) -> tuple[str, ...]:
+    fields = (f"views.{field}" for field in SampledViews.model_fields if field != "num_judged")
+    return (*fields, "embeddings.precision")
+
+
 def _view_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     parts = _parts_of(config, str(instance), but=("features",))
     return (*dict.fromkeys([Input("images", PIXELS), Input("backbone", WEIGHTS), *parts]),)
@@ -308,7 +313,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "frozen_views",
         1,
-        _view_settings,
+        _frozen_view_settings,
         lambda config, instance: (Input("images", PIXELS), Input("backbone", WEIGHTS)),
         parallel=True,
         function="embeddings.run_on_views",
@@ -333,7 +338,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "selection",
         1,
-        _settings("selection", "views", "embeddings.precision"),
+        lambda instance: ("selection", *_frozen_view_settings(instance)),
         _selection_inputs,
         _selection,
         function="adaptors.select",

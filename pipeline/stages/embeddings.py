@@ -1,7 +1,8 @@
 """Stages ``embeddings`` and ``views``: what a model of the result table makes of images, float32, L2-normalised.
 
-``embeddings`` embeds all images, (N, D). ``views`` embeds an augmented view of some train and some test images, (m, D),
-with their rows of the image table, (m,) int64 ascending; labels are not read.
+``embeddings`` embeds all images, (N, D). ``frozen_views`` embeds an augmented view of some train and some test images,
+(m, D), with their rows of the image table, (m,) int64 ascending; ``views`` the views of those of them by which models
+are judged. Labels are not read.
 
 ``grappa.pipeline.graph.models`` names for each model the function that makes its embeddings. ``COMPUTED`` holds the
 functions that need no pass through the backbone, ``OPENED`` those that open the adaptor sets of the backbone.
@@ -25,6 +26,7 @@ from grappa.images.splits import test_rows, train_rows
 from grappa.method.adaptors import AdaptorSet, folded
 from grappa.method.fusion import Fusion
 from grappa.metrics.whitening import fit_whitening
+from grappa.pipeline.config.schema import SampledViews
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import CHOOSING_MODEL, Making, find_model, model_on_objects
 from grappa.pipeline.learning import open_views
@@ -78,7 +80,7 @@ def run_on_views(context: StageContext) -> str:
     """Run the stages ``views`` and ``frozen_views``."""
     name = str(context.instance or CHOOSING_MODEL)
     images, settings = read_images(context.input("images")), context.config.views
-    ids, rows = id_numbers(images["image_id"].tolist()), _viewed_rows(images, settings.num_images, settings.seed)
+    ids, rows = id_numbers(images["image_id"].tolist()), _viewed_rows(images, settings, frozen=not context.instance)
     backbone = open_backbone(context)
     views = open_views(context, settings, backbone.spec)
     views = replace(views, cache=ChosenRows(open_pixels(context), rows), ids=ids[rows])
@@ -98,12 +100,17 @@ def run_on_views(context: StageContext) -> str:
     return f"{num_rows} embeddings of views, of {width} dimensions, by {name}"
 
 
-def _viewed_rows(images: pd.DataFrame, most: int, seed: int) -> NDArray[np.int64]:
-    """Return at most ``most`` train rows and, where there is a split, as many test rows, drawn by their ids."""
+def _viewed_rows(images: pd.DataFrame, settings: SampledViews, *, frozen: bool) -> NDArray[np.int64]:
+    """Return at most ``num_images`` train rows and, where there is a split, as many test rows, drawn by their ids.
+
+    Adapted models see the first ``num_judged`` of those that are judged: the test rows where there is a split.
+    """
     tested, transductive = test_rows(images)
-    parts = [train_rows(images)] if transductive else [train_rows(images), tested]
+    parts, most = [train_rows(images)] if transductive else [train_rows(images), tested], settings.num_images
+    if not frozen and settings.num_judged is not None:
+        parts, most = parts[-1:], min(most, settings.num_judged)
     ids = id_numbers(images["image_id"].tolist())
-    drawn = [rows[shuffled(key(seed, "viewed"), ids[rows])[:most]] for rows in parts]
+    drawn = [rows[shuffled(key(settings.seed, "viewed"), ids[rows])[:most]] for rows in parts]
     return np.sort(np.concatenate(drawn))
 
 

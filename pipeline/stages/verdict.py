@@ -2,13 +2,15 @@
 
 ``verdict.json`` holds the verdict in a word, the evidence in two sentences, and each model's indicator with its
 difference to the frozen backbone. The rule is in ``grappa.metrics.verdict``. Test images are judged where there is a
-split, and otherwise train images, behind heads that were fitted on other regions of the collection. No label is read.
+split, and otherwise train images, behind heads that were fitted on other regions of the collection: those with a view
+through every model, among all that have one through the frozen backbone. No label is read.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,60 +27,72 @@ from grappa.pipeline.graph.stages import views_node
 from grappa.pipeline.opening import read_images, settle_device
 from grappa.search.kmeans import count_distinct
 
-Fold = tuple[NDArray[np.int64], NDArray[np.int64]]  # the rows on which heads are fitted, and the rows that are judged
 COSTLY = ("mean", "fused")  # all sets at every image; every other model costs one set or none
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Rows of the image table: heads are fitted on one part, and images of another judged among the ``gallery``."""
+
+    fitted: NDArray[np.int64]
+    gallery: NDArray[np.int64]
+    judged: NDArray[np.int64]
 
 
 def run(context: StageContext) -> str:
     images = read_images(context.input("images"))
     ids, device = id_numbers(images["image_id"].tolist()), str(settle_device(context))
     train, (tested, transductive) = train_rows(images), test_rows(images)
-    viewed = np.load(context.input("frozen_views") / "rows.npy", allow_pickle=False)
-    where = "train" if transductive else "test"
-    folds = _folds(context, ids, train, viewed) if transductive else [(train, np.intersect1d(viewed, tested))]
-    models = candidate_models(context.config)
-    if min(len(judged) for _, judged in folds) < 4 or min(len(fitted) for fitted, _ in folds) < 4:
-        return _write(context, Verdict("too few images", models[0], sum(len(judged) for _, judged in folds), ()), where)
+    models, where = candidate_models(context.config), "train" if transductive else "test"
+    drawn, viewed = _viewed(context, models[0]), reduce(np.intersect1d, (_viewed(context, model) for model in models))
+    folds = []
+    for fitted, others in _parts(context, ids, train) if transductive else [(train, tested)]:
+        gallery = np.intersect1d(drawn, others)
+        folds.append(Fold(fitted, gallery, np.intersect1d(viewed, gallery)))
+    if min(min(len(fold.judged), len(fold.fitted)) for fold in folds) < 4:
+        return _write(context, Verdict("too few images", models[0], sum(len(fold.judged) for fold in folds), ()), where)
     with context.task("judging", len(models), unit="models") as advance:
         standouts = {}
         for model in models:
-            standouts[model] = _standout(context, model, folds, ids, viewed, device)
+            standouts[model] = _standout(context, model, folds, ids, device)
             advance(1)
     singles = [model for model in models[1:] if model not in ("student", *COSTLY)]
     verdict = judge(standouts, by_cost=["student", *singles, *COSTLY], seed=context.config.views.seed)
     return _write(context, verdict, where)
 
 
-def _folds(
-    context: StageContext, ids: NDArray[np.uint64], train: NDArray[np.int64], viewed: NDArray[np.int64]
-) -> list[Fold]:
-    """Return two folds of the train rows, by regions of the frozen embeddings: equal for all models."""
+def _parts(
+    context: StageContext, ids: NDArray[np.uint64], train: NDArray[np.int64]
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return the train rows cut in two, both ways round, by regions of the frozen embeddings: equal for all models."""
     frozen = np.asarray(_embeddings(context, "zero_shot")[train])
     if len(train) < 8 or count_distinct(frozen, 8) < 8:
         return [(train, np.empty(0, dtype=np.int64))]
     half = region_halves(frozen, ids[train], seed=context.config.views.seed)
-    return [(train[~part], np.intersect1d(viewed, train[part])) for part in (half, ~half)]
+    return [(train[~part], train[part]) for part in (half, ~half)]
+
+
+def _viewed(context: StageContext, model: str) -> NDArray[np.int64]:
+    """Return the rows of the image table with a view through a model, ascending."""
+    seen_by = views_node(model)
+    rows: NDArray[np.int64] = np.load(context.input(seen_by.stage, seen_by.instance) / "rows.npy", allow_pickle=False)
+    return rows
 
 
 def _standout(
-    context: StageContext,
-    model: str,
-    folds: list[Fold],
-    ids: NDArray[np.uint64],
-    viewed: NDArray[np.int64],
-    device: str,
+    context: StageContext, model: str, folds: list[Fold], ids: NDArray[np.uint64], device: str
 ) -> NDArray[np.float64]:
-    embeddings = _embeddings(context, model)
+    embeddings, viewed = _embeddings(context, model), _viewed(context, model)
     seen_by = views_node(model)
     views = np.load(context.input(seen_by.stage, seen_by.instance) / "views.npy", allow_pickle=False)
     parts = []
-    for fitted, judged in folds:
+    for fold in folds:
         head = fit_whitened_neighborhood_head(
-            embeddings[fitted], ids[fitted], neighborhood_weight=DEFAULT_WEIGHT, device=device
+            embeddings[fold.fitted], ids[fold.fitted], neighborhood_weight=DEFAULT_WEIGHT, device=device
         )
-        seen = views[np.searchsorted(viewed, judged)]
-        made = (apply_head(head, each, device=device) for each in (embeddings[judged], seen))
-        parts.append(neighborhood_standout(*made))
+        seen = views[np.searchsorted(viewed, fold.judged)]
+        made = (apply_head(head, each, device=device) for each in (embeddings[fold.gallery], seen))
+        parts.append(neighborhood_standout(*made, rows=np.searchsorted(fold.gallery, fold.judged)))
     return np.concatenate(parts)
 
 

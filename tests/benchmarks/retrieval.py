@@ -1,4 +1,4 @@
-"""R8 and R16: exact nearest neighbours against faiss-cpu, and the memory of an evaluation."""
+"""R8 and R16: exact nearest neighbours against faiss-cpu; memory and time of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
-from grappa.metrics.retrieval import evaluate
+from grappa.metrics.retrieval import evaluate, evaluate_galleries, ranking_metrics, sampled_queries
 from grappa.search.neighbors import nearest_neighbors
 from tests.benchmarks import data
 from tests.benchmarks.core import Gate, Options, Pair, seconds
@@ -96,6 +96,51 @@ def evaluation_time(options: Options) -> Iterator[Pair]:
     yield Pair(seconds(ours, options), seconds(peer, options), setup, check, repeats=3, warm_up=False)
 
 
+@contextmanager
+def evaluation_sorted(options: Options) -> Iterator[Pair]:
+    """Both galleries of some queries, against a sort of all similarities of each, in a product for each gallery."""
+    number = options.size(options.num_images, 3_000)
+    embeddings, classes = data.features(number, WIDTH, options.features), np.arange(number) // 20
+    domains = np.array([f"domain {each}" for each in classes % 4], dtype=object)
+    labels, ids = classes.astype(str).astype(object), np.arange(number, dtype=np.uint64)
+    queries = sampled_queries(labels, domains, ids, options.size(1_024, 128))
+    found: dict[str, float] = {}
+
+    def ours() -> None:
+        tables = evaluate_galleries(
+            embeddings, labels=labels, domains=domains, ids=ids, max_queries=len(queries), num_threads=options.threads
+        )
+        found["ours"] = sum(float(table["average_precision"].sum()) for table in tables.values())
+
+    def peer() -> None:
+        found["peer"] = 0.0
+        for domain in [None, *sorted(set(domains))]:
+            own = np.flatnonzero(domains == domain) if domain else np.arange(number)
+            found["peer"] += _by_sorting(embeddings[own], classes[own], np.flatnonzero(np.isin(own, queries)))
+
+    def check() -> tuple[bool, str]:
+        away = abs(found["ours"] - found["peer"]) / (2 * len(queries))
+        return away < 1e-5, f"mAP {away:.1e} apart"
+
+    setup = f"{len(queries)} queries of {number}, d={WIDTH}, 20 images a class, 4 domains; numpy's sort of 64-bit keys"
+    yield Pair(seconds(ours, options), seconds(peer, options), setup, check, repeats=3, warm_up=False)
+
+
+def _by_sorting(points: NDArray[np.float32], classes: NDArray[np.int64], queries: NDArray[np.int64]) -> float:
+    """Return the sum of the average precisions of ``queries``, by the full ranking of each."""
+    total, rows = 0.0, max(1, min(256, 2**22 // len(points)))
+    for start in range(0, len(queries), rows):
+        asked = queries[start : start + rows]
+        bits = (points[asked] @ points.T).view(np.uint32)
+        falling = np.where(bits >> np.uint32(31) == 1, bits, ~bits & np.uint32(0x7FFFFFFF))
+        keys = falling.astype(np.uint64) << np.uint64(32) | np.arange(len(points), dtype=np.uint64)
+        keys[np.arange(len(asked)), asked] = np.iinfo(np.uint64).max
+        keys.sort(axis=1)
+        hits = classes[(keys[:, :-1] & np.uint64(0xFFFFFFFF)).astype(np.int64)] == classes[asked, None]
+        total += float(ranking_metrics(*np.nonzero(hits), hits.sum(axis=1))["average_precision"].sum())
+    return total
+
+
 def evaluate_gallery(number: int) -> Callable[[], object]:
     """Return the evaluation of so many images in one gallery."""
     embeddings = data.features(number, WIDTH, None)
@@ -108,5 +153,6 @@ def evaluate_gallery(number: int) -> Callable[[], object]:
 GATES = [
     Gate("R8", "kNN graph / faiss-cpu flat: time", 1.1, neighbors),
     Gate("R16 pml", "the same on 5,000 images / pytorch-metric-learning: time", 1.0, evaluation_time),
+    Gate("R16 sort", "both galleries of an evaluation / a full sort of each: time", 0.4, evaluation_sorted),
     Gate("R16", "memory of an evaluation / the full matrix", 0.05, evaluation_memory, unit="bytes"),
 ]

@@ -10,7 +10,16 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from sklearn.metrics import average_precision_score
 
 from grappa.core.randomness import id_numbers
-from grappa.metrics.retrieval import METRICS, SUMMARY_COLUMNS, evaluate, oracle, paired_bootstrap, summarize
+from grappa.metrics.retrieval import (
+    METRICS,
+    SUMMARY_COLUMNS,
+    evaluate,
+    evaluate_galleries,
+    oracle,
+    paired_bootstrap,
+    summarize,
+    with_positives,
+)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -174,8 +183,35 @@ def test_no_labels_at_all_give_an_empty_table() -> None:
     assert len(found) == 0 and found.attrs["num_unlabeled"] == 2
 
 
+@pytest.mark.parametrize("gallery", ["domain", "merged"])
+def test_both_galleries_at_once_have_the_bits_of_each_alone(gallery: str) -> None:
+    embeddings, labels, domains = random_table()
+    embeddings[::7] = embeddings[3]
+    arguments = {"labels": labels, "domains": domains, "ids": names(240)}
+    both = evaluate_galleries(embeddings, **arguments, num_threads=2)
+    pd.testing.assert_frame_equal(
+        both[gallery], evaluate(embeddings, **arguments, gallery=gallery, block_size=7), check_exact=True
+    )
+
+
+def test_a_sample_of_queries_has_the_numbers_of_all_of_them() -> None:
+    embeddings, labels, domains = random_table()
+    labels[:3] = objects("alone", "alone too", None)
+    arguments = {"labels": labels, "domains": domains, "ids": names(240), "gallery": "merged"}
+    whole = evaluate(embeddings, **arguments)
+    drawn = evaluate(embeddings, **arguments, max_queries=40)
+    assert drawn["domain"].value_counts().to_dict() == {"birds": 20, "cars": 20}
+    pd.testing.assert_frame_equal(drawn, whole.set_index("row", drop=False).loc[drawn["row"]].reset_index(drop=True))
+    assert drawn["num_positives"].min() > 0, "whoever has no positive would say nothing"
+    assert set(drawn["row"]) <= set(evaluate(embeddings, **arguments, max_queries=60)["row"])
+    assert set(drawn["row"]) != set(evaluate(embeddings, **arguments, max_queries=40, seed=1)["row"])
+    scored = len(with_positives(labels, domains))
+    assert scored == 237
+    pd.testing.assert_frame_equal(evaluate(embeddings, **arguments, max_queries=scored), whole)
+
+
 def test_memory_is_of_the_size_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grappa.metrics.retrieval.BLOCK_ELEMENTS", 2**17)
+    monkeypatch.setattr("grappa.metrics.ranking.BLOCK_ELEMENTS", 2**17)
     number = 3000
     embeddings = unit(np.random.default_rng(0).normal(size=(number, 4)))
     labels = (np.arange(number) % 300).astype(object)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grappa.pipeline.commands.run import print_table, read_table, times_line
+from grappa.pipeline.commands.run import caption, print_table, read_table, times_line
 
 METRICS = """\
 model,domain,gallery,num_queries,map,map_se
@@ -87,6 +87,18 @@ def test_the_last_column_is_told_without_labels_too(metrics: Path) -> None:
     blank = [",".join("" if at == number else cell for at, cell in enumerate(line.split(","))) for line in lines[1:]]
     metrics.write_text("".join(f"{a},{b}\n" for a, b in zip([lines[0], *blank], shares, strict=True)))
     assert read_table(metrics) == (["", "reciprocity"], [["zero_shot", "0.700"], ["fused", "0.700"]])
+
+
+def test_a_sample_of_queries_is_told_and_only_that(metrics: Path) -> None:
+    assert caption(metrics) == "", "as older runs have it"
+    lines = metrics.read_text().splitlines()
+    header = f"{lines[0]},num_possible_queries,num_reciprocity_images\n"
+    metrics.write_text(header + "".join(f"{line},50000,1000\n" for line in lines[1:]))
+    assert caption(metrics) == (
+        "20 of 50,000 queries, each against all images (evaluation.max_queries); reciprocity is that of 1,000 images"
+    )
+    metrics.write_text(header + "".join(f"{line},20,20\n" for line in lines[1:]))
+    assert caption(metrics) == ""
 
 
 def test_nothing_is_printed_without_labels(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ from grappa.pipeline.config.schema import (
     Evaluation,
     Fusion,
     Objects,
+    SampledViews,
     automatic_num_clusters,
     granularity_name,
     identity_settings,
     num_clusters_of,
 )
 from grappa.pipeline.config.yaml_file import field_names
-from grappa.pipeline.graph.stages import STAGES
+from grappa.pipeline.graph.stages import STAGES, find_stage
 
 
 def test_it_is_frozen_and_every_field_is_described() -> None:
@@ -34,7 +35,20 @@ def test_paths_and_speed_are_no_identity() -> None:
     for name in ("images.sources", "backbone.weights", "compute.device", "compute.num_workers", "fusion.pairs"):
         assert name not in settings
     assert "evaluation.extra_rows" not in identity_settings(Config(), ("evaluation",))
+    assert identity_settings(Config(), ("evaluation",))["evaluation.max_queries"] == "auto"
+    as_before = Config(evaluation=Evaluation(max_queries=None))
+    assert identity_settings(as_before, ("evaluation",)) == {"evaluation.seed": 0}, "older tables stay fresh"
     assert settings["images.cache_size"] == "auto"
+
+
+def test_images_that_are_judged_belong_to_the_views_of_adapted_models() -> None:
+    now, before = Config(), Config(views=SampledViews(num_judged=None))
+    frozen, adapted = (find_stage(name).settings("x") for name in ("frozen_views", "views"))
+    assert identity_settings(now, adapted)["views.num_judged"] == 512
+    assert identity_settings(now, frozen) == identity_settings(before, frozen) == identity_settings(before, adapted)
+
+
+def test_a_single_field_is_read_by_its_name() -> None:
     assert identity_settings(Config(), ("clusters.seed",)) == {"clusters.seed": 0}
 
 

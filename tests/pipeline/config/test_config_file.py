@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from grappa.pipeline.config.schema import Config, Features, Images, Selection
+from grappa.pipeline.config.schema import Config, Evaluation, Features, Images, SampledViews, Selection
 from grappa.pipeline.config.yaml_file import (
     ConfigError,
     Settings,
@@ -54,7 +54,11 @@ def test_every_field_is_written_with_its_description() -> None:
 
 def test_missing_and_empty_sections_have_the_defaults(tmp_path: Path) -> None:
     former = Config(  # as runs had them then
-        images=Images(cache_size=256), features=Features(whitening_power=0.0), selection=Selection(sets="all")
+        images=Images(cache_size=256),
+        features=Features(whitening_power=0.0),
+        views=SampledViews(num_judged=None),
+        evaluation=Evaluation(max_queries=None),
+        selection=Selection(sets="all"),
     )
     assert load_config(written(tmp_path, "clusters:\n")) == former
     assert load_config(written(tmp_path, "")) == former

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from numpy.typing import NDArray
 
 import grappa
+from grappa.images import splits
 from grappa.metrics import verdict as rule
 from grappa.pipeline.commands.search import search
 from grappa.pipeline.config.yaml_file import ConfigError
 from grappa.pipeline.engine.status import read_config, states
+from grappa.pipeline.opening import read_images
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import draw_images, make_run, run_all, split_of, with_other_bytes, write_table, write_weights
 
@@ -56,6 +59,35 @@ def test_too_few_images_deploy_the_frozen_backbone_with_its_head(chosen: RunFold
     model = grappa.load_model(chosen.root)
     assert model.adaptation is None and model.head.form()["kind"] == "whitened_neighborhood"
     assert (np.diff(_found(chosen, material)) <= 0).all() and _found(chosen, material)[0] > 0.9
+
+
+def test_adapted_models_see_views_of_judged_images_only(chosen: RunFolder) -> None:
+    frozen = np.load(chosen.root / "frozen_views" / "rows.npy")
+    tested, _ = splits.test_rows(read_images(chosen.root / "images"))
+    for model in ("k00004", "mean", "student"):
+        seen = np.load(chosen.root / "views" / model / "rows.npy")
+        np.testing.assert_array_equal(seen, np.intersect1d(frozen, tested))
+        assert len(np.load(chosen.root / "views" / model / "views.npy")) == len(seen) < len(frozen)
+
+
+def test_views_of_all_images_give_the_verdict_of_the_judged_ones(
+    chosen: RunFolder, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rule, "MIN_IMAGES", 1)
+    copy = RunFolder.open(shutil.copytree(chosen.root, tmp_path / "copy"))
+    run_all(copy, stage="verdict", force=True)
+    judged = json.loads((copy.root / "verdict" / "verdict.json").read_text())
+    _make(copy.root, material, model__source="auto", views__num_judged="null")  # as older runs have it
+    stale = {each.name for each in states(copy, read_config(copy)) if each.state.kind != "fresh"}
+    assert {name.partition("/")[0] for name in stale} <= {"views", "verdict", "model", "index"}
+    run_all(copy, until="verdict")
+    whole = json.loads((copy.root / "verdict" / "verdict.json").read_text())
+    assert len(np.load(copy.root / "views" / "fused" / "rows.npy")) == len(
+        np.load(copy.root / "frozen_views" / "rows.npy")
+    )
+    assert whole["num_images"] == judged["num_images"]
+    for one, other in zip(whole["models"], judged["models"], strict=True):
+        assert one["indicator"] == pytest.approx(other["indicator"], abs=1e-4)
 
 
 def test_another_choice_is_deployed_everywhere(
