@@ -160,7 +160,7 @@ def shape_of(backbone: Backbone, adaptations: Iterable[object] = ()) -> Shape:
 
 
 def _measured(backbone: Backbone, modules: list[nn.Module], numbers: int) -> MeasuredShape:
-    """Return the sizes of any model, by a pass of one image without computing it; attention is that of a CPU."""
+    """Return the sizes of any model, by a pass of one image without computing it, with explicit attention."""
     sets = [each for each in modules if isinstance(each, AdaptorSet)]
     acting: Any = Fusion(sets) if len(sets) > 1 else next(iter(modules), None)
     trained = acting is not None and any(True for _ in acting.parameters())

@@ -25,7 +25,7 @@ from grappa.backbone.naming.catalog import name_problem
 from grappa.backbone.own_module import Maker, made_by, place_of
 from grappa.backbone.spec import BackboneSpec, check_patches, own_module_spec, resolve_spec
 from grappa.backbone.unusable import BackboneError
-from grappa.backbone.vit import is_plain, reads_class_token, run_block
+from grappa.backbone.vit import FusedWhereFaster, is_plain, reads_class_token, run_block
 from grappa.backbone.weights import hub_state, import_timm, load_state, read_state_dict
 
 __all__ = ["Adaptation", "Backbone", "Residual", "Residuals", "build_backbone", "embed", "load_backbone"]
@@ -112,13 +112,15 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def on(self, device: torch.device) -> Backbone:
-        """Move to ``device`` and choose its attention: explicit products on a CPU, the fused kernel elsewhere.
+        """Move to ``device`` and choose its attention: the fused kernel, on a CPU where it is the faster one only.
 
-        On a CPU the fused kernel's backward pass takes most of a training step (tests/benchmarks: R10).
+        What timm itself does not fuse on a CPU stays explicit there.
         """
         for module in self.model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = device.type != "cpu"  # type: ignore[assignment]
+            if device.type != "cpu" and hasattr(module, "fused_attn"):
+                module.fused_attn = True  # type: ignore[assignment]
+            elif isinstance(own := getattr(module, "fused_attn", False), FusedWhereFaster) or own:
+                module.fused_attn = FusedWhereFaster()  # type: ignore[assignment]
         return self.to(device)
 
     def tokens(self, images: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ PASSING_COPIES = 12  # vectors of width D that a block holds of each token at on
 class Shape(Protocol):
     """The sizes of a model that its need depends on.
 
-    width: of an embedding. passing: numbers that it holds of an image at once where no gradient is asked for. kept:
-    numbers that it holds of an image where one is. trained: numbers of its adaptors.
+    width: of an embedding. passing: numbers that it holds of an image at once where no gradient is asked for, in a
+    precision. kept: numbers that it holds of an image where one is. trained: numbers of its adaptors.
     """
 
     @property
@@ -33,8 +33,7 @@ class Shape(Protocol):
     @property
     def width(self) -> int: ...
 
-    @property
-    def passing(self) -> int: ...
+    def passing(self, precision: str) -> int: ...
 
     @property
     def kept(self) -> int: ...
@@ -45,21 +44,24 @@ class Shape(Protocol):
 
 @dataclass(frozen=True)
 class MeasuredShape:
-    """The sizes of a model as a pass of one image has shown them: see ``Shape``."""
+    """The sizes of a model as a pass of one image has shown them: see ``Shape``. held: ``passing`` in any precision."""
 
     image_size: int
     width: int
-    passing: int
+    held: int
     kept: int
     trained: int
+
+    def passing(self, precision: str) -> int:
+        return self.held
 
 
 @dataclass(frozen=True)
 class VitShape:
     """The sizes of a vision transformer that its need depends on.
 
-    heads: attention heads a block. adapted: the width of all adaptors of a block together. Attention is the explicit
-    one (see ``Backbone.on``), which keeps its weights too.
+    heads: attention heads a block. adapted: the width of all adaptors of a block together. Attention is that of a CPU
+    (``Backbone.on``): explicit products hold its weights too.
     """
 
     image_size: int
@@ -69,10 +71,10 @@ class VitShape:
     blocks: int
     adapted: int = 0
 
-    @property
-    def passing(self) -> int:
+    def passing(self, precision: str) -> int:
         """What one block holds of an image at once."""
-        return self.tokens * (PASSING_COPIES * self.width + 2 * self.heads * self.tokens + 4 * self.adapted)
+        weights = 0 if precision == "float32" else 2 * self.heads * self.tokens
+        return self.tokens * (PASSING_COPIES * self.width + weights + 4 * self.adapted)
 
     @property
     def kept(self) -> int:
@@ -87,7 +89,7 @@ class VitShape:
 
 def embedding(shape: Shape, batch_size: int, precision: str) -> int:
     """Return the bytes of embedding a batch: its pixels, and what is held of it at once."""
-    return batch_size * (_pixels(shape) + shape.passing * _bytes(precision)) + BATCH_WORK
+    return batch_size * (_pixels(shape) + shape.passing(precision) * _bytes(precision)) + BATCH_WORK
 
 
 def training(shape: Shape, batch_size: int, precision: str, num_classes: int = 0) -> int:

@@ -22,6 +22,7 @@ from grappa.images.pixels import ImageRows
 from grappa.images.transforms import normalize
 from grappa.method import losses
 from grappa.method.adaptors import AdaptorSet
+from grappa.method.losses import Classified
 from grappa.objects.backgrounds import Backgrounds
 from grappa.training.batches import BatchOrder, Runtime, Views, torch_seed
 from grappa.training.loop import FitResult, Group, Optimization, fit
@@ -171,11 +172,13 @@ def _loss(
     embedded: the embeddings (B, D) of each kind of view. known_B: which images have a background view. background: the
     proxy of the backgrounds (1, D).
     """
-    value, accuracy = _classify(embedded[PLAIN], classes, options.temperature)
-    scalars = {"accuracy": accuracy}
+    plain = _classify(embedded[PLAIN], classes, options.temperature)
+    value, scalars = _mean_loss(plain), {"accuracy": _accuracy(plain)}
     if OBJECT in embedded:
-        on_objects, scalars["object_accuracy"] = _classify(embedded[OBJECT], classes, options.temperature)
-        scalars["transfer"] = _transfer(embedded[PLAIN], embedded[OBJECT], classes, options)
+        objects = _classify(embedded[OBJECT], classes, options.temperature)
+        on_objects, scalars["object_accuracy"] = _mean_loss(objects), _accuracy(objects)
+        better = [one.losses_B < other.losses_B for one, other in zip(objects, plain, strict=True)]
+        scalars["transfer"] = _transfer(embedded[PLAIN], embedded[OBJECT], classes, better, options)
         value = value + options.object_weight * on_objects + options.transfer_weight * scalars["transfer"]
     if background is not None:
         on_backgrounds = _on_backgrounds(embedded[BACKGROUND], known_B, classes, background, options)
@@ -183,21 +186,27 @@ def _loss(
     return value, {what: each.detach() for what, each in scalars.items()}
 
 
-def _classify(embeddings_BD: Tensor, classes: Classes, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the loss, and the share of the batch whose nearest proxy is that of its class: means over the targets."""
-    values, accuracies = [], []
-    units_BD = F.normalize(embeddings_BD.detach().float(), dim=-1)
-    for proxies_CD, labels_B in classes:
-        values.append(losses.norm_softmax(embeddings_BD, proxies_CD, labels_B, temperature=temperature))
-        nearest_B = (units_BD @ F.normalize(proxies_CD.detach().float(), dim=-1).T).argmax(-1)
-        accuracies.append((nearest_B == labels_B).float().mean())
-    return torch.stack(values).mean(), torch.stack(accuracies).mean()
+def _classify(embeddings_BD: Tensor, classes: Classes, temperature: float) -> list[Classified]:
+    """Return how a batch is classified, by target."""
+    return [losses.classified(embeddings_BD, *each, temperature=temperature) for each in classes]
 
 
-def _transfer(plain_BD: Tensor, object_BD: Tensor, classes: Classes, options: AdaptorLoss) -> Tensor:
+def _mean_loss(found: Sequence[Classified]) -> Tensor:
+    return torch.stack([each.loss for each in found]).mean()
+
+
+def _accuracy(found: Sequence[Classified]) -> Tensor:
+    """Return the share of the batch to whose embedding no proxy is nearer than its class's, mean over the targets."""
+    return torch.stack([each.right_B.float().mean() for each in found]).mean()
+
+
+def _transfer(
+    plain_BD: Tensor, object_BD: Tensor, classes: Classes, better: Sequence[Tensor], options: AdaptorLoss
+) -> Tensor:
     """Return the perception transfer from the object views to the images, mean over the batch.
 
-    It is 0 for an image that its object view does not teach. Object views get no gradient.
+    It is 0 for an image that its object view does not teach. Object views get no gradient. better: by target, which
+    object views are classified better than their image, (B,) bool.
     """
     how = {
         "temperature": options.temperature,
@@ -205,8 +214,8 @@ def _transfer(plain_BD: Tensor, object_BD: Tensor, classes: Classes, options: Ad
         "cosine_weight": options.cosine_weight,
     }
     values = []
-    for proxies_CD, labels_B in classes:
-        taught_B = _taught(plain_BD, object_BD, proxies_CD, labels_B, options)
+    for (proxies_CD, _), better_B in zip(classes, better, strict=True):
+        taught_B = better_B if options.transfer_from == "better" else torch.ones_like(better_B)
         learning_BD, teaching_BD = plain_BD[taught_B], object_BD[taught_B]
         if not len(learning_BD):
             values.append(plain_BD.sum() * 0.0)
@@ -214,19 +223,6 @@ def _transfer(plain_BD: Tensor, object_BD: Tensor, classes: Classes, options: Ad
         value = losses.perception_transfer(learning_BD, teaching_BD, proxies_CD, **how)
         values.append(value * len(learning_BD) / len(plain_BD))
     return torch.stack(values).mean()
-
-
-def _taught(plain_BD: Tensor, object_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, options: AdaptorLoss) -> Tensor:
-    """Return which images their object views teach, (B,) bool: see ``AdaptorLoss.transfer_from``."""
-    if options.transfer_from == "all":
-        return torch.ones_like(labels_B, dtype=torch.bool)
-    proxies_DC = F.normalize(proxies_CD.detach().float(), dim=-1).T
-
-    def misses(embeddings_BD: Tensor) -> Tensor:
-        cosines_BC = F.normalize(embeddings_BD.detach().float(), dim=-1) @ proxies_DC
-        return F.cross_entropy(cosines_BC / options.temperature, labels_B, reduction="none")
-
-    return misses(object_BD) < misses(plain_BD)
 
 
 def _on_backgrounds(

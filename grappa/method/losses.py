@@ -6,7 +6,7 @@ Shapes: B batch (pairs), D width, C classes, K classes of a chunk, M rows of a b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +18,35 @@ CHUNK = 4096  # classes of a chunk
 MIN_LENGTH = 1e-12  # as in torch's normalize
 
 
+class Classified(NamedTuple):
+    """A batch's loss by the normalised softmax, ``()``, and of each image, without gradient: its own loss ``losses_B``,
+    and ``right_B`` bool, whether no proxy is nearer than that of its class.
+    """
+
+    loss: Tensor
+    losses_B: Tensor
+    right_B: Tensor
+
+
 def norm_softmax(embeddings_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, *, temperature: float) -> Tensor:
     """Return the normalised softmax loss, mean over B (Zhai & Wu 2019; no bias).
 
     ``-log softmax_c(<x, p_c> / temperature)[y]`` with x and every p_c L2-normalised. ``labels_B`` int64 in 0..C-1. From
     ``LARGE`` products on it is computed in chunks of classes, with the same result up to the rounding of float32.
     """
+    return classified(embeddings_BD, proxies_CD, labels_B, temperature=temperature).loss
+
+
+def classified(embeddings_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, *, temperature: float) -> Classified:
+    """Return the loss of :func:`norm_softmax`, and what the same products tell of each image."""
     if len(embeddings_BD) * len(proxies_CD) >= LARGE and embeddings_BD.dtype != torch.float64:
         units_BD = F.normalize(_full(embeddings_BD), dim=-1)
         return large_norm_softmax(units_BD, _full(proxies_CD), labels_B, temperature)
-    logits = F.normalize(_full(embeddings_BD), dim=-1) @ F.normalize(_full(proxies_CD), dim=-1).T
-    return F.cross_entropy(logits / temperature, labels_B)
+    cosines_BC = F.normalize(_full(embeddings_BD), dim=-1) @ F.normalize(_full(proxies_CD), dim=-1).T
+    logs_BC = (cosines_BC / temperature).log_softmax(-1)
+    own_B1, largest_B1 = labels_B[:, None], cosines_BC.detach().amax(-1, keepdim=True)
+    right_B = (cosines_BC.detach().gather(1, own_B1) >= largest_B1)[:, 0]
+    return Classified(F.nll_loss(logs_BC, labels_B), -logs_BC.detach().gather(1, own_B1)[:, 0], right_B)
 
 
 def barlow_twins(first_BD: Tensor, second_BD: Tensor, *, off_diagonal: float) -> Tensor:
@@ -114,17 +132,18 @@ def _standardised(columns_BD: Tensor) -> Tensor:
     return columns / columns.square().mean(0).add(1e-6).sqrt()
 
 
-def large_norm_softmax(units_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, temperature: float) -> Tensor:
-    """Return the loss of :func:`norm_softmax` for L2-normalised embeddings; it can be differentiated once."""
-    loss: Tensor = _LargeNormSoftmax.apply(units_BD, proxies_CD, labels_B, temperature)
-    return loss
+def large_norm_softmax(units_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, temperature: float) -> Classified:
+    """Return :func:`classified` of L2-normalised embeddings; the loss can be differentiated once."""
+    return Classified(*_LargeNormSoftmax.apply(units_BD, proxies_CD, labels_B, temperature))
 
 
 class _LargeNormSoftmax(torch.autograd.Function):
     """The softmax in chunks of classes, without a (B, C) tensor of gradients or a normalised copy of the proxies."""
 
     @staticmethod
-    def forward(ctx: Any, units_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, units_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         scales_C = proxies_CD.norm(dim=1).clamp_min_(MIN_LENGTH).reciprocal_()
         largest_B = units_BD.new_full((len(units_BD),), -torch.inf)
         sums_B, own_B = torch.zeros_like(largest_B), torch.zeros_like(largest_B)
@@ -140,11 +159,13 @@ class _LargeNormSoftmax(torch.autograd.Function):
         normalizers_B = largest_B + sums_B.log()
         ctx.temperature = temperature
         ctx.save_for_backward(units_BD, proxies_CD, labels_B, scales_C, normalizers_B, *chunks)
-        return (normalizers_B - own_B).mean()
+        losses_B, right_B = normalizers_B - own_B, own_B >= largest_B
+        ctx.mark_non_differentiable(losses_B, right_B)
+        return losses_B.mean(), losses_B, right_B
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
         units_BD, proxies_CD, labels_B, scales_C, normalizers_B, *chunks = ctx.saved_tensors
         factors_C = scales_C * (gradient / (len(units_BD) * ctx.temperature))
         of_units_BD, of_proxies_CD = torch.zeros_like(units_BD), torch.empty_like(proxies_CD)

@@ -22,12 +22,14 @@ from grappa.backbone.frozen import Adaptation, Backbone, build_backbone
 from grappa.backbone.vit import reads_class_token
 from grappa.backbone.weights import BackboneError, load_state
 from grappa.core.arrays import Floats
+from grappa.core.memory import FLOAT
 from grappa.core.printing import sentence
 
 _BY_SIDES = np.zeros((3, 3, 3), dtype=bool)  # patches of one image that share a side belong together
 _BY_SIDES[1] = ndimage.generate_binary_structure(2, 1)
 _BLOCK = 4096  # images whose boxes are found at once
 MIN_GRID = 16  # patches a side; a box is as fine as they are
+PART = 12 * 2**20  # bytes of a block's widest tensor on a CPU: one above 32 MiB is new memory to each operation
 
 
 def seeing_finely(backbone: Backbone) -> Backbone:
@@ -85,7 +87,20 @@ def foreground(backbone: Backbone, images: Tensor, adaptation: Adaptation | None
     Args:
         images: (B, 3, S, S) float, normalised; the whole image, not its center.
     """
-    patches_BPD, grid = _patches(backbone, images)
+    parts = images.split(_part(backbone, images))
+    return torch.cat([_values(*_patches(backbone, part)) for part in parts])
+
+
+def _part(backbone: Backbone, images: Tensor) -> int:
+    """Return how many images are passed at once: on a CPU as many as keep a block's tensors small (``PART``)."""
+    if images.device.type != "cpu" or not reads_class_token(backbone.model):
+        return max(1, len(images))
+    rows, columns = grid_of(backbone)
+    return max(1, PART // (rows * columns * 4 * backbone.embedding_dim * FLOAT))
+
+
+def _values(patches_BPD: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return ``foreground``'s values of the tokens of patches."""
     tokens_BPD = F.normalize(patches_BPD.float(), dim=-1)
     edge = torch.from_numpy(_border(grid)).to(tokens_BPD.device)
     background_BD = F.normalize(tokens_BPD[:, edge].mean(1), dim=-1)

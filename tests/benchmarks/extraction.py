@@ -1,4 +1,4 @@
-"""R1 to R4: embedding images, and loading them for it."""
+"""R1 to R4 and R25: embedding images, loading them for it, and finding objects in them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from grappa.backbone.frozen import Backbone, embed
 from grappa.core.devices import autocast, resolve_precision
 from grappa.images.decoding import decode_image, shrink
 from grappa.images.pixels import PixelCache, write_index, write_shard
-from grappa.images.transforms import eval_batch, normalize
+from grappa.images.transforms import eval_batch, normalize, whole_batch
+from grappa.objects.foreground import foreground, seeing_finely
 from tests.benchmarks import data
 from tests.benchmarks.core import Gate, Options, Pair, seconds
 
@@ -169,6 +170,29 @@ def _model(backbone: Backbone, loaded: Sequence[Tensor], precision: str) -> Call
     return run
 
 
+@contextmanager
+def finding_objects(options: Options) -> Iterator[Pair]:
+    """Looking for objects at 16 x 16 patches against embedding at 8 x 8, from the cache, in float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = data.write_jpegs(Path(folder), options.size(64, 8))
+        cache, backbone = cached(files, Path(folder)), data.backbone(options.quick, "vit_tiny_patch16_224", 128)
+        finer, rows = seeing_finely(backbone).on(CPU), np.arange(len(cache))
+        spec, seen = backbone.on(CPU).spec, finer.spec.image_size
+
+        def ours() -> None:
+            images = whole_batch(cache, rows, image_size=seen, num_workers=options.threads)
+            with torch.inference_mode():
+                foreground(finer, normalize(images, spec.mean, spec.std))
+
+        def peer() -> None:
+            images = eval_batch(cache, rows, num_workers=options.threads, **spec.framing)
+            with torch.inference_mode():
+                embed(backbone, normalize(images, spec.mean, spec.std))
+
+        setup = f"features of the same ViT-Tiny at {spec.image_size} px, a batch of {len(cache)}; objects at {seen} px"
+        yield Pair(seconds(ours, options), seconds(peer, options), setup, repeats=5)
+
+
 GATES = [
     Gate(
         "R1",
@@ -180,4 +204,5 @@ GATES = [
     Gate("R2", "class-token-only last block / whole", 0.97, class_token_only),
     Gate("R3", "epoch from the pixel cache, times faster than from JPEG files", 5.0, loading, at_least=True),
     Gate("R4", "end-to-end extraction, share of its slower part's speed", 0.85, end_to_end, at_least=True),
+    Gate("R25", "finding objects at 16 x 16 patches / features at 8 x 8", 2.5, finding_objects),
 ]

@@ -8,23 +8,29 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grappa.backbone.frozen import Backbone
-from grappa.images.transforms import normalize
+from grappa.images.transforms import Augmentation, normalize
+from grappa.method.adaptor_training import AdaptorLoss, train_adaptor_set
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.losses import norm_softmax
 from grappa.pipeline.config.schema import Compute
 from grappa.pipeline.store.checkpoints import FileCheckpoint
+from grappa.training.batches import Runtime, Views
+from grappa.training.loop import Optimization
+from grappa.training.targets import Targets
 from tests.benchmarks import data
 from tests.benchmarks.core import Gate, Options, Pair, Side, seconds
-from tests.benchmarks.extraction import CPU, pixels
+from tests.benchmarks.extraction import CPU, cached, pixels
 from tests.benchmarks.memory import peak_growth
 
 BATCH, WIDTH, NUM_CLASSES, TEMPERATURE, BOTTLENECK = 256, 384, 131_072, 0.05, 48
+NUM_TRAINED, AUGMENTATION = 128, Augmentation(0.6, 0.5, 0.3, 0.3, 0.3, 0.1)
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -141,6 +147,45 @@ def explicit_attention(options: Options) -> Iterator[Pair]:
 
 
 @contextmanager
+def training_share(options: Options) -> Iterator[Pair]:
+    """A set's training from the pixel cache, as the stage does it, against the parts of its step that no one can spare:
+    the backbone's passes forward and back, on one batch that is at hand."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = data.write_jpegs(Path(folder), NUM_TRAINED)
+        cache, backbone = cached(files, Path(folder)), data.backbone(options.quick, "vit_tiny_patch16_224", 128).on(CPU)
+        width, rows = backbone.embedding_dim, np.arange(NUM_TRAINED)
+        proxies = np.random.default_rng(0).normal(size=(1024, width)).astype(np.float32)
+        once = Optimization(1, NUM_TRAINED // 2, 1e-3, 0.01, 0.0)
+        views = Views(cache, rows.astype(np.uint64), backbone.spec.image_size, AUGMENTATION, options.threads)
+
+        def ours() -> None:
+            train_adaptor_set(
+                backbone,
+                views,
+                rows,
+                [Targets(rows, proxies)],
+                name="k01024",
+                start=AdaptorSet(backbone.widths, BOTTLENECK),
+                adaptor_loss=AdaptorLoss(TEMPERATURE),
+                proxy_learning_rate=1e-3,
+                optimization=once,
+                seed=0,
+                run=Runtime(CPU, "float32"),
+            )
+
+        adaptors = AdaptorSet(backbone.widths, BOTTLENECK)
+        drawn = views.draw(0, rows[: once.batch_size])
+        images = normalize(drawn, backbone.spec.mean, backbone.spec.std)
+
+        def peer() -> None:
+            for _ in range(2):
+                backbone(images, adaptors).sum().backward()
+
+        setup = f"forward and backward alone; ViT-Tiny at 128 px, float32, batch {once.batch_size}, 1,024 proxies"
+        yield Pair(seconds(ours, options), seconds(peer, options), f"{setup}, {NUM_TRAINED} images a side", repeats=5)
+
+
+@contextmanager
 def checkpoints(options: Options) -> Iterator[Pair]:
     """Writing a set's state (weights, 8,192 proxies, two moments each) against the interval between two."""
     backbone: Backbone = data.backbone(options.quick)
@@ -162,5 +207,6 @@ GATES = [
     Gate("R9 pml", "the same / pytorch-metric-learning: time", 0.6, softmax_time_metric_learning),
     Gate("R10", "adaptor training step / full fine-tuning step", 0.72, adaptor_step),
     Gate("R10 attn", "explicit / fused attention in an adaptor training step", 1.0, explicit_attention),
+    Gate("R10 share", "training from the cache, share of its floor's speed", 0.9, training_share, at_least=True),
     Gate("R14", "a checkpoint / the default interval between two", 0.02, checkpoints),
 ]

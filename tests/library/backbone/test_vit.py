@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from grappa.backbone.frozen import embed, load_backbone
 from grappa.backbone.unusable import BackboneError
 from grappa.backbone.weights import import_timm
+from grappa.method.adaptor_training import new_adaptor_set
 from tests.helpers.rounding import assert_same_sums
 from tests.helpers.tiny import HALF, OPTIONS, tiny_backbone
 
@@ -139,9 +142,48 @@ def test_the_models_own_preprocessing_is_the_default(tmp_path: Path) -> None:
     assert spec.crop_fraction == 0.9
 
 
-def test_a_cpu_attends_explicitly_with_the_same_result() -> None:
+@contextmanager
+def _bfloat16() -> Iterator[None]:
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        yield
+
+
+CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "training": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "bfloat16": _bfloat16,
+}
+
+
+@pytest.mark.parametrize("adapted", ["timm's blocks", "queries and keys too"])
+def test_a_cpu_attends_by_the_fused_kernel_where_that_is_faster_with_the_same_result(
+    adapted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is faster in float32 without gradients. A single query, that of the last block, is always explicit."""
     backbone = tiny_backbone()
-    before = backbone(IMAGES)
-    explicit = backbone.on(torch.device("cpu"))
-    assert not any(block.attn.fused_attn for block in explicit.model.blocks)
-    assert_same_sums(explicit(IMAGES), before, terms=17 * 32)
+    in_context = new_adaptor_set(backbone, 0, in_context_rank=3, name="k00004", seed=0)
+    adaptors = None if adapted == "timm's blocks" else in_context
+    calls: list[torch.Size] = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(query.shape)
+        return kernel(query, *arguments, **options)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", spy)
+    on_cpu = backbone.on(torch.device("cpu")).on(torch.device("cpu"))
+    found = {}
+    for name, context in CONTEXTS.items():
+        calls.clear()
+        with context():
+            found[name] = on_cpu(IMAGES, adaptors), len(calls)
+    blocks = len(on_cpu.model.blocks) - 1  # type: ignore[arg-type]
+    assert {name: number for name, (_, number) in found.items()} == {
+        "training": 0,
+        "no_grad": blocks,
+        "inference": blocks,
+        "bfloat16": 0,
+    }
+    assert_same_sums(found["training"][0], found["inference"][0], terms=17 * 32)
+    assert torch.equal(found["no_grad"][0], found["inference"][0])

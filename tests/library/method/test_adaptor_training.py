@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from grappa.core.randomness import id_numbers
 from grappa.images.transforms import Augmentation
@@ -342,6 +344,29 @@ def test_where_no_object_view_is_better_nothing_is_transferred() -> None:
     value, scalars = _loss(embedded, [(proxies, labels)], torch.zeros(3, dtype=torch.bool), None, options)
     alone, _ = _loss({PLAIN: embedded[PLAIN]}, [(proxies, labels)], torch.zeros(3, dtype=torch.bool), None, options)
     assert float(scalars["transfer"]) == 0.0 and torch.equal(value, alone)
+
+
+@pytest.mark.parametrize("large", [10**9, 1])
+def test_a_batch_is_multiplied_with_all_proxies_once_by_each_kind_of_view(
+    large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the accuracies and the choice of teachers need is in the products that the loss has."""
+    monkeypatch.setattr("grappa.method.losses.LARGE", large)
+    generator = torch.Generator().manual_seed(0)
+    plain, seen, proxies = (torch.randn(n, 8, generator=generator) for n in (6, 6, 50))
+    labels, once = torch.arange(6), 2 * 6 * 50 * 8
+    found = {}
+    for name, embedded in {"images": {PLAIN: plain}, "objects too": {PLAIN: plain, OBJECT: seen}}.items():
+        with FlopCounterMode(display=False) as counter:
+            _loss(embedded, [(proxies, labels)], torch.zeros(6, dtype=torch.bool), None, AdaptorLoss(0.1))
+        found[name] = counter.get_total_flops()
+    misses = [
+        F.cross_entropy(F.normalize(each) @ F.normalize(proxies).T / 0.1, labels, reduction="none")
+        for each in (plain, seen)
+    ]
+    num_taught = int((misses[1] < misses[0]).sum())
+    assert 0 < num_taught < 6
+    assert found == {"images": once, "objects too": 2 * once + 2 * num_taught * once // 6}
 
 
 @pytest.mark.parametrize("bottleneck_dim", [0, 4])

@@ -148,12 +148,32 @@ def test_a_loss_in_chunks_and_its_gradients_are_those_of_the_plain_formula(
         assert_same_sums(other, one, terms=round(16 / temperature) + 12 * num_classes)
 
 
+@pytest.mark.parametrize("large", [10**9, 1])
+def test_the_same_products_tell_each_images_loss_and_whether_its_class_is_nearest(
+    large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK", 7)
+    monkeypatch.setattr(losses, "LARGE", large)
+    embeddings, proxies, labels = problem(20)
+    logits = F.normalize(embeddings.double()) @ F.normalize(proxies.double()).T / 0.1
+    labels[:4] = logits[:4].argmax(1)
+    proxies[19] = proxies[labels[0]]  # as near as the own one, which counts
+    logits[:, 19] = logits[:, labels[0]]
+    found = losses.classified(embeddings.requires_grad_(), proxies.requires_grad_(), labels, temperature=0.1)
+    own = logits.gather(1, labels[:, None])[:, 0]
+    assert found.right_B.tolist() == (own >= logits.amax(1)).tolist()
+    assert 0 < found.right_B.sum() < 12
+    assert_same_sums(found.losses_B, F.cross_entropy(logits, labels, reduction="none"), terms=16 * 10)
+    assert_same_sums(found.loss, F.cross_entropy(logits, labels), terms=16 * 10)
+    assert not found.losses_B.requires_grad and found.loss.requires_grad
+
+
 def test_only_a_large_softmax_is_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
 
-    def spy(*arguments: torch.Tensor) -> torch.Tensor:
+    def spy(*arguments: torch.Tensor) -> losses.Classified:
         used.append(len(arguments[1]))
-        return torch.zeros(())
+        return losses.Classified(*torch.zeros(3))
 
     monkeypatch.setattr(losses, "large_norm_softmax", spy)
     monkeypatch.setattr(losses, "LARGE", 12 * 50)
@@ -167,7 +187,7 @@ def test_the_gradient_in_chunks_can_be_taken_twice_of_one_graph(monkeypatch: pyt
     monkeypatch.setattr(losses, "CHUNK", 7)
     embeddings, proxies, labels = problem(20)
     proxies.requires_grad_()
-    loss = losses.large_norm_softmax(F.normalize(embeddings), proxies, labels, 0.1)
+    loss = losses.large_norm_softmax(F.normalize(embeddings), proxies, labels, 0.1).loss
     (first,) = torch.autograd.grad(loss, proxies, retain_graph=True)
     (again,) = torch.autograd.grad(loss, proxies)
     assert torch.equal(first, again)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from grappa.images.pixels import PixelCache, write_index, write_shard
 from grappa.images.transforms import normalize, whole_batch
 from grappa.objects.boxes import Gate, object_view, refusals
 from grappa.objects.foreground import _largest_part, boxes_of, foreground, grid_of, seeing_finely
+from tests.helpers.rounding import assert_same_sums
 from tests.helpers.tiny import HALF, OPTIONS, tiny_backbone
 
 
@@ -115,6 +117,18 @@ def test_values_tell_what_differs_from_the_border_whatever_else_is_in_the_batch(
     inside[5:11, 3:10] = True
     grid = values.reshape(3, 16, 16)
     assert (grid[:, inside].mean(1) > 1.5 * grid[:, ~inside].mean(1)).all()
+
+
+def test_a_large_batch_is_seen_in_parts_with_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone()
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    whole, seen = foreground(backbone, images), []
+    hook = backbone.model.blocks[0].register_forward_hook(lambda block, given, out: seen.append(len(out)))  # type: ignore[index]
+    monkeypatch.setattr("grappa.objects.foreground.PART", 2 * 16 * 4 * 32 * 4)
+    parts = foreground(backbone, images)
+    hook.remove()
+    assert seen == [2, 2, 1]
+    assert_same_sums(parts, whole, terms=17 * 32)
 
 
 def test_values_follow_the_formula() -> None:

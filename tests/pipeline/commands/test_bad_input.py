@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from grappa.method.losses import Classified
 from grappa.pipeline import tables
 from grappa.pipeline.cli import app
 from grappa.pipeline.engine.status import read_config, states
@@ -109,7 +110,8 @@ def test_divergence_and_no_memory_are_sentences(desk: Path, monkeypatch: pytest.
     run = make_run(desk / "run", [desk / "images"], desk / "weights.safetensors")
     nan = torch.tensor(float("nan"), requires_grad=True)
     with monkeypatch.context() as patch:
-        patch.setattr("grappa.method.losses.norm_softmax", lambda *arguments, **options: nan * 1)
+        diverged = Classified(nan * 1, nan.detach(), torch.zeros(1).bool())
+        patch.setattr("grappa.method.losses.classified", lambda *arguments, **options: diverged)
         assert "lower the learning rate" in _fails(run)
 
     class OutOfMemoryError(RuntimeError):
