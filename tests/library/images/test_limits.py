@@ -22,6 +22,7 @@ import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
 from grappa.images import decoding
+from grappa.images import shards as shards_module
 from grappa.images import table as table_module
 from grappa.images.decoding import ImageDecodeError, decode_image
 from grappa.images.files import ListedFile, RejectedFileError, decode_file
@@ -181,22 +182,59 @@ def test_a_path_that_is_too_long_is_named_with_the_limit(tmp_path: Path) -> None
         assert said and "4096 and 255" in said and len(said) < 300
 
 
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_shards_are_opened_on_demand_and_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "MOST_OPEN", 5)
+    images = [np.full((2, 2, 3), shard, np.uint8) for shard in range(40)]
+    write_index(tmp_path, np.concatenate([write_shard(tmp_path, shard, [image]) for shard, image in enumerate(images)]))
+    before = descriptors()
+    cache = PixelCache.open(tmp_path)
+    assert descriptors() == before + 2, "the folder, and the index that is mapped"
+    kept = cache.image(0)
+    for row in [*range(40), *range(39, -1, -1)]:
+        np.testing.assert_array_equal(cache.image(row), images[row])
+    assert descriptors() <= before + 2 + 5 + 1
+    np.testing.assert_array_equal(kept, images[0])  # an array in use stays mapped
+    del cache, kept
+    assert descriptors() == before
+
+
 def test_too_few_descriptors_are_raised_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = np.zeros((2, 2, 3), np.uint8)
     write_index(tmp_path, np.concatenate([write_shard(tmp_path, shard, [image]) for shard in range(40)]))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd"))
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 10, hard))
-        assert len(PixelCache.open(tmp_path)) == 40
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 10, hard))
+        cache = PixelCache.open(tmp_path)
+        assert sum(int(cache.image(row).sum()) for row in range(40)) == 0
+        monkeypatch.setattr(shards_module, "_allowed", lambda number: 40)
+        few = PixelCache.open(tmp_path)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 6, hard))
+        assert sum(int(few.image(row).sum()) for row in range(40)) == 0, "it closes others, then goes on"
+        few.shards._open.clear()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        with pytest.raises(ValueError, match="too many open files at .*00000.npy: raise `ulimit -n`"):
+            few.image(0)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     said, _ = sentence_and_code(OSError(errno.EMFILE, "Too many open files", "x"))
     assert said and f"this process may have {soft}" in said and "ulimit -n" in said
 
-    def refuse(*arguments: Any, **options: Any) -> None:
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(np, "load", refuse)
-    with pytest.raises(ValueError, match="raise images.shard_size"):
-        PixelCache.open(tmp_path)
+def test_a_cache_that_was_made_again_is_named_and_never_mixed(tmp_path: Path) -> None:
+    def write(folder: Path, value: int) -> PixelCache:
+        folder.mkdir()
+        lines = [write_shard(folder, shard, [np.full((2, 2, 3), value, np.uint8)]) for shard in range(3)]
+        write_index(folder, np.concatenate(lines))
+        return PixelCache.open(folder)
+
+    cache = write(tmp_path / "pixels", 1)
+    (tmp_path / "pixels").rename(tmp_path / "old")
+    write(tmp_path / "pixels", 2)
+    assert cache.image(0).max() == 1
+    (tmp_path / "old/00001.npy").unlink()
+    with pytest.raises(ValueError, match="pixels was made again since it was opened: give the command again"):
+        cache.image(1)
