@@ -13,7 +13,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ import numpy as np
 import pandas as pd
 
 from grappa.core.notes import UntrustedError, check_claim, claim, read_note, write_note
-from grappa.images.files import DecodedFile, ImagesChangedError, ListedFile, RejectedFileError, decode_file
+from grappa.images.files import DecodedFile, ImagesChangedError, RejectedFileError, UnansweredError, decode_bytes
+from grappa.images.originals import described, open_rows
+from grappa.images.paths import PLACE_COLUMNS
 from grappa.images.pixels import shard_file, write_index, write_shard
 from grappa.images.table import BOX_COLUMNS
 
@@ -80,7 +81,7 @@ def decode_all(
         progress=progress,
         dropped=dropped,
     )
-    return _tables(listing, _listed_files(listing), records, folder)
+    return _tables(listing, records, folder)
 
 
 def decode_shards(
@@ -106,14 +107,13 @@ def decode_shards(
     manifests = manifests or folder
     for place in (folder, manifests):
         place.mkdir(parents=True, exist_ok=True)
-    files = _listed_files(listing)
-    load = partial(_load, roots=list(roots), cache_size=cache_size, max_pixels=max_pixels)
+    load = _loader(listing, roots, cache_size=cache_size, max_pixels=max_pixels)
     settings = {"cache_size": cache_size, "max_pixels": max_pixels}
     records: list[Record] = []
     with ThreadPoolExecutor(num_workers, "decode") as pool:
-        for start in range(0, len(files), shard_size)[shards]:
-            part, shard = files[start : start + shard_size], start // shard_size
-            mark = fingerprint(settings, part)
+        for start in range(0, len(listing), shard_size)[shards]:
+            part, shard = range(start, min(start + shard_size, len(listing))), start // shard_size
+            mark = fingerprint(settings, described(listing.iloc[start : part.stop]))
             manifest = manifests / f"{shard:05d}.json"
             records += _whole_shard(folder, shard, manifest, mark, progress, dropped) or _decode_shard(
                 folder, shard, manifest, mark, _run(pool, load, part, progress)
@@ -164,7 +164,8 @@ def _decode_shard(
     decoded = [outcome for outcome in outcomes if isinstance(outcome, DecodedFile)]
     places = iter(write_shard(folder, shard, [one.pixels for one in decoded]).tolist())
     records = [_record(outcome, places) for outcome in outcomes]
-    write_shard_manifest(folder, shard, manifest, mark, records)
+    if not any(isinstance(outcome, UnansweredError) for outcome in outcomes):
+        write_shard_manifest(folder, shard, manifest, mark, records)
     return records
 
 
@@ -194,26 +195,27 @@ def _record(outcome: DecodedFile | RejectedFileError, places: Iterator[list[int]
 # ---------------------------------------------------------------- files
 
 
-def _listed_files(listing: pd.DataFrame) -> list[ListedFile]:
-    boxes = zip(*(listing[name].tolist() for name in BOX_COLUMNS), strict=True)
-    columns = (listing[name].tolist() for name in ("path", "root", "domain", "size"))
-    return [
-        ListedFile(path, root, domain, box, size)
-        for (path, root, domain, size), box in zip(zip(*columns, strict=True), boxes, strict=True)
-    ]
+def _loader(
+    listing: pd.DataFrame, roots: Sequence[str], *, cache_size: int, max_pixels: int
+) -> Callable[[int], DecodedFile | RejectedFileError]:
+    """Return a function that reads and decodes a row of the listing; threads call it."""
+    read = open_rows(listing, roots, max_pixels=max_pixels)
+    boxes = listing[list(BOX_COLUMNS)].to_numpy()
 
+    def load(row: int) -> DecodedFile | RejectedFileError:
+        try:
+            x0, y0, x1, y1 = boxes[row].tolist()
+            return decode_bytes(read(row), (x0, y0, x1, y1), cache_size=cache_size, max_pixels=max_pixels)
+        except RejectedFileError as error:
+            return type(error)(str(error))  # without the traceback, which would keep the decoded image alive
 
-def _load(listed: ListedFile, *, roots: list[str], cache_size: int, max_pixels: int) -> DecodedFile | RejectedFileError:
-    try:
-        return decode_file(listed, roots[listed.root], cache_size=cache_size, max_pixels=max_pixels)
-    except RejectedFileError as error:
-        return RejectedFileError(str(error))  # without the traceback, which would keep the decoded image alive
+    return load
 
 
 def _run(
     pool: Executor,
-    load: Callable[[ListedFile], DecodedFile | RejectedFileError],
-    part: list[ListedFile],
+    load: Callable[[int], DecodedFile | RejectedFileError],
+    part: range,
     progress: Callable[[int], None] | None,
 ) -> Iterator[DecodedFile | RejectedFileError]:
     for outcome in pool.map(load, part):
@@ -226,7 +228,7 @@ def _run(
 
 
 def _tables(
-    listing: pd.DataFrame, files: list[ListedFile], records: list[Record], folder: Path
+    listing: pd.DataFrame, records: list[Record], folder: Path
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     rejected = [row for row, record in enumerate(records) if "reason" in record]
     accepted = [row for row, record in enumerate(records) if "reason" not in record]
@@ -240,7 +242,7 @@ def _tables(
     images["duplicate_of"] = pd.Series([originals[position] for position in order], dtype="str")
     label = [None if pd.isna(label) else label for label in listing["label"].iloc[rows]]
     labels = pd.DataFrame({"image_id": image_id, "label": pd.Series(label, dtype="object")})
-    return images, labels, _rejected([files[row] for row in rejected], [records[row]["reason"] for row in rejected])
+    return images, labels, _rejected(listing.iloc[rejected], [records[row]["reason"] for row in rejected])
 
 
 def _image_ids(digests: list[str]) -> tuple[list[str], list[str]]:
@@ -260,6 +262,7 @@ def _image_ids(digests: list[str]) -> tuple[list[str], list[str]]:
 def _images(image_id: pd.Series, listed: pd.DataFrame, records: list[Record]) -> pd.DataFrame:
     listed = listed.reset_index(drop=True)
     boxes = [record["box"] or (np.nan,) * 4 for record in records]
+    place = ("size", *PLACE_COLUMNS) if set(PLACE_COLUMNS) <= set(listed) else ()
     split = ["" if pd.isna(split) else split for split in listed["split"]]
     return pd.DataFrame(
         {
@@ -272,16 +275,18 @@ def _images(image_id: pd.Series, listed: pd.DataFrame, records: list[Record]) ->
             "width": pd.Series([record["width"] for record in records], dtype="int64"),
             **{name: pd.Series([box[i] for box in boxes], dtype="float64") for i, name in enumerate(BOX_COLUMNS)},
             "sha256": pd.Series([record["sha256"] for record in records], dtype="str"),
+            **{name: listed[name] for name in place},
         }
     )
 
 
-def _rejected(files: list[ListedFile], reasons: list[str]) -> pd.DataFrame:
+def _rejected(listed: pd.DataFrame, reasons: list[str]) -> pd.DataFrame:
+    listed = listed.reset_index(drop=True)
     return pd.DataFrame(
         {
-            "path": pd.Series([file.path for file in files], dtype="str"),
-            "root": pd.Series([file.root for file in files], dtype="int64"),
-            "domain": pd.Series([file.domain for file in files], dtype="str"),
+            "path": listed["path"].astype("str"),
+            "root": listed["root"].astype("int64"),
+            "domain": listed["domain"].astype("str"),
             "reason": pd.Series(reasons, dtype="str"),
         }
     )
