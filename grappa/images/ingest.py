@@ -8,28 +8,30 @@ influence on what is computed from the pixels.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from grappa.core.notes import UntrustedError, check_claim, claim, read_note, write_note
+from grappa.core.arrays import Pixels
+from grappa.core.notes import Claim
+from grappa.images.codec import Encoded, encode
 from grappa.images.files import DecodedFile, ImagesChangedError, RejectedFileError, UnansweredError, decode_bytes
+from grappa.images.manifests import Record, ShardManifests, fingerprint
 from grappa.images.originals import described, open_rows
 from grappa.images.paths import PLACE_COLUMNS
-from grappa.images.pixels import shard_file, write_index, write_shard
+from grappa.images.pixels import ENCODED_COLUMNS, NO_LINES, RAW_COLUMNS, write_index, write_shard_claimed
 from grappa.images.table import BOX_COLUMNS
+from grappa.images.uncached import write_uncached
 
 __all__ = ["ImagesChangedError", "decode_all", "decode_shards"]
 
+# A record is {"reason"} of a rejected file, or {"sha256", "height", "width", "box", "place", "notes"}.
 _ID_DIGITS = 16
-Record = dict[str, Any]  # {"reason"} of a rejected file, or {"sha256", "height", "width", "box", "place", "notes"}
 
 
 def decode_all(
@@ -37,6 +39,7 @@ def decode_all(
     roots: Sequence[str],
     folder: Path,
     *,
+    cache: str = "raw",
     cache_size: int,
     max_pixels: int,
     shard_size: int,
@@ -44,18 +47,22 @@ def decode_all(
     num_workers: int = 1,
     progress: Callable[[int], None] | None = None,
     dropped: Callable[[str], None] | None = None,
+    written: Callable[[Path, Claim], None] | None = None,
+    checked: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Decode every listed file once into the pixel cache in ``folder``, and return the tables of images and rejects.
 
     Args:
         listing, roots: what ``list_images`` gave (the frame and its ``attrs["roots"]``).
+        cache: ``raw``: the pixels are kept; ``jpeg``: as JPEG (``grappa.images.codec``); ``none``: no pixels are kept,
+            only where they come from (``grappa.images.uncached``).
         cache_size: shorter side of the cached pixels; smaller images stay as they are.
         max_pixels: an image with more is rejected as a decompression bomb before it is decoded.
         shard_size: files a shard; ``shard_size`` cached images and ``num_workers`` originals are held in memory.
         manifests: the folder of the shards' manifests, by which a later call can go on; None: ``folder``.
         num_workers: decoding threads; changes no byte of the result.
         progress: called with the number of files newly done; the files of shards that are whole already count too.
-        dropped: called with a sentence for a shard of an earlier call that is damaged and decoded again.
+        dropped, written, checked: see ``grappa.images.manifests.ShardManifests``.
 
     Returns:
         ``images`` (image_id, path, root, domain, split, height, width, box_*, sha256, duplicate_of), sorted by
@@ -73,6 +80,7 @@ def decode_all(
         roots,
         folder,
         slice(None),
+        cache=cache,
         cache_size=cache_size,
         max_pixels=max_pixels,
         shard_size=shard_size,
@@ -80,8 +88,16 @@ def decode_all(
         num_workers=num_workers,
         progress=progress,
         dropped=dropped,
+        written=written,
+        checked=checked,
     )
-    return _tables(listing, records, folder)
+    images, labels, rejected, rows = _tables(listing, records)
+    if cache == "none":
+        write_uncached(folder, images, cache_size=cache_size, max_pixels=max_pixels)
+    else:
+        places = np.array([records[row]["place"] for row in rows], dtype=np.int64)
+        write_index(folder, places.reshape(-1, ENCODED_COLUMNS if cache == "jpeg" else RAW_COLUMNS))
+    return images, labels, rejected
 
 
 def decode_shards(
@@ -90,6 +106,7 @@ def decode_shards(
     folder: Path,
     shards: slice,
     *,
+    cache: str = "raw",
     cache_size: int,
     max_pixels: int,
     shard_size: int,
@@ -97,6 +114,8 @@ def decode_shards(
     num_workers: int = 1,
     progress: Callable[[int], None] | None = None,
     dropped: Callable[[str], None] | None = None,
+    written: Callable[[Path, Claim], None] | None = None,
+    checked: bool = False,
 ) -> list[Record]:
     """Decode the shards of a slice, but for whole ones, and return the records of their files, in listing order.
 
@@ -104,120 +123,93 @@ def decode_shards(
     :func:`decode_all`, which then has no more to decode. The other arguments and the errors are those of
     :func:`decode_all`.
     """
-    manifests = manifests or folder
-    for place in (folder, manifests):
-        place.mkdir(parents=True, exist_ok=True)
-    load = _loader(listing, roots, cache_size=cache_size, max_pixels=max_pixels)
-    settings = {"cache_size": cache_size, "max_pixels": max_pixels}
+    notes = ShardManifests(folder, manifests or folder, dropped, written, checked)
+    load = _loader(listing, roots, cache=cache, cache_size=cache_size, max_pixels=max_pixels)
+    settings = {"cache_size": cache_size, "max_pixels": max_pixels} | ({} if cache == "raw" else {"cache": cache})
     records: list[Record] = []
     with ThreadPoolExecutor(num_workers, "decode") as pool:
         for start in range(0, len(listing), shard_size)[shards]:
             part, shard = range(start, min(start + shard_size, len(listing))), start // shard_size
             mark = fingerprint(settings, described(listing.iloc[start : part.stop]))
-            manifest = manifests / f"{shard:05d}.json"
-            records += _whole_shard(folder, shard, manifest, mark, progress, dropped) or _decode_shard(
-                folder, shard, manifest, mark, _run(pool, load, part, progress)
-            )
+            found = notes.read(shard, mark)
+            if found is None:
+                found = _decode_shard(notes, shard, mark, _run(pool, load, part, progress), cached=cache != "none")
+            elif progress:
+                progress(len(found))
+            records += found
     return records
 
 
-# ---------------------------------------------------------------- shards and their manifests
+# ---------------------------------------------------------------- shards
 
 
-def fingerprint(settings: Any, part: Any) -> str:
-    """Return the SHA-256 of what a shard is made of: ``settings`` and the files of its ``part``, both as JSON."""
-    return hashlib.sha256(json.dumps([settings, part]).encode()).hexdigest()
+class _Outcome(NamedTuple):
+    """What became of a file, and what a shard keeps of it; ``unanswered``: that may be otherwise the next time."""
+
+    record: Record
+    kept: Pixels | Encoded | None = None
+    unanswered: bool = False
 
 
-def write_shard_manifest(folder: Path, shard: int, manifest: Path, mark: str, records: list[Record]) -> None:
-    """Write the manifest of a shard whose pixels have been written before.
-
-    mark: the shard's :func:`fingerprint`. records: what became of each file, in order.
-    """
-    write_note(manifest, {"mark": mark, "pixels": claim(shard_file(folder, shard)), "records": records})
+def _pixels_alone(pixels: Pixels) -> Pixels:
+    return pixels
 
 
-def read_shard_manifest(
-    folder: Path, shard: int, manifest: Path, mark: str, dropped: Callable[[str], None] | None = None
-) -> list[Record] | None:
-    """Return the records of a shard that an earlier pass wrote whole, with the same mark; else None.
-
-    ``dropped`` gets a sentence where the shard or its manifest is damaged.
-    """
-    try:
-        found = read_note(manifest)
-        if found is None or found.get("mark") != mark:
-            return None
-        check_claim(shard_file(folder, shard), found.get("pixels"))
-        records: list[Record] = found["records"]
-        return records
-    except UntrustedError as error:
-        if dropped:
-            dropped(f"{error}; the images of shard {shard} are decoded again")
-        return None
+def _nothing(pixels: Pixels) -> None:
+    return None
 
 
-def _decode_shard(
-    folder: Path, shard: int, manifest: Path, mark: str, results: Iterator[DecodedFile | RejectedFileError]
-) -> list[Record]:
-    outcomes = list(results)
-    decoded = [outcome for outcome in outcomes if isinstance(outcome, DecodedFile)]
-    places = iter(write_shard(folder, shard, [one.pixels for one in decoded]).tolist())
-    records = [_record(outcome, places) for outcome in outcomes]
-    if not any(isinstance(outcome, UnansweredError) for outcome in outcomes):
-        write_shard_manifest(folder, shard, manifest, mark, records)
-    return records
-
-
-def _whole_shard(
-    folder: Path,
-    shard: int,
-    manifest: Path,
-    mark: str,
-    progress: Callable[[int], None] | None,
-    dropped: Callable[[str], None] | None,
-) -> list[Record] | None:
-    records = read_shard_manifest(folder, shard, manifest, mark, dropped)
-    if records and progress:
-        progress(len(records))
-    return records
-
-
-def _record(outcome: DecodedFile | RejectedFileError, places: Iterator[list[int]]) -> Record:
-    if isinstance(outcome, RejectedFileError):
-        return {"reason": str(outcome)}
-    box = None if np.isnan(outcome.box[0]) else outcome.box
-    size = {"height": outcome.height, "width": outcome.width}
-    notes = {"notes": list(outcome.notes)} if outcome.notes else {}
-    return {"sha256": outcome.sha256, **size, "box": box, "place": next(places), **notes}
-
-
-# ---------------------------------------------------------------- files
+_KEPT: dict[str, Callable[[Pixels], Pixels | Encoded | None]] = {
+    "raw": _pixels_alone,
+    "jpeg": encode,
+    "none": _nothing,
+}
 
 
 def _loader(
-    listing: pd.DataFrame, roots: Sequence[str], *, cache_size: int, max_pixels: int
-) -> Callable[[int], DecodedFile | RejectedFileError]:
+    listing: pd.DataFrame, roots: Sequence[str], *, cache: str, cache_size: int, max_pixels: int
+) -> Callable[[int], _Outcome]:
     """Return a function that reads and decodes a row of the listing; threads call it."""
     read = open_rows(listing, roots, max_pixels=max_pixels)
     boxes = listing[list(BOX_COLUMNS)].to_numpy()
+    kept = _KEPT[cache]
 
-    def load(row: int) -> DecodedFile | RejectedFileError:
+    def load(row: int) -> _Outcome:
         try:
             x0, y0, x1, y1 = boxes[row].tolist()
-            return decode_bytes(read(row), (x0, y0, x1, y1), cache_size=cache_size, max_pixels=max_pixels)
+            decoded = decode_bytes(read(row), (x0, y0, x1, y1), cache_size=cache_size, max_pixels=max_pixels)
         except RejectedFileError as error:
-            return type(error)(str(error))  # without the traceback, which would keep the decoded image alive
+            return _Outcome({"reason": str(error)}, unanswered=isinstance(error, UnansweredError))
+        return _Outcome(_record(decoded), kept(decoded.pixels))
 
     return load
 
 
+def _record(decoded: DecodedFile) -> Record:
+    box = None if np.isnan(decoded.box[0]) else decoded.box
+    notes = {"notes": list(decoded.notes)} if decoded.notes else {}
+    return {"sha256": decoded.sha256, "height": decoded.height, "width": decoded.width, "box": box, **notes}
+
+
+def _decode_shard(
+    manifests: ShardManifests, shard: int, mark: str, results: Iterator[_Outcome], *, cached: bool
+) -> list[Record]:
+    """Write the shard, if it is to be cached, then its manifest."""
+    outcomes = list(results)
+    kept: list[Any] = [outcome.kept for outcome in outcomes if outcome.kept is not None]
+    lines, pixels = write_shard_claimed(manifests.folder, shard, kept) if cached else (NO_LINES, None)
+    places = iter(lines.tolist())
+    records = [
+        outcome.record if outcome.kept is None else {**outcome.record, "place": next(places)} for outcome in outcomes
+    ]
+    if not any(outcome.unanswered for outcome in outcomes):
+        manifests.write(shard, mark, pixels, records)
+    return records
+
+
 def _run(
-    pool: Executor,
-    load: Callable[[int], DecodedFile | RejectedFileError],
-    part: range,
-    progress: Callable[[int], None] | None,
-) -> Iterator[DecodedFile | RejectedFileError]:
+    pool: Executor, load: Callable[[int], _Outcome], part: range, progress: Callable[[int], None] | None
+) -> Iterator[_Outcome]:
     for outcome in pool.map(load, part):
         if progress:
             progress(1)
@@ -227,22 +219,21 @@ def _run(
 # ---------------------------------------------------------------- tables
 
 
-def _tables(
-    listing: pd.DataFrame, records: list[Record], folder: Path
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def _tables(listing: pd.DataFrame, records: list[Record]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, list[int]]:
+    """Return images, labels and rejected files, and the row of the listing of each image."""
     rejected = [row for row, record in enumerate(records) if "reason" in record]
     accepted = [row for row, record in enumerate(records) if "reason" not in record]
     ids, originals = _image_ids([records[row]["sha256"] for row in accepted])
     order = sorted(range(len(ids)), key=ids.__getitem__)
     rows = [accepted[position] for position in order]
-    write_index(folder, np.array([records[row]["place"] for row in rows], dtype=np.int64).reshape(-1, 4))
     image_id = pd.Series([ids[position] for position in order], dtype="str")
     images = _images(image_id, listing.iloc[rows], [records[row] for row in rows])
     images.attrs["notes"] = dict(Counter(note for row in rows for note in records[row].get("notes", ())))
     images["duplicate_of"] = pd.Series([originals[position] for position in order], dtype="str")
     label = [None if pd.isna(label) else label for label in listing["label"].iloc[rows]]
     labels = pd.DataFrame({"image_id": image_id, "label": pd.Series(label, dtype="object")})
-    return images, labels, _rejected(listing.iloc[rejected], [records[row]["reason"] for row in rejected])
+    refused = _rejected(listing.iloc[rejected], [records[row]["reason"] for row in rejected])
+    return images, labels, refused, rows
 
 
 def _image_ids(digests: list[str]) -> tuple[list[str], list[str]]:

@@ -22,6 +22,7 @@ from grappa.images.shards import REDO, Shards, load_array
 
 INDEX_FILE = "index.npy"
 RAW_COLUMNS, ENCODED_COLUMNS = 4, 5
+NO_LINES = np.zeros((0, RAW_COLUMNS), dtype=np.int64)
 _BLOCK_ROWS = 2**20
 
 
@@ -30,9 +31,7 @@ def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05d}.npy"
 
 
-def write_shard(
-    folder: Path, shard: int, images: Sequence[NDArray[np.uint8]] | Sequence[Encoded]
-) -> NDArray[np.int64]:
+def write_shard(folder: Path, shard: int, images: Sequence[NDArray[np.uint8]] | Sequence[Encoded]) -> NDArray[np.int64]:
     """Write a shard of (H, W, 3) uint8 images, or of encoded ones; it appears whole or not at all.
 
     Returns:
@@ -145,6 +144,10 @@ class PixelCache:
             except ValueError as error:
                 raise ValueError(f"image {row} in {self.shards.file(shard)}: {error}: {REDO}") from error
         return self.shards[shard][offset : offset + height * width * 3].reshape(height, width, 3)
+
+    def file(self, row: int) -> Path:
+        """Return the file of the shard in which an image lies."""
+        return self.shards.file(int(self.index[row, 0]))
 
     def content(self, row: int) -> NDArray[np.uint8]:
         """Return the pixels of a raw cache (H, W, 3), of an encoded one the bytes of the image's file."""

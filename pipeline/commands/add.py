@@ -182,12 +182,14 @@ def _decode(
                 listing,
                 roots,
                 work.path / "pixels",
+                cache=settings.form,
                 cache_size=settings.shorter_side,
                 max_pixels=settings.max_pixels,
                 shard_size=settings.shard_size,
                 manifests=work.path / SCRATCH_FOLDER,
                 num_workers=config.compute.num_workers or 1,
                 progress=advance,
+                written=work.written,
             )
         if images.empty:
             shutil.rmtree(work.path)

@@ -12,7 +12,7 @@ from grappa.backbone.files.hub import is_hub_name as is_hub_weights
 from grappa.backbone.files.places import absolute, files_of, hint
 from grappa.backbone.unusable import BackboneError
 from grappa.pipeline.commands.listed import say_images, say_lone_classes
-from grappa.pipeline.commands.model_input import check_input, same_backbone, say_input, settle_cache_size
+from grappa.pipeline.commands.model_input import check_input, same_backbone, say_input, settle_cache, settle_cache_size
 from grappa.pipeline.config.schema import Config, Images, automatic_num_clusters
 from grappa.pipeline.config.yaml_file import (
     FORMER,
@@ -116,7 +116,7 @@ def fitted(config: Config, listing: pd.DataFrame, num_train: int, before: Config
     num_train: the different train images, as :func:`count_train` counts them. before: the configuration of the run, or
     of one whose artifacts are reused. ConfigError where the images do not suffice.
     """
-    config = settle_cache_size(_settle_layout(config, listing), before)
+    config = settle_cache(settle_cache_size(_settle_layout(config, listing), before), len(listing), before)
     config = resolve_num_clusters(config, num_train)
     _check_labels(config, listing)
     _check_boxes(config, listing)

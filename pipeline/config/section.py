@@ -27,9 +27,10 @@ def provenance(default: Any, description: str) -> Any:
     return Field(default=default, description=description, json_schema_extra={"identity": False})
 
 
-def later(default: Any, description: str) -> Any:
-    """Return a field that came after runs had been made: with its default the result is that without the field.
+def later(default: Any, description: str, *, before: Any = None) -> Any:
+    """Return a field that came after runs had been made: with one value the result is that without the field.
 
-    Such a value is left out of fingerprints, so that older artifacts stay fresh.
+    Such a value is left out of fingerprints, so that older artifacts stay fresh. It is ``before``, or the default.
     """
-    return Field(default=default, description=description, json_schema_extra={"later": True})
+    extra = {"later": True, "before": default if before is None else before}
+    return Field(default=default, description=description, json_schema_extra=extra)
