@@ -20,6 +20,7 @@ from grappa.backbone.frozen import Backbone, build_backbone
 from grappa.backbone.spec import BackboneSpec
 from grappa.backbone.tensors import fill
 from grappa.backbone.vit import reads_class_token
+from grappa.core import memory
 from grappa.core.devices import resolve_device, resolve_precision, set_num_threads
 from grappa.core.memory import MeasuredShape, Shape, VitShape
 from grappa.images.pixels import ImageRows, PixelCache
@@ -185,6 +186,14 @@ def _measured(backbone: Backbone, modules: list[nn.Module], numbers: int) -> Mea
 
 
 def need_for_batches(context: StageContext, device: torch.device, needed: int) -> None:
-    """Check and note the bytes that batches need on a CPU; on a GPU torch itself reports a lack of memory."""
+    """Check and note the bytes that batches and their reading need on a CPU; on a GPU torch reports a lack itself."""
     if device.type == "cpu":
-        context.need_memory(needed)
+        context.need_memory(needed + _need_for_originals(context))
+
+
+def _need_for_originals(context: StageContext) -> int:
+    if context.config.images.form != "none":
+        return 0
+    table = context.run.artifact("images").home / "images.parquet"
+    sizes = pd.read_parquet(table, columns=["height", "width"])
+    return memory.originals(int(sizes.prod(axis=1).max()), context.num_workers)

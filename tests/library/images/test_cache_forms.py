@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 from grappa.images import codec
 from grappa.images.codec import Encoded, decode, encode
 from grappa.images.files import ImagesChangedError
-from grappa.images.ingest import decode_all
+from grappa.images.ingest import decode_all, decode_shards
 from grappa.images.pixels import ImageRows, PixelCache, repeated_rows, shard_file, write_index, write_shard
 from grappa.images.table import list_images
 from grappa.images.uncached import Originals, Uncached, open_images
@@ -220,6 +220,24 @@ def test_killed_before_any_rename_it_goes_on_to_the_same_bytes(
     assert code == -signal.SIGKILL
     ingest(source, tmp_path / "resumed", form)
     assert contents(tmp_path / "whole") == contents(tmp_path / "resumed")
+
+
+def decode_part(source: Path, folder: Path, form: str, part: slice) -> None:
+    listing = list_images([source])
+    decode_shards(listing, listing.attrs["roots"], folder, part, cache=form, **SETTINGS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_several_processes_decode_slices_to_the_same_bytes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    ingest(source, tmp_path / "one", form)
+    for rank in range(2):
+        assert in_child(decode_part, source, tmp_path / "two", form, slice(rank, None, 2)) == 0
+    monkeypatch.setattr("grappa.images.ingest.decode_bytes", None)  # nothing is left to decode, or to read again
+    monkeypatch.setattr("grappa.core.notes.claim", None)
+    ingest(source, tmp_path / "two", form, checked=True)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 @pytest.mark.parametrize("form", FORMS)
