@@ -186,6 +186,6 @@ GATES = [
     Gate("R2", "class-token-only last block / whole", 0.97, class_token_only),
     Gate("R3", "epoch from the pixel cache, times faster than from JPEG files", 5.0, loading, at_least=True),
     Gate("R3 jpeg", "the same, the cache of JPEGs", 1.5, partial(loading, form="jpeg"), at_least=True),
-    Gate("R3 none", "the same without a cache", 0.8, partial(loading, form="none"), at_least=True),
+    Gate("R3 none", "the same without a cache", 0.75, partial(loading, form="none"), at_least=True),
     Gate("R4", "end-to-end extraction, share of its slower part's speed", 0.85, end_to_end, at_least=True),
 ]

@@ -53,7 +53,9 @@ def test_every_field_is_written_with_its_description() -> None:
 
 
 def test_missing_and_empty_sections_have_the_defaults(tmp_path: Path) -> None:
-    former = Config(images=Images(cache_size=256), features=Features(whitening_power=0.0))  # as runs had them then
+    former = Config(
+        images=Images(cache_size=256, cache="raw"), features=Features(whitening_power=0.0)
+    )  # as runs had them then
     assert load_config(written(tmp_path, "clusters:\n")) == former
     assert load_config(written(tmp_path, "")) == former
 
