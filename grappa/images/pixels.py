@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from grappa.core.atomic import write_whole
 from grappa.core.notes import Claim, Summed, write_claimed
 from grappa.images.codec import Encoded, decode
-from grappa.images.shards import REDO, Shards, load_array
+from grappa.images.mapped import REDO, MappedShards, load_array
 
 INDEX_FILE = "index.npy"
 RAW_COLUMNS, ENCODED_COLUMNS = 4, 5
@@ -113,7 +113,7 @@ class PixelCache:
     """
 
     index: NDArray[np.int64]
-    shards: Shards
+    shards: MappedShards
 
     @classmethod
     def open(cls, folder: Path) -> PixelCache:
@@ -126,7 +126,7 @@ class PixelCache:
         if index.ndim != 2 or index.shape[1] not in (RAW_COLUMNS, ENCODED_COLUMNS) or index.dtype != np.int64:
             found = f"{index.dtype} {index.shape}"
             raise ValueError(f"{folder / INDEX_FILE} is {found}, expected int64 (N, 4) or (N, 5): {REDO}")
-        return cls(index, Shards(folder, _shard_sizes(index), shard_file))
+        return cls(index, MappedShards(folder, _shard_sizes(index), shard_file))
 
     def __len__(self) -> int:
         return len(self.index)

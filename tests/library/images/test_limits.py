@@ -22,7 +22,7 @@ import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
 from grappa.images import decoding
-from grappa.images import shards as shards_module
+from grappa.images import mapped
 from grappa.images import table as table_module
 from grappa.images.decoding import ImageDecodeError, decode_image
 from grappa.images.files import ListedFile, RejectedFileError, decode_file
@@ -187,7 +187,7 @@ def descriptors() -> int:
 
 
 def test_shards_are_opened_on_demand_and_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "MOST_OPEN", 5)
+    monkeypatch.setattr(mapped, "MOST_OPEN", 5)
     images = [np.full((2, 2, 3), shard, np.uint8) for shard in range(40)]
     write_index(tmp_path, np.concatenate([write_shard(tmp_path, shard, [image]) for shard, image in enumerate(images)]))
     before = descriptors()
@@ -210,7 +210,7 @@ def test_too_few_descriptors_are_raised_or_named(tmp_path: Path, monkeypatch: py
         resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 10, hard))
         cache = PixelCache.open(tmp_path)
         assert sum(int(cache.image(row).sum()) for row in range(40)) == 0
-        monkeypatch.setattr(shards_module, "_allowed", lambda number: 40)
+        monkeypatch.setattr(mapped, "_allowed", lambda number: 40)
         few = PixelCache.open(tmp_path)
         resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 6, hard))
         assert sum(int(few.image(row).sum()) for row in range(40)) == 0, "it closes others, then goes on"

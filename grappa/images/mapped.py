@@ -22,7 +22,7 @@ _OTHERS = 256  # files that a process has open beside
 _TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # descriptors of the process, of the system; maps
 
 
-class Shards:
+class MappedShards:
     """The flat uint8 arrays of a folder by number; threads may read them at the same time.
 
     sizes: (S,) int64, the number of values of each shard, 0: it is never read. The folder stays the one that was opened
