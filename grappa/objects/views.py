@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from grappa.core.arrays import Box, Pixels
 from grappa.images.decoding import ImageDecodeError, decode_image
-from grappa.images.files import ERRORS_OF_THE_FILE, ImagesChangedError
+from grappa.images.files import ERRORS_OF_THE_FILE, ImagesChangedError, RejectedFileError
 from grappa.images.ingest import Record, fingerprint, read_shard_manifest, write_shard_manifest
+from grappa.images.originals import are_plain_files, open_rows
 from grappa.images.pixels import PixelCache, write_index, write_shard
+from grappa.images.sources.urls import is_url
 from grappa.images.table import escape_path, image_file, unescape_path
 from grappa.objects.boxes import object_view
 
@@ -79,7 +81,11 @@ def write_object_views(
         place.mkdir(parents=True, exist_ok=True)
     columns = (images[name].tolist() for name in ("path", "root", "sha256"))
     originals = [Original(*each) for each in zip(*columns, map(tuple, boxes.tolist()), strict=True)]
-    view = partial(_view, originals=originals, roots=roots, cache=cache, framing=framing, max_pixels=max_pixels)
+    plain, reader = are_plain_files(images, roots), open_rows(images, roots, max_pixels=max_pixels)
+    read = [None if each else partial(reader, row) for row, each in enumerate(plain)]
+    view = partial(
+        _view, originals=originals, roots=roots, read=read, cache=cache, framing=framing, max_pixels=max_pixels
+    )
     lines: list[list[int]] = []
     with ThreadPoolExecutor(num_workers, "views") as pool:
         for start in range(0, len(originals), shard_size):
@@ -117,6 +123,7 @@ def _view(
     *,
     originals: list[Original],
     roots: Sequence[str],
+    read: Sequence[Callable[[], bytes] | None],
     cache: PixelCache,
     framing: Framing,
     max_pixels: int,
@@ -124,7 +131,7 @@ def _view(
     original = originals[row]
     if np.isnan(original.box[0]):
         return cache.image(row)
-    image = read_original(original.path, roots[original.root], original.sha256, max_pixels=max_pixels)
+    image = read_original(original.path, roots[original.root], original.sha256, max_pixels=max_pixels, read=read[row])
     return object_view(
         image,
         original.box,
@@ -137,19 +144,25 @@ def _view(
 def check_roots(roots: Sequence[str]) -> None:
     """Raise ImagesChangedError where a folder of originals is gone, before boxes are sought for nothing."""
     for root in roots:
-        if not os.path.isdir(unescape_path(root)):
+        if not is_url(root) and not os.path.isdir(unescape_path(root)):
             raise ImagesChangedError(f"the folder {root} of the originals is gone: {_ADVICE}")
 
 
-def read_original(path: str, root: str, sha256: str, *, max_pixels: int) -> Pixels:
+def read_original(
+    path: str, root: str, sha256: str, *, max_pixels: int, read: Callable[[], bytes] | None = None
+) -> Pixels:
     """Decode an image of the image table once more, (H, W, 3) uint8, oriented, at its full size.
+
+    read: gives its bytes (``grappa.images.originals.open_rows``); None: they are those of a local file.
 
     Raises:
         ImagesChangedError: it is gone, cannot be read, or has other bytes than when the table was made.
     """
     file = image_file(root, path)
     try:
-        data = Path(file).read_bytes()
+        data = Path(file).read_bytes() if read is None else read()
+    except RejectedFileError as error:
+        raise ImagesChangedError(f"the original {escape_path(file)} cannot be read now ({error}): {_ADVICE}") from error
     except OSError as error:
         if error.errno not in ERRORS_OF_THE_FILE:
             raise
