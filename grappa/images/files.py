@@ -105,7 +105,7 @@ def read_file(file: str, *, name: str, size: int | None, max_pixels: int) -> byt
         with open(file, "rb") as opened:
             data = opened.read(expected + 1)
     except OSError as error:
-        raise _named(error, name, size) from error
+        raise file_error(error, name, size) from error
     if len(data) != expected:
         raise changed(name, expected, f"{len(data)} bytes or more could be read")
     return data
@@ -128,7 +128,8 @@ def check_size(size: int, max_pixels: int) -> None:
         )
 
 
-def _named(error: OSError, name: str, size: int | None) -> Exception:
+def file_error(error: OSError, name: str, size: int | None) -> Exception:
+    """Return what an error of the file system means for an image; ``name`` and ``size`` are those of ``read_file``."""
     if error.errno in _MISSING_ERRORS:
         return RejectedFileError("missing") if size == MISSING else changed(name, size, "it has gone")
     if error.errno == errno.ENAMETOOLONG:

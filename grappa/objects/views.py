@@ -27,6 +27,7 @@ from grappa.images.files import ImagesChangedError
 from grappa.images.manifests import Record, ShardManifests, fingerprint
 from grappa.images.paths import unescape_path
 from grappa.images.pixels import ENCODED_COLUMNS, RAW_COLUMNS, ImageRows, PixelCache, write_index, write_shard_claimed
+from grappa.images.sources.urls import is_url
 from grappa.images.table import BOX_COLUMNS
 from grappa.images.uncached import ADVICE, HOW_FILE, ROWS_FILE, Originals, places, write_rows
 from grappa.objects.boxes import object_view
@@ -180,5 +181,5 @@ def open_object_views(folder: Path, roots: Sequence[str]) -> ImageRows:
 def check_roots(roots: Sequence[str]) -> None:
     """Raise ImagesChangedError where a folder of originals is gone, before boxes are sought for nothing."""
     for root in roots:
-        if not os.path.isdir(unescape_path(root)):
+        if not is_url(root) and not os.path.isdir(unescape_path(root)):
             raise ImagesChangedError(f"the folder {root} of the originals is gone: {ADVICE}")

@@ -217,7 +217,7 @@ def _absolute(settings: Settings) -> Settings:
         changed["objects"] = {"model": os.path.abspath(model)}
     sources: Any = settings.get("images", {}).get("sources")
     if isinstance(sources, list) and all(isinstance(source, str) for source in sources):
-        changed["images"] = {"sources": [os.path.abspath(source) for source in sources]}
+        changed["images"] = {"sources": [_absolute_source(source) for source in sources]}
     domains: Any = settings.get("images", {}).get("domains")
     if isinstance(domains, list) and all(isinstance(text, str) for text in domains):
         changed.setdefault("images", {})["domains"] = [_absolute_domain(text) for text in domains]
@@ -226,7 +226,12 @@ def _absolute(settings: Settings) -> Settings:
 
 def _absolute_domain(text: str) -> str:
     name, _, folder = text.partition("=")
-    return f"{name}={os.path.abspath(folder)}" if folder else text
+    return f"{name}={_absolute_source(folder)}" if folder else text
+
+
+def _absolute_source(source: str) -> str:
+    """Return a folder or file as an absolute path; a URL stays as it is."""
+    return source if "://" in source else os.path.abspath(source)
 
 
 def check_backbone(config: Config, known: RunFolder | None) -> None:
@@ -278,7 +283,7 @@ def _check_boxes(config: Config, listing: pd.DataFrame) -> None:
 def given_images(config: Config) -> Images:
     """Return the section that names the images; ConfigError when it names none."""
     if not config.images.sources and not config.images.domains:
-        raise ConfigError("no images given; name a folder or a table (.csv, .parquet) by --images")
+        raise ConfigError("no images given; name a folder, a table (.csv, .parquet) or a tar by --images")
     return config.images
 
 

@@ -21,12 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
-from grappa.images import decoding
-from grappa.images import mapped
-from grappa.images import table as table_module
+from grappa.images import decoding, mapped
 from grappa.images.decoding import ImageDecodeError, decode_image
 from grappa.images.files import ListedFile, RejectedFileError, decode_file
 from grappa.images.pixels import PixelCache, write_index, write_shard
+from grappa.images.sources import path_table
 from grappa.images.table import MISSING, ImageTableError, read_table
 from grappa.pipeline.errors import sentence_and_code
 
@@ -151,7 +150,7 @@ def test_a_tile_larger_than_the_limit_is_a_bomb(monkeypatch: pytest.MonkeyPatch)
 def test_a_cell_may_be_as_large_as_its_table(tmp_path: Path) -> None:
     table, before = tmp_path / "t.csv", csv.field_size_limit()
     table.write_text(f'path,domain,caption\na.png,birds,"{"x" * 300_000}"\nb.png,cars,\n')
-    assert [row.path for row in read_table(table)] == ["a.png", "b.png"]
+    assert read_table(table)["path"].to_pylist() == ["a.png", "b.png"]
     assert csv.field_size_limit() == before
 
 
@@ -161,7 +160,7 @@ def test_a_parquet_table_may_have_a_large_header_and_a_row_group_a_row(
     columns = pa.table({"path": [f"{number}.png" for number in range(500)], "domain": ["birds"] * 500})
     pq.write_table(columns, tmp_path / "rows.parquet", row_group_size=1)
     assert len(read_table(tmp_path / "rows.parquet")) == 500
-    monkeypatch.setattr(table_module, "_LARGEST", 8)
+    monkeypatch.setattr(path_table, "LARGEST_HEADER", 8)
     with pytest.raises(ImageTableError, match="size limit"):
         read_table(tmp_path / "rows.parquet")
 
