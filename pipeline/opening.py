@@ -23,9 +23,9 @@ from grappa.backbone.vit import reads_class_token
 from grappa.core import memory
 from grappa.core.devices import resolve_device, resolve_precision, set_num_threads
 from grappa.core.memory import MeasuredShape, Shape, VitShape
+from grappa.images.caching.uncached import FINDERS, open_images
 from grappa.images.pixels import ImageRows, PixelCache
 from grappa.images.table import BOX_COLUMNS
-from grappa.images.uncached import FINDERS, open_images
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.fusion import Fusion
 from grappa.method.head import Head

@@ -19,14 +19,14 @@ import pandas as pd
 
 from grappa.core.arrays import Pixels
 from grappa.core.notes import Claim
-from grappa.images.codec import Encoded, encode
+from grappa.images.caching.codec import Encoded, encode
+from grappa.images.caching.manifests import Record, ShardManifests, fingerprint
+from grappa.images.caching.uncached import write_uncached
 from grappa.images.files import DecodedFile, ImagesChangedError, RejectedFileError, UnansweredError, decode_bytes
-from grappa.images.manifests import Record, ShardManifests, fingerprint
 from grappa.images.originals import described, open_rows
 from grappa.images.paths import PLACE_COLUMNS
 from grappa.images.pixels import ENCODED_COLUMNS, NO_LINES, RAW_COLUMNS, write_index, write_shard_claimed
 from grappa.images.table import BOX_COLUMNS
-from grappa.images.uncached import write_uncached
 
 __all__ = ["ImagesChangedError", "decode_all", "decode_shards"]
 
@@ -54,15 +54,15 @@ def decode_all(
 
     Args:
         listing, roots: what ``list_images`` gave (the frame and its ``attrs["roots"]``).
-        cache: ``raw``: the pixels are kept; ``jpeg``: as JPEG (``grappa.images.codec``); ``none``: no pixels are kept,
-            only where they come from (``grappa.images.uncached``).
+        cache: ``raw``: the pixels are kept; ``jpeg``: as JPEG (``grappa.images.caching.codec``); ``none``: only where
+            they come from (``grappa.images.caching.uncached``).
         cache_size: shorter side of the cached pixels; smaller images stay as they are.
         max_pixels: an image with more is rejected as a decompression bomb before it is decoded.
         shard_size: files a shard; ``shard_size`` cached images and ``num_workers`` originals are held in memory.
         manifests: the folder of the shards' manifests, by which a later call can go on; None: ``folder``.
         num_workers: decoding threads; changes no byte of the result.
         progress: called with the number of files newly done; the files of shards that are whole already count too.
-        dropped, written, checked: see ``grappa.images.manifests.ShardManifests``.
+        dropped, written, checked: see ``grappa.images.caching.manifests.ShardManifests``.
 
     Returns:
         ``images`` (image_id, path, root, domain, split, height, width, box_*, sha256, duplicate_of), sorted by
@@ -75,11 +75,9 @@ def decode_all(
         ImagesChangedError: a file is not what was listed.
         OSError: the disk is full or the folder is read-only; what is whole stays for the next call.
     """
+    how = (listing, roots, folder, slice(None))
     records = decode_shards(
-        listing,
-        roots,
-        folder,
-        slice(None),
+        *how,
         cache=cache,
         cache_size=cache_size,
         max_pixels=max_pixels,
@@ -95,8 +93,7 @@ def decode_all(
     if cache == "none":
         write_uncached(folder, images, cache_size=cache_size, max_pixels=max_pixels)
     else:
-        places = np.array([records[row]["place"] for row in rows], dtype=np.int64)
-        write_index(folder, places.reshape(-1, ENCODED_COLUMNS if cache == "jpeg" else RAW_COLUMNS))
+        _write_places(folder, [records[row]["place"] for row in rows], cache)
     return images, labels, rejected
 
 
@@ -138,6 +135,11 @@ def decode_shards(
                 progress(len(found))
             records += found
     return records
+
+
+def _write_places(folder: Path, places: list[list[int]], cache: str) -> None:
+    columns = ENCODED_COLUMNS if cache == "jpeg" else RAW_COLUMNS
+    write_index(folder, np.array(places, dtype=np.int64).reshape(-1, columns))
 
 
 # ---------------------------------------------------------------- shards

@@ -2,7 +2,7 @@
 
 A folder holds shards ``00000.npy``, ``00001.npy``, ... (flat uint8, the images of a shard one after the other) and
 ``index.npy``, int64, row i about image i. Raw: an image is H x W x 3 values, and the index (N, 4) says shard, offset,
-height and width. Encoded: an image is a file (``grappa.images.codec``), and the index (N, 5) adds its length in bytes.
+height and width. Encoded: an image is a file (``grappa.images.caching.codec``), and the index (N, 5) adds its length.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from grappa.core.atomic import write_whole
 from grappa.core.notes import Claim, Summed, write_claimed
-from grappa.images.codec import Encoded, decode
-from grappa.images.mapped import REDO, MappedShards, load_array
+from grappa.images.caching.codec import Encoded, decode
+from grappa.images.caching.mapped import REDO, MappedShards, load_array
 
 INDEX_FILE = "index.npy"
 RAW_COLUMNS, ENCODED_COLUMNS = 4, 5

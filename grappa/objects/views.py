@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 
 from grappa.core.arrays import Pixels
 from grappa.core.notes import Claim
-from grappa.images.codec import Encoded, encode
+from grappa.images.caching.codec import Encoded, encode
+from grappa.images.caching.manifests import Record, ShardManifests, fingerprint
+from grappa.images.caching.uncached import ADVICE, HOW_FILE, ROWS_FILE, Originals, places, write_rows
 from grappa.images.decoding import shrink
 from grappa.images.files import ImagesChangedError
-from grappa.images.manifests import Record, ShardManifests, fingerprint
 from grappa.images.paths import unescape_path
 from grappa.images.pixels import ENCODED_COLUMNS, RAW_COLUMNS, ImageRows, PixelCache, write_index, write_shard_claimed
 from grappa.images.sources.urls import is_url
 from grappa.images.table import BOX_COLUMNS
-from grappa.images.uncached import ADVICE, HOW_FILE, ROWS_FILE, Originals, places, write_rows
 from grappa.objects.boxes import object_view
 
 

@@ -21,11 +21,11 @@ import grappa.backbone.frozen
 from grappa.backbone.features import extract_features
 from grappa.backbone.frozen import Backbone, embed
 from grappa.core.devices import autocast, resolve_precision
+from grappa.images.caching.uncached import open_images
 from grappa.images.ingest import decode_all
 from grappa.images.pixels import ImageRows
 from grappa.images.table import list_images
 from grappa.images.transforms import eval_batch, normalize
-from grappa.images.uncached import open_images
 from tests.benchmarks import data
 from tests.benchmarks.core import Gate, Options, Pair, seconds
 

@@ -16,9 +16,9 @@ from grappa.backbone.frozen import Backbone
 from grappa.core import memory
 from grappa.core.devices import resolve_device, resolve_precision, set_num_threads
 from grappa.core.vectors import read_rows
+from grappa.images.caching.uncached import open_images
 from grappa.images.pixels import ImageRows
 from grappa.images.splits import train_rows
-from grappa.images.uncached import open_images
 from grappa.method.head import apply_head
 from grappa.model import GrappaModel, load_model
 from grappa.model_folder import read_record

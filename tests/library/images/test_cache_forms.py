@@ -16,13 +16,13 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageFilter
 
-from grappa.images import codec
-from grappa.images.codec import Encoded, decode, encode
+from grappa.images.caching import codec
+from grappa.images.caching.codec import Encoded, decode, encode
+from grappa.images.caching.uncached import Originals, Uncached, open_images
 from grappa.images.files import ImagesChangedError
 from grappa.images.ingest import decode_all, decode_shards
 from grappa.images.pixels import ImageRows, PixelCache, repeated_rows, shard_file, write_index, write_shard
 from grappa.images.table import list_images
-from grappa.images.uncached import Originals, Uncached, open_images
 
 FORMS = ("raw", "jpeg", "none")
 SETTINGS: dict[str, Any] = {"cache_size": 40, "max_pixels": 100_000, "shard_size": 3, "num_workers": 2}

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
-from grappa.images import decoding, mapped
+from grappa.images import decoding
+from grappa.images.caching import mapped
 from grappa.images.decoding import ImageDecodeError, decode_image
 from grappa.images.files import ListedFile, RejectedFileError, decode_file
 from grappa.images.pixels import PixelCache, write_index, write_shard

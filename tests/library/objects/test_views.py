@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from grappa.images.caching.uncached import Originals
 from grappa.images.files import ImagesChangedError
 from grappa.images.ingest import decode_all
 from grappa.images.pixels import PixelCache
 from grappa.images.table import list_images
-from grappa.images.uncached import Originals
 from grappa.objects.boxes import object_view
 from grappa.objects.views import Framing, write_object_views
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from grappa.core.notes import UntrustedError, read_note
-from grappa.images.manifests import ShardManifests
+from grappa.images.caching.manifests import ShardManifests
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.checkpoints import ArrayCheckpoint, FileCheckpoint, RowCheckpoint
 from tests.helpers.tiny import digests, draw_images, make_run, run_all, split_of, write_table, write_weights

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from grappa.images.caching.uncached import Originals
 from grappa.images.pixels import PixelCache
 from grappa.images.table import BOX_COLUMNS
-from grappa.images.uncached import Originals
 from grappa.objects import grounding
 from grappa.pipeline import tables
 from grappa.pipeline.config.yaml_file import ConfigError

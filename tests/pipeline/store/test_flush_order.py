@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grappa.images.manifests import ShardManifests
+from grappa.images.caching.manifests import ShardManifests
 from grappa.images.pixels import shard_file, write_shard_claimed
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.checkpoints import ArrayCheckpoint, RowCheckpoint
