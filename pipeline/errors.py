@@ -90,7 +90,7 @@ def _words_and_code(error: BaseException) -> tuple[str | None, int]:
         return f"{sentence(os.fsdecode(name), limit=100)}: {too_long(name)}; choose a shorter one", 1
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return f"too many open files (this process may have {allowed}); raise `ulimit -n`, or images.shard_size", 1
+        return f"too many open files (this process may have {allowed}); raise `ulimit -n`", 1
     if (
         isinstance(error, OSError)
         and isinstance(error.filename, str | bytes)

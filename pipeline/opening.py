@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,24 @@ from grappa.backbone.frozen import Backbone, build_backbone
 from grappa.backbone.spec import BackboneSpec
 from grappa.backbone.tensors import fill
 from grappa.backbone.vit import reads_class_token
+from grappa.core import memory
 from grappa.core.devices import resolve_device, resolve_precision, set_num_threads
 from grappa.core.memory import MeasuredShape, Shape, VitShape
-from grappa.images.pixels import PixelCache
+from grappa.images.caching.uncached import FINDERS, open_images
+from grappa.images.pixels import ImageRows, PixelCache
 from grappa.images.table import BOX_COLUMNS
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.fusion import Fusion
 from grappa.method.head import Head
 from grappa.method.head import open_head as open_form
 from grappa.objects.backgrounds import Backgrounds
+from grappa.objects.views import open_object_views
 from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.engine.fingerprints import image_roots
 from grappa.pipeline.engine.verdict_file import SELECTION, kept_names
 from grappa.pipeline.graph.models import deployed_model
 from grappa.pipeline.graph.stages import upstream
+from grappa.pipeline.store.artifacts import RunFolder, published
 
 MARGIN = 1.4  # what a pass takes, as a multiple of what lives in it: an allocator keeps more
 
@@ -42,9 +47,20 @@ def read_images(folder: Path) -> pd.DataFrame:
     return pd.read_parquet(folder / "images.parquet")
 
 
-def open_pixels(context: StageContext) -> PixelCache:
-    """Return the pixel cache of the images artifact."""
-    return PixelCache.open(context.input("images") / "pixels")
+def open_pixels(context: StageContext) -> ImageRows:
+    """Return the pixels of the images artifact: its cache, or the originals decoded at every access."""
+    return open_images(context.input("images") / "pixels", image_roots(context.run))
+
+
+def published_pixels(run: RunFolder, rows: Sequence[int] = ()) -> ImageRows:
+    """Return the pixels of a run's images; what finds them is checked, and the shards of ``rows``, byte by byte."""
+    images = run.artifact("images")
+    manifest = images.manifest() if images.home.exists() else None
+    finders = [f"pixels/{name}" for name in FINDERS if manifest is None or f"pixels/{name}" in manifest.outputs]
+    found = open_images(published(run, "images", *finders) / "pixels", image_roots(run))
+    if isinstance(found, PixelCache) and rows:
+        published(run, "images", *sorted({f"pixels/{found.file(row).name}" for row in rows}))
+    return found
 
 
 def open_backbone(context: StageContext) -> Backbone:
@@ -112,9 +128,9 @@ def _read_with_form(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Ten
         return json.loads(file.metadata()[key]), tensors
 
 
-def open_objects(context: StageContext) -> PixelCache:
-    """Return the pixel cache of the object views; for an image without an accepted box it holds the whole image."""
-    return PixelCache.open(context.input("objects") / "pixels")
+def open_objects(context: StageContext) -> ImageRows:
+    """Return the object views, cached or not; for an image without an accepted box it is the whole image."""
+    return open_object_views(context.input("objects") / "pixels", image_roots(context.run))
 
 
 def accepted_boxes(table: pd.DataFrame) -> NDArray[np.float64]:
@@ -180,6 +196,14 @@ def _measured(backbone: Backbone, modules: list[nn.Module], numbers: int) -> Mea
 
 
 def need_for_batches(context: StageContext, device: torch.device, needed: int) -> None:
-    """Check and note the bytes that batches need on a CPU; on a GPU torch itself reports a lack of memory."""
+    """Check and note the bytes that batches and their reading need on a CPU; on a GPU torch reports a lack itself."""
     if device.type == "cpu":
-        context.need_memory(needed)
+        context.need_memory(needed + _need_for_originals(context))
+
+
+def _need_for_originals(context: StageContext) -> int:
+    if context.config.images.form != "none":
+        return 0
+    table = context.run.artifact("images").home / "images.parquet"
+    sizes = pd.read_parquet(table, columns=["height", "width"])
+    return memory.originals(int(sizes.prod(axis=1).max()), context.num_workers)

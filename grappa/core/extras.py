@@ -6,8 +6,10 @@ from importlib.util import find_spec
 
 DISTRIBUTION = "grappa-retrieval"
 EXTRAS = {
+    "aiohttp": "remote",
     "alembic": "mlflow",
     "faiss": "cpu",
+    "fsspec": "remote",
     "huggingface_hub": "hub",
     "jinja2": "report",
     "matplotlib": "report",

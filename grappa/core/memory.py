@@ -3,8 +3,8 @@
 The need of a step that grows with the images stands beside that step (``memory_needed`` in ``grappa.search.kmeans``,
 ``grappa.search.neighbors``, ``grappa.search.index``, ``grappa.method.head`` and ``grappa.metrics.retrieval``). Such a
 sum counts the arrays that the step holds at once, and ``WORK`` for its blocks of work, whose size is bounded. Embedding
-and training read memory-mapped files: their need depends on the model and the batch only. Decoding states no need: its
-blocks are the shards of the pixel cache.
+and training read memory-mapped files: their need depends on the model and the batch only, and without a pixel cache on
+the originals that are decoded at once. Decoding states no need: its blocks are the shards of the pixel cache.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ WORK = 64 * 2**20  # bytes of a step's blocks of products, and of what is comput
 BATCH_WORK = WORK // 4  # the same beside a batch
 PIXEL_COPIES = 4  # float32 copies of a batch's pixels: the batches read ahead, normalised pixels, patches
 KEPT_COPIES = 15  # vectors of width D that a block keeps of each token until its gradient is computed
+DECODED_BYTES = 12  # of a pixel while an original is decoded: its samples, as RGB, as an array, and shrunk
 PASSING_COPIES = 12  # vectors of width D that a block holds of each token at once where no gradient is asked for
 
 
@@ -100,6 +101,14 @@ def training(shape: Shape, batch_size: int, precision: str, num_classes: int = 0
     """
     trained = 4 * FLOAT * (shape.trained + shape.width * num_classes)
     return trained + batch_size * (_pixels(shape) + shape.kept * _bytes(precision)) + BATCH_WORK
+
+
+def originals(largest: int, num_workers: int) -> int:
+    """Return the bytes of the originals that threads decode at once, without a pixel cache.
+
+    largest: pixels of the largest original.
+    """
+    return num_workers * DECODED_BYTES * largest
 
 
 def _pixels(shape: Shape) -> int:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from grappa.core.atomic import write_whole
+
+Claim = dict[str, Any]  # {"bytes", "sha256"} of a file
 
 
 class UntrustedError(ValueError):
@@ -27,17 +29,48 @@ def parse_json(data: bytes | str) -> Any:
         raise ValueError("the brackets are nested too deeply") from None
 
 
-def claim(file: Path) -> dict[str, Any]:
+class Summed:
+    """A file that is written: its size and digest are known without reading it again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        """Write all bytes of a buffer."""
+        self._digest.update(data)
+        written = self._file.write(data)
+        self._bytes += written
+        return written
+
+    def claim(self) -> Claim:
+        """Return size and digest of what was written so far."""
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+
+def write_claimed(path: Path, write: Callable[[Summed], object]) -> Claim:
+    """Write a file by ``grappa.core.atomic.write_whole``; return its size and digest, summed while it is written."""
+    found: Claim = {}
+
+    def summed(file: BinaryIO) -> None:
+        counted = Summed(file)
+        write(counted)
+        found.update(counted.claim())
+
+    write_whole(path, summed)
+    return found
+
+
+def claim(file: Path) -> Claim:
     """Return size and digest of a file that lies on the disk, for its note."""
     with file.open("rb", buffering=0) as opened:
         digest = hashlib.file_digest(opened, "sha256")
         return {"bytes": opened.tell(), "sha256": digest.hexdigest()}
 
 
-def check_claim(file: Path, claimed: object) -> None:
-    """Raise UntrustedError where a file is not the one that ``claim`` has seen."""
+def check_claim(file: Path, claimed: object, *, size_only: bool = False) -> None:
+    """Raise UntrustedError where a file is not the one that ``claim`` has seen; ``size_only``: as far as its size."""
     try:
-        found = claim(file)
+        found = {**claimed, "bytes": file.stat().st_size} if size_only and isinstance(claimed, dict) else claim(file)
     except OSError as error:
         raise UntrustedError(f"{file.name}: {error.strerror}") from None
     if found != claimed:

@@ -3,68 +3,98 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from grappa.images.paths import MISSING, image_file
+from grappa.images.sources.shards import split_shard
+from grappa.images.sources.urls import is_url
 
 _END = 4096  # bytes at the end of a file, which differ even where the heads of photographs are alike
 _NUM_THREADS = 8
+_BLOCK = 2**20  # bytes that are read at a time
+
+
+class _Place(NamedTuple):
+    """Where the bytes of an image lie."""
+
+    file: str
+    offset: int
+    size: int
 
 
 def count_distinct_files(listing: pd.DataFrame, roots: Sequence[str], *, enough: int | None = None) -> int:
-    """Count the different contents of listed files; missing files have none.
+    """Count the different contents of listed images; missing files have none.
 
-    A file is opened only if another one has its size, and read as a whole only if their ends agree too. A file that
-    cannot be read counts as one of its own.
+    A file is opened only if another one has its size, and read as a whole only if their ends agree too. What cannot be
+    read counts as one of its own, and so do images behind URLs and those whose size is not known before.
 
     Args:
         listing, roots: what ``grappa.images.table.list_images`` gave (rows of the frame, and its ``attrs["roots"]``).
         enough: read no file if so many are certain by their sizes; the number returned is then a lower bound.
     """
     present = listing[listing["size"] != MISSING]
-    files = [image_file(roots[root], path) for root, path in zip(present["root"], present["path"], strict=True)]
-    sizes = present["size"].tolist()
-    if enough is not None and len(set(sizes)) >= enough:
-        return len(set(sizes))
+    sizes = present["size"].to_numpy()
+    different, place, counts = np.unique(sizes[sizes >= 0], return_inverse=True, return_counts=True)
+    if enough is not None and len(different) + int((sizes < 0).sum()) >= enough:
+        return len(different) + int((sizes < 0).sum())
+    local = np.array([not is_url(root) for root in roots], bool)[present["root"].to_numpy()]
+    repeated = np.zeros(len(sizes), bool)
+    repeated[sizes >= 0] = counts[place] > 1
+    rows = present[repeated & local]
     with ThreadPoolExecutor(_NUM_THREADS, "compare") as pool:
-        alike = _shared(files, sizes)
+        alike = _places(rows, roots)
         ends = list(pool.map(_end, alike))
         equal = _shared(alike, ends)
         contents = set(pool.map(_content, equal))
-    return len(files) - len(equal) + len(contents)
+    return len(present) - len(equal) + len(contents)
 
 
-def _shared(files: Sequence[str], keys: Sequence[Hashable]) -> list[str]:
-    """Return the files whose key another file has too."""
+def _places(rows: pd.DataFrame, roots: Sequence[str]) -> list[_Place]:
+    """Return where the bytes of local images lie: a file of their own, or a part of a tar."""
+    offsets = rows["offset"] if "offset" in rows else [-1] * len(rows)
+    found = []
+    for root, path, size, offset in zip(rows["root"], rows["path"], rows["size"], offsets, strict=True):
+        shard = split_shard(path) if offset >= 0 else None
+        found.append(_Place(image_file(roots[root], shard[0] if shard else path), max(offset, 0), size))
+    return found
+
+
+def _shared(places: Sequence[_Place], keys: Sequence[Hashable]) -> list[_Place]:
+    """Return the places whose key another one has too."""
     counts = Counter(keys)
-    return [file for file, key in zip(files, keys, strict=True) if counts[key] > 1]
+    return [place for place, key in zip(places, keys, strict=True) if counts[key] > 1]
 
 
-def _end(file: str) -> Hashable:
+def _end(place: _Place) -> Hashable:
     def read() -> Hashable:
-        with open(file, "rb") as opened:
-            size = opened.seek(0, os.SEEK_END)
-            opened.seek(max(0, size - _END))
-            return size, opened.read(_END)
+        with open(place.file, "rb") as opened:
+            opened.seek(place.offset + max(0, place.size - _END))
+            return place.size, opened.read(min(place.size, _END))
 
-    return _or_itself(file, read)
+    return _or_itself(place, read)
 
 
-def _content(file: str) -> Hashable:
+def _content(place: _Place) -> Hashable:
     def read() -> Hashable:
-        with open(file, "rb", buffering=0) as opened:
-            return hashlib.file_digest(opened, "sha256").digest()
+        with open(place.file, "rb", buffering=0) as opened:
+            opened.seek(place.offset)
+            digest, left = hashlib.sha256(), place.size
+            while left > 0 and (block := opened.read(min(left, _BLOCK))):
+                digest.update(block)
+                left -= len(block)
+            return digest.digest()
 
-    return _or_itself(file, read)
+    return _or_itself(place, read)
 
 
-def _or_itself(file: str, read: Callable[[], Hashable]) -> Hashable:
+def _or_itself(place: _Place, read: Callable[[], Hashable]) -> Hashable:
     try:
         return read()
     except OSError:
-        return file
+        return place

@@ -34,6 +34,10 @@ class RejectedFileError(ValueError):
     """The file cannot be used; the message is the plain reason."""
 
 
+class UnansweredError(RejectedFileError):
+    """The bytes did not come, which may be otherwise the next time: a later pass asks again."""
+
+
 class ListedFile(NamedTuple):
     """What decoding needs of a listing's row; ``box`` is four NaN where there is none."""
 
@@ -66,44 +70,68 @@ def decode_file(listed: ListedFile, root: str, *, cache_size: int, max_pixels: i
         RejectedFileError: missing when it was listed, unreadable, not decodable, or a box outside the image.
         ImagesChangedError: the file's size is not the listed one, it has gone, or it has come since.
     """
-    data = _read(listed, image_file(root, listed.path), max_pixels)
+    data = read_file(image_file(root, listed.path), name=listed.path, size=listed.size, max_pixels=max_pixels)
+    return decode_bytes(data, listed.box, cache_size=cache_size, max_pixels=max_pixels)
+
+
+def decode_bytes(data: bytes, box: Box, *, cache_size: int, max_pixels: int) -> DecodedFile:
+    """Decode and shrink the bytes of an image, wherever they come from; ``box`` is four NaN where there is none.
+
+    Raises:
+        RejectedFileError: not decodable, or a box outside the image.
+    """
     notes: list[str] = []
     try:
         image = decode_image(data, max_pixels=max_pixels, notes=notes)
     except ImageDecodeError as error:
         raise RejectedFileError(str(error)) from error
     height, width = image.shape[:2]
-    box = _clip(listed.box, height, width)
+    box = _clip(box, height, width)
     digest = hashlib.sha256(data).hexdigest()
     return DecodedFile(shrink(image, cache_size), digest, height, width, box, tuple(notes))
 
 
-def _read(listed: ListedFile, file: str, max_pixels: int) -> bytes:
+def read_file(file: str, *, name: str, size: int | None, max_pixels: int) -> bytes:
+    """Return the bytes of a local file.
+
+    name: the file in sentences. size: the listed bytes, ``MISSING`` where it was not there; None: not compared.
+
+    Raises:
+        RejectedFileError: missing when it was listed, unreadable, or more bytes than ``max_pixels`` can need.
+        ImagesChangedError: its size is not the listed one, it has gone, or it has come since.
+    """
     try:
-        _check_status(listed, os.stat(file), max_pixels)
+        expected = _checked_size(name, os.stat(file), size, max_pixels)
         with open(file, "rb") as opened:
-            data = opened.read(listed.size + 1)
+            data = opened.read(expected + 1)
     except OSError as error:
-        raise _named(error, listed) from error
-    if len(data) != listed.size:
-        raise _changed(listed, f"{len(data)} bytes or more could be read")
+        raise file_error(error, name, size) from error
+    if len(data) != expected:
+        raise changed(name, expected, f"{len(data)} bytes or more could be read")
     return data
 
 
-def _check_status(listed: ListedFile, status: os.stat_result, max_pixels: int) -> None:
+def _checked_size(name: str, status: os.stat_result, size: int | None, max_pixels: int) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise RejectedFileError("not a regular file")
-    if status.st_size != listed.size:
-        raise _changed(listed, f"it has {status.st_size} bytes")
-    if status.st_size > max_pixels * _BYTES_A_PIXEL + METADATA_BYTES:
+    if size is not None and status.st_size != size:
+        raise changed(name, size, f"it has {status.st_size} bytes")
+    check_size(status.st_size, max_pixels)
+    return status.st_size
+
+
+def check_size(size: int, max_pixels: int) -> None:
+    """Raise RejectedFileError where so many bytes cannot be one image of ``max_pixels``."""
+    if size > max_pixels * _BYTES_A_PIXEL + METADATA_BYTES:
         raise RejectedFileError(
-            f"{status.st_size} bytes are more than an image of {max_pixels} pixels (images.max_pixels) can need"
+            f"{size} bytes are more than an image of {max_pixels} pixels (images.max_pixels) can need"
         )
 
 
-def _named(error: OSError, listed: ListedFile) -> Exception:
+def file_error(error: OSError, name: str, size: int | None) -> Exception:
+    """Return what an error of the file system means for an image; ``name`` and ``size`` are those of ``read_file``."""
     if error.errno in _MISSING_ERRORS:
-        return RejectedFileError("missing") if listed.size == MISSING else _changed(listed, "it has gone")
+        return RejectedFileError("missing") if size == MISSING else changed(name, size, "it has gone")
     if error.errno == errno.ENAMETOOLONG:
         return RejectedFileError(f"unreadable: {too_long(error.filename)}")
     if error.errno in _UNREADABLE_ERRORS:
@@ -111,10 +139,11 @@ def _named(error: OSError, listed: ListedFile) -> Exception:
     return error
 
 
-def _changed(listed: ListedFile, found: str) -> ImagesChangedError:
-    was = "was missing" if listed.size == MISSING else f"had {listed.size} bytes"
+def changed(name: str, size: int | None, found: str) -> ImagesChangedError:
+    """Return the error of an image that is not what was listed: ``found`` says what it is now."""
+    was = {None: "was there", MISSING: "was missing"}.get(size, f"had {size} bytes")
     return ImagesChangedError(
-        f"images changed: {listed.path} {was} when it was listed, now {found}; run `grappa init` again to list it"
+        f"images changed: {name} {was} when it was listed, now {found}; run `grappa init` again to list it"
     )
 
 

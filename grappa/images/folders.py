@@ -12,9 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import pyarrow as pa
 
 from grappa.images.paths import MISSING, ImageTableError, show, size_of
+from grappa.images.sources.columns import BLOCK, TEXT, escaped
+from grappa.images.sources.urls import Remote
 
 LAYOUTS = ("domain/class", "class", "flat", "split/domain/class", "split/class", "split/flat", "domain/split/class")
 MOST_DOMAINS = 5  # more folders than these, with nothing but files in them, are taken for classes
@@ -35,16 +39,59 @@ _SYSTEM_FOLDERS = frozenset(
         *("recycler", "system volume information", "lost+found", "__macosx", "network trash folder", "temporary items"),
     ]
 )
+SHARDS = (".tar", ".parquet")  # files that may hold many images each
 _RUN, _MODEL, _REPORT = "run.json", {"model.json", "weights.safetensors"}, {"index.html", "results.md"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Found:
-    """What lies in a folder: ``files`` as (path relative to it, bytes), and how much of what was passed over."""
+    """What lies in a folder: its files, its shards, and how much of what was passed over.
 
-    files: list[tuple[str, int]] = field(default_factory=list)
+    ``shards``: the tars and Parquet files, which are passed over too, as paths relative to it (``os.fsdecode`` form).
+    """
+
     passed_files: Counter[str] = field(default_factory=Counter)
     passed_folders: Counter[str] = field(default_factory=Counter)
+    shards: list[str] = field(default_factory=list)
+    _tables: list[pa.Table] = field(default_factory=list)
+    _waiting: dict[str, list[Any]] = field(default_factory=lambda: {"path": [], "size": [], "version": []})
+
+    def add(self, path: str, size: int, version: str = "") -> None:
+        """Add a file, by its path relative to the folder, or pass it over because it is evidently no image."""
+        ending = evidently_no_image(os.path.basename(path))
+        if ending:
+            self.passed_files[ending] += 1
+            if ending in SHARDS:
+                self.shards.append(path)
+            return
+        for column, value in zip(self._waiting.values(), (path, size, version), strict=True):
+            column.append(value)
+        if len(self._waiting["path"]) == BLOCK:
+            self._flush()
+
+    def add_remote(self, remote: Remote) -> None:
+        """Add an object below a URL: as a file of a folder would be, or passed over, or not visible."""
+        folders = remote.path.split("/")[:-1]
+        hidden = any(part.startswith(".") for part in remote.path.split("/"))
+        system = next((name for name in folders if is_system_folder(name)), None)
+        if system is not None:
+            self.passed_folders[system] += 1
+        elif not hidden and remote.path:
+            self.add(remote.path, remote.size, remote.version)
+
+    @property
+    def files(self) -> pa.Table:
+        """The files: ``path`` relative to the folder (escaped), ``size`` in bytes, ``version``."""
+        self._flush()
+        kinds = pa.schema([("path", TEXT), ("size", pa.int64()), ("version", TEXT)])
+        return pa.concat_tables([kinds.empty_table(), *self._tables])
+
+    def _flush(self) -> None:
+        paths, sizes, versions = self._waiting.values()
+        if paths:
+            columns = {"path": escaped(paths), "size": pa.array(sizes, pa.int64()), "version": pa.array(versions, TEXT)}
+            self._tables.append(pa.table(columns))
+        self._waiting = {name: [] for name in self._waiting}
 
 
 class Place(NamedTuple):
@@ -75,15 +122,20 @@ def find_files(root: str) -> Found:
         for entry in entries:
             path = os.path.join(folder, entry.name)
             if _is_folder(entry):
-                if entry.name.lower() in _SYSTEM_FOLDERS:
+                if is_system_folder(entry.name):
                     found.passed_folders[entry.name] += 1
                 else:
                     waiting.append((path, above | {identity}))
-            elif _kind_of_no_image(entry.name):
-                found.passed_files[_kind_of_no_image(entry.name)] += 1
+            elif evidently_no_image(entry.name):
+                found.add(path, MISSING)
             elif entry.is_symlink() or entry.is_file():
-                found.files.append((path, size_of(entry.path)))
+                found.add(path, size_of(entry.path))
     return found
+
+
+def is_system_folder(name: str) -> bool:
+    """Tell whether systems and storage devices call a folder so in which they keep thumbnails or deleted files."""
+    return name.lower() in _SYSTEM_FOLDERS
 
 
 def is_split(name: str) -> bool:
@@ -158,7 +210,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _kind_of_no_image(name: str) -> str:
+def evidently_no_image(name: str) -> str:
     """Return the ending (or the name) of a file that is evidently no image, else an empty text."""
     stem, ending = os.path.splitext(name)
     if ending:

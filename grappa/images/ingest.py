@@ -8,27 +8,30 @@ influence on what is computed from the pixels.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from grappa.core.notes import UntrustedError, check_claim, claim, read_note, write_note
-from grappa.images.files import DecodedFile, ImagesChangedError, ListedFile, RejectedFileError, decode_file
-from grappa.images.pixels import shard_file, write_index, write_shard
+from grappa.core.arrays import Pixels
+from grappa.core.notes import Claim
+from grappa.images.caching.codec import Encoded, encode
+from grappa.images.caching.manifests import Record, ShardManifests, fingerprint
+from grappa.images.caching.uncached import write_uncached
+from grappa.images.files import DecodedFile, ImagesChangedError, RejectedFileError, UnansweredError, decode_bytes
+from grappa.images.originals import described, open_rows
+from grappa.images.paths import PLACE_COLUMNS
+from grappa.images.pixels import ENCODED_COLUMNS, NO_LINES, RAW_COLUMNS, write_index, write_shard_claimed
 from grappa.images.table import BOX_COLUMNS
 
 __all__ = ["ImagesChangedError", "decode_all", "decode_shards"]
 
+# A record is {"reason"} of a rejected file, or {"sha256", "height", "width", "box", "place", "notes"}.
 _ID_DIGITS = 16
-Record = dict[str, Any]  # {"reason"} of a rejected file, or {"sha256", "height", "width", "box", "place", "notes"}
 
 
 def decode_all(
@@ -36,6 +39,7 @@ def decode_all(
     roots: Sequence[str],
     folder: Path,
     *,
+    cache: str = "raw",
     cache_size: int,
     max_pixels: int,
     shard_size: int,
@@ -43,18 +47,22 @@ def decode_all(
     num_workers: int = 1,
     progress: Callable[[int], None] | None = None,
     dropped: Callable[[str], None] | None = None,
+    written: Callable[[Path, Claim], None] | None = None,
+    checked: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Decode every listed file once into the pixel cache in ``folder``, and return the tables of images and rejects.
 
     Args:
         listing, roots: what ``list_images`` gave (the frame and its ``attrs["roots"]``).
+        cache: ``raw``: the pixels are kept; ``jpeg``: as JPEG (``grappa.images.caching.codec``); ``none``: only where
+            they come from (``grappa.images.caching.uncached``).
         cache_size: shorter side of the cached pixels; smaller images stay as they are.
         max_pixels: an image with more is rejected as a decompression bomb before it is decoded.
         shard_size: files a shard; ``shard_size`` cached images and ``num_workers`` originals are held in memory.
         manifests: the folder of the shards' manifests, by which a later call can go on; None: ``folder``.
         num_workers: decoding threads; changes no byte of the result.
         progress: called with the number of files newly done; the files of shards that are whole already count too.
-        dropped: called with a sentence for a shard of an earlier call that is damaged and decoded again.
+        dropped, written, checked: see ``grappa.images.caching.manifests.ShardManifests``.
 
     Returns:
         ``images`` (image_id, path, root, domain, split, height, width, box_*, sha256, duplicate_of), sorted by
@@ -67,11 +75,10 @@ def decode_all(
         ImagesChangedError: a file is not what was listed.
         OSError: the disk is full or the folder is read-only; what is whole stays for the next call.
     """
+    how = (listing, roots, folder, slice(None))
     records = decode_shards(
-        listing,
-        roots,
-        folder,
-        slice(None),
+        *how,
+        cache=cache,
         cache_size=cache_size,
         max_pixels=max_pixels,
         shard_size=shard_size,
@@ -79,8 +86,15 @@ def decode_all(
         num_workers=num_workers,
         progress=progress,
         dropped=dropped,
+        written=written,
+        checked=checked,
     )
-    return _tables(listing, _listed_files(listing), records, folder)
+    images, labels, rejected, rows = _tables(listing, records)
+    if cache == "none":
+        write_uncached(folder, images, cache_size=cache_size, max_pixels=max_pixels)
+    else:
+        _write_places(folder, [records[row]["place"] for row in rows], cache)
+    return images, labels, rejected
 
 
 def decode_shards(
@@ -89,6 +103,7 @@ def decode_shards(
     folder: Path,
     shards: slice,
     *,
+    cache: str = "raw",
     cache_size: int,
     max_pixels: int,
     shard_size: int,
@@ -96,6 +111,8 @@ def decode_shards(
     num_workers: int = 1,
     progress: Callable[[int], None] | None = None,
     dropped: Callable[[str], None] | None = None,
+    written: Callable[[Path, Claim], None] | None = None,
+    checked: bool = False,
 ) -> list[Record]:
     """Decode the shards of a slice, but for whole ones, and return the records of their files, in listing order.
 
@@ -103,119 +120,98 @@ def decode_shards(
     :func:`decode_all`, which then has no more to decode. The other arguments and the errors are those of
     :func:`decode_all`.
     """
-    manifests = manifests or folder
-    for place in (folder, manifests):
-        place.mkdir(parents=True, exist_ok=True)
-    files = _listed_files(listing)
-    load = partial(_load, roots=list(roots), cache_size=cache_size, max_pixels=max_pixels)
-    settings = {"cache_size": cache_size, "max_pixels": max_pixels}
+    notes = ShardManifests(folder, manifests or folder, dropped, written, checked)
+    load = _loader(listing, roots, cache=cache, cache_size=cache_size, max_pixels=max_pixels)
+    settings = {"cache_size": cache_size, "max_pixels": max_pixels} | ({} if cache == "raw" else {"cache": cache})
     records: list[Record] = []
     with ThreadPoolExecutor(num_workers, "decode") as pool:
-        for start in range(0, len(files), shard_size)[shards]:
-            part, shard = files[start : start + shard_size], start // shard_size
-            mark = fingerprint(settings, part)
-            manifest = manifests / f"{shard:05d}.json"
-            records += _whole_shard(folder, shard, manifest, mark, progress, dropped) or _decode_shard(
-                folder, shard, manifest, mark, _run(pool, load, part, progress)
-            )
+        for start in range(0, len(listing), shard_size)[shards]:
+            part, shard = range(start, min(start + shard_size, len(listing))), start // shard_size
+            mark = fingerprint(settings, described(listing.iloc[start : part.stop]))
+            found = notes.read(shard, mark)
+            if found is None:
+                found = _decode_shard(notes, shard, mark, _run(pool, load, part, progress), cached=cache != "none")
+            elif progress:
+                progress(len(found))
+            records += found
     return records
 
 
-# ---------------------------------------------------------------- shards and their manifests
+def _write_places(folder: Path, places: list[list[int]], cache: str) -> None:
+    columns = ENCODED_COLUMNS if cache == "jpeg" else RAW_COLUMNS
+    write_index(folder, np.array(places, dtype=np.int64).reshape(-1, columns))
 
 
-def fingerprint(settings: Any, part: Any) -> str:
-    """Return the SHA-256 of what a shard is made of: ``settings`` and the files of its ``part``, both as JSON."""
-    return hashlib.sha256(json.dumps([settings, part]).encode()).hexdigest()
+# ---------------------------------------------------------------- shards
 
 
-def write_shard_manifest(folder: Path, shard: int, manifest: Path, mark: str, records: list[Record]) -> None:
-    """Write the manifest of a shard whose pixels have been written before.
+class _Outcome(NamedTuple):
+    """What became of a file, and what a shard keeps of it; ``unanswered``: that may be otherwise the next time."""
 
-    mark: the shard's :func:`fingerprint`. records: what became of each file, in order.
-    """
-    write_note(manifest, {"mark": mark, "pixels": claim(shard_file(folder, shard)), "records": records})
+    record: Record
+    kept: Pixels | Encoded | None = None
+    unanswered: bool = False
 
 
-def read_shard_manifest(
-    folder: Path, shard: int, manifest: Path, mark: str, dropped: Callable[[str], None] | None = None
-) -> list[Record] | None:
-    """Return the records of a shard that an earlier pass wrote whole, with the same mark; else None.
+def _pixels_alone(pixels: Pixels) -> Pixels:
+    return pixels
 
-    ``dropped`` gets a sentence where the shard or its manifest is damaged.
-    """
-    try:
-        found = read_note(manifest)
-        if found is None or found.get("mark") != mark:
-            return None
-        check_claim(shard_file(folder, shard), found.get("pixels"))
-        records: list[Record] = found["records"]
-        return records
-    except UntrustedError as error:
-        if dropped:
-            dropped(f"{error}; the images of shard {shard} are decoded again")
-        return None
+
+def _nothing(pixels: Pixels) -> None:
+    return None
+
+
+_KEPT: dict[str, Callable[[Pixels], Pixels | Encoded | None]] = {
+    "raw": _pixels_alone,
+    "jpeg": encode,
+    "none": _nothing,
+}
+
+
+def _loader(
+    listing: pd.DataFrame, roots: Sequence[str], *, cache: str, cache_size: int, max_pixels: int
+) -> Callable[[int], _Outcome]:
+    """Return a function that reads and decodes a row of the listing; threads call it."""
+    read = open_rows(listing, roots, max_pixels=max_pixels)
+    boxes = listing[list(BOX_COLUMNS)].to_numpy()
+    kept = _KEPT[cache]
+
+    def load(row: int) -> _Outcome:
+        try:
+            x0, y0, x1, y1 = boxes[row].tolist()
+            decoded = decode_bytes(read(row), (x0, y0, x1, y1), cache_size=cache_size, max_pixels=max_pixels)
+        except RejectedFileError as error:
+            return _Outcome({"reason": str(error)}, unanswered=isinstance(error, UnansweredError))
+        return _Outcome(_record(decoded), kept(decoded.pixels))
+
+    return load
+
+
+def _record(decoded: DecodedFile) -> Record:
+    box = None if np.isnan(decoded.box[0]) else decoded.box
+    notes = {"notes": list(decoded.notes)} if decoded.notes else {}
+    return {"sha256": decoded.sha256, "height": decoded.height, "width": decoded.width, "box": box, **notes}
 
 
 def _decode_shard(
-    folder: Path, shard: int, manifest: Path, mark: str, results: Iterator[DecodedFile | RejectedFileError]
+    manifests: ShardManifests, shard: int, mark: str, results: Iterator[_Outcome], *, cached: bool
 ) -> list[Record]:
+    """Write the shard, if it is to be cached, then its manifest."""
     outcomes = list(results)
-    decoded = [outcome for outcome in outcomes if isinstance(outcome, DecodedFile)]
-    places = iter(write_shard(folder, shard, [one.pixels for one in decoded]).tolist())
-    records = [_record(outcome, places) for outcome in outcomes]
-    write_shard_manifest(folder, shard, manifest, mark, records)
-    return records
-
-
-def _whole_shard(
-    folder: Path,
-    shard: int,
-    manifest: Path,
-    mark: str,
-    progress: Callable[[int], None] | None,
-    dropped: Callable[[str], None] | None,
-) -> list[Record] | None:
-    records = read_shard_manifest(folder, shard, manifest, mark, dropped)
-    if records and progress:
-        progress(len(records))
-    return records
-
-
-def _record(outcome: DecodedFile | RejectedFileError, places: Iterator[list[int]]) -> Record:
-    if isinstance(outcome, RejectedFileError):
-        return {"reason": str(outcome)}
-    box = None if np.isnan(outcome.box[0]) else outcome.box
-    size = {"height": outcome.height, "width": outcome.width}
-    notes = {"notes": list(outcome.notes)} if outcome.notes else {}
-    return {"sha256": outcome.sha256, **size, "box": box, "place": next(places), **notes}
-
-
-# ---------------------------------------------------------------- files
-
-
-def _listed_files(listing: pd.DataFrame) -> list[ListedFile]:
-    boxes = zip(*(listing[name].tolist() for name in BOX_COLUMNS), strict=True)
-    columns = (listing[name].tolist() for name in ("path", "root", "domain", "size"))
-    return [
-        ListedFile(path, root, domain, box, size)
-        for (path, root, domain, size), box in zip(zip(*columns, strict=True), boxes, strict=True)
+    kept: list[Any] = [outcome.kept for outcome in outcomes if outcome.kept is not None]
+    lines, pixels = write_shard_claimed(manifests.folder, shard, kept) if cached else (NO_LINES, None)
+    places = iter(lines.tolist())
+    records = [
+        outcome.record if outcome.kept is None else {**outcome.record, "place": next(places)} for outcome in outcomes
     ]
-
-
-def _load(listed: ListedFile, *, roots: list[str], cache_size: int, max_pixels: int) -> DecodedFile | RejectedFileError:
-    try:
-        return decode_file(listed, roots[listed.root], cache_size=cache_size, max_pixels=max_pixels)
-    except RejectedFileError as error:
-        return RejectedFileError(str(error))  # without the traceback, which would keep the decoded image alive
+    if not any(outcome.unanswered for outcome in outcomes):
+        manifests.write(shard, mark, pixels, records)
+    return records
 
 
 def _run(
-    pool: Executor,
-    load: Callable[[ListedFile], DecodedFile | RejectedFileError],
-    part: list[ListedFile],
-    progress: Callable[[int], None] | None,
-) -> Iterator[DecodedFile | RejectedFileError]:
+    pool: Executor, load: Callable[[int], _Outcome], part: range, progress: Callable[[int], None] | None
+) -> Iterator[_Outcome]:
     for outcome in pool.map(load, part):
         if progress:
             progress(1)
@@ -225,22 +221,21 @@ def _run(
 # ---------------------------------------------------------------- tables
 
 
-def _tables(
-    listing: pd.DataFrame, files: list[ListedFile], records: list[Record], folder: Path
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def _tables(listing: pd.DataFrame, records: list[Record]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, list[int]]:
+    """Return images, labels and rejected files, and the row of the listing of each image."""
     rejected = [row for row, record in enumerate(records) if "reason" in record]
     accepted = [row for row, record in enumerate(records) if "reason" not in record]
     ids, originals = _image_ids([records[row]["sha256"] for row in accepted])
     order = sorted(range(len(ids)), key=ids.__getitem__)
     rows = [accepted[position] for position in order]
-    write_index(folder, np.array([records[row]["place"] for row in rows], dtype=np.int64).reshape(-1, 4))
     image_id = pd.Series([ids[position] for position in order], dtype="str")
     images = _images(image_id, listing.iloc[rows], [records[row] for row in rows])
     images.attrs["notes"] = dict(Counter(note for row in rows for note in records[row].get("notes", ())))
     images["duplicate_of"] = pd.Series([originals[position] for position in order], dtype="str")
     label = [None if pd.isna(label) else label for label in listing["label"].iloc[rows]]
     labels = pd.DataFrame({"image_id": image_id, "label": pd.Series(label, dtype="object")})
-    return images, labels, _rejected([files[row] for row in rejected], [records[row]["reason"] for row in rejected])
+    refused = _rejected(listing.iloc[rejected], [records[row]["reason"] for row in rejected])
+    return images, labels, refused, rows
 
 
 def _image_ids(digests: list[str]) -> tuple[list[str], list[str]]:
@@ -260,6 +255,7 @@ def _image_ids(digests: list[str]) -> tuple[list[str], list[str]]:
 def _images(image_id: pd.Series, listed: pd.DataFrame, records: list[Record]) -> pd.DataFrame:
     listed = listed.reset_index(drop=True)
     boxes = [record["box"] or (np.nan,) * 4 for record in records]
+    place = ("size", *PLACE_COLUMNS) if set(PLACE_COLUMNS) <= set(listed) else ()
     split = ["" if pd.isna(split) else split for split in listed["split"]]
     return pd.DataFrame(
         {
@@ -272,16 +268,18 @@ def _images(image_id: pd.Series, listed: pd.DataFrame, records: list[Record]) ->
             "width": pd.Series([record["width"] for record in records], dtype="int64"),
             **{name: pd.Series([box[i] for box in boxes], dtype="float64") for i, name in enumerate(BOX_COLUMNS)},
             "sha256": pd.Series([record["sha256"] for record in records], dtype="str"),
+            **{name: listed[name] for name in place},
         }
     )
 
 
-def _rejected(files: list[ListedFile], reasons: list[str]) -> pd.DataFrame:
+def _rejected(listed: pd.DataFrame, reasons: list[str]) -> pd.DataFrame:
+    listed = listed.reset_index(drop=True)
     return pd.DataFrame(
         {
-            "path": pd.Series([file.path for file in files], dtype="str"),
-            "root": pd.Series([file.root for file in files], dtype="int64"),
-            "domain": pd.Series([file.domain for file in files], dtype="str"),
+            "path": listed["path"].astype("str"),
+            "root": listed["root"].astype("int64"),
+            "domain": listed["domain"].astype("str"),
             "reason": pd.Series(reasons, dtype="str"),
         }
     )

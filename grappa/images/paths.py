@@ -8,6 +8,10 @@ import stat
 from pathlib import Path
 
 MISSING = -1  # the size of a listed file that is not there, or is not a regular file
+UNKNOWN = -2  # the size of an image that is not known before it is read
+# The columns of a listing with images that are no local files of their own: where in its file an image begins (-1: it
+# is the file), and what tells whether the file is still the listed one ("": nothing).
+PLACE_COLUMNS = ("offset", "version")
 # What the escape produces: an undecodable byte (80-FF), or the percent sign of a text that looks like an escape.
 _ESCAPED = re.compile(r"%(25|[89A-F][0-9A-F])")
 _TO_ESCAPE = re.compile(r"%(?=25|[89A-F][0-9A-F])|[\udc80-\udcff]")

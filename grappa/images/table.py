@@ -1,30 +1,34 @@
-"""Listing images: which files a run uses, with the domain, label, split and box that are given for them.
+"""Listing images: which images a run uses, with the domain, label, split and box that are given for them.
 
-A source is a folder, whose layout says what its folders mean (see ``grappa.images.folders``), or a CSV or Parquet
-table, which :func:`read_table` reads and checks. Listing opens no image: decoding finds out later which files cannot be
-used, and reports their reasons.
+A source is a folder, whose layout says what its folders mean (see ``grappa.images.folders``), a CSV or Parquet table of
+paths, a tar or a Parquet file that holds images, or a URL of one of these. Listing opens no image: decoding finds out
+later which ones cannot be used, and reports their reasons.
 
 A file name may hold bytes that are not UTF-8; paths stand in tables percent-escaped, see :func:`escape_path`.
 """
 
 from __future__ import annotations
 
-import csv
-import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from grappa.core.arrays import Box
 from grappa.core.names import MEAN
-from grappa.images.folders import Found, find_files, passed_over, place, recognize
+from grappa.images.folders import SHARDS, Found, find_files, passed_over, place, recognize
 from grappa.images.paths import (
     MISSING,
+    PLACE_COLUMNS,
+    UNKNOWN,
     ImageTableError,
     escape_path,
     image_file,
@@ -32,12 +36,25 @@ from grappa.images.paths import (
     size_of,
     unescape_path,
 )
+from grappa.images.sources.columns import (
+    BOX_COLUMNS,
+    TEXT,
+    constant,
+    escaped,
+    folders_of,
+    give_back,
+    mapped,
+    numbers,
+)
+from grappa.images.sources.parquet_shards import splits_of_names
+from grappa.images.sources.path_table import read_table
+from grappa.images.sources.shards import list_shards, with_images
+from grappa.images.sources.urls import as_source, find_urls, is_url
 
 __all__ = [
     "BOX_COLUMNS",
     "MISSING",
     "ImageTableError",
-    "TableRow",
     "escape_path",
     "image_file",
     "list_images",
@@ -45,352 +62,378 @@ __all__ = [
     "unescape_path",
 ]
 
-BOX_COLUMNS = ("box_x0", "box_y0", "box_x1", "box_y1")
-_COLUMNS = ("path", "domain", "label", "split", *BOX_COLUMNS)
-_SPLITS = ("train", "test")
-_NO_BOX = (float("nan"),) * 4
-_SEPARATORS = (",", ";", "\t")
-_ENCODINGS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-_WHOLE_FLOAT = re.compile(r"(-?\d+)\.0")
-_EXACT_FLOATS = 2**53  # whole numbers below it are told apart as floats
 # Why a path that a table names may lead nowhere, by what it looks like.
 _HINTS = {
-    r"[A-Za-z][A-Za-z0-9+.-]+:/": "it is a URL: fetch the file, and give its path",
     r"[A-Za-z]:[\\/]": "it begins with a drive letter: give the path on this machine",
     r"~": "`~` is not expanded: write the home folder out",
     r".*\\": "it has backslashes: write / between folders",
     r"\s|.*\s$": "it begins or ends with a blank: remove it",
 }
+_ROOTED = r"^(/|[A-Za-z][A-Za-z0-9+.-]+://)"  # how an absolute path and a URL begin
+_UNTIDY = r"(^|/)\.{0,2}(/|$)"  # what os.path.normpath changes
 
-_LARGEST = 2**31 - 1  # Thrift counts in 32 bits
-
-Cells = list[str | None]
+Source = Path | str
 
 
-class _Listed(NamedTuple):
-    """A file; ``written`` is its path as a table or a folder names it."""
+class _Piece(NamedTuple):
+    """Rows that share a root (a folder or a URL, ``os.fsdecode`` form): some of the columns of ``SCHEMA``."""
 
     root: str
-    path: str
-    domain: str
-    label: str | None
-    split: str | None
-    box: Box
-    size: int
-    written: str
+    rows: pa.Table
+
+
+@dataclass
+class _Given:
+    """A source with images of its own: a folder, or shards in one; ``names``: the shards that were given by name."""
+
+    root: str
+    names: list[str] = field(default_factory=list)
 
 
 def list_images(
-    sources: Sequence[Path],
+    sources: Sequence[Source],
     *,
-    domains: Sequence[tuple[str, Path]] = (),
+    domains: Sequence[tuple[str, Source]] = (),
     layout: str = "domain/class",
     loose_domain: str | None = None,
 ) -> pd.DataFrame:
-    """List the files of all sources, one row a file, sorted by (domain, path, root).
+    """List the images of all sources, one row an image, sorted by (domain, path, root).
 
     In folders hidden files and folders are skipped, links are followed, and what is evidently no image is passed over
-    (``grappa.images.folders.find_files``). A table (``.csv``, ``.tsv``, ``.parquet``) has the columns ``path``
-    (relative to the table's folder, or absolute), ``domain`` and optionally ``label``, ``split``, ``box_x0, box_y0,
-    box_x1, box_y1``; other columns are ignored, every CSV cell is text, an empty cell is "not given".
+    (``grappa.images.folders.find_files``). The tars and Parquet files of a folder are read where it holds no other
+    images; else they are taken for packed copies. A table (``.csv``, ``.tsv``, ``.parquet``) has the columns ``path``
+    (relative to the table's folder, absolute, or a URL), ``domain`` and optionally ``label``, ``split``, ``box_x0,
+    box_y0, box_x1, box_y1``; other columns are ignored, every CSV cell is text, an empty cell is "not given".
 
     Args:
-        sources: folders and tables.
-        domains: further folders, each with the domain of all its images; a first level of folders is the label.
+        sources: folders, tables, tars and Parquet files with a column of images (``grappa.images.sources.tar_shards``
+            and ``parquet_shards`` say what is read of them), or URLs of these.
+        domains: further folders, tars or Parquet files, each with the domain of all its images; a first level of
+            folders is the label.
         layout: what the folders of ``sources`` mean, one of ``grappa.images.folders.LAYOUTS``, or ``auto``: for each
-            source what :func:`recognize` says.
+            source what :func:`recognize` says. Of an image in a tar the folders are the tar's and then its own.
         loose_domain: the domain of files directly in a source folder; None: such files are refused where a domain is
             expected.
 
     Returns:
-        columns ``path`` (relative to its root, "/" between folders, escaped), ``root`` (int64, number in
-        ``attrs["roots"]``), ``domain``, ``label`` and ``split`` (object: str or None), ``box_*`` (float64 pixels of the
-        EXIF-oriented original, NaN = none), ``size`` (int64 bytes, -1 = not there). ``attrs``: ``roots``, the absolute
-        folders (str, escaped); ``layouts``, the layout recognised in each folder; ``passed_over``, what was
-        passed over, in words; ``missing``, a sentence about listed files that are not there, or "".
+        columns ``path`` (relative to its root, "/" between folders, escaped; ``shard::member`` of an image in a shard),
+        ``root`` (int64, number in ``attrs["roots"]``), ``domain``, ``label`` and ``split`` (object: str or None),
+        ``box_*`` (float64 pixels of the EXIF-oriented original, NaN = none), ``size`` (int64 bytes, -1 = not there, -2
+        = not known yet), and ``PLACE_COLUMNS`` where not all images are local files of their own. ``attrs``: ``roots``,
+        the absolute folders and URLs (str, escaped); ``layouts``, the layout recognised in each folder;
+        ``passed_over``, what was passed over, in words; ``missing``, a sentence about listed files that are not there,
+        or "".
 
     Raises:
-        ImageTableError: nothing given or found, a file that has no place in the layout, a table that breaks a rule, or
-            the same file twice.
+        ImageTableError: nothing given or found, a file that has no place in the layout, a table or a shard that breaks
+            a rule or cannot be read, or the same image twice.
     """
     if not sources and not domains:
         raise ImageTableError("no images given: name at least one folder or table")
     found: list[Found] = []
     layouts: dict[str, str] = {}
-    listed: list[_Listed] = []
-    for source in map(Path, sources):
-        if source.is_dir():
-            found.append(_found(source))
-            root = show(os.path.abspath(source))
-            if layout == "auto":
-                layouts[root] = recognize(_paths(found[-1]))
-            listed += _in_folder(source, found[-1], layouts.get(root, layout), loose_domain)
-        else:
-            listed += _list_table(source)
-    for domain, folder in domains:
-        found.append(_found(Path(folder)))
-        inner = "split/class" if recognize(_paths(found[-1])).startswith("split") else "class"
-        listed += _in_folder(Path(folder), found[-1], inner, domain)
-    _refuse_repeats(listed)
-    frame = _frame(listed)
-    frame.attrs.update(layouts=layouts, passed_over=list(passed_over(found)), missing=_missing(listed))
+    pieces: list[_Piece] = []
+    for given in _grouped(sources):
+        if not isinstance(given, _Given):
+            pieces += _list_table(given)
+            continue
+        rows = _rows_of(given, found)
+        root = show(given.root)
+        if layout == "auto":
+            layouts[root] = recognize(_places(rows))
+        pieces.append(_meant(given.root, rows, layouts.get(root, layout), loose_domain))
+    for domain, source in domains:
+        given = _given(as_source(source))
+        rows = _rows_of(given, found)
+        inner = "split/class" if recognize(_places(rows)).startswith("split") else "class"
+        pieces.append(_meant(given.root, rows, inner, domain))
+    _refuse_repeats(pieces)
+    missing = _missing(pieces)
+    frame = _frame(pieces)
+    frame.attrs.update(layouts=layouts, passed_over=list(passed_over(found)), missing=missing)
     return frame
 
 
-# ---------------------------------------------------------------- folders
+def _grouped(sources: Sequence[Source]) -> list[_Given | Source]:
+    """Return sources as they are read: the shards of one folder together, as if it held nothing else."""
+    grouped: list[_Given | Source] = []
+    for source in map(as_source, sources):
+        given = _given(source) if _is_folder(source) or _is_shard(source) else source
+        known = next(
+            (
+                each
+                for each in grouped
+                if isinstance(each, _Given)
+                and isinstance(given, _Given)
+                and each.names
+                and given.names
+                and each.root == given.root
+            ),
+            None,
+        )
+        if known and isinstance(given, _Given):
+            known.names += given.names
+        else:
+            grouped.append(given)
+    return grouped
 
 
-def _found(folder: Path) -> Found:
-    if not folder.is_dir():
-        raise ImageTableError(f"no such folder: {show(folder)}")
-    found = find_files(os.path.abspath(folder))
-    if not found.files:
-        passed = ", ".join(passed_over([found]))
+def _given(source: Source) -> _Given:
+    if not _is_shard(source):
+        return _Given(str(source) if is_url(source) else os.path.abspath(source))
+    place = str(source) if is_url(source) else os.path.abspath(source)
+    root, _, name = place.rpartition("/")
+    return _Given(root or "/", [name])
+
+
+def _is_folder(source: Source) -> bool:
+    if isinstance(source, str):
+        return os.path.splitext(source)[1].lower() not in (".csv", ".tsv", *SHARDS)
+    return source.is_dir()
+
+
+def _is_shard(source: Source) -> bool:
+    """Tell whether a source is one file with many images."""
+    text = str(source)
+    if text.lower().endswith(".tar"):
+        return is_url(source) or os.path.isfile(source)
+    if not text.lower().endswith(".parquet") or not (is_url(source) or os.path.isfile(source)):
+        return False
+    root, _, name = (text if is_url(source) else os.path.abspath(source)).rpartition("/")
+    return bool(with_images(root or "/", [name]))
+
+
+# ---------------------------------------------------------------- folders and shards
+
+
+def _rows_of(given: _Given, found: list[Found]) -> pa.Table:
+    """Return the rows of a folder or of shards, with the column ``folder``, and count what is passed over."""
+    if given.names:
+        found.append(Found())
+        return _rows_of_shards(given.root, given.names, found[-1])
+    found.append(_found(given.root))
+    files = found[-1].files
+    if len(files):
+        return files.append_column("folder", folders_of(files["path"]))
+    names = with_images(given.root, sorted(found[-1].shards))
+    found[-1].passed_files -= Counter(os.path.splitext(name)[1].lower() for name in names)
+    if not names:
+        passed = ", ".join(passed_over(found[-1:]))
         but = f" but what is no image: {passed}" if passed else ""
         raise ImageTableError(
-            f"the folder {show(folder)} holds no files{but}; expected DOMAIN/CLASS/image, CLASS/image or images"
+            f"the folder {show(given.root)} holds no files{but}; expected DOMAIN/CLASS/image, CLASS/image or images"
         )
+    return _rows_of_shards(given.root, names, found[-1])
+
+
+def _found(root: str) -> Found:
+    if not is_url(root):
+        if not os.path.isdir(root):
+            raise ImageTableError(f"no such folder: {show(root)}")
+        return find_files(root)
+    found = Found()
+    for remote in find_urls(root):
+        found.add_remote(remote)
+    if not (len(found.files) or found.passed_files):
+        raise ImageTableError(f"no such folder or table: {show(root)}")
     return found
 
 
-def _paths(found: Found) -> list[str]:
-    return [path for path, _ in found.files]
+def _rows_of_shards(root: str, names: list[str], found: Found) -> pa.Table:
+    tables = []
+    for split, (rows, passed) in zip(splits_of_names(names), list_shards(root, names), strict=True):
+        found.passed_files += passed
+        if split is not None and "split" not in rows.column_names:
+            rows = rows.append_column("split", constant(split, len(rows), TEXT))
+        tables.append(rows)
+    joint = pa.concat_tables(tables, promote_options="default")
+    if not len(joint):
+        raise ImageTableError(f"no image lies in {show(names[0])}{' and others' if len(names) > 1 else ''}")
+    return joint
 
 
-def _in_folder(folder: Path, found: Found, layout: str, domain: str | None) -> Iterator[_Listed]:
-    root = os.path.abspath(folder)
-    for path, size in found.files:
-        meaning = place(layout, root, path, domain)
-        yield _Listed(root, path, *meaning, _NO_BOX, size, path)
+def _places(rows: pa.Table) -> list[str]:
+    """Return, for each folder of some rows, the path that a file in it has; folders in a shard count as others."""
+    encoded = rows["folder"].combine_chunks().dictionary_encode()
+    first = np.unique(encoded.indices.to_numpy(), return_index=True)[1]
+    names = [re.split("/|::", path)[-1] for path in rows["path"].take(pa.array(first)).to_pylist()]
+    folders = encoded.dictionary.to_pylist()
+    return [f"{folder}/{name}" if folder else name for folder, name in zip(folders, names, strict=True)]
+
+
+def _meant(root: str, rows: pa.Table, layout: str, domain: str | None) -> _Piece:
+    """Return rows with domain, label and split: what a shard says, else what the layout says of the folder."""
+    own = {name: rows[name] for name in ("domain", "label", "split") if name in rows.column_names}
+    if domain is None and "domain" in own and not own["domain"].null_count:
+        domain = ""
+    meant = [place(layout, root, unescape_path(path), domain) for path in _places(rows)]
+    indices = rows["folder"].combine_chunks().dictionary_encode().indices
+    for name, texts in zip(("domain", "label", "split"), zip(*meant, strict=True), strict=True):
+        column = escaped(texts).take(indices)
+        rows = rows.drop_columns([name]) if name in own else rows
+        rows = rows.append_column(name, pc.coalesce(own[name], column) if name in own else column)
+    return _Piece(root, rows.drop_columns(["folder"]))
 
 
 # ---------------------------------------------------------------- rows of a table
 
 
-def _list_table(source: Path) -> Iterator[_Listed]:
-    if not source.exists():
+def _list_table(source: Source) -> Iterator[_Piece]:
+    if not (is_url(source) or os.path.exists(source)):
         raise ImageTableError(f"no such folder or table: {show(source)}")
-    folder = os.path.abspath(source.parent)
     rows = read_table(source)
-    if not rows:
+    if not len(rows):
         raise ImageTableError(f"the table {show(source)} has no rows: expected one row an image")
-    for row in rows:
-        root, path = ("/", row.path.lstrip("/")) if row.path.startswith("/") else (folder, row.path)
-        path = os.path.normpath(path)
-        size = size_of(os.path.join(root, path))
-        yield _Listed(root, path, row.domain, row.label, row.split, row.box, size, row.path)
+    folder = str(source).rpartition("/")[0] if is_url(source) else os.path.dirname(os.path.abspath(source))
+    paths, rows = rows["path"], rows.drop_columns(["path"])
+    if not pc.any(pc.match_substring_regex(paths, _ROOTED)).as_py():
+        yield _of_table(folder, paths, rows)
+        return
+    paths = pc.replace_substring_regex(paths, "(?i)^file://", "")
+    rooted = pc.match_substring_regex(paths, _ROOTED)
+    roots = pc.if_else(rooted, pc.replace_substring_regex(paths, f"(?s){_ROOTED}.*", r"\1"), "")
+    roots = roots.combine_chunks().dictionary_encode()
+    for number, root in enumerate(roots.dictionary.to_pylist()):
+        mask = pc.equal(roots.indices, number)
+        kept = paths.filter(mask)
+        yield _of_table(root or folder, pc.utf8_ltrim(kept, "/") if root == "/" else kept, rows.filter(mask))
 
 
-# ---------------------------------------------------------------- folders and tables alike
+def _of_table(root: str, paths: pa.ChunkedArray, rows: pa.Table) -> _Piece:
+    if is_url(root):
+        paths = pc.replace_substring_regex(paths, _ROOTED, "")
+        return _Piece(root, _with(rows, path=paths, size=constant(UNKNOWN, len(rows), pa.int64())))
+    untidy = pc.match_substring_regex(paths, _UNTIDY).combine_chunks()
+    if untidy.true_count:
+        tidy = mapped(paths.filter(untidy), os.path.normpath).combine_chunks()
+        paths = pa.chunked_array([pc.replace_with_mask(paths.combine_chunks(), untidy, tidy)])
+    above = root.rstrip("/") + "/"
+    sizes = numbers(paths, lambda path: size_of(above + (unescape_path(path) if "%" in path else path)))
+    give_back()
+    return _Piece(root, _with(rows, path=paths, size=pa.array(sizes)))
 
 
-def _missing(listed: Sequence[_Listed]) -> str:
+def _with(rows: pa.Table, **columns: pa.Array) -> pa.Table:
+    for name, column in columns.items():
+        rows = rows.append_column(name, column)
+    return rows
+
+
+# ---------------------------------------------------------------- all sources alike
+
+
+def _missing(pieces: Sequence[_Piece]) -> str:
     """Return a sentence about the listed files that are not there, with the likely reason; "" where all are there."""
-    gone = [row.written for row in listed if row.size == MISSING]
-    if not gone:
+    number, first = 0, ""
+    for root, rows in pieces:
+        gone = np.flatnonzero(rows["size"].to_numpy() == MISSING)
+        if len(gone) and not number:
+            path = rows["path"][int(gone[0])].as_py()
+            first = f"/{path}" if root == "/" else path
+        number += len(gone)
+    if not number:
         return ""
-    hint = next((hint for look, hint in _HINTS.items() if re.match(look, gone[0])), "")
-    first = f"first {show(gone[0])!r}" + (f" ({hint})" if hint else "")
-    return f"{len(gone)} of {len(listed)} files are missing, {first}"
+    hint = next((hint for look, hint in _HINTS.items() if re.match(look, first)), "")
+    shown = f"first {first!r}" + (f" ({hint})" if hint else "")
+    return f"{number} of {sum(len(rows) for _, rows in pieces)} files are missing, {shown}"
 
 
-def _refuse_repeats(listed: Iterable[_Listed]) -> None:
+def _refuse_repeats(pieces: Sequence[_Piece]) -> None:
     """The same file twice would be its own nearest neighbor; two copies of its bytes are allowed and reported."""
-    real = {root: os.path.realpath(root) for root in {row.root for row in listed}}
-    seen: set[str] = set()
-    for row in listed:
-        file = os.path.normpath(os.path.join(real[row.root], row.path))
-        if file in seen:
-            raise ImageTableError(f"the file {show(file)} is listed twice: name every file once, in one domain")
-        if row.domain == MEAN:
+    for _, rows in pieces:
+        if pc.any(pc.equal(rows["domain"], MEAN)).as_py():
             raise ImageTableError(f"a domain is named `{MEAN}`, which is the result tables' row of means: rename it")
-        seen.add(file)
+    marks = np.concatenate([_marks(_real(root), rows["path"]) for root, rows in pieces])
+    ordered = np.sort(marks)
+    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if not repeated:
+        return
+    seen: set[str] = set()
+    start = 0
+    for root, rows in pieces:
+        for at in np.flatnonzero(np.isin(marks[start : start + len(rows)], list(repeated))).tolist():
+            file = _file(_real(root), rows["path"][at].as_py())
+            if file in seen:
+                raise ImageTableError(f"the file {file} is listed twice: name every file once, in one domain")
+            seen.add(file)
+        start += len(rows)
 
 
-def _frame(listed: list[_Listed]) -> pd.DataFrame:
-    roots = list(dict.fromkeys(row.root for row in listed))
-    number = {root: position for position, root in enumerate(roots)}
-    rows = [row._replace(path=escape_path(row.path), domain=escape_path(row.domain)) for row in listed]
-    rows.sort(key=lambda row: (row.domain, row.path, number[row.root]))
-    boxes = {name: pd.Series([row.box[i] for row in rows], dtype="float64") for i, name in enumerate(BOX_COLUMNS)}
-    frame = pd.DataFrame(
-        {
-            "path": pd.Series([row.path for row in rows], dtype="str"),
-            "root": pd.Series([number[row.root] for row in rows], dtype="int64"),
-            "domain": pd.Series([row.domain for row in rows], dtype="str"),
-            "label": pd.Series([None if row.label is None else escape_path(row.label) for row in rows], dtype="object"),
-            "split": pd.Series([row.split for row in rows], dtype="object"),
-            **boxes,
-            "size": pd.Series([row.size for row in rows], dtype="int64"),
-        }
-    )
+def _marks(root: str, paths: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Return a number for each file, (n,), the same for the same file and hardly ever for two."""
+    return numbers(paths, lambda path: hash(_file(root, path)))
+
+
+def _real(root: str) -> str:
+    return root if is_url(root) else escape_path(os.path.realpath(root)).rstrip("/")
+
+
+def _file(root: str, path: str) -> str:
+    """Return the escaped path of a file, the same for the same file."""
+    return os.path.normpath(f"{root}/{path}") if path[:2] == ".." else f"{root}/{path}"
+
+
+def _frame(pieces: list[_Piece]) -> pd.DataFrame:
+    roots = list(dict.fromkeys(root for root, _ in pieces))
+    number = [constant(roots.index(root), len(rows), pa.int64()) for root, rows in pieces]
+    table = pa.concat_tables([rows for _, rows in pieces], promote_options="default")
+    table = table.append_column("root", pa.chunked_array(number))
+    pieces.clear()  # what is large is held once
+    order = pc.sort_indices(table, sort_keys=[(name, "ascending") for name in ("domain", "path", "root")])
+    columns = {}
+    for name, kind in _COLUMNS.items():
+        if name in table.column_names:
+            column = table[name].combine_chunks()
+            table = table.drop_columns([name])
+            columns[name] = kind(column.take(order))
+            del column
+            give_back()
+        elif name not in PLACE_COLUMNS:
+            columns[name] = np.broadcast_to(np.array(np.nan if kind is _floats else None), len(table))
+    del order
+    give_back()
+    frame = _with_places(pd.DataFrame(columns, copy=False))
     frame.attrs["roots"] = [escape_path(root) for root in roots]
     return frame
 
 
-# ---------------------------------------------------------------- reading a table
+def _with_places(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a listing with both of ``PLACE_COLUMNS``, or with none where all images are local files of their own."""
+    offset, version = (frame.get(name) for name in PLACE_COLUMNS)
+    if (offset is None or (offset < 0).all()) and (version is None or (version == "").all()):
+        return frame.drop(columns=[name for name in PLACE_COLUMNS if name in frame])
+    offset = pd.Series(-1, frame.index) if offset is None else offset
+    version = pd.Series("", frame.index, dtype="str") if version is None else version
+    return frame.drop(columns=[name for name in PLACE_COLUMNS if name in frame]).assign(offset=offset, version=version)
 
 
-class TableRow(NamedTuple):
-    """One checked row: ``path`` as written, ``box`` in pixels or four NaN."""
-
-    path: str
-    domain: str
-    label: str | None
-    split: str | None
-    box: Box
+def _text(column: pa.Array) -> pd.Series:
+    return (pc.fill_null(column, "") if column.null_count else column).to_pandas().astype("str")
 
 
-def read_table(table: Path) -> list[TableRow]:
-    """Read and check a table; cells are text, an empty cell (CSV) or a null (Parquet) is "not given".
-
-    Raises:
-        ImageTableError: neither .csv (.tsv) nor .parquet, unreadable, no ``path`` or ``domain`` column, or a row that
-            breaks a rule: which one, and its number (from 1, the header not counted).
-    """
-    readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
-    if table.suffix.lower() not in readers:
-        raise ImageTableError(f"{show(table)} is neither a folder nor a table: expected a name in .csv or .parquet")
-    columns = readers[table.suffix.lower()](table)
-    num_rows = len(columns["path"])
-    cells = [columns.get(name, [None] * num_rows) for name in _COLUMNS]
-    return [_check(f"{show(table)}, row {number}", row) for number, row in enumerate(zip(*cells, strict=True), start=1)]
+def _objects(column: pa.Array) -> pd.Series:
+    """Return texts and None as Python objects, one object a different text."""
+    encoded = column.dictionary_encode()
+    texts = np.array([*encoded.dictionary.to_pylist(), None], dtype=object)
+    return pd.Series(texts[pc.fill_null(encoded.indices, len(texts) - 1).to_numpy()], dtype="object")
 
 
-def _check_columns(table: Path, found: Sequence[str]) -> list[str]:
-    for name in ("path", "domain"):
-        if name not in found:
-            raise ImageTableError(
-                f"{show(table)} has no column `{name}`: found {', '.join(found)}; expected path, domain"
-            )
-    for name in _COLUMNS:
-        if found.count(name) > 1:
-            raise ImageTableError(f"{show(table)} has the column `{name}` twice: keep one")
-    num_box = sum(name in found for name in BOX_COLUMNS)
-    if num_box not in (0, 4):
-        raise ImageTableError(f"{show(table)} has {num_box} of the columns {', '.join(BOX_COLUMNS)}: give all or none")
-    return [name for name in _COLUMNS if name in found]
+def _integers(column: pa.Array) -> pd.Series:
+    return pd.Series(pc.fill_null(column, -1).to_numpy(zero_copy_only=False))
 
 
-def _read_csv(table: Path) -> dict[str, Cells]:
-    try:
-        with _cells_of_any_size(table), _open_text(table) as file:
-            separator = _separator(file.readline())
-            file.seek(0)
-            lines = [line for line in csv.reader(file, delimiter=separator, strict=True) if line]
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise ImageTableError(f"cannot read the table {show(table)}: {error}") from error
-    if not lines:
-        raise ImageTableError(f"the table {show(table)} is empty: expected a header with path, domain")
-    header, rows = [name.strip() for name in lines[0]], lines[1:]
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(header):
-            raise ImageTableError(
-                f"{show(table)}, row {number} has {len(row)} cells, the header {len(header)}: quote cells that hold "
-                f"{separator!r}"
-            )
-    names = _check_columns(table, header)
-    columns = {name: [row[header.index(name)] or None for row in rows] for name in names}
-    return columns | {name: _whole_numbers(columns[name]) for name in names if name == "label"}
+def _floats(column: pa.Array) -> NDArray[np.float64]:
+    return pc.fill_null(column, float("nan")).to_numpy()
 
 
-def _open_text(table: Path) -> IO[str]:
-    """Open a text file in UTF-8, or in UTF-16 or UTF-32 as its first bytes say."""
-    with open(table, "rb") as file:
-        start = file.read(4096)
-    encoding = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), None)
-    if encoding is None and b"\0" in start:
-        raise ImageTableError(f"{show(table)} is no UTF-8 text, it holds NUL bytes: save it as CSV in UTF-8")
-    if encoding:
-        return open(table, encoding=encoding, newline="")
-    return open(table, encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def _separator(header: str) -> str:
-    """Return what parts the cells of a table: the character by which its header has the columns path and domain."""
-    for separator in _SEPARATORS:
-        names = {name.strip() for name in next(csv.reader([header], delimiter=separator), [])}
-        if names >= {"path", "domain"}:
-            return separator
-    return _SEPARATORS[0]
-
-
-def _whole_numbers(cells: Cells) -> Cells:
-    """Return integers that pandas wrote as floats (a column with gaps) as integers; any other column as it is."""
-    found = [None if cell is None else _WHOLE_FLOAT.fullmatch(cell) for cell in cells]
-    if any(match is None and cell is not None for match, cell in zip(found, cells, strict=True)):
-        return cells
-    return [None if match is None else match[1] for match in found]
-
-
-@contextmanager
-def _cells_of_any_size(table: Path) -> Iterator[None]:
-    """Let a cell be as large as its file: a column that is not read may hold captions or vectors."""
-    former = csv.field_size_limit()
-    csv.field_size_limit(max(former, os.stat(table).st_size))
-    try:
-        yield
-    finally:
-        csv.field_size_limit(former)
-
-
-def _read_parquet(table: Path) -> dict[str, Cells]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        # Its file is the limit of what lies in a header: a table may have millions of row groups, or long texts.
-        file = pq.ParquetFile(table, thrift_string_size_limit=_LARGEST, thrift_container_size_limit=_LARGEST)
-        names = _check_columns(table, file.schema_arrow.names)
-        content = file.read(columns=names)
-    except (OSError, pa.ArrowException) as error:
-        raise ImageTableError(f"cannot read the table {show(table)}: {error}") from error
-    return {name: [_as_text(table, name, value) for value in content[name].to_pylist()] for name in names}
-
-
-def _as_text(table: Path, column: str, value: object) -> str | None:
-    if value is None or value == "":
-        return None
-    if column == "label" and isinstance(value, float):  # what pandas makes of integers with gaps
-        if math.isnan(value):
-            return None
-        if value.is_integer() and abs(value) < _EXACT_FLOATS:
-            return str(int(value))
-        raise ImageTableError(f"{show(table)}: column `label` holds {value!r}: expected text or whole numbers")
-    number_allowed = (int, float) if column in BOX_COLUMNS else (int,)
-    if isinstance(value, str) or (isinstance(value, number_allowed) and not isinstance(value, bool)):
-        return str(value)
-    raise ImageTableError(f"{show(table)}: column `{column}` holds {type(value).__name__} values: expected text")
-
-
-def _check(where: str, row: tuple[str | None, ...]) -> TableRow:
-    path, domain, label, split = row[:4]
-    if path is None or domain is None:
-        raise ImageTableError(f"{where} has no {'path' if path is None else 'domain'}: every row needs both")
-    if "\0" in path:
-        raise ImageTableError(f"{where}: the path holds a NUL character, which no file name has")
-    if split is not None and split not in _SPLITS:
-        raise ImageTableError(f"{where}: split is {split!r}: expected train, test or nothing")
-    return TableRow(path, domain, label, split, _box(where, row[4:]))
-
-
-def _box(where: str, cells: tuple[str | None, ...]) -> Box:
-    x0, y0, x1, y1 = (_number(where, name, cell) for name, cell in zip(BOX_COLUMNS, cells, strict=True))
-    box = (x0, y0, x1, y1)
-    if all(math.isnan(value) for value in box):
-        return box
-    if any(math.isnan(value) for value in box):
-        raise ImageTableError(f"{where} has half a box {box}: give all of {', '.join(BOX_COLUMNS)} or none")
-    if not (x0 < x1 and y0 < y1):
-        raise ImageTableError(f"{where}: the box {box} is empty: expected box_x0 < box_x1 and box_y0 < box_y1")
-    return box
-
-
-def _number(where: str, name: str, cell: str | None) -> float:
-    try:
-        value = math.nan if cell is None else float(cell)
-    except ValueError:
-        value = math.inf
-    if math.isinf(value):
-        raise ImageTableError(f"{where}: {name} is {cell!r}: expected a number of pixels")
-    return value
+_COLUMNS: dict[str, Callable[[pa.Array], Any]] = {
+    "path": _text,
+    "root": _integers,
+    "domain": _text,
+    "label": _objects,
+    "split": _objects,
+    **dict.fromkeys(BOX_COLUMNS, _floats),
+    "size": _integers,
+    "offset": _integers,
+    "version": _text,
+}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa.images.pixels import PixelCache
+from grappa.images.pixels import ImageRows
 from grappa.objects.boxes import background_view, scaled_box
 
 
@@ -19,7 +19,7 @@ class Backgrounds:
     whose box holds NaN has no background view and is shown as it is.
     """
 
-    cache: PixelCache
+    cache: ImageRows
     boxes: NDArray[np.float64]
     sizes: NDArray[np.int64]
 
@@ -30,6 +30,10 @@ class Backgrounds:
 
     def __len__(self) -> int:
         return len(self.cache)
+
+    def content(self, row: int) -> NDArray[np.uint8]:
+        """Return the pixels of the view."""
+        return self.image(row)
 
     def image(self, row: int) -> NDArray[np.uint8]:
         """Return the view of a row, (H, W, 3) uint8."""

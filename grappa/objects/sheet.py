@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from grappa.core.printing import printable
-from grappa.images.pixels import PixelCache
+from grappa.images.pixels import ImageRows
 from grappa.objects.boxes import NO_BOX
 
 _TILE, _TITLE, _GAP = 144, 18, 4
@@ -16,7 +16,7 @@ _GREEN, _RED, _INK, _PAPER = (0, 200, 0), (230, 0, 0), (0, 0, 0), (255, 255, 255
 
 
 def contact_sheet(
-    table: pd.DataFrame, cache: PixelCache, *, num_accepted: int = 7, num_refused: int = 3, max_domains: int = 24
+    table: pd.DataFrame, cache: ImageRows, *, num_accepted: int = 7, num_refused: int = 3, max_domains: int = 24
 ) -> Image.Image:
     """Draw a row of images for each domain, its accepted boxes in green, then its refused ones in red.
 

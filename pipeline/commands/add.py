@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grappa.pipeline.commands.search import check_deployed
-from grappa.pipeline.config.schema import Config
+from grappa.pipeline.config.schema import Config, Images
 from grappa.pipeline.engine.live import additions
 from grappa.pipeline.engine.live.additions import FOLDER, INDEX, REMOVED, REMOVED_FILE
 from grappa.pipeline.engine.packages import refuse_missing_packages
@@ -182,12 +182,14 @@ def _decode(
                 listing,
                 roots,
                 work.path / "pixels",
+                cache=settings.form,
                 cache_size=settings.shorter_side,
                 max_pixels=settings.max_pixels,
                 shard_size=settings.shard_size,
                 manifests=work.path / SCRATCH_FOLDER,
                 num_workers=config.compute.num_workers or 1,
                 progress=advance,
+                written=work.written,
             )
         if images.empty:
             shutil.rmtree(work.path)
@@ -229,15 +231,24 @@ def _new_files(folder: RunFolder, listing: pd.DataFrame, progress: Progress, say
 
 def _digests_of(listing: pd.DataFrame, progress: Progress) -> list[str]:
     """Return the image id that each listed file would have, "" for a file that cannot be read."""
+    from grappa.images.files import RejectedFileError
+    from grappa.images.originals import are_plain_files, open_rows
     from grappa.images.table import image_file
     from grappa.pipeline.store.storage import file_digest
 
     roots, digests = listing.attrs["roots"], []
+    read = open_rows(listing, roots, max_pixels=Images().max_pixels)
+    files = zip(listing["root"], listing["path"], are_plain_files(listing, roots), strict=True)
     with progress.task("comparing", len(listing), unit="files") as (advance, _):
-        for root, path in zip(listing["root"], listing["path"], strict=True):
+        for row, (root, path, plain) in enumerate(files):
             try:
-                digests.append(file_digest(Path(image_file(roots[root], path)))[1][:ID_DIGITS])
-            except OSError:
+                digest = (
+                    file_digest(Path(image_file(roots[root], path)))[1]
+                    if plain
+                    else hashlib.sha256(read(row)).hexdigest()
+                )
+                digests.append(digest[:ID_DIGITS])
+            except (OSError, RejectedFileError):
                 digests.append("")
             advance(1)
     return digests

@@ -12,7 +12,7 @@ from grappa.backbone.files.hub import is_hub_name as is_hub_weights
 from grappa.backbone.files.places import absolute, files_of, hint
 from grappa.backbone.unusable import BackboneError
 from grappa.pipeline.commands.listed import say_images, say_lone_classes
-from grappa.pipeline.commands.model_input import check_input, same_backbone, say_input, settle_cache_size
+from grappa.pipeline.commands.model_input import check_input, same_backbone, say_input, settle_cache, settle_cache_size
 from grappa.pipeline.config.schema import Config, Images, automatic_num_clusters
 from grappa.pipeline.config.yaml_file import (
     FORMER,
@@ -116,7 +116,7 @@ def fitted(config: Config, listing: pd.DataFrame, num_train: int, before: Config
     num_train: the different train images, as :func:`count_train` counts them. before: the configuration of the run, or
     of one whose artifacts are reused. ConfigError where the images do not suffice.
     """
-    config = settle_cache_size(_settle_layout(config, listing), before)
+    config = settle_cache(settle_cache_size(_settle_layout(config, listing), before), len(listing), before)
     config = resolve_num_clusters(config, num_train)
     _check_labels(config, listing)
     _check_boxes(config, listing)
@@ -217,7 +217,7 @@ def _absolute(settings: Settings) -> Settings:
         changed["objects"] = {"model": os.path.abspath(model)}
     sources: Any = settings.get("images", {}).get("sources")
     if isinstance(sources, list) and all(isinstance(source, str) for source in sources):
-        changed["images"] = {"sources": [os.path.abspath(source) for source in sources]}
+        changed["images"] = {"sources": [_absolute_source(source) for source in sources]}
     domains: Any = settings.get("images", {}).get("domains")
     if isinstance(domains, list) and all(isinstance(text, str) for text in domains):
         changed.setdefault("images", {})["domains"] = [_absolute_domain(text) for text in domains]
@@ -226,7 +226,12 @@ def _absolute(settings: Settings) -> Settings:
 
 def _absolute_domain(text: str) -> str:
     name, _, folder = text.partition("=")
-    return f"{name}={os.path.abspath(folder)}" if folder else text
+    return f"{name}={_absolute_source(folder)}" if folder else text
+
+
+def _absolute_source(source: str) -> str:
+    """Return a folder or file as an absolute path; a URL stays as it is."""
+    return source if "://" in source else os.path.abspath(source)
 
 
 def check_backbone(config: Config, known: RunFolder | None) -> None:
@@ -278,7 +283,7 @@ def _check_boxes(config: Config, listing: pd.DataFrame) -> None:
 def given_images(config: Config) -> Images:
     """Return the section that names the images; ConfigError when it names none."""
     if not config.images.sources and not config.images.domains:
-        raise ConfigError("no images given; name a folder or a table (.csv, .parquet) by --images")
+        raise ConfigError("no images given; name a folder, a table (.csv, .parquet) or a tar by --images")
     return config.images
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
+    from numpy.typing import NDArray
 
 Say = Callable[[str], None]
 MOST_NAMES = 12  # domains that are named in a line
@@ -34,12 +37,36 @@ def say_images(listing: pd.DataFrame, former: pd.DataFrame | None, say: Say) -> 
         number = f", {classes} class{'es' if classes > 1 else ''}" if classes else ""
         say(f"{folder} is read as {MEANINGS[layout]}{number} (--layout {layout}); else give --layout or --domain")
     if former is not None:
-        old, new = (set(zip(table["domain"], table["path"], strict=True)) for table in (former, listing))
-        say(f"{len(new - old)} images added, {len(old - new)} removed")
+        say(f"{_num_others(listing, former)} images added, {_num_others(former, listing)} removed")
     if listing.attrs["passed_over"]:
         say(f"passed over: {', '.join(listing.attrs['passed_over'])}")
     for warning in _warnings(listing):
         say(f"warning: {warning}")
+
+
+def _num_others(listing: pd.DataFrame, known: pd.DataFrame) -> int:
+    """Count the different (domain, path) of a listing that another listing does not have."""
+    import numpy as np
+
+    return len(np.setdiff1d(_marks(listing), _marks(known)))
+
+
+def _marks(listing: pd.DataFrame) -> NDArray[np.int64]:
+    """Return a number for each (domain, path), (n,), hardly ever the same for two."""
+    import numpy as np
+
+    rows = zip(*(chain.from_iterable(_blocks(listing[name])) for name in ("domain", "path")), strict=True)
+    return np.fromiter(map(hash, rows), np.int64, len(listing))
+
+
+def _blocks(texts: pd.Series) -> Iterator[list[str]]:
+    """Yield texts as lists, some thousands at a time."""
+    import pyarrow as pa
+
+    from grappa.images.sources.columns import blocks
+
+    found = pa.array(texts)
+    return blocks(found if isinstance(found, pa.ChunkedArray) else pa.chunked_array([found]))
 
 
 def _num_classes(listing: pd.DataFrame, folder: str) -> int:
@@ -66,9 +93,11 @@ def _learned_splits(listing: pd.DataFrame) -> Iterator[str]:
     from grappa.images.folders import is_split, split_of
 
     learned = listing[listing["split"] != "test"]
-    given = {root for root, folder in enumerate(listing.attrs["roots"]) if folder != "/"}  # else of absolute paths
+    given = {root for root, folder in enumerate(listing.attrs["roots"]) if folder[-1:] != "/"}  # else of absolute paths
     paths = learned["path"][learned["root"].isin(given)]
-    names = {name for path in paths for name in path.split("/")[:-1][:2]} | set(learned["domain"])
+    names = set(learned["domain"].unique())
+    for block in _blocks(paths):
+        names.update(name for path in block for name in path.split("/", 2)[:-1][:2])
     tested = sorted(name for name in names if is_split(name) and split_of(name) == "test")
     if tested:
         yield (

@@ -12,6 +12,8 @@ from grappa.pipeline.config.schema import Backbone, Config
 from grappa.pipeline.config.yaml_file import ConfigError
 
 Say = Callable[[str], None]
+MOST_RAW_BYTES = 50e9  # of a raw pixel cache under `auto`: more than this does not stay in a usual machine's memory
+JPEG_SHARE = 1 / 5  # of the raw pixels' bytes, measured on photographs at a shorter side of 160 px
 UNKNOWN_SIDE = 256  # pixels of the shorter side in the pixel cache where the source does not tell what the model sees
 USUAL_SIZE = 224  # pixels of the input that most models have
 BYTES = 3 * 4 / 3  # of a pixel of the shorter side's square: photographs are a third longer than they are wide
@@ -47,6 +49,25 @@ def settle_cache_size(config: Config, before: Config | None) -> Config:
     return config.model_copy(update={"images": images})
 
 
+def settle_cache(config: Config, num_images: int, before: Config | None) -> Config:
+    """Replace ``images.cache: auto``: raw as long as the cache is small enough, else jpeg.
+
+    before: the configuration of a run whose images are decoded, perhaps; its form is kept, whatever their number.
+    """
+    if config.images.cache != "auto":
+        return config
+    form = before.images.cache if before else "auto"
+    if form == "auto":
+        form = "raw" if raw_bytes(config, num_images) <= MOST_RAW_BYTES else "jpeg"
+    images = config.images.model_copy(update={"cache": form})
+    return config.model_copy(update={"images": images})
+
+
+def raw_bytes(config: Config, num_images: int) -> float:
+    """Return what the raw pixels of so many images take on disk, or less: smaller images are not enlarged."""
+    return num_images * config.images.shorter_side**2 * BYTES
+
+
 def same_backbone(one: Backbone, other: Backbone) -> bool:
     """Tell whether two sections are equal but for the file of the weights."""
     return one == other.model_copy(update={"weights": one.weights})
@@ -54,9 +75,7 @@ def same_backbone(one: Backbone, other: Backbone) -> bool:
 
 def say_input(config: Config, num_images: int, say: Say) -> None:
     """Say what the backbone takes and what the pixel cache will be; warn where the cache is too small for the model."""
-    spec, side = _known_spec(config.backbone), config.images.shorter_side
-    size = readable_size(num_images * side**2 * BYTES)
-    disk = f"the pixel cache keeps {side} px of an image's shorter side, about {size} or less"
+    spec, side, disk = _known_spec(config.backbone), config.images.shorter_side, _disk(config, num_images)
     if spec is None:
         say(f"backbone {config.backbone.name}: its input is known when it is loaded; {disk}")
         return
@@ -67,6 +86,19 @@ def say_input(config: Config, num_images: int, say: Say) -> None:
             "it would get enlarged images at the cost of sharp ones; set images.cache_size=auto, or a smaller "
             "backbone.image_size"
         )
+
+
+def _disk(config: Config, num_images: int) -> str:
+    """Return in words what the pixel cache will take."""
+    form, raw = config.images.form, raw_bytes(config, num_images)
+    if form == "none":
+        return f"no pixels are kept (images.cache is none): the {num_images} originals are decoded at each reading"
+    keeps = f"the pixel cache keeps {config.images.shorter_side} px of an image's shorter side"
+    as_jpeg = readable_size(raw * JPEG_SHARE)
+    if form == "jpeg":
+        return f"{keeps} as JPEG, about {as_jpeg} or less (images.cache is jpeg; raw: {readable_size(raw)})"
+    less = f"; jpeg: {as_jpeg}" if raw > MOST_RAW_BYTES else ""
+    return f"{keeps}, about {readable_size(raw)} or less (images.cache is raw{less})"
 
 
 def _patches(spec: BackboneSpec) -> str:

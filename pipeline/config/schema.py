@@ -49,6 +49,11 @@ class Images(Section):
         "auto",
         description="pixels of an image's shorter side in the pixel cache; auto: what the backbone sees of it",
     )
+    cache: Literal["auto", "raw", "jpeg", "none"] = later(
+        "auto",
+        "pixels kept on disk: raw; jpeg: a fifth of the disk; none: decoded at each reading; auto: raw up to 50 GB",
+        before="raw",
+    )
     max_rejected: Fraction = provenance(0.05, "share of unreadable files above which the stage stops")
     max_pixels: PositiveInt = Field(100_000_000, description="a larger image is refused as a decompression bomb")
     shard_size: PositiveInt = Field(1024, description="images a file of the pixel cache; the unit of resuming")
@@ -68,6 +73,13 @@ class Images(Section):
         if isinstance(self.cache_size, str):
             raise ValueError(f"images.cache_size is still `{self.cache_size}`; `grappa init RUN` resolves it")
         return self.cache_size
+
+    @property
+    def form(self) -> str:
+        """How the pixel cache is kept: raw, jpeg or none; ValueError where it is not settled."""
+        if self.cache == "auto":
+            raise ValueError("images.cache is still `auto`; `grappa init RUN` resolves it")
+        return self.cache
 
     @property
     def listed_by(self) -> dict[str, Any]:
@@ -393,9 +405,9 @@ def identity_settings(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
         section_name, _, field_name = name.partition(".")
         section: Section = getattr(config, section_name)
         dumped = section.model_dump(mode="json")
-        identity = [field for field in dumped if is_identity(section, field) and not _as_before(section, field)]
-        fields = [field_name] if field_name else identity
-        settings.update({f"{section_name}.{field}": dumped[field] for field in fields})
+        fields = [field_name] if field_name else [field for field in dumped if is_identity(section, field)]
+        changed = [field for field in fields if not _as_before(section, field)]
+        settings.update({f"{section_name}.{field}": dumped[field] for field in changed})
     return settings
 
 

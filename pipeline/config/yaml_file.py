@@ -29,7 +29,7 @@ MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**20, 100_000, 32  # of a YAML file; the lar
 
 Settings = dict[str, dict[str, Any]]
 FORMER: Settings = {  # defaults that were others when runs were made
-    "images": {"cache_size": 256},
+    "images": {"cache_size": 256, "cache": "raw"},
     "features": {"whitening_power": 0.0},
     "selection": {"sets": "all"},
     "views": {"num_judged": None},

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from grappa.core.notes import UntrustedError
+from grappa.core.notes import Claim, UntrustedError
 from grappa.pipeline.config.schema import Config
+from grappa.pipeline.engine.fingerprints import image_roots
 from grappa.pipeline.engine.memory_limit import require_memory
 from grappa.pipeline.engine.progress import Advance, Progress
 from grappa.pipeline.engine.team import ALONE, Team
@@ -105,19 +106,14 @@ class StageContext:
         assert "sources" in self.stage.externals, (
             f"{self.name} does not declare `sources` in grappa.pipeline.graph.stages"
         )
-        return self.run.artifact("sources").home / "sources.parquet", self._roots()
+        return self.run.artifact("sources").home / "sources.parquet", image_roots(self.run)
 
     def originals(self) -> list[str]:
         """Return the root folders that the image table's column ``root`` numbers."""
         assert "originals" in self.stage.externals, (
             f"{self.name} does not declare `originals` in grappa.pipeline.graph.stages"
         )
-        return self._roots()
-
-    def _roots(self) -> list[str]:
-        manifest = self.run.artifact("sources").manifest()
-        assert manifest is not None, "a stage with this input runs only after the sources were published"
-        return list(manifest.provenance["roots"])
+        return image_roots(self.run)
 
     @contextmanager
     def task(self, description: str, total: int, unit: str = "images", *, done: int = 0) -> Iterator[Advance]:
@@ -134,6 +130,11 @@ class StageContext:
             yield advance
         speed = {"seconds": round(meter.seconds, 3), "per_second": round(meter.speed, 3)}
         self.log({"task": description, "unit": unit, "total": total, "new": meter.new, **speed})
+
+    def written(self, file: Path, claim: Claim) -> None:
+        """Note the digest of a whole output that was summed when it was written: publishing does not read it again."""
+        if isinstance(self.work, Work):
+            self.work.written(file, claim)
 
     def need_memory(self, needed: int) -> None:
         """Note the bytes that the work will take at its peak, and refuse to start where fewer are free."""

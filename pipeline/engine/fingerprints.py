@@ -65,6 +65,11 @@ def sources_manifest(run: RunFolder) -> Manifest:
     return manifest
 
 
+def image_roots(run: RunFolder) -> list[str]:
+    """Return the folders that the column ``root`` of a run's tables numbers, where they are now."""
+    return list(sources_manifest(run).provenance["roots"])
+
+
 def digest_of(outputs: Mapping[str, Any], name: str) -> str | None:
     """Return the sha256 of an output, or None where it is missing.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +35,8 @@ def list_sources(images: Images) -> pd.DataFrame:
     from grappa.images.table import MISSING, list_images
 
     pairs = (text.partition("=") for text in images.domains)
-    domains = [(name, Path(folder)) for name, _, folder in pairs]
-    listing = list_images([Path(source) for source in images.sources], domains=domains, layout=images.layout)
+    domains = [(name, folder) for name, _, folder in pairs]
+    listing = list_images(images.sources, domains=domains, layout=images.layout)
     if (listing["size"] == MISSING).sum() > images.max_rejected * len(listing):
         allowed = f"images.max_rejected allows {images.max_rejected:.0%}"
         raise ValueError(f"{listing.attrs['missing']}; {allowed}: correct the paths, or bring the files")
@@ -54,7 +57,7 @@ def published_listing(run: RunFolder) -> pd.DataFrame | None:
 def publish_listing(run: RunFolder, listing: pd.DataFrame, images: Images, former: pd.DataFrame | None) -> None:
     """Publish a listing. If its content equals ``former``, the bytes of the former file stay: nothing becomes stale."""
     manifest, roots = read_manifest(run, "sources"), list(listing.attrs["roots"])
-    same = former is not None and _plain(former).equals(_plain(listing))
+    same = former is not None and _is_same(former, listing)
     origin = {"roots": roots, **images.listed_by}
     if same and manifest and origin.items() <= dict(manifest.provenance).items():
         return
@@ -68,12 +71,30 @@ def publish_listing(run: RunFolder, listing: pd.DataFrame, images: Images, forme
         work.publish({**provenance(started=started, device="cpu"), **origin})
 
 
+def _is_same(former: pd.DataFrame, listing: pd.DataFrame) -> bool:
+    """Tell whether two listings have the same rows; NaN and None are alike."""
+    import pyarrow as pa
+
+    def column(table: pd.DataFrame, name: str) -> pa.Array:
+        found = pa.array(table[name], from_pandas=True)
+        found = found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+        return found if pa.types.is_primitive(found.type) else found.cast(pa.large_string())
+
+    if len(former) != len(listing) or list(former.columns) != list(listing.columns):
+        return False
+    return all(column(former, name).equals(column(listing, name)) for name in listing.columns)
+
+
 def _plain(listing: pd.DataFrame) -> pd.DataFrame:
     """Return the listing without attributes and with None for missing texts, as it is after writing and reading."""
+    import numpy as np
+    import pandas as pd
+
     plain = listing.reset_index(drop=True)
     for name in ("label", "split"):
-        plain[name] = [value if isinstance(value, str) else None for value in plain[name]]
-        plain[name] = plain[name].astype(object).where(plain[name].notna(), None)
+        values = np.array(plain[name], dtype=object)
+        values[pd.isna(values)] = None
+        plain[name] = pd.Series(values, dtype="object")
     plain.attrs = {}
     return plain
 
@@ -81,10 +102,11 @@ def _plain(listing: pd.DataFrame) -> pd.DataFrame:
 def changed_files(run: RunFolder) -> list[str]:
     """Return a line for each listed file whose size changed or whose content differs from the decoded one.
 
-    Files below an image root that no longer exists are skipped.
+    Files below an image root that no longer exists are skipped, and so are images behind URLs.
     """
-    import pyarrow.parquet as pq
+    import pandas as pd
 
+    from grappa.images.originals import are_plain_files, open_rows
     from grappa.images.table import image_file, unescape_path
 
     artifact = run.artifact("sources")
@@ -92,18 +114,36 @@ def changed_files(run: RunFolder) -> list[str]:
     assert manifest is not None, "the listing was checked before its files are compared"
     roots = list(manifest.provenance["roots"])
     present = {number for number, root in enumerate(roots) if os.path.isdir(unescape_path(root))}
-    table = pq.read_table(artifact.home / SOURCES_FILE, columns=["path", "root", "size"]).to_pydict()
+    table = pd.read_parquet(artifact.home / SOURCES_FILE)
+    plain, read = are_plain_files(table, roots), open_rows(table, roots, max_pixels=Images().max_pixels)
     decoded, changed = _decoded_digests(run), []
-    for path, root, size in zip(table["path"], table["root"], table["size"], strict=True):
+    for row, (path, root, size) in enumerate(zip(table["path"], table["root"], table["size"], strict=True)):
+        known = decoded.get((root, path))
         if root not in present:
             continue
+        if not plain[row]:
+            changed += _changed_in_shard(path, partial(read, row), known)
+            continue
         file = image_file(roots[root], path)
-        now, known = _size(file), decoded.get((root, path))
+        now = _size(file)
         if now != size:
             changed.append(f"{path}: {now} bytes, listed with {size}")
         elif known and file_digest(Path(file))[1] != known:
             changed.append(f"{path}: other content than was decoded")
     return changed
+
+
+def _changed_in_shard(path: str, read: Callable[[], bytes], known: str | None) -> list[str]:
+    """Return a line where an image in a shard is not what was decoded; ``known``: its digest, None: not decoded."""
+    from grappa.images.files import ImagesChangedError, RejectedFileError
+
+    if known is None:
+        return []
+    try:
+        same = hashlib.sha256(read()).hexdigest() == known
+    except (ImagesChangedError, RejectedFileError, OSError) as error:
+        return [f"{path}: {error}"]
+    return [] if same else [f"{path}: other content than was decoded"]
 
 
 def _decoded_digests(run: RunFolder) -> dict[tuple[int, str], str]:

@@ -43,8 +43,9 @@ def read_config(run: RunFolder) -> Config:
     if not run.config_path.exists():
         raise ConfigError(f"{run.config_path} is missing; write one by `grappa init {quoted(run.root)} --images ...`")
     config = load_config(run.config_path)
-    if config.images.cache_size == "auto":
-        raise ConfigError(f"images.cache_size is still `auto`; `grappa init {quoted(run.root)}` resolves it")
+    for name in ("cache_size", "cache"):
+        if getattr(config.images, name) == "auto":
+            raise ConfigError(f"images.{name} is still `auto`; `grappa init {quoted(run.root)}` resolves it")
     return config
 
 

@@ -296,7 +296,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "objects",
         2,
-        _settings("objects", "images.cache_size", "images.shard_size", "features.precision"),
+        _settings("objects", "images.cache", "images.cache_size", "images.shard_size", "features.precision"),
         _object_inputs,
         _object_instances,
         externals=("originals", "detector"),

@@ -1,4 +1,8 @@
-"""Stage ``images``: the listed files decoded once into the pixel cache; the image table, labels and rejected files."""
+"""Stage ``images``: the listed files decoded once into the pixel cache; the image table, labels and rejected files.
+
+``pixels/``: the cache, raw or of JPEGs; with ``images.cache`` none the list of originals, decoded again when they are
+read.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +24,23 @@ def run(context: StageContext) -> str:
     path, roots = context.sources()
     listing = pd.read_parquet(path)
     how: dict[str, Any] = {
+        "cache": settings.form,
         "cache_size": settings.shorter_side,
         "max_pixels": settings.max_pixels,
         "shard_size": settings.shard_size,
         "manifests": context.path / SCRATCH_FOLDER,
         "num_workers": context.num_workers,
         "dropped": context.say_dropped,
+        "written": context.written,
     }
     if context.team.size > 1:
         _decode_own_shards(context, listing, roots, how)
         if not context.leads:
             return ""
     with context.task("decoding" if context.team.size == 1 else "collecting", len(listing)) as advance:
-        images, labels, rejected = decode_all(listing, roots, context.path / "pixels", **how, progress=advance)
+        images, labels, rejected = decode_all(
+            listing, roots, context.path / "pixels", **how, progress=advance, checked=context.team.size > 1
+        )
     _check_rejected(rejected, len(listing), settings.max_rejected)
     notes = images.attrs.pop("notes")
     for name, table in (("images", images), ("labels", labels), ("rejected", rejected)):

@@ -127,6 +127,7 @@ def _write_views(context: StageContext, images: pd.DataFrame, table: pd.DataFram
             context.originals(),
             open_pixels(context),
             context.path / "pixels",
+            cache=config.images.form,
             framing=Framing(config.objects.enlargement, config.objects.max_aspect, config.images.shorter_side),
             max_pixels=config.images.max_pixels,
             shard_size=config.images.shard_size,
@@ -134,6 +135,7 @@ def _write_views(context: StageContext, images: pd.DataFrame, table: pd.DataFram
             num_workers=context.num_workers,
             progress=advance,
             dropped=context.say_dropped,
+            written=context.written,
         )
 
 

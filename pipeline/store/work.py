@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from grappa.core.atomic import fsync_folder
-from grappa.core.notes import UntrustedError, parse_json, read_note, write_note
+from grappa.core.notes import Claim, UntrustedError, parse_json, read_note, write_note
 from grappa.pipeline.store.artifacts import (
     CHECKPOINT_FILES,
     FINGERPRINT_FILE,
@@ -35,7 +35,7 @@ from grappa.pipeline.store.artifacts import (
     Manifest,
     folder_problems,
 )
-from grappa.pipeline.store.digests import read_digest
+from grappa.pipeline.store.digests import Stamp, file_stamp, note_digest, read_digest
 from grappa.pipeline.store.locks import Lock, LockedError, acquire, remains
 from grappa.pipeline.store.storage import (
     atomic_write_json,
@@ -72,6 +72,7 @@ class Work:
         self.finished, self.resumed, self.dropped = finished, False, ""
         self._lock = lock
         self._kept: dict[str, Any] = {}
+        self._written: dict[Path, tuple[Stamp, Claim]] = {}
 
     def prepare(self) -> None:
         """Keep the files of unfinished work with this fingerprint, or begin with an empty folder."""
@@ -95,6 +96,10 @@ class Work:
                 write_note(self.path / RESOLVED_FILE, self._kept)
         return self._kept[name]
 
+    def written(self, file: Path, claim: Claim) -> None:
+        """Note size and digest of a whole output, summed when it was written: `publish` does not read it again."""
+        self._written[file] = file_stamp(file), claim
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line with the time to `log.jsonl`; the file is published but is no part of the identity."""
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **record})
@@ -109,7 +114,7 @@ class Work:
         self._lock.check()
         with storage_errors(self.path):
             _remove_drafts(self.path)
-            manifest = Manifest(self.fingerprint, _seal_outputs(self.path), provenance)
+            manifest = Manifest(self.fingerprint, _seal_outputs(self.path, self._written), provenance)
             if copied is not None:
                 _refuse_other_bytes(manifest.outputs, copied.outputs)
             atomic_write_json(self.path / MANIFEST_FILE, manifest.to_json())
@@ -265,8 +270,11 @@ def _remove_drafts(folder: Path) -> None:
             path.unlink()
 
 
-def _seal_outputs(folder: Path) -> dict[str, FileDigest]:
-    """Return the digests of all outputs by relative name; every file and folder is synced to the disk."""
+def _seal_outputs(folder: Path, written: Mapping[Path, tuple[Stamp, Claim]]) -> dict[str, FileDigest]:
+    """Return the digests of all outputs by relative name; every file and folder is synced to the disk.
+
+    A file that is noted as `written`, and has changed in nothing since, is not read.
+    """
     outputs: dict[str, FileDigest] = {}
     for parent, _, files in os.walk(folder, topdown=False):
         if Path(parent).relative_to(folder).parts[:1] == (SCRATCH_FOLDER,):
@@ -276,10 +284,17 @@ def _seal_outputs(folder: Path) -> dict[str, FileDigest]:
             _fsync_file(path)
             relative = path.relative_to(folder).as_posix()
             if relative not in (*DROPPED_FILES, LOG_FILE, MANIFEST_FILE):
-                size, sha256 = read_digest(path)
-                outputs[relative] = {"bytes": size, "sha256": sha256}
+                outputs[relative] = _digest(path, written.get(path))
         fsync_folder(Path(parent))
     return dict(sorted(outputs.items()))
+
+
+def _digest(path: Path, written: tuple[Stamp, Claim] | None) -> FileDigest:
+    if written and written[0] == file_stamp(path) and written[1]["bytes"] == written[0][2]:
+        note_digest(path, written[1]["sha256"])
+        return {"bytes": written[1]["bytes"], "sha256": written[1]["sha256"]}
+    size, sha256 = read_digest(path)
+    return {"bytes": size, "sha256": sha256}
 
 
 def _refuse_other_bytes(found: Mapping[str, FileDigest], wanted: Mapping[str, FileDigest]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,8 +21,10 @@ import grappa.backbone.frozen
 from grappa.backbone.features import extract_features
 from grappa.backbone.frozen import Backbone, embed
 from grappa.core.devices import autocast, resolve_precision
-from grappa.images.decoding import decode_image, shrink
-from grappa.images.pixels import PixelCache, write_index, write_shard
+from grappa.images.caching.uncached import open_images
+from grappa.images.ingest import decode_all
+from grappa.images.pixels import ImageRows
+from grappa.images.table import list_images
 from grappa.images.transforms import eval_batch, normalize, whole_batch
 from grappa.objects.foreground import foreground, seeing_finely
 from tests.benchmarks import data
@@ -106,19 +109,21 @@ class Files(Dataset[Tensor]):
         return torch.from_numpy(cropped.copy()).permute(2, 0, 1)
 
 
-def cached(files: Sequence[Path], folder: Path) -> PixelCache:
+def cached(files: Sequence[Path], folder: Path, form: str = "raw") -> ImageRows:
     """Write the files' pixel cache and open it."""
-    images = [shrink(decode_image(file.read_bytes(), max_pixels=10**8), CACHE_SIZE) for file in files]
-    write_index(folder, write_shard(folder, 0, images))
-    return PixelCache.open(folder)
+    listing = list_images([files[0].parent], layout="flat")
+    roots = list(listing.attrs["roots"])
+    decode_all(listing, roots, folder, cache=form, cache_size=CACHE_SIZE, max_pixels=10**8, shard_size=len(files))
+    return open_images(folder, roots)
 
 
 @contextmanager
-def loading(options: Options) -> Iterator[Pair]:
+def loading(options: Options, form: str = "raw") -> Iterator[Pair]:
     """An epoch of evaluation crops, nothing else; the peer's worker processes are kept from epoch to epoch."""
     with tempfile.TemporaryDirectory() as folder:
-        files = data.write_jpegs(Path(folder), options.size(1024, 32))
-        cache = cached(files, Path(folder))
+        (Path(folder) / "files").mkdir()
+        files = data.write_jpegs(Path(folder) / "files", options.size(1024, 32))
+        cache = cached(files, Path(folder) / "pixels", form)
         size = int(CACHE_SIZE * CROP)
         # No worker processes where there is one thread: they could not run beside anything.
         workers: dict[str, Any] = {"num_workers": options.threads, "persistent_workers": True}
@@ -140,8 +145,9 @@ def loading(options: Options) -> Iterator[Pair]:
 def end_to_end(options: Options) -> Iterator[Pair]:
     """Extraction from the cache against the slower of its two parts alone."""
     with tempfile.TemporaryDirectory() as folder:
-        files = data.write_jpegs(Path(folder), options.size(192, 32))
-        cache, backbone = cached(files, Path(folder)), data.backbone(options.quick)
+        (Path(folder) / "files").mkdir()
+        files = data.write_jpegs(Path(folder) / "files", options.size(192, 32))
+        cache, backbone = cached(files, Path(folder) / "pixels"), data.backbone(options.quick)
         size, precision = backbone.spec.image_size, resolve_precision("auto", CPU)
         out = np.empty((len(cache), backbone.embedding_dim), dtype=np.float32)
 
@@ -203,6 +209,8 @@ GATES = [
     ),
     Gate("R2", "class-token-only last block / whole", 0.97, class_token_only),
     Gate("R3", "epoch from the pixel cache, times faster than from JPEG files", 5.0, loading, at_least=True),
+    Gate("R3 jpeg", "the same, the cache of JPEGs", 1.5, partial(loading, form="jpeg"), at_least=True),
+    Gate("R3 none", "the same without a cache", 0.75, partial(loading, form="none"), at_least=True),
     Gate("R4", "end-to-end extraction, share of its slower part's speed", 0.85, end_to_end, at_least=True),
     Gate("R25", "finding objects at 16 x 16 patches / features at 8 x 8", 2.5, finding_objects),
 ]

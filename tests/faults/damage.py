@@ -27,11 +27,11 @@ def _flipped(content: bytes, place: int) -> bytes:
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-def campaign(work: Path, *, number: int, seed: int, tally: Tally) -> None:
-    """Damage ``number`` files at most, one after another, each of them in all ways."""
+def campaign(work: Path, *, number: int, seed: int, tally: Tally, cache: str = "raw") -> None:
+    """Damage ``number`` files at most, one after another, each of them in all ways; cache: ``images.cache``."""
     table, weights = write_material(work)
     run, rng = work / "run", random.Random(seed)
-    for arguments in (init_arguments(run, table, weights), ["run", str(run)]):
+    for arguments in (init_arguments(run, table, weights, images__cache=cache), ["run", str(run)]):
         done = grappa(*arguments)
         assert done.exit_code == 0, done.output
     image = next((work / "images").rglob("*.png"))

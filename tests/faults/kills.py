@@ -38,17 +38,20 @@ class Outcome:
         return " | ".join(self.text.strip().splitlines()[-3:])[-400:]
 
 
-def campaign(work: Path, *, number: int, seed: int, tally: Tally) -> None:
-    """Make runs until ``number`` signals have hit; whatever is not as in an undisturbed run is a fault."""
+def campaign(work: Path, *, number: int, seed: int, tally: Tally, cache: str = "raw") -> None:
+    """Make runs until ``number`` signals have hit; whatever is not as in an undisturbed run is a fault.
+
+    cache: the setting ``images.cache`` of the runs.
+    """
     table, weights = write_material(work)
-    commands = _commands(work / "undisturbed", table, weights)
+    commands = _commands(work / "undisturbed", table, weights, cache)
     outcomes = [call(command) for command in commands]
     assert not any(outcome.code for outcome in outcomes), outcomes[-1].tail
     wanted, seconds = contents(work / "undisturbed"), [outcome.seconds for outcome in outcomes]
     start_up = call(["--version"]).seconds
     rng, run = random.Random(seed), work / "disturbed"
     while tally.counts["kills"] < number and not tally.is_over:
-        for command, expected in zip(_commands(run, table, weights), seconds, strict=True):
+        for command, expected in zip(_commands(run, table, weights, cache), seconds, strict=True):
             _finish(command, start_up, expected, number, rng, tally)
         compare(run, wanted, tally)
         tally.count("finished runs")
@@ -56,8 +59,8 @@ def campaign(work: Path, *, number: int, seed: int, tally: Tally) -> None:
         shutil.rmtree(run)
 
 
-def _commands(run: Path, table: Path, weights: Path) -> list[list[str]]:
-    return [init_arguments(run, table, weights), ["run", str(run)]]
+def _commands(run: Path, table: Path, weights: Path, cache: str) -> list[list[str]]:
+    return [init_arguments(run, table, weights, images__cache=cache), ["run", str(run)]]
 
 
 def call(arguments: list[str], *, name: str = "", after: float = STUCK_SECONDS) -> Outcome:

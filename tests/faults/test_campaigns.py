@@ -10,10 +10,11 @@ from tests.faults import damage, kills
 from tests.faults.tally import Tally
 
 
-def test_a_few_kills_lose_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cache", "number"), [("raw", 3), ("jpeg", 2)])
+def test_a_few_kills_lose_nothing(tmp_path: Path, cache: str, number: int) -> None:
     tally = Tally()
-    kills.campaign(tmp_path, number=3, seed=1, tally=tally)
-    assert tally.faults == [] and tally.counts["kills"] >= 3
+    kills.campaign(tmp_path, number=number, seed=1, tally=tally, cache=cache)
+    assert tally.faults == [] and tally.counts["kills"] >= number
 
 
 def test_a_few_damaged_files_are_never_used(tmp_path: Path) -> None:

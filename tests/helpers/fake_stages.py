@@ -42,7 +42,7 @@ class FakeStages:
         self.hooks: dict[str, Hook] = {}
         (root.parent / "weights.safetensors").write_bytes(b"weights")
         self.settings: dict[str, dict[str, Any]] = {
-            "images": {"sources": ["/images"], "cache_size": 256},
+            "images": {"sources": ["/images"], "cache_size": 256, "cache": "raw"},
             "backbone": {"weights": str(root.parent / "weights.safetensors")},
             "clusters": {"num_clusters": [2, 4]},
         }

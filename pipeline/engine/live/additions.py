@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grappa.pipeline.config.schema import Config
+from grappa.pipeline.config.schema import Config, identity_settings
 from grappa.pipeline.config.yaml_file import ConfigError, load_config
 from grappa.pipeline.engine.externals import MissingInputError
 from grappa.pipeline.engine.fingerprints import digest_of, read_manifest
@@ -54,7 +54,8 @@ def numbers(run: RunFolder) -> list[int]:
 
 def pictures_fingerprint(number: int, config: Config, listing: str) -> dict[str, Any]:
     """Return the fingerprint of the decoded images; ``listing``: the digest of the list of files."""
-    settings = {f"images.{name}": getattr(config.images, name) for name in ("cache_size", "max_pixels", "shard_size")}
+    names = ("images.cache", "images.cache_size", "images.max_pixels", "images.shard_size")
+    settings = identity_settings(config, names)
     return _fingerprint(pictures(number), settings, {"listing": {"sha256": listing}})
 
 
@@ -175,6 +176,12 @@ def num_images(run: RunFolder, number: int) -> int:
     """Return how many images an addition has, by its manifest."""
     manifest = read_manifest(run, pictures(number))
     return int(manifest.provenance.get("num_images", 0)) if manifest else 0
+
+
+def roots_of_addition(run: RunFolder, number: int) -> list[str]:
+    """Return the folders that the column ``root`` of an addition's table numbers."""
+    manifest = read_manifest(run, pictures(number))
+    return list(manifest.provenance["roots"]) if manifest else []
 
 
 def addition_lines(run: RunFolder) -> list[str]:

@@ -16,14 +16,15 @@ from grappa.backbone.frozen import Backbone
 from grappa.core import memory
 from grappa.core.devices import resolve_device, resolve_precision, set_num_threads
 from grappa.core.vectors import read_rows
-from grappa.images.pixels import ImageRows, PixelCache
+from grappa.images.caching.uncached import open_images
+from grappa.images.pixels import ImageRows
 from grappa.images.splits import train_rows
 from grappa.method.head import apply_head
 from grappa.model import GrappaModel, load_model
 from grappa.model_folder import read_record
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.context import num_cores
-from grappa.pipeline.engine.live.additions import assigned_granularities, pictures
+from grappa.pipeline.engine.live.additions import assigned_granularities, pictures, roots_of_addition
 from grappa.pipeline.engine.memory_limit import require_memory
 from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.graph.stages import searched_node
@@ -38,7 +39,7 @@ def write_vectors(run: RunFolder, config: Config, number: int, out: Path, progre
     set_num_threads(config.compute.num_threads or num_cores())
     folder = published(run, pictures(number))
     _check_size(run, config, number)
-    images, cache = read_images(folder), PixelCache.open(folder / "pixels")
+    images, cache = read_images(folder), open_images(folder / "pixels", roots_of_addition(run, number))
     device = resolve_device(config.compute.device)
     backbone, model_folder = backbone_in(published(run, "backbone"), config.backbone.module), published(run, "model")
     model, adapted = load_model(model_folder), bool(read_record(model_folder).sets)

@@ -65,10 +65,10 @@ class Reuse:
 
 
 def row_digests(cache: ImageRows) -> NDArray[np.uint8]:
-    """Return a digest of the pixels of each image, (N, 16) uint8."""
+    """Return a digest of what each image is made from, (N, 16) uint8: of its pixels where they are raw."""
     digests = np.empty((len(cache), DIGEST_BYTES), dtype=np.uint8)
     for row in range(len(cache)):
-        image = cache.image(row)
+        image = cache.content(row)
         digest = hashlib.blake2b(str(image.shape).encode(), digest_size=DIGEST_BYTES)
         digest.update(np.ascontiguousarray(image).data)
         digests[row] = np.frombuffer(digest.digest(), dtype=np.uint8)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from grappa.images.pixels import INDEX_FILE, PixelCache
+from grappa.images.pixels import ImageRows
 from grappa.pipeline.commands.search import indexed_model
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.glance import stale_notice
@@ -24,6 +24,7 @@ from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.verdict_file import fused_granularities, read_verdict
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.open_run import open_run
+from grappa.pipeline.opening import published_pixels
 from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, published, quoted, readable_manifest
 
 BLOCK_ROWS = 65536
@@ -92,7 +93,7 @@ class Collection:
     before: Space
     after: Space
     indexed: NDArray[np.bool_]
-    pixels: PixelCache
+    pixels: ImageRows
     attention: NDArray[np.float32] | None
     fused: tuple[str, ...]
     version: str
@@ -123,7 +124,7 @@ class Collection:
             before=_space(folder, "zero_shot", Node("embeddings", "zero_shot")),
             after=_space(folder, "zero_shot_head" if source == Node("heads", "zero_shot") else model, source),
             indexed=np.asarray(table.index.isin(found), dtype=bool),
-            pixels=PixelCache.open(published(folder, "images", f"pixels/{INDEX_FILE}") / "pixels"),
+            pixels=published_pixels(folder),
             attention=_attention(folder, config),
             fused=fused_granularities(folder, config),
             version=_identity(folder, "images")[:16],

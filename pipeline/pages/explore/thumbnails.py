@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from grappa.images.decoding import ImageDecodeError, decode_image
-from grappa.images.pixels import PixelCache
+from grappa.images.pixels import ImageRows
 
 CACHE_BYTES = 64 * 2**20
 SMALL_SIDE = 128
@@ -27,7 +27,7 @@ class NoPictureError(ValueError):
 class Thumbnails:
     """JPEGs of the decoded images; the ones that were asked for last stay in memory."""
 
-    def __init__(self, pixels: PixelCache, *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, pixels: ImageRows, *, cache_bytes: int = CACHE_BYTES) -> None:
         self._pixels, self._limit, self._bytes = pixels, cache_bytes, 0
         self._kept: OrderedDict[tuple[int, bool], bytes] = OrderedDict()
         self._lock = threading.Lock()
@@ -45,7 +45,10 @@ class Thumbnails:
             if (row, small) in self._kept:
                 self._kept.move_to_end((row, small))
                 return self._kept[row, small]
-        image = Image.fromarray(np.array(self._pixels.image(row)))
+        try:
+            image = Image.fromarray(np.array(self._pixels.image(row)))
+        except ValueError as error:  # without a cache: the original is not there any more, or is another one
+            raise NoPictureError(str(error)) from error
         if small and min(image.size) > SMALL_SIDE:
             scale = SMALL_SIDE / min(image.size)
             image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from grappa.core.randomness import id_numbers, key, shuffled
-from grappa.images.pixels import INDEX_FILE, PixelCache, shard_file
 from grappa.images.splits import test_rows
 from grappa.pipeline.graph.models import MODELS
 from grappa.pipeline.graph.node import Node
-from grappa.pipeline.opening import read_images
+from grappa.pipeline.opening import published_pixels, read_images
 from grappa.pipeline.store.artifacts import RunFolder, published
 
 PICTURED = tuple(model.name for model in MODELS if model.pictured)
@@ -105,10 +104,8 @@ def choose(table: pd.DataFrame, precision: pd.DataFrame, *, seed: int = 0) -> li
 
 def write_thumbnails(run: RunFolder, examples: Sequence[Example], folder: Path) -> None:
     """Write a JPEG of every image that is shown, from the pixel cache."""
-    cache = PixelCache.open(published(run, "images", f"pixels/{INDEX_FILE}") / "pixels")
     everyone = [shown for each in examples for shown in (each.query, *(x for r in each.rankings for x in r.nearest))]
-    shards = sorted({shard_file(Path("pixels"), int(cache.index[shown.row, 0])).as_posix() for shown in everyone})
-    published(run, "images", *shards)
+    cache = published_pixels(run, [shown.row for shown in everyone])
     for row, file in sorted({(shown.row, shown.file) for shown in everyone}):
         image = Image.fromarray(np.array(cache.image(row)))
         image.thumbnail((2 * THUMBNAIL_SIDE, THUMBNAIL_SIDE))

@@ -22,10 +22,11 @@ import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
 from grappa.images import decoding
-from grappa.images import table as table_module
+from grappa.images.caching import mapped
 from grappa.images.decoding import ImageDecodeError, decode_image
 from grappa.images.files import ListedFile, RejectedFileError, decode_file
 from grappa.images.pixels import PixelCache, write_index, write_shard
+from grappa.images.sources import path_table
 from grappa.images.table import MISSING, ImageTableError, read_table
 from grappa.pipeline.errors import sentence_and_code
 
@@ -150,7 +151,7 @@ def test_a_tile_larger_than_the_limit_is_a_bomb(monkeypatch: pytest.MonkeyPatch)
 def test_a_cell_may_be_as_large_as_its_table(tmp_path: Path) -> None:
     table, before = tmp_path / "t.csv", csv.field_size_limit()
     table.write_text(f'path,domain,caption\na.png,birds,"{"x" * 300_000}"\nb.png,cars,\n')
-    assert [row.path for row in read_table(table)] == ["a.png", "b.png"]
+    assert read_table(table)["path"].to_pylist() == ["a.png", "b.png"]
     assert csv.field_size_limit() == before
 
 
@@ -160,7 +161,7 @@ def test_a_parquet_table_may_have_a_large_header_and_a_row_group_a_row(
     columns = pa.table({"path": [f"{number}.png" for number in range(500)], "domain": ["birds"] * 500})
     pq.write_table(columns, tmp_path / "rows.parquet", row_group_size=1)
     assert len(read_table(tmp_path / "rows.parquet")) == 500
-    monkeypatch.setattr(table_module, "_LARGEST", 8)
+    monkeypatch.setattr(path_table, "LARGEST_HEADER", 8)
     with pytest.raises(ImageTableError, match="size limit"):
         read_table(tmp_path / "rows.parquet")
 
@@ -181,22 +182,59 @@ def test_a_path_that_is_too_long_is_named_with_the_limit(tmp_path: Path) -> None
         assert said and "4096 and 255" in said and len(said) < 300
 
 
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_shards_are_opened_on_demand_and_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped, "MOST_OPEN", 5)
+    images = [np.full((2, 2, 3), shard, np.uint8) for shard in range(40)]
+    write_index(tmp_path, np.concatenate([write_shard(tmp_path, shard, [image]) for shard, image in enumerate(images)]))
+    before = descriptors()
+    cache = PixelCache.open(tmp_path)
+    assert descriptors() == before + 2, "the folder, and the index that is mapped"
+    kept = cache.image(0)
+    for row in [*range(40), *range(39, -1, -1)]:
+        np.testing.assert_array_equal(cache.image(row), images[row])
+    assert descriptors() <= before + 2 + 5 + 1
+    np.testing.assert_array_equal(kept, images[0])  # an array in use stays mapped
+    del cache, kept
+    assert descriptors() == before
+
+
 def test_too_few_descriptors_are_raised_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = np.zeros((2, 2, 3), np.uint8)
     write_index(tmp_path, np.concatenate([write_shard(tmp_path, shard, [image]) for shard in range(40)]))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd"))
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 10, hard))
-        assert len(PixelCache.open(tmp_path)) == 40
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 10, hard))
+        cache = PixelCache.open(tmp_path)
+        assert sum(int(cache.image(row).sum()) for row in range(40)) == 0
+        monkeypatch.setattr(mapped, "_allowed", lambda number: 40)
+        few = PixelCache.open(tmp_path)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 6, hard))
+        assert sum(int(few.image(row).sum()) for row in range(40)) == 0, "it closes others, then goes on"
+        few.shards._open.clear()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        with pytest.raises(ValueError, match="too many open files at .*00000.npy: raise `ulimit -n`"):
+            few.image(0)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     said, _ = sentence_and_code(OSError(errno.EMFILE, "Too many open files", "x"))
     assert said and f"this process may have {soft}" in said and "ulimit -n" in said
 
-    def refuse(*arguments: Any, **options: Any) -> None:
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(np, "load", refuse)
-    with pytest.raises(ValueError, match="raise images.shard_size"):
-        PixelCache.open(tmp_path)
+def test_a_cache_that_was_made_again_is_named_and_never_mixed(tmp_path: Path) -> None:
+    def write(folder: Path, value: int) -> PixelCache:
+        folder.mkdir()
+        lines = [write_shard(folder, shard, [np.full((2, 2, 3), value, np.uint8)]) for shard in range(3)]
+        write_index(folder, np.concatenate(lines))
+        return PixelCache.open(folder)
+
+    cache = write(tmp_path / "pixels", 1)
+    (tmp_path / "pixels").rename(tmp_path / "old")
+    write(tmp_path / "pixels", 2)
+    assert cache.image(0).max() == 1
+    (tmp_path / "old/00001.npy").unlink()
+    with pytest.raises(ValueError, match="pixels was made again since it was opened: give the command again"):
+        cache.image(1)

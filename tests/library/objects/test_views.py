@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from grappa.images.caching.uncached import Originals
 from grappa.images.files import ImagesChangedError
 from grappa.images.ingest import decode_all
 from grappa.images.pixels import PixelCache
 from grappa.images.table import list_images
-from grappa.objects import views as object_views
 from grappa.objects.boxes import object_view
 from grappa.objects.views import Framing, write_object_views
 
@@ -92,15 +92,15 @@ def test_a_stopped_pass_goes_on_at_the_first_shard_that_is_not_whole(
     material: Material, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     material.write("undisturbed", num_workers=1)
-    victim, read = Path(material.images["path"][4]).name, object_views.read_original
+    full = Originals.full
 
-    def stop(path: str, *arguments: Any, **options: Any) -> Any:
-        if path.endswith(victim):
+    def stop(originals: Originals, row: int) -> Any:
+        if row == 4:
             raise KeyboardInterrupt
-        return read(path, *arguments, **options)
+        return full(originals, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(object_views, "read_original", stop)
+        patch.setattr(Originals, "full", stop)
         with pytest.raises(KeyboardInterrupt):
             material.write("views", num_workers=1)
     assert [path.name for path in (material.folder / "views").iterdir()] == ["00000.npy"]

@@ -101,7 +101,7 @@ def test_allowing_more_broken_images_decodes_nothing_again(desk: Path, monkeypat
     run = _ruin(sorted((desk / "images").rglob("0.png"))[:3], desk)
     _fails(run)
     make_run(run.root, [], desk / "weights.safetensors", images__max_rejected=0.2)
-    monkeypatch.setattr("grappa.images.ingest.decode_file", None)
+    monkeypatch.setattr("grappa.images.ingest.decode_bytes", None)
     run_all(run, until="images")
     assert len(tables.load_rejected(run.root)) == 3
 

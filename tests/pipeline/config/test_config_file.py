@@ -54,7 +54,7 @@ def test_every_field_is_written_with_its_description() -> None:
 
 def test_missing_and_empty_sections_have_the_defaults(tmp_path: Path) -> None:
     former = Config(  # as runs had them then
-        images=Images(cache_size=256),
+        images=Images(cache_size=256, cache="raw"),
         features=Features(whitening_power=0.0),
         views=SampledViews(num_judged=None),
         evaluation=Evaluation(max_queries=None),

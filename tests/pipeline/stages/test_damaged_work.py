@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from grappa.core.notes import UntrustedError, read_note
-from grappa.images import ingest
+from grappa.images.caching.manifests import ShardManifests
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.checkpoints import ArrayCheckpoint, FileCheckpoint, RowCheckpoint
 from tests.helpers.tiny import digests, draw_images, make_run, run_all, split_of, write_table, write_weights
@@ -30,7 +30,7 @@ DAMAGES: dict[str, Damage] = {
     "nested": lambda content: b"[" * 100_000,
 }
 STAGES = {
-    "images": ("images", ingest, "write_shard_manifest", 2),
+    "images": ("images", ShardManifests, "write", 2),
     "features": ("features", RowCheckpoint, "offer", 2),
     "adaptors": ("adaptors/k00004", FileCheckpoint, "save", 3),
 }

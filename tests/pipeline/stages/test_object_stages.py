@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from grappa.images.caching.uncached import Originals
 from grappa.images.pixels import PixelCache
 from grappa.images.table import BOX_COLUMNS
 from grappa.objects import grounding
-from grappa.objects import views as object_views
 from grappa.pipeline import tables
 from grappa.pipeline.config.yaml_file import ConfigError
 from grappa.pipeline.engine.status import read_config, states
@@ -203,17 +203,17 @@ def test_originals_that_moved_are_named_and_init_mends_it(
 def test_interrupted_work_goes_on_and_ends_with_the_same_bytes(
     copy: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, read = digests(copy), object_views.read_original
-    calls: list[str] = []
+    before, full = digests(copy), Originals.full
+    calls: list[int] = []
 
-    def stop(path: str, *arguments: Any, **options: Any) -> Any:
-        calls.append(path)
+    def stop(originals: Originals, row: int) -> Any:
+        calls.append(row)
         if len(calls) == 25:
             raise KeyboardInterrupt
-        return read(path, *arguments, **options)
+        return full(originals, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(object_views, "read_original", stop)
+        patch.setattr(Originals, "full", stop)
         with pytest.raises(KeyboardInterrupt):
             run_all(copy, stage="objects", force=True)
     assert digests(copy) == before, "the old result stays until the new one is whole"

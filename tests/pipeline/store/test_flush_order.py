@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grappa.images.ingest import write_shard_manifest
-from grappa.images.pixels import shard_file, write_shard
+from grappa.images.caching.manifests import ShardManifests
+from grappa.images.pixels import shard_file, write_shard_claimed
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.checkpoints import ArrayCheckpoint, RowCheckpoint
 from grappa.pipeline.store.work import open_work
@@ -83,8 +83,8 @@ def test_boxes_are_flushed_before_they_are_noted(tmp_path: Path, disk: Disk) -> 
 
 
 def test_pixels_are_flushed_before_they_are_noted(tmp_path: Path, disk: Disk) -> None:
-    write_shard(tmp_path, 0, [np.zeros((2, 2, 3), np.uint8)])
-    write_shard_manifest(tmp_path, 0, tmp_path / "00000.json", "mark", [])
+    _, pixels = write_shard_claimed(tmp_path, 0, [np.zeros((2, 2, 3), np.uint8)])
+    ShardManifests(tmp_path, tmp_path).write(0, "mark", pixels, [])
     assert disk.was_flushed(shard_file(tmp_path, 0), before="00000.json")
 
 

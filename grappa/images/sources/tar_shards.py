@@ -1,0 +1,187 @@
+"""Tars of images, as webdataset writes them: where each image begins, and what the members beside it say of it.
+
+The members whose names are the same up to the first dot of the last part belong together: ``a/0001.jpg`` is an image,
+``a/0001.cls`` holds its label, and ``a/0001.json`` may hold ``label``, ``domain`` and ``split``. Other members, such as
+captions in ``.txt``, say nothing: text that describes one image is no class.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+
+from grappa.images.files import ImagesChangedError, changed
+from grappa.images.folders import is_split, is_system_folder, split_of
+from grappa.images.paths import ImageTableError, show
+from grappa.images.sources.columns import TEXT, escaped
+
+HEADER = tarfile.BLOCKSIZE  # bytes before an image
+SEPARATOR = "::"  # between a file and what lies in it
+# Endings of the formats that are decoded (``grappa.images.decoding.FORMATS``).
+_IMAGES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .tif .tiff .gif .jp2 .j2k .jpc .jpf .jpx .avif .avifs .heic "
+    ".heif .hif".split()
+)
+_LARGEST_NOTE = 2**20  # bytes of a member that says something
+_FIELDS = ("label", "domain", "split")
+
+Said = dict[str, str]
+
+
+@dataclass
+class _Members:
+    """The images of a tar, column by column, and what is said by key."""
+
+    names: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    said: dict[str, Said] = field(default_factory=dict)
+    passed: Counter[str] = field(default_factory=Counter)
+
+
+def list_tar(opened: IO[bytes], name: str) -> tuple[pa.Table, Counter[str]]:
+    """List the images of a tar.
+
+    Args:
+        opened: the tar, from its beginning. name: its path below its root (``os.fsdecode`` form).
+
+    Returns:
+        columns ``path`` (``name::member``), ``folder`` (that of the tar, and within it that of the member), ``label``,
+        ``domain``, ``split``, ``size`` and ``offset``; how many members of which ending were passed over.
+
+    Raises:
+        ImageTableError: it is no tar, is compressed, is cut off or broken, or has a member twice.
+    """
+    found = _Members()
+    try:
+        with tarfile.open(fileobj=opened, mode="r:", errorlevel=1) as archive:
+            for member in archive:
+                vars(archive)["members"] = []  # else it keeps them all
+                _take(archive, member, found, name)
+            _check_end(opened, archive, name, found)
+    except (tarfile.TarError, EOFError) as error:
+        after = f" after {show(found.names[-1])}" if found.names else ""
+        raise ImageTableError(f"the tar {show(name)} cannot be read{after}: {error}; {_advice(opened)}") from error
+    return _table(found, name), found.passed
+
+
+def check_header(block: bytes, name: str, size: int) -> None:
+    """Raise ImagesChangedError where the header before an image does not announce ``size`` bytes of that name.
+
+    name: the image in sentences, ``tar::member``.
+    """
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        raise changed(name, size, "its tar holds something else at its place") from None
+    member = name.partition(SEPARATOR)[2]
+    told = _tidy(header.name)
+    if header.size != size or (told.isascii() and member.isascii() and not member.startswith(told)):
+        raise changed(name, size, "its tar holds something else at its place")
+
+
+def short(name: str, size: int) -> ImagesChangedError:
+    """Return the error of an image whose tar ends before it."""
+    return changed(name, size, "its tar ends before it")
+
+
+def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, found: _Members, name: str) -> None:
+    path = _tidy(member.name)
+    if not member.isreg() or _is_hidden(path):
+        return
+    if member.issparse():
+        raise ImageTableError(f"the tar {show(name)} holds {show(path)} as a sparse file: pack it without --sparse")
+    folder, _, base = path.rpartition("/")
+    key = f"{folder}/{base.partition('.')[0]}"
+    ending = os.path.splitext(base)[1].lower()
+    if ending in (".cls", ".json"):
+        _note(archive, member, found.said.setdefault(key, {}), f"{name}{SEPARATOR}{path}")
+    elif ending not in _IMAGES:
+        found.passed[ending or base] += 1
+    else:
+        found.names.append(path)
+        found.keys.append(key)
+        found.sizes.append(member.size)
+        found.offsets.append(member.offset_data)
+
+
+def _note(archive: tarfile.TarFile, member: tarfile.TarInfo, said: Said, name: str) -> None:
+    """Add what a member says of its image."""
+    content = archive.extractfile(member)
+    assert content is not None, "it is a regular file"
+    data = content.read(_LARGEST_NOTE)
+    try:
+        if name.endswith(".cls"):
+            said["label"] = data.decode().strip()
+            return
+        given = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        kind = "text" if name.endswith(".cls") else "JSON"
+        raise ImageTableError(f"the member {show(name)} is no {kind}: {error}") from error
+    if isinstance(given, dict):
+        for each in _FIELDS:
+            value = given.get(each)
+            if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
+                said.setdefault(each, str(value))
+
+
+def _check_end(opened: IO[bytes], archive: tarfile.TarFile, name: str, found: _Members) -> None:
+    """Refuse a tar that goes on after what could be read of it: the rest would be lost in silence."""
+    opened.seek(archive.offset)
+    rest = opened.read(HEADER)
+    if rest.strip(b"\0"):
+        last = f" after {show(found.names[-1])}" if found.names else ""
+        raise ImageTableError(
+            f"the tar {show(name)} is broken at byte {archive.offset}{last}: get it whole, or leave it out"
+        )
+
+
+def _table(found: _Members, name: str) -> pa.Table:
+    twice = next((each for each, number in Counter(found.names).items() if number > 1), None)
+    if twice is not None:
+        raise ImageTableError(f"the tar {show(name)} has the member {show(twice)} twice: pack every image once")
+    above = os.path.dirname(name)
+    columns: dict[str, Any] = {
+        "path": escaped([f"{name}{SEPARATOR}{each}" for each in found.names]),
+        "folder": escaped([os.path.join(above, os.path.dirname(each)).rstrip("/") for each in found.names]),
+        "size": pa.array(found.sizes, pa.int64()),
+        "offset": pa.array(np.array(found.offsets, np.int64)),
+    }
+    for each in _FIELDS:
+        columns[each] = escaped([found.said.get(key, {}).get(each) for key in found.keys])
+    columns["split"] = pa.array(list(_splits(columns["split"].to_pylist(), name)), TEXT)
+    return pa.table(columns)
+
+
+def _splits(texts: list[str | None], name: str) -> Iterator[str | None]:
+    for text in texts:
+        if text is not None and not is_split(text):
+            raise ImageTableError(f"a JSON member of {show(name)} has the split {text!r}: expected train, val or test")
+        yield None if text is None else split_of(text)
+
+
+def _tidy(path: str) -> str:
+    """Return a member's name without what leads nowhere: ``./a//b`` is ``a/b``."""
+    return "/".join(part for part in path.split("/") if part not in ("", "."))
+
+
+def _is_hidden(path: str) -> bool:
+    *folders, base = path.split("/")
+    return base.startswith(".") or any(part.startswith(".") or is_system_folder(part) for part in folders)
+
+
+def _advice(opened: IO[bytes]) -> str:
+    opened.seek(0)
+    start = opened.read(6)
+    if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start == b"\xfd7zXZ\0" or start[:4] == b"\x28\xb5\x2f\xfd":
+        return "it is compressed: unpack it, or pack it without compression"
+    return "get it whole, or leave it out"
