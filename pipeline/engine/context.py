@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,8 @@ from grappa.pipeline.engine.progress import Advance, Progress
 from grappa.pipeline.engine.team import ALONE, Team
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import Stage, find_stage, upstream
-from grappa.pipeline.store.artifacts import RunFolder
+from grappa.pipeline.store.artifacts import RunFolder, published
+from grappa.pipeline.store.ranges import RangePlan
 from grappa.pipeline.store.work import Work
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class StageContext:
 
     Where several processes compute the stage (``team``), only the process that ``leads`` writes; the others return when
     they have computed their part.
+
+    Where ``node`` is a range of rows, ``plan`` is what all ranges agree on. ``ranges``: the folders of all ranges, in
+    order, where they are made already and the stage only joins their rows; else empty.
     """
 
     run: RunFolder
@@ -48,6 +52,8 @@ class StageContext:
     progress: Progress
     resolved: dict[str, Any] = field(default_factory=dict)
     team: Team = ALONE
+    plan: RangePlan | None = None
+    ranges: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -100,6 +106,13 @@ class StageContext:
         assert wanted in declared, f"{self.name} reads {wanted}, but the graph declares {[*map(str, declared)]}"
         return self.run.artifact(wanted).home
 
+    def refuse_damaged(self, stage: str, files: Iterable[str]) -> None:
+        """Raise DamagedError where files of an input are not what its manifest says.
+
+        The files of folders, such as ``pixels/``, are checked by who reads only some of them: ranges and their joining.
+        """
+        published(self.run, Node(stage), *files)
+
     def sources(self) -> tuple[Path, list[str]]:
         """Return the table of the listed images and the root folders that its column ``root`` numbers."""
         assert "sources" in self.stage.externals, (
@@ -148,11 +161,12 @@ class StageContext:
     def resolve(self, name: str, value: T) -> T:
         """Note the value that a setting ``auto`` stands for, in the provenance; return the value to use.
 
-        Resumed work gets the value that it began with. All processes of a team get the leader's value, except for the
-        device.
+        Resumed work gets the value that it began with. All processes of a team get the leader's value, and all ranges
+        of an artifact that of the first, except for the device.
         """
         kept = value
         if name != "device":
+            value = self.plan.settle(name, value) if self.plan else value
             kept = self.team.agree(name, self.work.kept(name, value) if isinstance(self.work, Work) else value)
         if self.resolved.get(name) != kept:
             self.resolved[name] = kept

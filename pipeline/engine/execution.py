@@ -8,23 +8,26 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from importlib import metadata
 from io import StringIO
+from typing import Any
 
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.context import LeadersWork, StageContext
-from grappa.pipeline.engine.fingerprints import SOURCES, SOURCES_FILE, expected_fingerprint
+from grappa.pipeline.engine.fingerprints import RANGE, SOURCES, SOURCES_FILE, expected_fingerprint
 from grappa.pipeline.engine.freshness import Problem, State, compare_fingerprints
 from grappa.pipeline.engine.packages import refuse_missing_packages
 from grappa.pipeline.engine.progress import Progress, duration
 from grappa.pipeline.engine.status import Judge
 from grappa.pipeline.engine.team import ALONE, Team, joined
-from grappa.pipeline.graph.node import Node
+from grappa.pipeline.graph.node import Node, RowRange
 from grappa.pipeline.graph.stages import STAGES, find_stage, inputs_of, nodes
-from grappa.pipeline.store.artifacts import RunFolder, damage_sentence, quoted
+from grappa.pipeline.store.artifacts import Fingerprint, RunFolder, damage_sentence, quoted
 from grappa.pipeline.store.digests import forget_digests
 from grappa.pipeline.store.provenance import provenance
+from grappa.pipeline.store.ranges import RangePlan, begin_plan, how_made, ranges_folder, read_plan, remove_ranges
 from grappa.pipeline.store.work import Work, open_work, recover
 
 Say = Callable[[str], None]
@@ -40,6 +43,7 @@ class Selection:
     """The nodes to run: all, those of one stage (or one instance), or all up to a stage.
 
     ``force``: fresh ones too. ``verify``: every byte is read again first, so that damaged ones are made again.
+    ``rows``: of the one node that is selected, only this range of its rows.
     """
 
     stage: str | None = None
@@ -47,6 +51,7 @@ class Selection:
     until: str | None = None
     force: bool = False
     verify: bool = False
+    rows: RowRange | None = None
 
 
 @dataclass
@@ -88,7 +93,7 @@ def lead(
     team: Team,
 ) -> Report:
     """Run the stages as ``run_stages`` does, as the leader of a team that exists already."""
-    chosen = selected(config, selection)
+    chosen = [replace(node, rows=selection.rows) for node in selected(config, selection)]
     for node in nodes(config):
         recover(run.artifact(node))
     if selection.verify:
@@ -100,7 +105,7 @@ def lead(
     refuse_missing_packages(config, due)
     judge, report = Judge(run, config, verify=selection.verify), Report()
     for node in chosen:
-        if judge.state(node).kind == "fresh" and not selection.force:
+        if not selection.force and _is_made(run, judge, node):
             report.num_fresh += 1
             continue
         _refuse_unready(run, judge, [node], force=True)
@@ -109,6 +114,14 @@ def lead(
             report.seconds[node.stage] = report.seconds.get(node.stage, 0.0) + seconds
         judge.forget(node)
     return report
+
+
+def _is_made(run: RunFolder, judge: Judge, node: Node) -> bool:
+    """Tell whether a node is fresh; a range need not be made either where the whole artifact is fresh."""
+    if judge.state(node.whole).kind == "fresh":
+        remove_ranges(ranges_folder(run, node))
+        return True
+    return node.rows is not None and judge.state(node).kind == "fresh"
 
 
 def follow(run: RunFolder, team: Team) -> None:
@@ -174,10 +187,15 @@ def execute(
     say: Say,
     team: Team = ALONE,
 ) -> float:
-    """Run one node whose inputs are fresh and publish its artifact; return the seconds it took."""
+    """Run one node whose inputs are fresh and publish its artifact; return the seconds it took.
+
+    Where ranges of its rows were made, the missing ones are made first, and the node joins them.
+    """
     job, expected = os.environ.get("SLURM_JOB_ID"), expected_fingerprint(run, config, node)
-    _refuse_damaged_inputs(run, config, node)
     started, start = datetime.now(UTC), time.monotonic()
+    ranges = _whole_ranges(run, config, node, progress, say) if team.size == 1 else []
+    _refuse_damaged_inputs(run, config, node, folders=not (ranges or node.rows))
+    plan = _plan(run, node, expected.fingerprint)
     with open_work(run.artifact(node), expected.fingerprint, job=job) as work:
         if work.finished:
             shutil.rmtree(work.path)
@@ -185,7 +203,7 @@ def execute(
             return 0.0
         if work.dropped:
             say(f"{node}: {work.dropped}; the unfinished work is begun again")
-        team = team if find_stage(node.stage).parallel else ALONE
+        team = team if find_stage(node.stage).parallel and not node.rows else ALONE
         team.announce(
             {
                 "node": node.name,
@@ -194,7 +212,9 @@ def execute(
                 "resumed": work.resumed,
             }
         )
-        context = StageContext(run, config, node, work, progress, team=team)
+        homes = tuple(run.artifact(each).home for each in ranges)
+        context = StageContext(run, config, node, work, progress, team=team, plan=plan, ranges=homes)
+        context.resolved.update(_resolved(run, ranges))
         sentence = _compute(context)
         seconds = time.monotonic() - start
         _refuse_changed_inputs(run, config, node, work)
@@ -202,14 +222,73 @@ def execute(
         origin = provenance(started=started, device=context.resolved.get("device", "cpu"), job=job)
         origin["processes"] = team.size
         work.publish({**origin, "seconds": round(seconds, 3), "resolved": context.resolved, **expected.notes})
+    if not node.rows:
+        remove_ranges(ranges_folder(run, node))
     say(f"{node}: {sentence} ({spent(seconds)})")
     return seconds
 
 
-def _refuse_damaged_inputs(run: RunFolder, config: Config, node: Node) -> None:
+def _plan(run: RunFolder, node: Node, fingerprint: Fingerprint) -> RangePlan | None:
+    """Return what a range has in common with the other ranges of its artifact; None for a whole artifact."""
+    return begin_plan(ranges_folder(run, node), node.rows.total, _shared(fingerprint)) if node.rows else None
+
+
+def _shared(fingerprint: Fingerprint) -> Fingerprint:
+    return {**fingerprint, "config": {name: each for name, each in fingerprint["config"].items() if name != RANGE}}
+
+
+def _with_range(fingerprint: Fingerprint, node: Node) -> Fingerprint:
+    assert node.rows
+    return {**fingerprint, "config": {**fingerprint["config"], RANGE: node.rows.name}}
+
+
+def _whole_ranges(run: RunFolder, config: Config, node: Node, progress: Progress, say: Say) -> list[Node]:
+    """Return the ranges that a node joins, all of them made; empty where there are none with its fingerprint.
+
+    Ranges that are missing, damaged, or made in another way (``store.ranges.how_made``) are made now, one by one.
+    """
+    plan = None if node.rows else read_plan(ranges_folder(run, node))
+    if plan is None:
+        return []
+    ranges = node.ranges(plan.total)
+    expected = json.loads(json.dumps(expected_fingerprint(run, config, ranges[0]).fingerprint))
+    if _shared(expected) != plan.shared:
+        return []
+
+    def found() -> list[dict[str, Any] | None]:
+        return [how_made(run.artifact(each), _with_range(expected, each)) for each in ranges]
+
+    made = found()
+    if None not in made and all(each == made[0] for each in made):
+        return ranges
+    here = _how_here(config, plan)
+    due = [each for each, how in zip(ranges, made, strict=True) if how != here]
+    say(f"{node}: {len(ranges) - len(due)} of {len(ranges)} ranges are taken over, the others are computed now")
+    for each in due:
+        execute(run, config, each, progress=progress, say=say)
+    made = found()
+    return ranges if None not in made and all(each == made[0] for each in made) else []
+
+
+def _how_here(config: Config, plan: RangePlan) -> dict[str, Any]:
+    """Return how this process makes a range, as ``how_made`` tells it of a range that is made."""
+    from grappa.core.devices import resolve_device
+
+    kind = resolve_device(config.compute.device).type
+    return {**plan.resolved(), "device": kind, "torch": metadata.version("torch")}
+
+
+def _resolved(run: RunFolder, ranges: list[Node]) -> dict[str, Any]:
+    """Return what settings ``auto`` stood for in ranges that were made alike."""
+    manifest = run.artifact(ranges[0]).manifest() if ranges else None
+    return dict(manifest.provenance["resolved"]) if manifest else {}
+
+
+def _refuse_damaged_inputs(run: RunFolder, config: Config, node: Node, *, folders: bool) -> None:
     """Refuse inputs whose bytes are not those of their manifest, or a result would be made of damaged ones.
 
-    A file that this process has written or read needs no reading again.
+    A file that this process has written or read needs no reading again. ``folders``: whether all files of folders, such
+    as those of all pixels, are read too; a stage that reads only some of them has to check these.
     """
     files: dict[Node, list[str]] = {}
     for each in inputs_of(node, config):
@@ -217,7 +296,8 @@ def _refuse_damaged_inputs(run: RunFolder, config: Config, node: Node) -> None:
     if "sources" in find_stage(node.stage).externals:
         files[SOURCES] = [SOURCES_FILE]
     for source, names in files.items():
-        problems = run.artifact(source).check(read=names)
+        read = [name for name in names if folders or not name.endswith("/")]
+        problems = run.artifact(source).check(read=read)
         if problems:
             raise NotReadyError(f"{node} cannot run: {damage_sentence(run, source.name, problems)}")
 
