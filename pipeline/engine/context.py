@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from grappa.pipeline.engine.progress import Advance, Progress
 from grappa.pipeline.engine.team import ALONE, Team
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import Stage, find_stage, upstream
-from grappa.pipeline.store.artifacts import RunFolder, published
+from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.ranges import RangePlan
 from grappa.pipeline.store.work import Work
 
@@ -105,13 +105,6 @@ class StageContext:
         wanted, declared = Node(stage, instance), upstream(self.node, self.config)
         assert wanted in declared, f"{self.name} reads {wanted}, but the graph declares {[*map(str, declared)]}"
         return self.run.artifact(wanted).home
-
-    def refuse_damaged(self, stage: str, files: Iterable[str]) -> None:
-        """Raise DamagedError where files of an input are not what its manifest says.
-
-        The files of folders, such as ``pixels/``, are checked by who reads only some of them: ranges and their joining.
-        """
-        published(self.run, Node(stage), *files)
 
     def sources(self) -> tuple[Path, list[str]]:
         """Return the table of the listed images and the root folders that its column ``root`` numbers."""

@@ -24,10 +24,18 @@ from grappa.pipeline.engine.status import Judge
 from grappa.pipeline.engine.team import ALONE, Team, joined
 from grappa.pipeline.graph.node import Node, RowRange
 from grappa.pipeline.graph.stages import STAGES, find_stage, inputs_of, nodes
-from grappa.pipeline.store.artifacts import Fingerprint, RunFolder, damage_sentence, quoted
+from grappa.pipeline.store.artifacts import Artifact, Fingerprint, RunFolder, damage_sentence, quoted
 from grappa.pipeline.store.digests import forget_digests
 from grappa.pipeline.store.provenance import provenance
-from grappa.pipeline.store.ranges import RangePlan, begin_plan, how_made, ranges_folder, read_plan, remove_ranges
+from grappa.pipeline.store.ranges import (
+    RangePlan,
+    begin_plan,
+    drop_ranges,
+    how_made,
+    ranges_folder,
+    read_plan,
+    remove_ranges,
+)
 from grappa.pipeline.store.work import Work, open_work, recover
 
 Say = Callable[[str], None]
@@ -194,7 +202,8 @@ def execute(
     job, expected = os.environ.get("SLURM_JOB_ID"), expected_fingerprint(run, config, node)
     started, start = datetime.now(UTC), time.monotonic()
     ranges = _whole_ranges(run, config, node, progress, say) if team.size == 1 else []
-    _refuse_damaged_inputs(run, config, node, folders=not (ranges or node.rows))
+    if not ranges:  # whose inputs were checked when they were made
+        _refuse_damaged_inputs(run, config, node)
     plan = _plan(run, node, expected.fingerprint)
     with open_work(run.artifact(node), expected.fingerprint, job=job) as work:
         if work.finished:
@@ -284,11 +293,12 @@ def _resolved(run: RunFolder, ranges: list[Node]) -> dict[str, Any]:
     return dict(manifest.provenance["resolved"]) if manifest else {}
 
 
-def _refuse_damaged_inputs(run: RunFolder, config: Config, node: Node, *, folders: bool) -> None:
+def _refuse_damaged_inputs(run: RunFolder, config: Config, node: Node) -> None:
     """Refuse inputs whose bytes are not those of their manifest, or a result would be made of damaged ones.
 
-    A file that this process has written or read needs no reading again. ``folders``: whether all files of folders, such
-    as those of all pixels, are read too; a stage that reads only some of them has to check these.
+    A file that this process has written or read needs no reading again. A range reads only its share of the files of a
+    folder, such as those of all pixels, so that all ranges together read each file once; where one finds damage, no
+    range is trusted any more, for each may have read that file.
     """
     files: dict[Node, list[str]] = {}
     for each in inputs_of(node, config):
@@ -296,10 +306,21 @@ def _refuse_damaged_inputs(run: RunFolder, config: Config, node: Node, *, folder
     if "sources" in find_stage(node.stage).externals:
         files[SOURCES] = [SOURCES_FILE]
     for source, names in files.items():
-        read = [name for name in names if folders or not name.endswith("/")]
-        problems = run.artifact(source).check(read=read)
+        artifact = run.artifact(source)
+        problems = artifact.check(read=_share(artifact, names, node.rows) if node.rows else names)
+        if problems and node.rows:
+            drop_ranges(ranges_folder(run, node))
         if problems:
             raise NotReadyError(f"{node} cannot run: {damage_sentence(run, source.name, problems)}")
+
+
+def _share(artifact: Artifact, names: list[str], rows: RowRange) -> list[str]:
+    """Return the files that a range checks: those that are named, and of the files of folders each ``total``-th."""
+    manifest = artifact.manifest()
+    assert manifest is not None, "the inputs were judged to be fresh"
+    folders = tuple(name for name in names if name.endswith("/"))
+    inside = [file for file in sorted(manifest.outputs) if folders and file.startswith(folders)]
+    return [name for name in names if name not in folders] + inside[rows.number - 1 :: rows.total]
 
 
 def _refuse_changed_inputs(run: RunFolder, config: Config, node: Node, work: Work) -> None:

@@ -65,13 +65,12 @@ def run(context: StageContext) -> str:
     compute = COMPUTED.get(model.making)
     if compute:
         return compute(context) if context.leads else ""  # this takes seconds, so the leader does it alone
-    on_objects = "object_views" in model.parts
-    pixels, source = (open_objects(context), "objects") if on_objects else (open_pixels(context), "images")
+    pixels = open_objects(context) if "object_views" in model.parts else open_pixels(context)
     if context.ranges:
-        num_rows, width = join_rows(context, FILE, pixels, source)
+        num_rows, width = join_rows(context, FILE, pixels)
         return f"{num_rows} embeddings of {width} dimensions by {name}, joined from {len(context.ranges)} ranges"
     backbone, adaptation = open_model(context, name).inference_form(open_backbone(context))
-    cache, precision = own_rows(context, pixels, source), context.config.embeddings.precision
+    cache, precision = own_rows(context, pixels), context.config.embeddings.precision
     num_rows, width = extract(context, backbone, adaptation, FILE, precision, cache=cache)
     return f"{num_rows} embeddings of {width} dimensions by {name}"
 

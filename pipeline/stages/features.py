@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from grappa.backbone.features import Batch, Read, extract_features
 from grappa.backbone.frozen import Adaptation, Backbone, embed
 from grappa.core import memory
-from grappa.images.pixels import INDEX_FILE, ChosenRows, ImageRows, PixelCache, repeated_rows, shard_file
+from grappa.images.pixels import ChosenRows, ImageRows, repeated_rows
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.engine.live.row_reuse import DIGESTS_FILE, Reuse, plan_reuse, row_digests
 from grappa.pipeline.opening import (
@@ -38,27 +38,27 @@ BLOCK_ROWS = 4096
 
 
 def run(context: StageContext) -> str:
-    number, width, note = _features(context, open_pixels(context), "images")
+    number, width, note = _features(context, open_pixels(context))
     return f"{number} features of {width} dimensions{note}"
 
 
 def run_on_objects(context: StageContext) -> str:
     """Run the stage ``object_features``."""
-    number, width, note = _features(context, open_objects(context), "objects")
+    number, width, note = _features(context, open_objects(context))
     return f"{number} features of object views, of {width} dimensions{note}"
 
 
-def _features(context: StageContext, pixels: PixelCache, source: str) -> tuple[int, int, str]:
+def _features(context: StageContext, pixels: ImageRows) -> tuple[int, int, str]:
     """Write ``features.npy``; rows of a former result that are still true are taken over (``engine.live.row_reuse``).
 
-    ``source``: the stage that made the pixels. Returns N, D, and what was taken over in words.
+    Returns N, D, and what was taken over in words.
     """
     if context.ranges:
         join_rows(context, DIGESTS_FILE)
-        number, width = join_rows(context, FILE, pixels, source)
+        number, width = join_rows(context, FILE, pixels)
         return number, width, f", joined from {len(context.ranges)} ranges"
     backbone, precision = open_backbone(context), context.config.features.precision
-    cache = own_rows(context, pixels, source)
+    cache = own_rows(context, pixels)
     digests = row_digests(cache) if context.leads else None
     alone = context.team.size == 1 and not context.node.rows
     reuse = _planned_reuse(context, digests, precision) if alone and digests is not None else None
@@ -70,24 +70,18 @@ def _features(context: StageContext, pixels: PixelCache, source: str) -> tuple[i
     return len(cache), backbone.embedding_dim, f", {number} of them taken over" if number else ""
 
 
-def own_rows(context: StageContext, pixels: PixelCache, source: str) -> ImageRows:
-    """Return the images that this process, alone or with its team, embeds: all, or those of its range of rows.
-
-    ``source``: the stage that made the pixels; of these, a range checks what it reads.
-    """
+def own_rows(context: StageContext, pixels: ImageRows) -> ImageRows:
+    """Return the images that this process, alone or with its team, embeds: all, or those of its range of rows."""
     if context.node.rows is None:
         return pixels
     batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
-    rows = np.arange(*context.node.rows.bounds(len(pixels), batch_size))
-    _refuse_damaged(context, source, pixels, rows)
-    return ChosenRows(pixels, rows)
+    return ChosenRows(pixels, np.arange(*context.node.rows.bounds(len(pixels), batch_size)))
 
 
-def join_rows(context: StageContext, file: str, pixels: PixelCache | None = None, source: str = "") -> tuple[int, ...]:
+def join_rows(context: StageContext, file: str, pixels: ImageRows | None = None) -> tuple[int, ...]:
     """Write the rows that the ranges hold in ``file``, one range after the other, and return the shape (N, ...).
 
-    ``pixels``, of the stage ``source``: copies of one image get the same bits, as in one pass, where a border of ranges
-    lies between them.
+    ``pixels``: copies of one image get the same bits, as in one pass, where a border of ranges lies between them.
     """
     parts = [np.load(folder / file, mmap_mode="r", allow_pickle=False) for folder in context.ranges]
     ends = np.cumsum([len(part) for part in parts])
@@ -99,9 +93,7 @@ def join_rows(context: StageContext, file: str, pixels: PixelCache | None = None
                 out[end - len(part) + start :][: len(block)] = block
                 advance(len(block))
     if pixels is not None:
-        borders = [end for end in ends.tolist() if 0 < end < len(out)]
-        _refuse_damaged(context, source, pixels, np.array([[end - 1, end] for end in borders], dtype=np.int64).ravel())
-        for first, row in _copies_over(pixels, borders):
+        for first, row in _copies_over(pixels, [end for end in ends.tolist() if 0 < end < len(out)]):
             out[row] = out[first]
     out.flush()
     return out.shape
@@ -114,12 +106,6 @@ def _copies_over(pixels: ImageRows, borders: list[int]) -> Iterator[tuple[int, i
         while row < len(pixels) and np.array_equal(pixels.image(border - 1), pixels.image(row)):
             yield border - 1, row
             row += 1
-
-
-def _refuse_damaged(context: StageContext, source: str, pixels: PixelCache, rows: NDArray[np.int64]) -> None:
-    """Refuse pixels of these rows whose bytes are not those that the stage ``source`` has written."""
-    files = (shard_file(Path("pixels"), shard) for shard in np.unique(pixels.index[rows, 0]).tolist())
-    context.refuse_damaged(source, [f"pixels/{INDEX_FILE}", *map(str, files)])
 
 
 def _planned_reuse(context: StageContext, digests: NDArray[np.uint8], precision: str) -> Reuse | None:

@@ -99,9 +99,14 @@ def remove_ranges(folder: Path) -> None:
     with suppress(LockedError), ExitStack() as held:
         for lock in folder.glob("*.lock"):
             held.enter_context(acquire(lock, what=str(folder)))
-        with suppress(OSError):  # what a network file system keeps is removed the next time
-            (folder / PLAN_FILE).unlink(missing_ok=True)
-            shutil.rmtree(folder)
+        drop_ranges(folder)
+
+
+def drop_ranges(folder: Path) -> None:
+    """Remove all ranges of an artifact; a living process that makes one loses its lock, so it cannot publish it."""
+    with suppress(OSError):  # what a network file system keeps is removed the next time
+        (folder / PLAN_FILE).unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def _resolved(plan: RangePlan) -> dict[str, Any] | None:
