@@ -28,6 +28,7 @@ from grappa.pipeline.store.artifacts import Artifact, Fingerprint, RunFolder, da
 from grappa.pipeline.store.digests import forget_digests
 from grappa.pipeline.store.provenance import provenance
 from grappa.pipeline.store.ranges import (
+    Joined,
     RangePlan,
     begin_plan,
     drop_ranges,
@@ -201,10 +202,10 @@ def execute(
     """
     job, expected = os.environ.get("SLURM_JOB_ID"), expected_fingerprint(run, config, node)
     started, start = datetime.now(UTC), time.monotonic()
-    ranges = _whole_ranges(run, config, node, progress, say) if team.size == 1 else []
-    if not ranges:  # whose inputs were checked when they were made
+    joined = _made_ranges(run, config, node, progress, say) if team.size == 1 else Joined()
+    if not joined.folders:  # whose inputs were checked when they were made
         _refuse_damaged_inputs(run, config, node)
-    plan = _plan(run, node, expected.fingerprint)
+    begun, plan = time.monotonic(), _plan(run, node, expected.fingerprint)
     with open_work(run.artifact(node), expected.fingerprint, job=job) as work:
         if work.finished:
             shutil.rmtree(work.path)
@@ -221,18 +222,20 @@ def execute(
                 "resumed": work.resumed,
             }
         )
-        homes = tuple(run.artifact(each).home for each in ranges)
-        context = StageContext(run, config, node, work, progress, team=team, plan=plan, ranges=homes)
-        context.resolved.update(_resolved(run, ranges))
+        context = StageContext(run, config, node, work, progress, team=team, plan=plan, ranges=joined.folders)
+        context.resolved.update(joined.resolved)
         sentence = _compute(context)
-        seconds = time.monotonic() - start
+        seconds = joined.seconds + time.monotonic() - begun
         _refuse_changed_inputs(run, config, node, work)
+        for record in joined.log_lines():
+            work.log(record)
         work.log({"result": sentence, "seconds": round(seconds, 3), "resumed": work.resumed})
         origin = provenance(started=started, device=context.resolved.get("device", "cpu"), job=job)
         origin["processes"] = team.size
         work.publish({**origin, "seconds": round(seconds, 3), "resolved": context.resolved, **expected.notes})
     if not node.rows:
         remove_ranges(ranges_folder(run, node))
+    seconds = time.monotonic() - start
     say(f"{node}: {sentence} ({spent(seconds)})")
     return seconds
 
@@ -251,32 +254,35 @@ def _with_range(fingerprint: Fingerprint, node: Node) -> Fingerprint:
     return {**fingerprint, "config": {**fingerprint["config"], RANGE: node.rows.name}}
 
 
-def _whole_ranges(run: RunFolder, config: Config, node: Node, progress: Progress, say: Say) -> list[Node]:
-    """Return the ranges that a node joins, all of them made; empty where there are none with its fingerprint.
+def _made_ranges(run: RunFolder, config: Config, node: Node, progress: Progress, say: Say) -> Joined:
+    """Return the ranges that a node joins, all of them made; none where there are none with its fingerprint.
 
     Ranges that are missing, damaged, or made in another way (``store.ranges.how_made``) are made now, one by one.
     """
     plan = None if node.rows else read_plan(ranges_folder(run, node))
     if plan is None:
-        return []
+        return Joined()
     ranges = node.ranges(plan.total)
     expected = json.loads(json.dumps(expected_fingerprint(run, config, ranges[0]).fingerprint))
     if _shared(expected) != plan.shared:
-        return []
+        return Joined()
 
-    def found() -> list[dict[str, Any] | None]:
+    def made() -> list[dict[str, Any] | None]:
         return [how_made(run.artifact(each), _with_range(expected, each)) for each in ranges]
 
-    made = found()
-    if None not in made and all(each == made[0] for each in made):
-        return ranges
-    here = _how_here(config, plan)
-    due = [each for each, how in zip(ranges, made, strict=True) if how != here]
-    say(f"{node}: {len(ranges) - len(due)} of {len(ranges)} ranges are taken over, the others are computed now")
-    for each in due:
-        execute(run, config, each, progress=progress, say=say)
-    made = found()
-    return ranges if None not in made and all(each == made[0] for each in made) else []
+    found = made()
+    if not _all_alike(found):
+        here = _how_here(config, plan)
+        due = [each for each, how in zip(ranges, found, strict=True) if how != here]
+        say(f"{node}: {len(ranges) - len(due)} of {len(ranges)} ranges are taken over, the others are computed now")
+        for each in due:
+            execute(run, config, each, progress=progress, say=say)
+        found = made()
+    return Joined.of([run.artifact(each) for each in ranges]) if _all_alike(found) else Joined()
+
+
+def _all_alike(found: list[dict[str, Any] | None]) -> bool:
+    return None not in found and all(each == found[0] for each in found)
 
 
 def _how_here(config: Config, plan: RangePlan) -> dict[str, Any]:
@@ -285,12 +291,6 @@ def _how_here(config: Config, plan: RangePlan) -> dict[str, Any]:
 
     kind = resolve_device(config.compute.device).type
     return {**plan.resolved(), "device": kind, "torch": metadata.version("torch")}
-
-
-def _resolved(run: RunFolder, ranges: list[Node]) -> dict[str, Any]:
-    """Return what settings ``auto`` stood for in ranges that were made alike."""
-    manifest = run.artifact(ranges[0]).manifest() if ranges else None
-    return dict(manifest.provenance["resolved"]) if manifest else {}
 
 
 def _refuse_damaged_inputs(run: RunFolder, config: Config, node: Node) -> None:

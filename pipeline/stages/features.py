@@ -103,7 +103,7 @@ def _copies_over(pixels: ImageRows, borders: list[int]) -> Iterator[tuple[int, i
     """Yield (first, row) for the rows from each border on whose pixels are those of the row ``first`` before it."""
     for border in borders:
         row = border
-        while row < len(pixels) and np.array_equal(pixels.image(border - 1), pixels.image(row)):
+        while row < len(pixels) and repeated_rows(ChosenRows(pixels, np.array([border - 1, row]))):
             yield border - 1, row
             row += 1
 

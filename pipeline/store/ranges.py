@@ -11,17 +11,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from grappa.core.notes import UntrustedError, read_note, write_note
 from grappa.pipeline.graph.node import RANGES, Node
-from grappa.pipeline.store.artifacts import Artifact, CorruptManifest, Fingerprint, RunFolder
+from grappa.pipeline.store.artifacts import LOG_FILE, Artifact, CorruptManifest, Fingerprint, RunFolder
 from grappa.pipeline.store.locks import SILENCE_SECONDS, LockedError, acquire
-from grappa.pipeline.store.storage import storage_errors
+from grappa.pipeline.store.storage import read_json_lines, storage_errors
 
 T = TypeVar("T")
 PLAN_FILE = "plan.json"
@@ -74,6 +74,30 @@ def begin_plan(folder: Path, total: int, shared: Fingerprint) -> RangePlan:
         if _resolved(plan) is None:
             _write(plan, {})
     return plan
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Ranges, all of them made and made alike, whose rows an artifact takes over; without folders there are none.
+
+    ``folders``: their folders, in order. ``resolved``: what settings ``auto`` stood for. ``seconds``: what all took.
+    """
+
+    folders: tuple[Path, ...] = ()
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, ranges: Sequence[Artifact]) -> Joined:
+        """Return what is known of ranges that are made."""
+        made = [found.provenance for found in (each.manifest() for each in ranges) if found]
+        seconds = sum(float(each["seconds"]) for each in made)
+        return cls(tuple(each.home for each in ranges), dict(made[0]["resolved"]), seconds)
+
+    def log_lines(self) -> Iterator[dict[str, Any]]:
+        """Yield what the ranges have logged, such as times and speeds, with the name of the range."""
+        for folder in self.folders:
+            yield from ({"range": folder.name, **record} for record in read_json_lines(folder / LOG_FILE))
 
 
 def how_made(artifact: Artifact, fingerprint: Fingerprint) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """Loaded by every Python that has this folder in its path (jobs of the tests): a gate in the middle of their work.
 
 At its fifth step (of this process) a training, and after its second batch a range of rows, waits until the file
-``open`` is in the folder GRAPPA_TEST_GATE, or until it is asked to stop. A file ``fail-NAME`` there makes the work at artifact NAME (``adaptors-k00004``) fail instead.
+``open`` is in the folder GRAPPA_TEST_GATE, or until it is asked to stop. A file ``fail-NAME`` there makes the work at
+artifact NAME (``adaptors-k00004``) fail instead.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from grappa.pipeline.commands.init import Request, initialize
 from grappa.pipeline.engine.execution import NotReadyError
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.graph.node import Node, RowRange
+from grappa.pipeline.pages.report.costs import cost_of
 from grappa.pipeline.stages import features
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.locks import LockedError, acquire
@@ -126,6 +127,12 @@ def test_the_bytes_are_those_of_one_pass(material: Path, tmp_path: Path, counted
     (line,) = join(run, name)
     assert "joined from 3 ranges" in line and len(counted) == 3
     assert_whole(run, material, name)
+    logged = [json.loads(text) for text in (run.artifact(name).path / "log.jsonl").read_text().splitlines()]
+    embedded = [(each["range"], each["new"]) for each in logged if each.get("task") == "embedding"]
+    assert embedded == [("1-of-3", 24), ("2-of-3", 24), ("3-of-3", 26)]
+    cost, manifest = cost_of(run, Node.parse(name)), run.artifact(name).manifest()
+    own = [each["seconds"] for each in logged if "result" in each]
+    assert cost and manifest and cost.seconds == own[-1] >= sum(own[:3]) > 0
 
 
 def test_more_ranges_than_batches_leave_some_empty(material: Path, run: RunFolder) -> None:
