@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from grappa.pipeline.engine.status import NodeState
 from grappa.pipeline.graph.node import RANGES, Node, RowRange
@@ -15,7 +15,7 @@ from grappa.slurm.scheduler import Queued
 from grappa.slurm.states import Jobs, read_jobs
 
 JobState = Literal[
-    "pending", "running", "other", "follows", "submitted", "begun", "not begun", "failed", "blocked", "cancelled"
+    "running", "pending", "other", "follows", "submitted", "begun", "not begun", "failed", "blocked", "cancelled"
 ]
 ALIVE: frozenset[JobState] = frozenset({"pending", "running", "other", "follows"})
 LOST: frozenset[JobState] = frozenset({"failed", "blocked", "cancelled"})
@@ -92,7 +92,8 @@ def _counts(notes: Sequence[JobNote]) -> list[str]:
     """Return ``3 running``, ``1 failed: ...`` and so on; of those that are lost, the first one says why."""
     first = {note.state: note for note in reversed(notes)}
     numbers = Counter(note.state for note in notes)
-    return [f"{number} {first[state].text if first[state].lost else state}" for state, number in numbers.items()]
+    known = [state for state in get_args(JobState) if numbers[state]]
+    return [f"{numbers[state]} {first[state].text if first[state].lost else state}" for state in known]
 
 
 def _rows_done(tasks: Iterable[Task], jobs: Jobs) -> list[str]:
