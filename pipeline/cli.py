@@ -203,11 +203,12 @@ def logs(
     stage: Annotated[str, typer.Argument(metavar="STAGE")],
     instance: Annotated[str | None, typer.Argument(metavar="[INSTANCE]")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="print new lines until the job ends")] = False,
+    number: Annotated[int | None, typer.Option("--range", help="the job of this range of its rows, from 1")] = None,
 ) -> None:
     """Print the log of the newest job of a stage or an instance."""
     from grappa.slurm.commands import logs as print_logs
 
-    print_logs(run, stage, instance, follow=follow, say=say)
+    print_logs(run, stage, instance, follow=follow, say=say, number=number)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from grappa.pipeline.store.artifacts import RunFolder, quoted
 from grappa.slurm import scheduler
 from grappa.slurm.jobs_table import write_jobs_table
 from grappa.slurm.notes import JobNote, job_notes
-from grappa.slurm.records import Task, all_tasks, newest_by_artifact
+from grappa.slurm.records import Task, all_tasks, newest_by_artifact, newest_ranges
 from grappa.slurm.states import live_tasks
 
 WATCH_SECONDS = 30.0
@@ -52,14 +52,23 @@ def _state(note: JobNote | None) -> str:
     return note.state if note else ""
 
 
-def logs(root: Path, stage: str, instance: str | None, *, follow: bool, say: Say) -> None:
-    """Print the log of the newest job of an artifact; ``follow``: print new lines until the job ends."""
+def logs(root: Path, stage: str, instance: str | None, *, follow: bool, say: Say, number: int | None = None) -> None:
+    """Print the log of the newest job of an artifact, or of a range of its rows (``number``, from 1).
+
+    ``follow``: print new lines until the job ends.
+    """
     run = RunFolder.open(root.resolve())
     node = _one_node(run, stage, instance)
-    task = newest_by_artifact(all_tasks(run)).get(node.name)
+    newest = newest_by_artifact(all_tasks(run))
+    ranges = {rows.number: task for rows, task in newest_ranges(newest).get(node.name, {}).items()}
+    task = newest.get(node.name) if number is None else ranges.get(number)
+    if task is None and number is not None and ranges:
+        raise ValueError(f"no job was submitted for range {number} of {node}; found {', '.join(map(str, ranges))}")
     if task is None:
         raise ValueError(f"no job was submitted for {node}; grappa submit {quoted(run.root)} --stage {stage}")
     say(f"# job {task.id}, {task.log}")
+    if ranges and number is None:
+        say(f"# it joins ranges of rows; --range prints the log of one of them: {', '.join(map(str, ranges))}")
     position = _print_from(task.log, 0)
     while follow and _is_alive(run, task):
         time.sleep(1)
@@ -71,7 +80,7 @@ def cancel(root: Path, stage: str | None, instance: str | None, *, say: Say) -> 
     run = RunFolder.open(root.resolve())
     chosen = selected(read_config(run), Selection(stage, instance))
     live = live_tasks(run)
-    tasks = {task.id: task for name, task in live.items() if Node.parse(name) in chosen}
+    tasks = {task.id: task for name, task in live.items() if Node.parse(name).whole in chosen}
     scheduler.cancel(list(tasks))
     for task in tasks.values():
         say(f"cancelled job {task.id}: {', '.join(name for name in task.artifacts if name in live)}")

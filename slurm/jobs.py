@@ -125,14 +125,16 @@ class StageJob(submitit.helpers.Checkpointable):
         config = _with_threads(load_config(Path(self.submission) / PINNED_CONFIG), self.cpus)
         refuse_other_fingerprint(run, config, pin)
         self._tell("artifact", artifact=pin.name)
-        selection, begin = Selection(node.stage, node.instance, force=pin.force), time.monotonic()
+        selection = Selection(node.stage, node.instance, force=pin.force, rows=node.rows)
+        begin = time.monotonic()
 
         def make() -> None:
             progress = Progress(listener=self._note_progress)
             lead(run, config, selection, progress=progress, say=_say, team=team)
 
         patiently(make, run.artifact(node).lock)
-        manifest = run.artifact(node).manifest()
+        # A range that is not there was joined meanwhile, or need not be made: the whole artifact is there.
+        manifest = run.artifact(node).manifest() or run.artifact(node.whole).manifest()
         assert manifest is not None, f"{pin.name} was just published"
         seconds = round(time.monotonic() - begin, 3)
         self._tell("made", artifact=pin.name, recipe=fingerprint_digest(manifest.fingerprint), seconds=seconds)

@@ -21,7 +21,22 @@ if TYPE_CHECKING:
     from grappa.slurm.jobs import StageJob
 
 
-def sbatch_text(profile: Profile, job: PlannedJob, folder: Path, name: str, after: Sequence[str]) -> str:
+@dataclasses.dataclass(frozen=True)
+class Waits:
+    """The ids of the tasks that a job waits for: ``made`` must end without an error, ``ended`` must only end."""
+
+    made: tuple[str, ...] = ()
+    ended: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of sbatch; a job whose ``made`` failed is cancelled."""
+        kinds = (("afterok", self.made), ("afterany", self.ended))
+        asked = [f"{kind}:{':'.join(ids)}" for kind, ids in kinds if ids]
+        return {"dependency": ",".join(asked), "kill-on-invalid-dep": "yes"} if asked else {}
+
+
+def sbatch_text(profile: Profile, job: PlannedJob, folder: Path, name: str, waits: Waits) -> str:
     """Return the script that `submit_slurm` gives to sbatch."""
     from submitit.slurm.slurm import _make_sbatch_string
 
@@ -29,13 +44,13 @@ def sbatch_text(profile: Profile, job: PlannedJob, folder: Path, name: str, afte
 
     command = entry_command(shlex.quote(sys.executable), shlex.quote(str(folder)))
     count = len(job.tasks) if len(job.tasks) > 1 else None
-    parameters = _slurm_parameters(profile, job.resources, name, after)
+    parameters = _slurm_parameters(profile, job.resources, name, waits)
     text: str = _make_sbatch_string(command=command, folder=folder, map_count=count, **parameters)
     return text
 
 
 def submit_slurm(
-    profile: Profile, job: PlannedJob, folder: Path, name: str, after: Sequence[str], calls: Sequence[StageJob]
+    profile: Profile, job: PlannedJob, folder: Path, name: str, waits: Waits, calls: Sequence[StageJob]
 ) -> tuple[str, ...]:
     """Call sbatch once, for one job or an array; return the ids of the tasks. SchedulerError has sbatch's message."""
     import submitit
@@ -49,7 +64,7 @@ def submit_slurm(
 
     _refuse_without_slurm()
     executor = SlurmExecutor(folder, max_num_timeout=profile.max_requeues)
-    executor.update_parameters(**_slurm_parameters(profile, job.resources, name, after))
+    executor.update_parameters(**_slurm_parameters(profile, job.resources, name, waits))
     try:
         with (
             private_files(),
@@ -91,8 +106,7 @@ def run_here(call: StageJob, task: str) -> None:
     dataclasses.replace(call, task=task)()
 
 
-def _slurm_parameters(profile: Profile, resources: Resources, name: str, after: Sequence[str]) -> dict[str, Any]:
-    own = {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"} if after else {}
+def _slurm_parameters(profile: Profile, resources: Resources, name: str, waits: Waits) -> dict[str, Any]:
     mail = {"mail_user": profile.mail, "mail_type": ",".join(profile.mail_events)} if profile.mail else {}
     return {
         "job_name": name,
@@ -113,7 +127,7 @@ def _slurm_parameters(profile: Profile, resources: Resources, name: str, after: 
         "stderr_to_stdout": True,
         # Since Slurm 22.05 srun takes no --cpus-per-task from sbatch.
         "srun_args": [f"--cpus-per-task={resources.cpus}"],
-        "additional_parameters": {"requeue": True, **own, **profile.sbatch},
+        "additional_parameters": {"requeue": True, **waits.options, **profile.sbatch},
         **mail,
     }
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from grappa.pipeline.engine.status import NodeState
+from grappa.pipeline.graph.node import RANGES, Node, RowRange
 from grappa.pipeline.store.artifacts import RunFolder
-from grappa.slurm.records import Task
+from grappa.slurm.records import Task, newest_ranges
 from grappa.slurm.scheduler import Queued
 from grappa.slurm.states import Jobs, read_jobs
 
 JobState = Literal[
-    "pending", "running", "other", "follows", "submitted", "begun", "not begun", "failed", "blocked", "cancelled"
+    "running", "pending", "other", "follows", "submitted", "begun", "not begun", "failed", "blocked", "cancelled"
 ]
 ALIVE: frozenset[JobState] = frozenset({"pending", "running", "other", "follows"})
 LOST: frozenset[JobState] = frozenset({"failed", "blocked", "cancelled"})
@@ -45,14 +47,63 @@ def job_notes(run: RunFolder, found: Sequence[NodeState]) -> tuple[dict[str, Job
     """Return the notes on the jobs by artifact, and a warning when Slurm does not answer."""
     jobs = read_jobs(run)
     notes: dict[str, JobNote] = {}
+    ranges = newest_ranges(jobs.tasks)
     for each in found:  # in the order of the graph: an artifact comes before the artifacts that it blocks
-        task = jobs.tasks.get(each.name)
-        if task is None or (each.state.kind == "fresh" and (task.made(each.name) or not jobs.in_queue(task))):
-            continue
-        note = _note(each.name, task, jobs, lost=[name for name, note in notes.items() if note.lost])
+        task, fresh = jobs.tasks.get(each.name), each.state.kind == "fresh"
+        lost, note = [name for name, note in notes.items() if note.lost], None
+        if task and not (fresh and (task.made(each.name) or not jobs.in_queue(task))):
+            note = _note(each.name, task, jobs, lost=lost)
+        if each.name in ranges and not fresh:
+            note = _with_ranges(run, each.node, ranges[each.name], jobs, lost, note)
         if note:
             notes[each.name] = note
     return notes, jobs.warning
+
+
+def _with_ranges(
+    run: RunFolder,
+    node: Node,
+    tasks: Mapping[RowRange, Task],
+    jobs: Jobs,
+    lost: Sequence[str],
+    joining: JobNote | None,
+) -> JobNote | None:
+    """Return the note on the ranges of an artifact's rows and on the job that joins them, which may have no note."""
+    total = next(iter(tasks)).total
+    names = [each.name for each in node.ranges(total)]
+    by_name = {replace(node, rows=rows).name: task for rows, task in tasks.items()}
+    notes = {name: _note(name, task, jobs, lost=lost) for name, task in by_name.items()}
+    made = [name for name in names if not _alive(notes.get(name)) and run.artifact(name).home.exists()]
+    open_ = [note for name, note in notes.items() if note and name not in made]
+    if not made and not open_:
+        return joining
+    parts = [f"{len(made)} of {total} ranges made", *_counts(open_), *_rows_done(by_name.values(), jobs)]
+    text = ", ".join(parts) + (f"; joining {joining.text}" if joining else "")
+    running = next((note for note in open_ if note.state == "running"), None)
+    state = (running or joining or next(iter(open_), None) or JobNote("not begun", "")).state
+    return JobNote(state, text)
+
+
+def _alive(note: JobNote | None) -> bool:
+    return note is not None and note.alive
+
+
+def _counts(notes: Sequence[JobNote]) -> list[str]:
+    """Return ``3 running``, ``1 failed: ...`` and so on; of those that are lost, the first one says why."""
+    first = {note.state: note for note in reversed(notes)}
+    numbers = Counter(note.state for note in notes)
+    known = [state for state in get_args(JobState) if numbers[state]]
+    return [f"{numbers[state]} {first[state].text if first[state].lost else state}" for state in known]
+
+
+def _rows_done(tasks: Iterable[Task], jobs: Jobs) -> list[str]:
+    """Return how far the running tasks are, together, such as ``120/400 images, 33.1 images/s``."""
+    found = [task.progress for task in tasks if (queued := jobs.in_queue(task)) and queued.state == "RUNNING"]
+    at_work = [each for each in found if each]
+    if not at_work:
+        return []
+    done, total, speed = (sum(getattr(each, name) for each in at_work) for name in ("done", "total", "per_second"))
+    return [f"{done}/{total} {at_work[0].unit}, {speed:.1f} {at_work[0].unit}/s"]
 
 
 def _note(name: str, task: Task, jobs: Jobs, *, lost: Sequence[str]) -> JobNote | None:
@@ -79,8 +130,9 @@ def _queued_note(name: str, task: Task, waiting: Queued, blocker: str | None) ->
     at_work = task.last("artifact")
     if at_work and at_work["artifact"] != name:
         return JobNote("follows", f"follows {at_work['artifact']} in job {task.id}")
-    progress = task.progress
-    at = progress.text if progress and progress.artifact == name else ""
+    progress = task.progress  # the job that joins ranges also makes those that are missing
+    shown = (progress.artifact, progress.artifact.partition(f"{RANGES}/")[0]) if progress else ()
+    at = progress.text if progress and name in shown else ""
     parts = [f"running on {waiting.node}", at, f"limit in {waiting.left}"]
     return JobNote("running", f"{', '.join(part for part in parts if part)} (job {task.id})")
 

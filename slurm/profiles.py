@@ -85,7 +85,10 @@ class Strict(BaseModel):
 
 
 class Resources(Strict):
-    """The resources of one job (in an array: of each task); None: the default of the cluster."""
+    """The resources of one job (in an array: of each task); None: the default of the cluster.
+
+    ``ranges``: in how many ranges the rows of a stage are computed, each as a task of its own with these resources.
+    """
 
     partition: Word | None = None
     account: Word | None = None
@@ -93,6 +96,7 @@ class Resources(Strict):
     constraint: Word | None = None
     nodes: Count = 1
     tasks: Count = 1  # processes on each node
+    ranges: Count = 1  # tasks of an array, each on a node of its own, that compute ranges of the rows
     gpus: CountOrNone = 0  # GPUs of each node
     cpus: Count = 1  # CPUs of each task
     memory: Memory | None = None  # memory of each node
@@ -123,6 +127,8 @@ class Profile(Resources):
                 raise ValueError(f"{name}: found more than 1, expected 1 with `cluster: {self.cluster}`")
         for group in self.shared:
             self._check_group(group)
+        for each in STAGES:
+            self._check_ranges(each.name)
         for option in self.sbatch:
             if option.replace("_", "-") in OWN_OPTIONS:
                 raise ValueError(
@@ -131,13 +137,27 @@ class Profile(Resources):
         return self
 
     def _check_processes(self, stage: str, found: Resources) -> None:
-        """Refuse several processes for a stage that only one process can compute."""
-        for name in ("nodes", "tasks"):
+        """Refuse several processes, or ranges, for a stage that only one process, or only one job, can compute."""
+        why = f"{stage} is computed by one process"
+        able = ", ".join(each.name for each in STAGES if each.by_rows)
+        reasons = {"nodes": why, "tasks": why, "ranges": f"only the rows of {able} are computed by ranges"}
+        for name, reason in reasons.items():
             if self.stages[stage].get(name, 1) > getattr(found, name):
-                raise ValueError(
-                    f"stages.{stage}.{name}: found {self.stages[stage][name]}, expected 1: "
-                    f"{stage} is computed by one process"
-                )
+                raise ValueError(f"stages.{stage}.{name}: found {self.stages[stage][name]}, expected 1: {reason}")
+
+    def _check_ranges(self, stage: str) -> None:
+        """Refuse ranges of a stage whose ranges would be computed by several processes, or which shares a job."""
+        asked = {"ranges": self.ranges} | self.stages.get(stage, {})
+        if not find_stage(stage).by_rows or asked["ranges"] == 1:
+            return
+        found, where = self.resources((stage,)), f"stages.{stage}.ranges: found {asked['ranges']}"
+        if found.nodes * found.tasks > 1:
+            raise ValueError(
+                f"{where} with nodes {found.nodes} and tasks {found.tasks}, expected one process a range: give the "
+                "stage either ranges or several processes"
+            )
+        if len(self.group_of(stage)) > 1:
+            raise ValueError(f"{where} in shared {list(self.group_of(stage))}, expected a job of its own")
 
     def _check_group(self, group: tuple[str, ...]) -> None:
         names = [stage.name for stage in STAGES]
@@ -157,7 +177,7 @@ class Profile(Resources):
         """Return the resources of a job for these stages: of each resource the largest number that a stage asks for.
 
         The job has one node and one task where no stage can be computed by several processes (``parallel`` in
-        ``graph.stages``).
+        ``graph.stages``), and one range where the rows cannot be computed apart (``by_rows``).
         """
         general = {name: getattr(self, name) for name in Resources.model_fields}
         general["time"] = f"{self.time}m"
@@ -176,6 +196,9 @@ class Profile(Resources):
         }
         if not any(find_stage(stage).parallel for stage in stages):
             numbers |= {"nodes": 1, "tasks": 1}
+        numbers["ranges"] = max(
+            (each.ranges for each, name in zip(found, stages, strict=True) if find_stage(name).by_rows), default=1
+        )
         largest = max((each.memory for each in found if each.memory), key=_megabytes, default=None)
         return found[0].model_copy(update={**numbers, "memory": largest})
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from grappa.core.notes import parse_json
 from grappa.pipeline.engine.progress import Snapshot
-from grappa.pipeline.graph.node import Node
+from grappa.pipeline.graph.node import RANGES, Node, RowRange
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.storage import atomic_write_json, read_json_lines, storage_errors
 
@@ -215,6 +215,23 @@ def _tasks(folder: Path) -> Iterator[Task]:
 def newest_by_artifact(tasks: Sequence[Task]) -> dict[str, Task]:
     """Return the last submitted task of each artifact, by the artifact's name."""
     return {name: task for task in tasks for name in task.artifacts}
+
+
+def newest_ranges(newest: Mapping[str, Task]) -> dict[str, dict[RowRange, Task]]:
+    """Return the newest tasks of ranges of rows, in order, by the name of the artifact whose rows they are.
+
+    ``newest``: the newest tasks by artifact. Only ranges of the total that was submitted last are returned.
+    """
+    found: dict[str, list[tuple[RowRange, Task]]] = {}
+    for node, task in ((Node.parse(name), task) for name, task in newest.items() if f"{RANGES}/" in name):
+        if node.rows:
+            found.setdefault(node.whole.name, []).append((node.rows, task))
+    return {name: _of_last_total(some) for name, some in found.items()}
+
+
+def _of_last_total(found: Sequence[tuple[RowRange, Task]]) -> dict[RowRange, Task]:
+    last, _ = max(found, key=lambda each: each[1].submission)
+    return {rows: task for rows, task in sorted(found, key=lambda each: each[0].number) if rows.total == last.total}
 
 
 def read_outcomes(folder: Path) -> dict[str, str]:

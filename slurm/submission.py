@@ -31,7 +31,7 @@ class Submission:
 
     def job_name(self, job: PlannedJob) -> str:
         """Return a name that no other job ever has: Slurm uses an id again after a while, but a name only once."""
-        return f"grappa-{job.stages[0]}-{self.mark}"
+        return f"grappa-{job.stages[0]}{'-ranges' if job.by_ranges else ''}-{self.mark}"
 
     def calls(self, job: PlannedJob) -> list[StageJob]:
         where = (str(self.run.root), str(self.folder))

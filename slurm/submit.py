@@ -20,7 +20,7 @@ from grappa.pipeline.store.storage import storage_errors
 from grappa.slurm import scheduler
 from grappa.slurm.jobs import code_here
 from grappa.slurm.jobs_table import write_jobs_table
-from grappa.slurm.launch import sbatch_text, submit_slurm
+from grappa.slurm.launch import Waits, sbatch_text, submit_slurm
 from grappa.slurm.local import run_locally
 from grappa.slurm.plan import PlannedJob, plan
 from grappa.slurm.profiles import Profile, load_profile
@@ -85,13 +85,13 @@ def _submit_all(submission: Submission, jobs: Sequence[PlannedJob], live: Mappin
     submission.prepare()
     try:
         for job in jobs:
-            after = tuple(dict.fromkeys(makers[name] for name in job.needs))
+            waits = _waits(job, makers)
             name, calls = submission.job_name(job), submission.calls(job)
-            ids = submit_slurm(submission.profile, job, submission.folder, name, after, calls)
-            records.append(submission.record(job, ids, after))
+            ids = submit_slurm(submission.profile, job, submission.folder, name, waits, calls)
+            records.append(submission.record(job, ids, waits.made))
             submission.write(records)
             makers |= {pin.name: task for task, pins in zip(ids, job.tasks, strict=True) for pin in pins}
-            say(f"job {_base(ids)}: {job.title}{f', after {_bases(after)}' if after else ''}")
+            say(f"job {_base(ids[0])}: {job.title}{_after(waits)}")
     except BaseException:
         _withdraw(submission, records)
         raise
@@ -109,16 +109,17 @@ def _withdraw(submission: Submission, records: Sequence[JobRecord]) -> None:
 
 def _say_plan(submission: Submission, jobs: Sequence[PlannedJob], say: Say) -> None:
     """Say which jobs would be submitted; in the scripts ``<stages>`` stands for an id that only Slurm can give."""
-    makers = {pin: f"<{'+'.join(job.stages)}>" for job in jobs for pin in job.artifacts}
+    makers = {pin: f"<{job.name}>" for job in jobs for pin in job.artifacts}
     for number, job in enumerate(jobs, 1):
-        after = tuple(dict.fromkeys(makers.get(name, name) for name in job.needs))
-        say(f"job {number}: {job.title}{f', after {_bases(after)}' if after else ''}")
+        waits = _waits(job, {name: makers.get(name, name) for name in (*job.needs, *job.joins)})
+        say(f"job {number}: {job.title}{_after(waits)}")
         for name, reason in job.reasons.items():
             say(f"    {name}: {reason}")
-        asked = {name: value for name, value in job.resources.model_dump().items() if value is not None}
+        resources = job.resources.model_dump(exclude={"ranges"})  # they are tasks of an array
+        asked = {name: value for name, value in resources.items() if value is not None}
         say("    " + ", ".join(f"{name} {value}{' min' if name == 'time' else ''}" for name, value in asked.items()))
         if submission.profile.cluster == "slurm":
-            text = sbatch_text(submission.profile, job, submission.folder, submission.job_name(job), after)
+            text = sbatch_text(submission.profile, job, submission.folder, submission.job_name(job), waits)
             for line in text.rstrip().splitlines():
                 say(f"    | {line}".rstrip())
     tasks = sum(len(job.tasks) for job in jobs)
@@ -148,9 +149,18 @@ def _refuse_odd_name(root: Path) -> None:
         raise ValueError(f"{root} has {found!r} in its name, which Slurm cannot have in a log's; rename the folder")
 
 
-def _base(ids: Sequence[str]) -> str:
-    return ids[0].partition("_")[0]
+def _waits(job: PlannedJob, makers: Mapping[str, str]) -> Waits:
+    """Return what a job waits for; ``makers``: the ids of tasks by the artifacts that they make."""
+    made = dict.fromkeys(makers[name] for name in job.needs)
+    return Waits(tuple(made), tuple(dict.fromkeys(_base(makers[name]) for name in job.joins)))
 
 
-def _bases(ids: Sequence[str]) -> str:
-    return ", ".join(dict.fromkeys(each.partition("_")[0] for each in ids))
+def _after(waits: Waits) -> str:
+    """Return ``, after 7, 8``, or nothing for a job that waits for none."""
+    found = dict.fromkeys(_base(each) for each in (*waits.made, *waits.ended))
+    return f", after {', '.join(found)}" if found else ""
+
+
+def _base(task: str) -> str:
+    """Return the job of a task of an array."""
+    return task.partition("_")[0]

@@ -18,6 +18,7 @@ from grappa.pipeline.engine.team import ALONE, Team
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import Stage, find_stage, upstream
 from grappa.pipeline.store.artifacts import RunFolder
+from grappa.pipeline.store.ranges import RangePlan
 from grappa.pipeline.store.work import Work
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class StageContext:
 
     Where several processes compute the stage (``team``), only the process that ``leads`` writes; the others return when
     they have computed their part.
+
+    Where ``node`` is a range of rows, ``plan`` is what all ranges agree on. ``ranges``: the folders of all ranges, in
+    order, where they are made already and the stage only joins their rows; else empty.
     """
 
     run: RunFolder
@@ -49,6 +53,8 @@ class StageContext:
     progress: Progress
     resolved: dict[str, Any] = field(default_factory=dict)
     team: Team = ALONE
+    plan: RangePlan | None = None
+    ranges: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -149,11 +155,12 @@ class StageContext:
     def resolve(self, name: str, value: T) -> T:
         """Note the value that a setting ``auto`` stands for, in the provenance; return the value to use.
 
-        Resumed work gets the value that it began with. All processes of a team get the leader's value, except for the
-        device.
+        Resumed work gets the value that it began with. All processes of a team get the leader's value, and all ranges
+        of an artifact that of the first, except for the device.
         """
         kept = value
         if name != "device":
+            value = self.plan.settle(name, value) if self.plan else value
             kept = self.team.agree(name, self.work.kept(name, value) if isinstance(self.work, Work) else value)
         if self.resolved.get(name) != kept:
             self.resolved[name] = kept

@@ -8,23 +8,35 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from importlib import metadata
 from io import StringIO
+from typing import Any
 
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.context import LeadersWork, StageContext
-from grappa.pipeline.engine.fingerprints import SOURCES, SOURCES_FILE, expected_fingerprint
+from grappa.pipeline.engine.fingerprints import RANGE, SOURCES, SOURCES_FILE, expected_fingerprint
 from grappa.pipeline.engine.freshness import Problem, State, compare_fingerprints
 from grappa.pipeline.engine.packages import refuse_missing_packages
 from grappa.pipeline.engine.progress import Progress, duration
 from grappa.pipeline.engine.status import Judge
 from grappa.pipeline.engine.team import ALONE, Team, joined
-from grappa.pipeline.graph.node import Node
+from grappa.pipeline.graph.node import Node, RowRange
 from grappa.pipeline.graph.stages import STAGES, find_stage, inputs_of, nodes
-from grappa.pipeline.store.artifacts import RunFolder, damage_sentence, quoted
+from grappa.pipeline.store.artifacts import Artifact, Fingerprint, RunFolder, damage_sentence, quoted
 from grappa.pipeline.store.digests import forget_digests
 from grappa.pipeline.store.provenance import provenance
+from grappa.pipeline.store.ranges import (
+    Joined,
+    RangePlan,
+    begin_plan,
+    drop_ranges,
+    how_made,
+    ranges_folder,
+    read_plan,
+    remove_ranges,
+)
 from grappa.pipeline.store.work import Work, open_work, recover
 
 Say = Callable[[str], None]
@@ -40,6 +52,7 @@ class Selection:
     """The nodes to run: all, those of one stage (or one instance), or all up to a stage.
 
     ``force``: fresh ones too. ``verify``: every byte is read again first, so that damaged ones are made again.
+    ``rows``: of the one node that is selected, only this range of its rows.
     """
 
     stage: str | None = None
@@ -47,6 +60,7 @@ class Selection:
     until: str | None = None
     force: bool = False
     verify: bool = False
+    rows: RowRange | None = None
 
 
 @dataclass
@@ -88,7 +102,7 @@ def lead(
     team: Team,
 ) -> Report:
     """Run the stages as ``run_stages`` does, as the leader of a team that exists already."""
-    chosen = selected(config, selection)
+    chosen = [replace(node, rows=selection.rows) for node in selected(config, selection)]
     for node in nodes(config):
         recover(run.artifact(node))
     if selection.verify:
@@ -100,7 +114,7 @@ def lead(
     refuse_missing_packages(config, due)
     judge, report = Judge(run, config, verify=selection.verify), Report()
     for node in chosen:
-        if judge.state(node).kind == "fresh" and not selection.force:
+        if not selection.force and _is_made(run, judge, node):
             report.num_fresh += 1
             continue
         _refuse_unready(run, judge, [node], force=True)
@@ -109,6 +123,14 @@ def lead(
             report.seconds[node.stage] = report.seconds.get(node.stage, 0.0) + seconds
         judge.forget(node)
     return report
+
+
+def _is_made(run: RunFolder, judge: Judge, node: Node) -> bool:
+    """Tell whether a node is fresh; a range need not be made either where the whole artifact is fresh."""
+    if judge.state(node.whole).kind == "fresh":
+        remove_ranges(ranges_folder(run, node))
+        return True
+    return node.rows is not None and judge.state(node).kind == "fresh"
 
 
 def follow(run: RunFolder, team: Team) -> None:
@@ -174,10 +196,16 @@ def execute(
     say: Say,
     team: Team = ALONE,
 ) -> float:
-    """Run one node whose inputs are fresh and publish its artifact; return the seconds it took."""
+    """Run one node whose inputs are fresh and publish its artifact; return the seconds it took.
+
+    Where ranges of its rows were made, the missing ones are made first, and the node joins them.
+    """
     job, expected = os.environ.get("SLURM_JOB_ID"), expected_fingerprint(run, config, node)
-    _refuse_damaged_inputs(run, config, node)
     started, start = datetime.now(UTC), time.monotonic()
+    joined = _made_ranges(run, config, node, progress, say) if team.size == 1 else Joined()
+    if not joined.folders:  # whose inputs were checked when they were made
+        _refuse_damaged_inputs(run, config, node)
+    begun, plan = time.monotonic(), _plan(run, node, expected.fingerprint)
     with open_work(run.artifact(node), expected.fingerprint, job=job) as work:
         if work.finished:
             shutil.rmtree(work.path)
@@ -185,7 +213,7 @@ def execute(
             return 0.0
         if work.dropped:
             say(f"{node}: {work.dropped}; the unfinished work is begun again")
-        team = team if find_stage(node.stage).parallel else ALONE
+        team = team if find_stage(node.stage).parallel and not node.rows else ALONE
         team.announce(
             {
                 "node": node.name,
@@ -194,22 +222,83 @@ def execute(
                 "resumed": work.resumed,
             }
         )
-        context = StageContext(run, config, node, work, progress, team=team)
+        context = StageContext(run, config, node, work, progress, team=team, plan=plan, ranges=joined.folders)
+        context.resolved.update(joined.resolved)
         sentence = _compute(context)
-        seconds = time.monotonic() - start
+        seconds = joined.seconds + time.monotonic() - begun
         _refuse_changed_inputs(run, config, node, work)
+        for record in joined.log_lines():
+            work.log(record)
         work.log({"result": sentence, "seconds": round(seconds, 3), "resumed": work.resumed})
         origin = provenance(started=started, device=context.resolved.get("device", "cpu"), job=job)
         origin["processes"] = team.size
         work.publish({**origin, "seconds": round(seconds, 3), "resolved": context.resolved, **expected.notes})
+    if not node.rows:
+        remove_ranges(ranges_folder(run, node))
+    seconds = time.monotonic() - start
     say(f"{node}: {sentence} ({spent(seconds)})")
     return seconds
+
+
+def _plan(run: RunFolder, node: Node, fingerprint: Fingerprint) -> RangePlan | None:
+    """Return what a range has in common with the other ranges of its artifact; None for a whole artifact."""
+    return begin_plan(ranges_folder(run, node), node.rows.total, _shared(fingerprint)) if node.rows else None
+
+
+def _shared(fingerprint: Fingerprint) -> Fingerprint:
+    return {**fingerprint, "config": {name: each for name, each in fingerprint["config"].items() if name != RANGE}}
+
+
+def _with_range(fingerprint: Fingerprint, node: Node) -> Fingerprint:
+    assert node.rows
+    return {**fingerprint, "config": {**fingerprint["config"], RANGE: node.rows.name}}
+
+
+def _made_ranges(run: RunFolder, config: Config, node: Node, progress: Progress, say: Say) -> Joined:
+    """Return the ranges that a node joins, all of them made; none where there are none with its fingerprint.
+
+    Ranges that are missing, damaged, or made in another way (``store.ranges.how_made``) are made now, one by one.
+    """
+    plan = None if node.rows else read_plan(ranges_folder(run, node))
+    if plan is None:
+        return Joined()
+    ranges = node.ranges(plan.total)
+    expected = json.loads(json.dumps(expected_fingerprint(run, config, ranges[0]).fingerprint))
+    if _shared(expected) != plan.shared:
+        return Joined()
+
+    def made() -> list[dict[str, Any] | None]:
+        return [how_made(run.artifact(each), _with_range(expected, each)) for each in ranges]
+
+    found = made()
+    if not _all_alike(found):
+        here = _how_here(config, plan)
+        due = [each for each, how in zip(ranges, found, strict=True) if how != here]
+        say(f"{node}: {len(ranges) - len(due)} of {len(ranges)} ranges are taken over, the others are computed now")
+        for each in due:
+            execute(run, config, each, progress=progress, say=say)
+        found = made()
+    return Joined.of([run.artifact(each) for each in ranges]) if _all_alike(found) else Joined()
+
+
+def _all_alike(found: list[dict[str, Any] | None]) -> bool:
+    return None not in found and all(each == found[0] for each in found)
+
+
+def _how_here(config: Config, plan: RangePlan) -> dict[str, Any]:
+    """Return how this process makes a range, as ``how_made`` tells it of a range that is made."""
+    from grappa.core.devices import resolve_device
+
+    kind = resolve_device(config.compute.device).type
+    return {**plan.resolved(), "device": kind, "torch": metadata.version("torch")}
 
 
 def _refuse_damaged_inputs(run: RunFolder, config: Config, node: Node) -> None:
     """Refuse inputs whose bytes are not those of their manifest, or a result would be made of damaged ones.
 
-    A file that this process has written or read needs no reading again.
+    A file that this process has written or read needs no reading again. A range reads only its share of the files of a
+    folder, such as those of all pixels, so that all ranges together read each file once; where one finds damage, no
+    range is trusted any more, for each may have read that file.
     """
     files: dict[Node, list[str]] = {}
     for each in inputs_of(node, config):
@@ -217,9 +306,21 @@ def _refuse_damaged_inputs(run: RunFolder, config: Config, node: Node) -> None:
     if "sources" in find_stage(node.stage).externals:
         files[SOURCES] = [SOURCES_FILE]
     for source, names in files.items():
-        problems = run.artifact(source).check(read=names)
+        artifact = run.artifact(source)
+        problems = artifact.check(read=_share(artifact, names, node.rows) if node.rows else names)
+        if problems and node.rows:
+            drop_ranges(ranges_folder(run, node))
         if problems:
             raise NotReadyError(f"{node} cannot run: {damage_sentence(run, source.name, problems)}")
+
+
+def _share(artifact: Artifact, names: list[str], rows: RowRange) -> list[str]:
+    """Return the files that a range checks: those that are named, and of the files of folders each ``total``-th."""
+    manifest = artifact.manifest()
+    assert manifest is not None, "the inputs were judged to be fresh"
+    folders = tuple(name for name in names if name.endswith("/"))
+    inside = [file for file in sorted(manifest.outputs) if folders and file.startswith(folders)]
+    return [name for name in names if name not in folders] + inside[rows.number - 1 :: rows.total]
 
 
 def _refuse_changed_inputs(run: RunFolder, config: Config, node: Node, work: Work) -> None:

@@ -13,6 +13,7 @@ from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import Input, find_stage
 from grappa.pipeline.store.artifacts import CorruptManifest, Manifest, RunFolder, quoted
 
+RANGE = "range"  # in the fingerprint of a range of rows: which one it is
 SOURCES, SOURCES_FILE = Node("sources"), "sources.parquet"
 SOURCES_FINGERPRINT: dict[str, Any] = {"stage": "sources", "instance": None, "version": 1, "config": {}, "inputs": {}}
 
@@ -46,6 +47,8 @@ def expected_fingerprint(run: RunFolder, config: Config, node: Node) -> Expected
         notes = {"detector": found}
     fingerprint = {"stage": node.stage, "instance": node.instance, "version": stage.version}
     settings = identity_settings(config, stage.settings(node.instance))
+    if node.rows:  # which rows they are depends on the batches
+        settings |= {RANGE: node.rows.name, "compute.inference_batch_size": config.compute.inference_batch_size}
     return Expected(fingerprint | {"config": settings, "inputs": inputs}, notes)
 
 

@@ -54,8 +54,9 @@ class Stage:
     ``settings`` returns the sections or single fields of the configuration that an instance reads. ``externals`` names
     the inputs that no stage makes (``sources``: the list of images; ``weights``: the backbone's file; ``originals``:
     the image files, whose digests the image table holds; ``detector``: the model of ``objects.model``). ``parallel``:
-    whether several processes can compute the stage together; otherwise the first process computes it. ``function``:
-    what computes it, by default ``run`` of the module of its name.
+    whether several processes can compute the stage together; otherwise the first process computes it. ``by_rows``:
+    whether ranges of the rows can be computed apart from each other (see ``by_ranges``). ``function``: what computes
+    it, by default ``run`` of the module of its name.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Stage:
     instances: Callable[[Config], tuple[str | None, ...]] = lambda config: (None,)
     externals: tuple[str, ...] = ()
     parallel: bool = False
+    by_rows: bool = False
     function: str = ""
 
     @property
@@ -292,6 +294,7 @@ STAGES: tuple[Stage, ...] = (
         _settings("features.precision"),
         lambda config, instance: (Input("images", PIXELS), Input("backbone", WEIGHTS)),
         parallel=True,
+        by_rows=True,
     ),
     Stage(
         "objects",
@@ -308,6 +311,7 @@ STAGES: tuple[Stage, ...] = (
         lambda config, instance: (Input("objects", ("pixels/",)), Input("backbone", WEIGHTS)),
         _object_instances,
         parallel=True,
+        by_rows=True,
         function="features.run_on_objects",
     ),
     Stage(
@@ -356,7 +360,7 @@ STAGES: tuple[Stage, ...] = (
         lambda config: () if config.model.source == "single" else (None,),
         parallel=True,
     ),
-    Stage("embeddings", 2, _embedding_settings, _embedding_inputs, embedding_models, parallel=True),
+    Stage("embeddings", 2, _embedding_settings, _embedding_inputs, embedding_models, parallel=True, by_rows=True),
     Stage(
         "views",
         1,
@@ -411,6 +415,12 @@ def inputs_of(node: Node, config: Config) -> tuple[Input, ...]:
 def upstream(node: Node, config: Config) -> list[Node]:
     """Return the nodes that a node reads, without repeats."""
     return list(dict.fromkeys(each.node for each in inputs_of(node, config)))
+
+
+def by_ranges(node: Node, config: Config) -> bool:
+    """Tell whether ranges of a node's rows can be computed apart: each row is computed from the pixels of its image."""
+    pixels = any("pixels/" in each.files for each in inputs_of(node, config))
+    return find_stage(node.stage).by_rows and pixels
 
 
 def with_upstream(wanted: Iterable[Node], config: Config) -> set[Node]:

@@ -40,7 +40,7 @@ from grappa.pipeline.opening import (
     open_student,
     read_images,
 )
-from grappa.pipeline.stages.features import extract, new_array
+from grappa.pipeline.stages.features import extract, join_rows, new_array, own_rows
 
 FILE, VIEWS_FILE, ROWS_FILE = "embeddings.npy", "views.npy", "rows.npy"
 
@@ -68,10 +68,12 @@ def run(context: StageContext) -> str:
     compute = COMPUTED.get(model.making)
     if compute:
         return compute(context) if context.leads else ""  # this takes seconds, so the leader does it alone
-    cache = open_objects(context) if "object_views" in model.parts else None
-    backbone = open_backbone(context)
-    backbone, adaptation = open_model(context, name).inference_form(backbone)
-    precision = context.config.embeddings.precision
+    pixels = open_objects(context) if "object_views" in model.parts else open_pixels(context)
+    if context.ranges:
+        num_rows, width = join_rows(context, FILE, pixels)
+        return f"{num_rows} embeddings of {width} dimensions by {name}, joined from {len(context.ranges)} ranges"
+    backbone, adaptation = open_model(context, name).inference_form(open_backbone(context))
+    cache, precision = own_rows(context, pixels), context.config.embeddings.precision
     num_rows, width = extract(context, backbone, adaptation, FILE, precision, cache=cache)
     return f"{num_rows} embeddings of {width} dimensions by {name}"
 

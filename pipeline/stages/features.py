@@ -1,14 +1,19 @@
 """Stages ``features`` and ``object_features``: the frozen backbone's L2-normalised embeddings of all images, and of
-all object views, (N, D) float32."""
+all object views, (N, D) float32.
+
+These, and the stage ``embeddings``, can be computed by ranges of their rows, each on a machine of its own
+(``own_rows``); the stage then joins the rows that the ranges hold (``join_rows``). The bytes are those of one pass.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from grappa.backbone.features import Batch, Read, extract_features
 from grappa.backbone.frozen import Adaptation, Backbone, embed
@@ -29,6 +34,7 @@ from grappa.pipeline.store.artifacts import SCRATCH_FOLDER
 from grappa.pipeline.store.checkpoints import RowCheckpoint
 
 FILE = "features.npy"
+BLOCK_ROWS = 4096
 
 
 def run(context: StageContext) -> str:
@@ -42,20 +48,64 @@ def run_on_objects(context: StageContext) -> str:
     return f"{number} features of object views, of {width} dimensions{note}"
 
 
-def _features(context: StageContext, cache: ImageRows) -> tuple[int, int, str]:
+def _features(context: StageContext, pixels: ImageRows) -> tuple[int, int, str]:
     """Write ``features.npy``; rows of a former result that are still true are taken over (``engine.live.row_reuse``).
 
     Returns N, D, and what was taken over in words.
     """
+    if context.ranges:
+        join_rows(context, DIGESTS_FILE)
+        number, width = join_rows(context, FILE, pixels)
+        return number, width, f", joined from {len(context.ranges)} ranges"
     backbone, precision = open_backbone(context), context.config.features.precision
+    cache = own_rows(context, pixels)
     digests = row_digests(cache) if context.leads else None
-    reuse = _planned_reuse(context, digests, precision) if context.team.size == 1 and digests is not None else None
+    alone = context.team.size == 1 and not context.node.rows
+    reuse = _planned_reuse(context, digests, precision) if alone and digests is not None else None
     number = _take_over(context, backbone, cache, reuse) if reuse else 0
     if not number:
         extract(context, backbone, None, FILE, precision, cache=cache)
     if digests is not None:
         np.save(context.path / DIGESTS_FILE, digests, allow_pickle=False)
     return len(cache), backbone.embedding_dim, f", {number} of them taken over" if number else ""
+
+
+def own_rows(context: StageContext, pixels: ImageRows) -> ImageRows:
+    """Return the images that this process, alone or with its team, embeds: all, or those of its range of rows."""
+    if context.node.rows is None:
+        return pixels
+    batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
+    return ChosenRows(pixels, np.arange(*context.node.rows.bounds(len(pixels), batch_size)))
+
+
+def join_rows(context: StageContext, file: str, pixels: ImageRows | None = None) -> tuple[int, ...]:
+    """Write the rows that the ranges hold in ``file``, one range after the other, and return the shape (N, ...).
+
+    ``pixels``: copies of one image get the same bits, as in one pass, where a border of ranges lies between them.
+    """
+    parts = [np.load(folder / file, mmap_mode="r", allow_pickle=False) for folder in context.ranges]
+    ends = np.cumsum([len(part) for part in parts])
+    out = new_array(context.path / file, (int(ends[-1]), *parts[0].shape[1:]), parts[0].dtype)
+    with context.task("joining", len(out), "rows") as advance:
+        for part, end in zip(parts, ends.tolist(), strict=True):
+            for start in range(0, len(part), BLOCK_ROWS):
+                block = part[start : start + BLOCK_ROWS]
+                out[end - len(part) + start :][: len(block)] = block
+                advance(len(block))
+    if pixels is not None:
+        for first, row in _copies_over(pixels, [end for end in ends.tolist() if 0 < end < len(out)]):
+            out[row] = out[first]
+    out.flush()
+    return out.shape
+
+
+def _copies_over(pixels: ImageRows, borders: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield (first, row) for the rows from each border on whose pixels are those of the row ``first`` before it."""
+    for border in borders:
+        row = border
+        while row < len(pixels) and repeated_rows(ChosenRows(pixels, np.array([border - 1, row]))):
+            yield border - 1, row
+            row += 1
 
 
 def _planned_reuse(context: StageContext, digests: NDArray[np.uint8], precision: str) -> Reuse | None:
@@ -151,9 +201,9 @@ def open_rows(
     return np.lib.format.open_memmap(path, mode="r+") if start else new_array(path, shape), start
 
 
-def new_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
-    """Create a memory-mapped float32 file and reserve its space now: a full disk is then an error, not a SIGBUS."""
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+def new_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.memmap[Any, Any]:
+    """Create a memory-mapped file and reserve its space now: a full disk is then an error, not a SIGBUS."""
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return out

@@ -19,7 +19,7 @@ from grappa.pipeline.store.artifacts import RunFolder
 from grappa.slurm import entry
 from grappa.slurm.entry import ForeignFileError, load_own, private_files, remove_left_over, write_private
 from grappa.slurm.jobs import Code
-from grappa.slurm.launch import sbatch_text, start_local, submit_slurm
+from grappa.slurm.launch import Waits, sbatch_text, start_local, submit_slurm
 from grappa.slurm.plan import PlannedJob
 from grappa.slurm.profiles import Profile
 from grappa.slurm.records import Pin
@@ -156,15 +156,15 @@ def test_slurms_jobs_begin_at_the_same_entry(tmp_path: Path, monkeypatch: pytest
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     profile, call = Profile(), functools.partial(os.mkdir, "x")
-    assert submit_slurm(profile, JOB, tmp_path / "jobs", "grappa-1", (), [call]) == ("5",)  # type: ignore[list-item]
-    assert submit_slurm(profile, JOB, tmp_path / "jobs", "grappa-2", (), [call] * 2) == ("5_0", "5_1")  # type: ignore[list-item]
+    assert submit_slurm(profile, JOB, tmp_path / "jobs", "grappa-1", Waits(), [call]) == ("5",)  # type: ignore[list-item]
+    assert submit_slurm(profile, JOB, tmp_path / "jobs", "grappa-2", Waits(), [call] * 2) == ("5_0", "5_1")  # type: ignore[list-item]
     files = sorted((tmp_path / "jobs").glob("*.pkl"))
     assert [file.name for file in files] == [f"5{task}_submitted.pkl" for task in ("_0", "_1", "")]
     assert {_mode(file) for file in files} == {0o600}
     command = entry.command(sys.executable, str(tmp_path / "jobs"))
     for text in (
         *((file.read_text()) for file in (tmp_path / "jobs").glob("*.sh")),
-        sbatch_text(profile, JOB, tmp_path / "jobs", "grappa-1", ()),
+        sbatch_text(profile, JOB, tmp_path / "jobs", "grappa-1", Waits()),
     ):
         assert command in text and "submitit.core._submit" not in text
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from grappa.pipeline.config.yaml_file import ConfigError
-from grappa.slurm.launch import sbatch_text
+from grappa.slurm.launch import Waits, sbatch_text
 from grappa.slurm.plan import PlannedJob
 from grappa.slurm.profiles import CLUSTERS, Profile, load_profile, minutes
 from grappa.slurm.records import Pin
@@ -118,7 +118,7 @@ def test_the_sbatch_request_holds_what_the_profile_asks_for(tmp_path: Path) -> N
     )
     tasks = tuple((Pin(f"adaptors/k0000{number}", 1, False, None),) for number in range(2, 7))
     job = PlannedJob(("adaptors",), tasks, {}, (), profile.resources(("adaptors",)))
-    lines = sbatch_text(profile, job, tmp_path / "it's here", "grappa-adaptors-1", ("7", "8_1")).splitlines()
+    lines = sbatch_text(profile, job, tmp_path / "it's here", "grappa-adaptors-1", Waits(("7", "8_1"))).splitlines()
     asked = (
         "--partition=gpu --account=me --qos=high --constraint=a100 --gpus-per-node=4 --cpus-per-task=6 --mem=64G "
         "--time=1440 --nodes=2 --ntasks-per-node=4 --mail-user=me@example.org --mail-type=FAIL --array=0-4%3 "
@@ -133,7 +133,7 @@ def test_the_sbatch_request_holds_what_the_profile_asks_for(tmp_path: Path) -> N
 def _directives(profile: Profile, tmp_path: Path) -> list[str]:
     tasks = ((Pin("features", 1, False, None),),)
     job = PlannedJob(("features",), tasks, {}, (), profile.resources(("features",)))
-    lines = sbatch_text(profile, job, tmp_path / "here", "grappa-features-1", ()).splitlines()
+    lines = sbatch_text(profile, job, tmp_path / "here", "grappa-features-1", Waits()).splitlines()
     return [line.removeprefix("#SBATCH ") for line in lines if line.lstrip().startswith("#SBATCH")]
 
 

@@ -1,7 +1,8 @@
-"""Loaded by every Python that has this folder in its path (jobs of the tests): a gate in the middle of a training.
+"""Loaded by every Python that has this folder in its path (jobs of the tests): a gate in the middle of their work.
 
-At its fifth step (of this process) a training waits until the file ``open`` is in the folder GRAPPA_TEST_GATE, or until
-it is asked to stop. A file ``fail-NAME`` there makes the training of artifact NAME (``adaptors-k00004``) fail instead.
+At its fifth step (of this process) a training, and after its second batch a range of rows, waits until the file
+``open`` is in the folder GRAPPA_TEST_GATE, or until it is asked to stop. A file ``fail-NAME`` there makes the work at
+artifact NAME (``adaptors-k00004``) fail instead.
 """
 
 from __future__ import annotations
@@ -9,21 +10,31 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from grappa.pipeline.store import checkpoints
 
-GATE_STEP = 5
+GATE_STEP, GATE_BATCH = 5, 2
 _steps = 0
 
 
 def _due(checkpoint: checkpoints.FileCheckpoint) -> bool:
+    _step(checkpoint.path.parent, GATE_STEP)
+    return real_due(checkpoint)
+
+
+def _offer(checkpoint: checkpoints.RowCheckpoint, num_rows: int, out: Any) -> None:
+    if checkpoint.path.parent.parent.name.endswith(".ranges"):
+        _step(checkpoint.path.parent, GATE_BATCH)
+    real_offer(checkpoint, num_rows, out)
+
+
+def _step(partial: Path, gate_step: int) -> None:
     global _steps
     _steps += 1
-    partial = checkpoint.path.parent
     name = f"{partial.parent.name}-{partial.name.partition('.partial')[0]}"
-    if _steps == GATE_STEP:
+    if _steps == gate_step:
         _wait(Path(os.environ["GRAPPA_TEST_GATE"]), name)
-    return real_due(checkpoint)
 
 
 def _wait(gate: Path, name: str) -> None:
@@ -37,3 +48,5 @@ def _wait(gate: Path, name: str) -> None:
 if "GRAPPA_TEST_GATE" in os.environ:
     real_due = checkpoints.FileCheckpoint.due
     checkpoints.FileCheckpoint.due = _due
+    real_offer = checkpoints.RowCheckpoint.offer
+    checkpoints.RowCheckpoint.offer = _offer
