@@ -75,9 +75,8 @@ def decode_all(
         ImagesChangedError: a file is not what was listed.
         OSError: the disk is full or the folder is read-only; what is whole stays for the next call.
     """
-    how = (listing, roots, folder, slice(None))
     records = decode_shards(
-        *how,
+        *(listing, roots, folder, slice(None)),
         cache=cache,
         cache_size=cache_size,
         max_pixels=max_pixels,
@@ -92,8 +91,8 @@ def decode_all(
     images, labels, rejected, rows = _tables(listing, records)
     if cache == "none":
         write_uncached(folder, images, cache_size=cache_size, max_pixels=max_pixels)
-    else:
-        _write_places(folder, [records[row]["place"] for row in rows], cache)
+        return images, labels, rejected
+    _write_places(folder, [records[row]["place"] for row in rows], cache)
     return images, labels, rejected
 
 
