@@ -29,7 +29,8 @@ from grappa.images.files import ERRORS_OF_THE_FILE, ListedFile, RejectedFileErro
 from grappa.images.paths import escape_path, show, size_of
 from grappa.images.transforms import normalize
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 Item = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 Errors = Literal["raise", "mask"]
 Report = bool | Callable[[int, int | None], None]
