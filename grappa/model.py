@@ -35,7 +35,7 @@ from grappa.deploy.encoding import (
     prepared,
 )
 from grappa.images.decoding import shrink
-from grappa.images.transforms import eval_crop
+from grappa.images.framing import eval_crop
 from grappa.method.adaptors import AdaptorSet, folded
 from grappa.method.fusion import FoldedFusion, Fusion
 from grappa.method.head import Head, IdentityHead, open_head

@@ -2,7 +2,7 @@
 
 ``model.json`` says what the tensors of ``weights.safetensors`` are. Nothing in the two files is run, and nothing in
 them leads anywhere else. Values are checked for type and range; tensors for finite numbers. A folder that was exported
-also says where it came from, and the digest of its weights.
+also says where it came from, and the digest of its weights. What ``model.json`` says is read without torch.
 """
 
 from __future__ import annotations
@@ -15,24 +15,22 @@ import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from grappa.backbone.architectures import Number
 from grappa.backbone.spec import BackboneSpec
-from grappa.backbone.tensors import may_be_infinite
 from grappa.core.printing import sentence, shown
-from grappa.method.fusion import AttentionLevel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from grappa.method.fusion import AttentionLevel
 
 FORMAT = 3
 RECORD_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
 MAX_RECORD_BYTES, MAX_HEADER_BYTES = 2**20, 2**22  # a hundred times what the largest known model needs
 TEMPERATURE = Number(1e-8, 1e8)
-_DTYPES = {"F32": torch.float32, "I64": torch.int64}  # int64: counters of batch norms and tables of a backbone
+_DTYPES = {"F32": "float32", "I64": "int64"}  # int64: counters of batch norms and tables of a backbone
 _KEYS = {"format", "backbone", "cache_size", "sets", "fusion", "head", "embedding_dim"}
 _LATER_KEYS = {"provenance", "weights_sha256"}  # of exported folders; those of former versions have none
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -138,6 +136,8 @@ def _expect(name: str, value: object, allowed: Number) -> None:
 
 def write_model(folder: Path, record: ModelRecord, tensors: Mapping[str, Tensor]) -> None:
     """Write both files into an existing folder."""
+    from safetensors.torch import save
+
     plain = {name: value.contiguous().cpu() for name, value in tensors.items()}
     (folder / WEIGHTS_FILE).write_bytes(save(plain))
     (folder / RECORD_FILE).write_text(json.dumps(record.to_json(), indent=2, allow_nan=False) + "\n")
@@ -145,15 +145,14 @@ def write_model(folder: Path, record: ModelRecord, tensors: Mapping[str, Tensor]
 
 def seal(folder: Path, provenance: Mapping[str, Any]) -> ModelRecord:
     """Note the digest of the weights and where the model came from in ``model.json``; return the record."""
-    digest = weights_digest(folder)
+    digest = weights_digest(folder / WEIGHTS_FILE)
     record = replace(read_record(folder), weights_sha256=digest, provenance=dict(provenance))
     (folder / RECORD_FILE).write_text(json.dumps(record.to_json(), indent=2, allow_nan=False) + "\n")
     return record
 
 
-def weights_digest(folder: Path) -> str:
-    """Return the sha256 of the weights, in hex; ModelError where they cannot be read."""
-    path = folder / WEIGHTS_FILE
+def weights_digest(path: Path) -> str:
+    """Return the sha256 of a file of weights, in hex; ModelError where it cannot be read."""
     try:
         with path.open("rb", buffering=0) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -190,7 +189,7 @@ def read_record(folder: Path) -> ModelRecord:
 
 def check_weights(folder: Path, record: ModelRecord) -> None:
     """Refuse weights that are not those that were exported, where ``model.json`` tells; ModelError."""
-    if record.weights_sha256 and (found := weights_digest(folder)) != record.weights_sha256:
+    if record.weights_sha256 and (found := weights_digest(folder / WEIGHTS_FILE)) != record.weights_sha256:
         raise ModelError(
             f"{folder / WEIGHTS_FILE} is not the file that was exported: its sha256 begins with {found[:12]}, "
             f"model.json says {record.weights_sha256[:12]}; copy the folder again, or {_AGAIN}"
@@ -199,6 +198,8 @@ def check_weights(folder: Path, record: ModelRecord) -> None:
 
 def read_header(folder: Path) -> dict[str, Tensor]:
     """Return the tensors' names with empty tensors of their shapes and types, on the device ``meta``."""
+    import torch
+
     path = folder / WEIGHTS_FILE
     _check_header_size(path)
     found = {}
@@ -206,16 +207,18 @@ def read_header(folder: Path) -> dict[str, Tensor]:
         for name in file.keys():  # noqa: SIM118 (no mapping)
             part = file.get_slice(name)
             kind = _DTYPES.get(part.get_dtype())
-            if kind is None or (kind is torch.int64 and not name.startswith("backbone.")):
+            if kind is None or (kind == "int64" and not name.startswith("backbone.")):
                 raise ModelError(f"{path}: {shown(name)} is of type {part.get_dtype()}, expected F32; {_AGAIN}")
             if 0 in part.get_shape():
                 raise ModelError(f"{path}: {shown(name)} is empty, of shape {shown(part.get_shape())}; {_AGAIN}")
-            found[name] = torch.empty(part.get_shape(), dtype=kind, device="meta")
+            found[name] = torch.empty(part.get_shape(), dtype=getattr(torch, kind), device="meta")
     return found
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Return copies of all tensors, independent of the file; ModelError where one is not finite."""
+    from grappa.backbone.tensors import may_be_infinite
+
     path = folder / WEIGHTS_FILE
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -257,6 +260,8 @@ def _check_header_size(path: Path) -> None:
 
 
 def _opened(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:

@@ -12,7 +12,7 @@ import typer
 
 from grappa import __version__
 from grappa.pipeline.commands.collection import COMMANDS
-from grappa.pipeline.commands.output import Run, say, warn_if_stale, warn_of_additions
+from grappa.pipeline.commands.output import Run, say, warn, warn_if_stale, warn_of_additions
 from grappa.pipeline.errors import one_sentence_errors
 
 app = typer.Typer(
@@ -240,10 +240,12 @@ def search(
     Print the similarity, domain, file and id of these images, the nearest first. An image of the run is not its own
     nearest one: files with the bytes of IMAGE are left out.
     """
+    from grappa.pipeline.commands.search import onnx_notice
     from grappa.pipeline.commands.search import search as find
 
     warn_if_stale(run, "model", "index")
     warn_of_additions(run)
+    warn(onnx_notice(run))
     found = find(run, image, k)
     if as_json:
         _say_json(found)

@@ -1,14 +1,20 @@
-"""Vectors that are compared: checks of arguments, rows of a file, tensors of arrays, and full float32 products."""
+"""Vectors that are compared: checks of arguments, rows of a file, tensors of arrays, and full float32 products.
+
+torch is imported by what needs it: an index is searched without.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 NORM_TOLERANCE = 1e-2
 BLOCK_ROWS = 8192
@@ -76,12 +82,16 @@ def as_tensor(array: NDArray[np.float32], device: str) -> torch.Tensor:
     """Return a float32 tensor on ``device``; a read-only array (a memory map) is copied, a CPU shares the memory of
     others.
     """
+    import torch
+
     return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Switch reduced-precision float32 products (TF32, bfloat16) off inside the block: exact results need full ones."""
+    import torch
+
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

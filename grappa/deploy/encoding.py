@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from grappa.images.files import ERRORS_OF_THE_FILE, ListedFile, RejectedFileErro
 from grappa.images.paths import escape_path, show, size_of
 from grappa.images.transforms import normalize
 
+T = TypeVar("T")
+R = TypeVar("R")
 Item = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 Errors = Literal["raise", "mask"]
 Report = bool | Callable[[int, int | None], None]
@@ -178,8 +180,15 @@ def encode(
     rows = [np.empty((0, model.embedding_dim), np.float32)]
     usable = [np.empty(0, np.bool_)]
     problems: list[str] = []
+
+    def prepare(item: Item) -> tuple[Item, Tensor | ItemError]:
+        try:
+            return item, prepared(model, item, max_pixels)
+        except ItemError as error:
+            return item, error
+
     with _reporting(progress, total) as report:
-        for found in _prepared_ahead(model, items, batch_size, max_pixels):
+        for found in prepared_ahead(prepare, items, batch_size):
             inputs, mask = _usable(found, sum(map(len, usable)), problems, errors)
             rows.append(_embedded(model, inputs, mask))
             usable.append(mask)
@@ -200,20 +209,11 @@ def forward(model: Encoder, inputs: Sequence[Tensor]) -> NDArray[np.float32]:
     return found
 
 
-def _prepared_ahead(
-    model: Encoder, items: Iterable[Item], batch_size: int, max_pixels: int
-) -> Iterator[list[tuple[Item, Tensor | ItemError]]]:
-    """Yield batches of items with what they are as input, or why not; threads prepare a batch ahead."""
-
-    def prepare(item: Item) -> tuple[Item, Tensor | ItemError]:
-        try:
-            return item, prepared(model, item, max_pixels)
-        except ItemError as error:
-            return item, error
-
+def prepared_ahead(prepare: Callable[[T], R], items: Iterable[T], batch_size: int) -> Iterator[list[R]]:
+    """Yield ``prepare`` of the items in their order, in batches; threads prepare a batch ahead."""
     pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "decode")
     try:
-        waiting: deque[list[Future[tuple[Item, Tensor | ItemError]]]] = deque()
+        waiting: deque[list[Future[R]]] = deque()
         remaining = iter(items)
         while part := list(islice(remaining, batch_size)):
             waiting.append([pool.submit(prepare, item) for item in part])

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from grappa.core.extras import is_installed, missing_sentence
 from grappa.core.printing import sentence
+from grappa.deploy.onnx_model import FILE, INPUT, OUTPUT, PREPROCESSING_FILE, session
 from grappa.deploy.static import static_form
 from grappa.model import GrappaModel
+from grappa.model_folder import weights_digest
 
-FILE, PREPROCESSING_FILE = "model.onnx", "preprocessing.json"
-INPUT, OUTPUT = "images", "embeddings"
 TOLERANCE = 1e-4  # between ONNX Runtime and torch, of a coordinate of a unit vector
 HALF_COSINE = 0.99  # between a file of half precision and the model in float32
 _EXTERNAL = 2**30  # bytes of weights from which on they lie beside the graph: a protobuf holds 2 GiB
@@ -35,7 +35,14 @@ class OnnxError(ValueError):
     """A model that cannot be written as ONNX, or whose file does not give its embeddings."""
 
 
-def write_onnx(model: GrappaModel, folder: Path, *, half: bool = False, notes: Mapping[str, Any] | None = None) -> str:
+def write_onnx(
+    model: GrappaModel,
+    folder: Path,
+    *,
+    half: bool = False,
+    notes: Mapping[str, Any] | None = None,
+    made_of: Mapping[str, str] | None = None,
+) -> str:
     """Write ``model.onnx`` and ``preprocessing.json`` into an existing folder; return how well the file agrees.
 
     The input ``images`` is (batch, 3, S, S) float32, normalised as ``preprocessing.json`` says, for any batch; the
@@ -44,6 +51,7 @@ def write_onnx(model: GrappaModel, folder: Path, *, half: bool = False, notes: M
     Args:
         half: weights and products in float16; the head, the input and the output stay float32.
         notes: what is kept in the file's metadata, as JSON.
+        made_of: the sha256 of the model's files, kept beside the preprocessing with that of the ONNX file.
 
     Raises:
         OnnxError: torch cannot express the model in ONNX, or ONNX Runtime gives other embeddings.
@@ -53,7 +61,9 @@ def write_onnx(model: GrappaModel, folder: Path, *, half: bool = False, notes: M
     if notes:
         program.model.metadata_props["grappa"] = json.dumps(notes)
     program.save(folder / FILE, external_data=_num_bytes(model) > _EXTERNAL)
-    (folder / PREPROCESSING_FILE).write_text(json.dumps(preprocessing(model), indent=2) + "\n")
+    written = {path.name: weights_digest(path) for path in sorted(folder.glob(f"{FILE}*"))}
+    origin = {"file": {"sha256": written, "half": half, "made_of": dict(made_of or {})}}
+    (folder / PREPROCESSING_FILE).write_text(json.dumps(preprocessing(model) | origin, indent=2) + "\n")
     return _compared(model, folder / FILE, half=half)
 
 
@@ -71,13 +81,6 @@ def preprocessing(model: GrappaModel) -> dict[str, Any]:
     values = {"cache_size": model.cache_size, **spec.framing, "mean": list(spec.mean), "std": list(spec.std)}
     shapes = {"shape": ["batch", 3, spec.image_size, spec.image_size], "embedding_dim": model.embedding_dim}
     return {"input": INPUT, "output": OUTPUT, **shapes, **values, "steps": steps}
-
-
-def session(file: Path) -> Any:
-    """Return an inference session of ONNX Runtime on the CPU."""
-    import onnxruntime
-
-    return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
 
 def run(opened: Any, images: Tensor) -> NDArray[np.float32]:

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from grappa.core.arrays import Box, Floats, Pixels, Rows
+from grappa.images.framing import box_of, crop_sides, eval_crop, frame_of, resized_part
 from grappa.images.pixels import ImageRows
 
 T = TypeVar("T")
@@ -31,7 +32,6 @@ _SIDE, _LEFT, _TOP, _FLIP, _BRIGHTNESS, _CONTRAST, _SATURATION, _GRAYSCALE = ran
 NUM_DRAWS = 8
 _GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
 _MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _PART = 8  # images a task: its color changes stay in the processor's cache
 
 
@@ -59,29 +59,6 @@ class Augmentation:
 
 
 # ---------------------------------------------------------------- evaluation
-
-
-def eval_crop(
-    image: Pixels,
-    *,
-    image_size: int,
-    crop_fraction: float,
-    crop_mode: str = "center",
-    interpolation: str = "bicubic",
-) -> Pixels:
-    """Return the part of an image that a model sees: (H, W, 3) uint8 -> (S, S, 3) uint8.
-
-    It is the middle: ``center``: a square of ``crop_fraction`` of the shorter side; ``squash``: that share of either
-    side, both stretched to S. Where this has S pixels a side already, it is cut out at whole pixels: at the left of a
-    middle between two.
-    """
-    height, width = image.shape[:2]
-    across, down = _sides(image, crop_mode, crop_fraction)
-    if across == down == image_size:
-        left, top = (width - image_size) // 2, (height - image_size) // 2
-        return image[top : top + image_size, left : left + image_size]
-    box = _box((width - across) / 2, (height - down) / 2, across, down)
-    return np.asarray(_resized(image, box, image_size, interpolation))
 
 
 def eval_batch(
@@ -114,7 +91,7 @@ def whole_batch(cache: ImageRows, rows: Sequence[int] | Rows, *, image_size: int
 
     def squeezed(part: range) -> torch.Tensor:
         images = (cache.image(rows[i]) for i in part)
-        return _channels_first([np.asarray(_resized(one, _frame(one), image_size)) for one in images])
+        return _channels_first([np.asarray(resized_part(one, frame_of(one), image_size)) for one in images])
 
     return _in_parts(squeezed, len(rows), image_size, num_workers)
 
@@ -150,7 +127,7 @@ def train_batch(
 
     def crop(image: Pixels, draws: Floats) -> Pixels:
         box = _train_box(image, draws, augmentation.min_crop, crop_mode)
-        resized = _resized(image, box, image_size, interpolation)
+        resized = resized_part(image, box, image_size, interpolation)
         return np.asarray(resized.transpose(_MIRROR) if draws[_FLIP] < augmentation.flip else resized)
 
     return _in_parts(crops, len(rows), image_size, num_workers)
@@ -158,8 +135,8 @@ def train_batch(
 
 def _train_box(image: Pixels, draws: Floats, min_crop: float, crop_mode: str) -> Box:
     height, width = image.shape[:2]
-    across, down = _sides(image, crop_mode, min_crop + (1 - min_crop) * draws[_SIDE])
-    return _box((width - across) * draws[_LEFT], (height - down) * draws[_TOP], across, down)
+    across, down = crop_sides(image, crop_mode, min_crop + (1 - min_crop) * draws[_SIDE])
+    return box_of((width - across) * draws[_LEFT], (height - down) * draws[_TOP], across, down)
 
 
 def _change_colors(images: torch.Tensor, uniforms: Floats, augmentation: Augmentation) -> torch.Tensor:
@@ -212,29 +189,6 @@ def normalize(batch: torch.Tensor, mean: Sequence[float], std: Sequence[float]) 
     means = torch.tensor(mean, dtype=torch.float32, device=batch.device).view(shape)
     stds = torch.tensor(std, dtype=torch.float32, device=batch.device).view(shape)
     return batch.float().div_(255).sub_(means).div_(stds)
-
-
-def _sides(image: Pixels, crop_mode: str, share: float) -> tuple[float, float]:
-    """Return width and height of a crop: a share of the shorter side, or, ``squash``, of each side."""
-    height, width = image.shape[:2]
-    if crop_mode == "squash":
-        return width * share, height * share
-    return min(height, width) * share, min(height, width) * share
-
-
-def _box(left: float, top: float, across: float, down: float) -> Box:
-    return left, top, left + across, top + down
-
-
-def _frame(image: Pixels) -> Box:
-    return 0.0, 0.0, float(image.shape[1]), float(image.shape[0])
-
-
-def _resized(image: Pixels, box: Box, size: int, interpolation: str = "bicubic") -> Image.Image:
-    """Resize the part of the image inside ``box`` (pixels, not rounded), cutting rounding errors at the border."""
-    height, width = image.shape[:2]
-    inside = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(width)), min(box[3], float(height)))
-    return Image.fromarray(image).resize((size, size), _RESAMPLING[interpolation], box=inside)
 
 
 def _channels_first(images: Sequence[Pixels]) -> torch.Tensor:

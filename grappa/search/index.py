@@ -1,4 +1,7 @@
-"""A search index over embeddings: exact, or of one of the approximate kinds of ``grappa.search.index_kinds``."""
+"""A search index over embeddings: exact, or of one of the approximate kinds of ``grappa.search.index_kinds``.
+
+Loading and searching need neither torch nor pandas.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from grappa.core.memory import FLOAT, INTEGER
 from grappa.core.randomness import id_numbers, key, shuffled
 from grappa.core.vectors import check_unit_vectors
 from grappa.search.index_kinds import Kind, add_vectors, empty_index, index_bytes, search_index, settled_kind
-from grappa.search.neighbors import nearest_neighbors
 
 INDEX_FILE, IDS_FILE, ID_COLUMN, HIDDEN_COLUMN = "index.faiss", "ids.parquet", "image_id", "removed"
 RECALLED, RECALL_QUERIES = 10, 1000
@@ -93,6 +94,8 @@ class SearchIndex:
 
     def save_ids(self, folder: Path) -> None:
         """Write ids.parquet alone: image_id, and removed (bool) where images are hidden."""
+        import pandas as pd
+
         hidden = {} if self.hidden is None else {HIDDEN_COLUMN: self.hidden}
         pd.DataFrame({ID_COLUMN: self.ids, **hidden}).to_parquet(folder / IDS_FILE, index=False)
 
@@ -129,6 +132,8 @@ def recall(index: SearchIndex, embeddings: NDArray[np.float32], ids: Sequence[st
     It is the share of the ten images nearest to a query (itself left out) that the index finds among its first ten; 1
     where there are fewer than two images. The queries are drawn by their ids.
     """
+    from grappa.search.neighbors import nearest_neighbors
+
     embeddings, number = check_unit_vectors("embeddings", embeddings), min(RECALLED, len(embeddings) - 1)
     if number < 1:
         return 1.0
@@ -180,7 +185,7 @@ def _read_ids(path: Path) -> tuple[NDArray[np.object_], NDArray[np.bool_] | None
     if not path.is_file():
         raise ValueError(f"{path} is missing; build the index again")
     try:
-        table = pq.read_table(path)
+        table = pq.ParquetFile(path).read()  # read_table loads pandas
         ids = np.array(table.column(ID_COLUMN).to_pylist(), dtype=object)
     except (pa.ArrowInvalid, KeyError, OSError) as error:
         raise ValueError(f"{path} is truncated or has no column {ID_COLUMN}; build the index again") from error

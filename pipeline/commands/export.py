@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from grappa.pipeline.commands.card import read_facts, write_card
 from grappa.pipeline.commands.search import load_run_model
-from grappa.pipeline.store.artifacts import RunFolder, published
+from grappa.pipeline.store.artifacts import RunFolder, published, readable_manifest
 from grappa.pipeline.store.storage import file_digest, new_folder, refuse_existing
 
 if TYPE_CHECKING:
@@ -74,13 +74,19 @@ def _write_safetensors(run: RunFolder, draft: Path, facts: Facts, half: bool) ->
 
 
 def _write_onnx(run: RunFolder, draft: Path, facts: Facts, half: bool) -> tuple[str, str]:
-    from grappa.deploy import onnx_file
+    from grappa.deploy import onnx_file, onnx_model
     from grappa.model_folder import read_record
 
-    model, record = load_run_model(run.root), read_record(published(run, "model"))
-    agreement = onnx_file.write_onnx(model, draft, half=half, notes=facts.provenance())
-    write_card(draft, facts, record, onnx_file.FILE, file_digest(draft / onnx_file.FILE)[1])
-    opened = onnx_file.session(draft / onnx_file.FILE)
+    model, record, manifest = (
+        load_run_model(run.root),
+        read_record(published(run, "model")),
+        readable_manifest(run, "model"),
+    )
+    assert manifest is not None, "the model is published"
+    origin = onnx_model.model_digests(manifest.outputs)
+    agreement = onnx_file.write_onnx(model, draft, half=half, notes=facts.provenance(), made_of=origin)
+    write_card(draft, facts, record, onnx_model.FILE, file_digest(draft / onnx_model.FILE)[1])
+    opened = onnx_model.session(draft / onnx_model.FILE)
     runners = {"ONNX Runtime": lambda images: onnx_file.run(opened, images), "torch": model}
     return f"it {agreement}; open it with ONNX Runtime, images as preprocessing.json says", _times(runners, model)
 

@@ -20,16 +20,19 @@ from grappa.pipeline.store.artifacts import (
     quoted,
     readable_manifest,
 )
+from grappa.pipeline.store.digests import known_digest
 
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
+    import pyarrow as pa
     from numpy.typing import NDArray
     from PIL import Image
 
     from grappa.backbone.own_module import Maker
     from grappa.model import GrappaModel
     from grappa.search.index import SearchIndex
+
+ONNX_FOLDER = "onnx"  # in a run folder: an export of its model, which `grappa search` then takes
 
 
 def load_run_model(run: str | Path, module: Maker | None = None) -> GrappaModel:
@@ -49,30 +52,66 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
 
     Images that were added are among them once the deployed model has embedded them, removed ones never are. An image
     is a dict of image_id, file (the absolute path), path (relative to its image root), domain and similarity (cosine,
-    -1 to 1). The image file is looked at first: what is heavy is loaded for an image that can be searched.
+    -1 to 1). The image file is looked at first: what is heavy is loaded for an image that can be searched, and torch
+    only where ``onnx_file`` has nothing that embeds as well.
     """
     folder = RunFolder.open(run)
     data = image.read_bytes()
     picture = decoded(data, max_pixels(run), str(image))
     check_deployed(folder)
-    images = _images(folder)
-    index = _index_now(folder)
-    same = set(images.index[images["sha256"] == hashlib.sha256(data).hexdigest()]) & set(index.ids)
+    images, index = _images(folder), _index_now(folder)
+    same = _ids_of(images, hashlib.sha256(data).hexdigest()) & set(index.ids)
     more = min(k + len(same), max(len(index), k))  # k that is larger than the index is the index's own error
-    found = zip(*(each[0] for each in index.search(_embedded(load_run_model(run), picture), more)), strict=True)
+    found = zip(*(each[0] for each in index.search(_embedded(folder, picture), more)), strict=True)
     nearest = [(image_id, similarity) for image_id, similarity in found if image_id not in same][:k]
-    rows = images.loc[[image_id for image_id, _ in nearest]]
+    rows = _rows_of(images, [image_id for image_id, _ in nearest])
     files = _files(folder, rows)
     return [
-        {"image_id": i, "file": file, "path": path, "domain": domain, "similarity": float(similarity)}
-        for (i, similarity), file, path, domain in zip(nearest, files, rows["path"], rows["domain"], strict=True)
+        {"image_id": i, "file": file, "path": row["path"], "domain": row["domain"], "similarity": float(similarity)}
+        for (i, similarity), file, row in zip(nearest, files, rows, strict=True)
     ]
 
 
-def _embedded(model: GrappaModel, picture: Image.Image) -> NDArray[np.float32]:
+def _embedded(folder: RunFolder, picture: Image.Image) -> NDArray[np.float32]:
+    """Return the embedding (1, D) of an image, by ONNX Runtime where the run holds the model as ONNX."""
+    model = published(folder, "model")
+    if (file := onnx_file(folder)[0]) is not None:
+        import numpy as np
+
+        from grappa.deploy.onnx_model import embed_image, session
+        from grappa.model_folder import read_record
+
+        return embed_image(session(file), read_record(model), np.asarray(picture))
     from grappa.deploy.encoding import forward
 
-    return forward(model, [model.preprocess(picture)])
+    loaded = load_run_model(folder.root)
+    return forward(loaded, [loaded.preprocess(picture)])
+
+
+def onnx_file(folder: RunFolder) -> tuple[Path | None, str]:
+    """Return the ONNX file in ``RUN/onnx`` that embeds as the run's model does, or None; and what is wrong with it.
+
+    `grappa export RUN RUN/onnx --format onnx` writes it. What is wrong is "" where there is no such file.
+    """
+    from grappa.core.extras import is_installed, missing_sentence
+
+    home, manifest = folder.root / ONNX_FOLDER, readable_manifest(folder, "model")
+    if manifest is None or not home.is_dir():
+        return None, ""
+    if not is_installed("onnxruntime"):
+        return None, str(missing_sentence("onnxruntime"))
+    from grappa.deploy.onnx_model import FILE, misfit, model_digests
+
+    problem = misfit(home, model_digests(manifest.outputs), known_digest)
+    return (None, problem) if problem else (home / FILE, "")
+
+
+def onnx_notice(run: Path) -> str:
+    """Return a sentence where the ONNX file of a run cannot be used; "" where it can, or there is none."""
+    folder = RunFolder.open(run)
+    problem = onnx_file(folder)[1]
+    home = folder.root / ONNX_FOLDER
+    return f"{home} is not used ({problem}): remove the folder, or export it again" if problem else ""
 
 
 def _index_now(folder: RunFolder) -> SearchIndex:
@@ -106,19 +145,36 @@ def indexed_model(folder: RunFolder) -> tuple[str, Node]:
     return model, final_node(read_config(folder), model)
 
 
-def _images(folder: RunFolder) -> pd.DataFrame:
-    """Return the images of the collection as it is now: root (a number), path, domain, sha256, and the file of those
-    that were added, by image_id."""
-    import pandas as pd
-
-    from grappa.pipeline.engine.live.collection import live_images
+def _images(folder: RunFolder) -> pa.Table:
+    """Return the images of the collection as it is now: image_id, root (a number), path, domain, sha256, and the file
+    of those that were added."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     file = published(folder, "images", "images.parquet") / "images.parquet"
-    images = pd.read_parquet(file, columns=["image_id", "root", "path", "domain", "sha256"]).set_index("image_id")
-    return live_images(folder, read_config(folder), images.assign(file=None))
+    images = pq.ParquetFile(file).read(columns=["image_id", "root", "path", "domain", "sha256"])
+    config = read_config(folder)
+    if read_additions(folder, config).indexed:
+        from grappa.pipeline.engine.live.collection import live_images
+
+        live = live_images(folder, config, images.to_pandas().set_index("image_id").assign(file=None))
+        return pa.Table.from_pandas(live.drop(columns="addition").reset_index(), preserve_index=False)
+    return images.append_column("file", pa.nulls(len(images), pa.string()))
 
 
-def _files(folder: RunFolder, rows: pd.DataFrame) -> list[str]:
+def _ids_of(images: pa.Table, digest: str) -> set[str]:
+    """Return the ids of the images whose files have this sha256."""
+    pairs = zip(images["image_id"].to_pylist(), images["sha256"].to_pylist(), strict=True)
+    return {image_id for image_id, found in pairs if found == digest}
+
+
+def _rows_of(images: pa.Table, ids: list[str]) -> list[dict[str, Any]]:
+    """Return the rows of images, in the order of ``ids``."""
+    places = {image_id: row for row, image_id in enumerate(images["image_id"].to_pylist())}
+    return [images.slice(places[image_id], 1).to_pylist()[0] for image_id in ids]
+
+
+def _files(folder: RunFolder, rows: list[dict[str, Any]]) -> list[str]:
     """Return the files of images, the absolute paths that open."""
     from grappa.images.paths import image_file
 
@@ -126,8 +182,7 @@ def _files(folder: RunFolder, rows: pd.DataFrame) -> list[str]:
     sources = readable_manifest(folder, "sources")
     assert sources is not None, "the images were listed before they were decoded"
     roots = sources.provenance["roots"]
-    known = zip(rows["file"], rows["root"], rows["path"], strict=True)
-    return [image_file(roots[root], path) if file is None else file for file, root, path in known]
+    return [image_file(roots[row["root"]], row["path"]) if row["file"] is None else row["file"] for row in rows]
 
 
 def max_pixels(run_or_model: Path) -> int:
@@ -137,16 +192,11 @@ def max_pixels(run_or_model: Path) -> int:
     return Images().max_pixels
 
 
-def open_image(path: Path, largest: int) -> Image.Image:
-    """Return an image file as a PIL image, RGB and upright; ValueError when it cannot be decoded.
+def decoded(data: bytes, largest: int, name: str) -> Image.Image:
+    """Return the bytes of an image file as a PIL image, RGB and upright; ValueError, whose sentence ``name`` begins.
 
     largest: pixels; an image with more is refused as a decompression bomb.
     """
-    return decoded(path.read_bytes(), largest, str(path))
-
-
-def decoded(data: bytes, largest: int, name: str) -> Image.Image:
-    """Return the bytes of an image file as ``open_image`` does; ``name`` begins the sentence of the ValueError."""
     from PIL import Image
 
     from grappa.images.decoding import ImageDecodeError, decode_image

@@ -10,7 +10,6 @@ from typing import Any
 from grappa.backbone.files.hub import HUB, hub_problem, is_cached
 from grappa.backbone.files.hub import is_hub_name as is_hub_weights
 from grappa.backbone.files.places import files_of
-from grappa.backbone.naming.catalog import find_weights
 from grappa.backbone.unusable import BackboneError
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.store.storage import file_digest
@@ -130,6 +129,8 @@ def hub_problems(config: Config) -> dict[str, str]:
 
 
 def _from_hub(config: Config) -> Iterator[tuple[str, tuple[str, str]]]:
+    from grappa.backbone.naming.catalog import find_weights
+
     weights = config.backbone.weights
     own = config.backbone.module is not None
     if weights is None and not own and find_weights(config.backbone.name) is None:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from grappa.backbone.unusable import BackboneError
 
@@ -137,6 +136,8 @@ def hub_problem() -> str:
 
 def unreachable(address: str) -> str:
     """Return a sentence where the host of ``address`` takes no connection in time, "" where it does."""
+    from urllib.request import getproxies  # it loads an HTTP client and TLS, which `grappa status` needs not
+
     place = urlsplit(address)
     if getproxies() or _answers(str(place.hostname), place.port or (80 if place.scheme == "http" else 443)):
         return ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from grappa.model import ModelError
 from grappa.pipeline.cli import app
 from grappa.pipeline.commands.card import _base_model
 from grappa.pipeline.commands.export import export
+from grappa.pipeline.commands.search import onnx_notice, search
 from grappa.pipeline.config.schema import Backbone, Config
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import draw_images, make_run, run_all, split_of, write_table, write_weights
@@ -136,6 +139,35 @@ def test_onnx_comes_with_its_preprocessing_and_a_card(run: RunFolder, folder: Pa
     assert names == ["README.md", "model.onnx", "preprocessing.json"]
     assert "onnx" in str(front_matter(tmp_path / "model")["tags"])
     assert "InferenceSession" in (tmp_path / "model" / "README.md").read_text()
+
+
+SEARCHED = """
+import json, sys
+from pathlib import Path
+from grappa.pipeline.commands.search import search
+print(json.dumps(search(Path(sys.argv[1]), Path(sys.argv[2]), 5)))
+print(sorted({"torch", "timm", "pandas"} & set(sys.modules)))
+"""
+
+
+def test_search_takes_the_onnx_file_of_the_run_and_no_torch(run: RunFolder, material: Path, tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} (extra onnx) is not installed")
+    image, copy = next((material / "images" / "discs").rglob("*.png")), tmp_path / "run"
+    shutil.copytree(run.root, copy)
+    wanted = search(copy, image, 5)
+    assert onnx_notice(copy) == ""
+    export(copy, copy / "onnx", format="onnx")
+    assert onnx_notice(copy) == ""
+    done = subprocess.run([sys.executable, "-c", SEARCHED, copy, image], capture_output=True, text=True, check=True)
+    found, loaded = done.stdout.splitlines()
+    assert loaded == "[]"
+    for one, other in zip(json.loads(found), wanted, strict=True):
+        assert one["similarity"] == pytest.approx(other["similarity"], abs=1e-4)
+        assert {**one, "similarity": 0} == {**other, "similarity": 0}
+    (copy / "onnx" / "model.onnx").write_bytes(b"another graph")
+    assert "is not used (model.onnx is not the file that was exported)" in onnx_notice(copy)
+    assert search(copy, image, 5) == wanted
 
 
 @pytest.mark.parametrize(
