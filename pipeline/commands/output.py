@@ -22,16 +22,17 @@ def warn_if_stale(run: Path, *names: str) -> None:
     """Warn on stderr where artifacts of a run that a command reads are not what its configuration asks for."""
     from grappa.pipeline.engine.glance import stale_notice
 
-    _warn(stale_notice(run, *names))
+    warn(stale_notice(run, *names))
 
 
 def warn_of_additions(run: Path) -> None:
     """Warn on stderr where images were added or removed that a command does not take into account yet."""
     from grappa.pipeline.engine.live.additions import additions_notice
 
-    _warn(additions_notice(run))
+    warn(additions_notice(run))
 
 
-def _warn(notice: str) -> None:
+def warn(notice: str | None) -> None:
+    """Print a warning on stderr, if there is one."""
     if notice:
         print(f"grappa: warning: {printable(notice)}", file=sys.stderr, flush=True)
