@@ -41,7 +41,7 @@ test: lint
 	$(ONE_THREAD) $(PYTEST)
 
 test-narrow: install
-	$(ONE_THREAD) $(NARROW) $(PYTEST) tests/library tests/pipeline/engine/test_processes.py tests/pipeline/test_report.py
+	$(ONE_THREAD) $(NARROW) $(PYTEST) tests/library tests/pipeline/engine/test_processes.py tests/pipeline/report
 
 test-faults: install
 	$(ONE_THREAD) $(BIN)/python -m tests.faults kills

@@ -317,16 +317,27 @@ for command in COMMANDS:
 @app.command()
 @one_sentence_errors
 def report(
-    run: Run, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder for the report")]
+    run: Run,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="[OUT]", help="the page, a name in .html (default: RUN_report.html)")
+    ] = None,
+    folder: Annotated[
+        bool, typer.Option("--folder", help="write a folder: index.html, its pictures as files, results.md")
+    ] = False,
+    open_it: Annotated[bool, typer.Option("--open", help="open the page in the browser")] = False,
 ) -> None:
-    """Write a report of a finished run.
+    """Write the report of a finished run.
 
-    Write index.html to look at, and results.md for a README.
+    One page with everything inside: the verdict, the table that matters, and, folded, neighbours before and after,
+    clusters in pictures, all results, their cost, and the tables as Markdown. An older report of that name is replaced.
     """
-    from grappa.pipeline.pages.report.page import write_report
+    from grappa.pipeline.pages.report.page import PAGE, default_target, show, write_report
 
     warn_if_stale(run, "evaluation")
-    say(write_report(run, folder))
+    written = target or default_target(run, folder)
+    say(write_report(run, written, folder))
+    if open_it:
+        warn(show(written / PAGE if folder else written))
 
 
 @app.command()
@@ -399,15 +410,14 @@ def demo(
     from grappa.pipeline.demo.dataset import WEIGHTS, write_demo_images
     from grappa.pipeline.engine.execution import Selection
     from grappa.pipeline.engine.progress import Progress
-    from grappa.pipeline.pages.report.page import PAGE, write_report
+    from grappa.pipeline.pages.report.page import default_target, write_report
     from grappa.pipeline.store.artifacts import RunFolder
 
     table = write_demo_images(folder.with_name(f"{folder.name}_images"))
     weights = [f"backbone.weights={WEIGHTS}"]
     initialize(folder, Request([os.fspath(table)], "demo", weights), say=say)
     run_and_report(RunFolder.open(folder, writable=True), Selection(), progress=Progress(), say=say)
-    page = folder.with_name(f"{folder.name}_report")
-    say(f"the report is in {page / PAGE} already" if page.exists() else write_report(folder, page))
+    say(write_report(folder, default_target(folder, False)))
     say("With your own images (a folder, or a table with path, domain and perhaps label, split):")
     say("  grappa init runs/mine --images DIR_OR_TABLE --config small --set backbone.weights=FILE")
     say("  grappa run runs/mine && grappa explore runs/mine")

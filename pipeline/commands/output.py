@@ -32,7 +32,7 @@ def warn_of_additions(run: Path) -> None:
     warn(additions_notice(run))
 
 
-def warn(notice: str) -> None:
-    """Print a sentence on stderr as a warning; nothing for ""."""
+def warn(notice: str | None) -> None:
+    """Print a warning on stderr, if there is one."""
     if notice:
         print(f"grappa: warning: {printable(notice)}", file=sys.stderr, flush=True)

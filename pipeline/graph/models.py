@@ -68,7 +68,7 @@ class Model(Entry):
     ``making``: the function of that stage that makes the embeddings; ``parts``: the inputs of this function;
     ``settings``: the fields of the configuration that it reads. ``exists``: whether a run has the model; ``names``: its
     names in a run, where ``name`` is a pattern. ``head``: whether an embedding head makes the final embeddings.
-    ``compared``: whether the report shows the gain of the model; ``pictured``: whether it shows its nearest images.
+    ``compared``: whether the report shows the gain of the model.
     """
 
     making: Making
@@ -78,7 +78,6 @@ class Model(Entry):
     settings: tuple[str, ...] = ("embeddings.precision",)
     head: bool = True
     compared: bool = False
-    pictured: bool = False
 
     def names_in(self, config: Config) -> tuple[str, ...]:
         """Return the names of the model in a run: none, one, or one for each granularity."""
@@ -107,7 +106,7 @@ class Variant(Entry):
 # fmt: off
 MODELS = (
     Model("zero_shot", "the unadapted backbone",
-          "features", ("features",), settings=(), head=False, free=True, pictured=True),
+          "features", ("features",), settings=(), head=False, free=True),
     Model("zero_shot_whitened",
           "the same after PCA whitening: free, so gains count against the best of the zero-shot models",
           "whitening", ("table", "features"), settings=("embeddings.whitening_power",), head=False, free=True),
@@ -120,9 +119,9 @@ MODELS = (
           "mean", ("pixels", "backbone", "sets"), _has_several_sets, compared=True),
     Model("fused", "the learned attention over the sets",
           "neighbors_fusion", ("pixels", "backbone", "sets", "neighbors_fusion"), _has_several_sets,
-          compared=True, pictured=True),
+          compared=True),
     Model("student", "one adaptor set that was taught by the fused model",
-          "student", ("pixels", "backbone", "student"), _has_several_sets, compared=True, pictured=True),
+          "student", ("pixels", "backbone", "student"), _has_several_sets, compared=True),
     Model("fused_views", "the ablation: attention learned from two views of an image instead of neighbours",
           "views_fusion", ("pixels", "backbone", "sets", "views_fusion"), lambda config: "views" in fusions(config)),
     Model("concat", "the sets' embeddings side by side: an upper reference of several times the size",

@@ -57,10 +57,10 @@ def grappa(*arguments: str) -> Result:
 def _read(run: Path, image: Path, work: Path) -> dict[str, str]:
     """Return what each reader says or writes: the text of its results, or the sentence with which it refuses."""
     found = {"search": _said(grappa("search", str(run), str(image), "-k", "3", "--json"))}
-    for command, results in {"export": _exported, "report": _reported}.items():
+    for command, (results, *options) in {"export": (_exported,), "report": (_reported, "--folder")}.items():
         folder = work / command
         shutil.rmtree(folder, ignore_errors=True)
-        said = _said(grappa(command, str(run), str(folder)))
+        said = _said(grappa(command, str(run), str(folder), *options))
         found[command] = results(folder) if folder.exists() else said
     return found
 

@@ -197,7 +197,7 @@ def test_a_run_with_such_names_prints_and_reports_them(tmp_path: Path) -> None:
     found = json.loads(CliRunner().invoke(app, ["search", str(run.root), image, "--json"]).stdout)
     assert {each["domain"] for each in found} <= {*DOMAINS.values()}
 
-    write_report(run.root, tmp_path / "report")
+    write_report(run.root, tmp_path / "report", folder=True)
     words = _rendered((tmp_path / "report" / "results.md").read_text())
     assert not words.tags & {"b", "em", "a", "code", "img", "s"}
     assert {printable(name) for name in DOMAINS.values()} <= {_one_line(place) for place in words.places}

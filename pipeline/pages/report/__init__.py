@@ -1,1 +1,1 @@
-"""`grappa report`: the results of a finished run as one folder of plain files, to read and to share."""
+"""`grappa report`: the results of a finished run as one page, or as a folder of plain files, to read and to share."""

@@ -1,45 +1,26 @@
-"""Examples of a report: test queries with their nearest images, before and after, right and wrong."""
+"""Examples of a report: test queries with their nearest images, before and after adaptation, right and wrong."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from PIL import Image
 
 from grappa.core.randomness import id_numbers, key, shuffled
 from grappa.images.splits import test_rows
-from grappa.pipeline.graph.models import MODELS
 from grappa.pipeline.graph.node import Node
-from grappa.pipeline.opening import published_pixels, read_images
+from grappa.pipeline.open_run import open_run
+from grappa.pipeline.pages.explore.collection import Space
+from grappa.pipeline.pages.report.pictures import Shown
 from grappa.pipeline.store.artifacts import RunFolder, published
 
-PICTURED = tuple(model.name for model in MODELS if model.pictured)
 NUM_NEAREST = 8
-MAX_DOMAINS = 12
-THUMBNAIL_SIDE = 104
-BLOCK_ROWS = 65536
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A thumbnail of ``row`` of the image table; ``right``: whether it has the query's class, None where not known."""
-
-    row: int
-    domain: str
-    label: str
-    path: str
-    similarity: float | None = None
-    right: bool | None = None
-
-    @property
-    def file(self) -> str:
-        return f"{self.row:07d}.jpg"
+MAX_QUERIES = 12
+MAX_BY_DOMAIN = 3
 
 
 @dataclass(frozen=True)
@@ -49,6 +30,12 @@ class Ranking:
     model: str
     average_precision: float | None
     nearest: list[Shown]
+
+    @property
+    def score(self) -> str:
+        """How many of the nearest images are of the query's class, such as ``5 of 8 right``; "" without labels."""
+        known = [each.right for each in self.nearest if each.right is not None]
+        return f"{sum(known)} of {len(known)} right" if known else ""
 
 
 @dataclass(frozen=True)
@@ -63,107 +50,92 @@ class Example:
 def load_examples(
     run: RunFolder, models: Mapping[str, Node], per_query: pd.DataFrame, *, seed: int = 0
 ) -> list[Example]:
-    """Return the examples of a run: for each domain one query drawn at random, and with labels two more queries.
+    """Return the examples of a run: for each domain a query drawn at random, then, with labels, two more queries.
 
     These two have the largest gain and the largest loss of average precision from the first to the second of
-    ``models``. ``models`` maps a model to the node of its embeddings. The gallery is merged: all test images except the
-    query.
+    ``models``; without labels further ones are drawn. ``models`` maps a model to the node of its embeddings. The
+    gallery is merged: all test images except the query.
     """
-    images = read_images(published(run, "images", "images.parquet"))
-    labels = pd.read_parquet(published(run, "images", "labels.parquet") / "labels.parquet")["label"]
+    images = open_run(run.root).assignments()
     rows, _ = test_rows(images)
-    table = images.iloc[rows].assign(row=rows, label=labels.iloc[rows].to_numpy(dtype=object)).reset_index(drop=True)
-    precision = _precision(table, list(models), per_query)
-    chosen = choose(table, precision, seed=seed)
-    places = [place for _, place in chosen]
-    found = {model: _nearest(published(run, source), rows, np.array(places)) for model, source in models.items()}
-    return [_example(table, precision, found, why, place, number) for number, (why, place) in enumerate(chosen)]
+    tested = images.iloc[rows].reset_index()
+    precision = _precision(tested, list(models), per_query)
+    chosen = [(why, int(rows[place])) for why, place in choose(tested, precision, seed=seed)]
+    allowed = np.zeros(len(images), dtype=bool)
+    allowed[rows] = True
+    spaces = [_space(run, model, node) for model, node in models.items()]
+    known = precision.set_axis(rows, axis=0)
+    return [_example(images, spaces, known, allowed, why, row) for why, row in chosen]
 
 
 def choose(table: pd.DataFrame, precision: pd.DataFrame, *, seed: int = 0) -> list[tuple[str, int]]:
-    """Return (reason, position in ``table``) of the queries to show, by domain, without repeated images.
+    """Return (reason, position in ``table``) of at most ``MAX_QUERIES`` queries to show, by domain, none twice.
 
+    Every domain gets its first query before one gets a second; with more domains than queries, the last ones by name
+    have none.
     ``precision``: the average precision of the images by model, in the order of ``table``; NaN without a label.
     """
-    order = shuffled(key(seed, "report"), id_numbers(table["image_id"].tolist()))
+    order = np.asarray(shuffled(key(seed, "report"), id_numbers(table["image_id"].tolist())))
     scored = precision.notna().all(axis=1).to_numpy() if len(precision.columns) else np.zeros(len(table), dtype=bool)
-    chosen: list[tuple[str, int]] = []
-    for domain in sorted(table["domain"].unique())[:MAX_DOMAINS]:
-        own = [int(place) for place in order if table["domain"].iloc[place] == domain]
-        known = [place for place in own if scored[place]]
-        picks = [("drawn at random", (known or own)[0])]
-        if known and len(precision.columns) > 1:
-            gain = (precision.iloc[:, 1] - precision.iloc[:, 0]).to_numpy()
-            best, worst = known[int(gain[known].argmax())], known[int(gain[known].argmin())]
-            picks += [("the largest gain", best)] if gain[best] > 0 else []
-            picks += [("the largest loss", worst)] if gain[worst] < 0 else []
-        places = [place for _, place in picks]
-        chosen += [pick for number, pick in enumerate(picks) if pick[1] not in places[:number]]
-    return chosen
+    gain = (precision.iloc[:, -1] - precision.iloc[:, 0]).to_numpy() if len(precision.columns) > 1 else None
+    domains, found = table["domain"].to_numpy(dtype=object)[order], []
+    for domain in sorted(set(domains))[:MAX_QUERIES]:
+        picks = _picks(order[domains == domain], scored, gain)
+        found += [(number, domain, pick) for number, pick in enumerate(picks)]
+    first = sorted(found, key=lambda each: each[:2])[:MAX_QUERIES]
+    return [pick for _, _, pick in sorted(first, key=lambda each: (each[1], each[0]))]
 
 
-def write_thumbnails(run: RunFolder, examples: Sequence[Example], folder: Path) -> None:
-    """Write a JPEG of every image that is shown, from the pixel cache."""
-    everyone = [shown for each in examples for shown in (each.query, *(x for r in each.rankings for x in r.nearest))]
-    cache = published_pixels(run, [shown.row for shown in everyone])
-    for row, file in sorted({(shown.row, shown.file) for shown in everyone}):
-        image = Image.fromarray(np.array(cache.image(row)))
-        image.thumbnail((2 * THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        buffer = io.BytesIO()
-        image.save(buffer, format="JPEG", quality=85)
-        (folder / file).write_bytes(buffer.getvalue())
+def _picks(own: NDArray[np.int64], scored: NDArray[np.bool_], gain: NDArray[Any] | None) -> list[tuple[str, int]]:
+    """Return (reason, position) of the queries of a domain, the most wanted first; own (n,): its images, shuffled."""
+    known = own[scored[own]]
+    if not len(known):
+        return [("drawn at random", int(place)) for place in own[:MAX_BY_DOMAIN]]
+    picks = {int(known[0]): "drawn at random"}
+    if gain is not None:
+        best, worst = known[gain[known].argmax()], known[gain[known].argmin()]
+        if gain[best] > 0:
+            picks.setdefault(int(best), "the largest gain")
+        if gain[worst] < 0:
+            picks.setdefault(int(worst), "the largest loss")
+    return [(why, place) for place, why in picks.items()]
 
 
-def _precision(table: pd.DataFrame, models: Sequence[str], per_query: pd.DataFrame) -> pd.DataFrame:
+def _precision(table: pd.DataFrame, models: list[str], per_query: pd.DataFrame) -> pd.DataFrame:
     """Return the average precision in the merged gallery: rows are the images of ``table``, columns the models."""
     if "average_precision" not in per_query:
         return pd.DataFrame(index=table.index)
     own = per_query[per_query["gallery"] == "merged"]
     wide = own[own["model"].isin(models)].pivot(index="image_id", columns="model", values="average_precision")
-    return wide.reindex(index=table["image_id"], columns=[each for each in models if each in wide]).reset_index(
-        drop=True
-    )
+    known = [each for each in models if each in wide]
+    return wide.reindex(index=table["image_id"], columns=known).reset_index(drop=True)
 
 
-def _nearest(
-    folder: Path, rows: NDArray[np.int64], places: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the nearest images of Q queries: positions in ``rows`` (Q, k) and cosines (Q, k), largest first.
-
-    ``rows``: rows of the image table that are searched; ``places``: the positions of the queries in ``rows``.
-    """
-    embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
-    queries = np.asarray(embeddings[rows[places]])
-    blocks = [np.asarray(embeddings[rows[at : at + BLOCK_ROWS]]) for at in range(0, len(rows), BLOCK_ROWS)]
-    similarities = np.concatenate([queries @ block.T for block in blocks], axis=1)
-    similarities[np.arange(len(places)), places] = -np.inf
-    nearest = np.argsort(-similarities, axis=1, kind="stable")[:, : min(NUM_NEAREST, len(rows) - 1)]
-    return nearest, np.take_along_axis(similarities, nearest, axis=1)
+def _space(run: RunFolder, model: str, node: Node) -> Space:
+    file = published(run, node, "embeddings.npy") / "embeddings.npy"
+    return Space(model, np.load(file, mmap_mode="r", allow_pickle=False))
 
 
 def _example(
-    table: pd.DataFrame,
-    precision: pd.DataFrame,
-    found: dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]],
-    why: str,
-    place: int,
-    number: int,
+    images: pd.DataFrame, spaces: list[Space], precision: pd.DataFrame, allowed: NDArray[np.bool_], why: str, row: int
 ) -> Example:
-    rankings = []
-    for model, (nearest, similarities) in found.items():
-        shown = [
-            _shown(table, int(other), place, float(similarity))
-            for other, similarity in zip(nearest[number], similarities[number], strict=True)
+    rankings: list[Ranking] = []
+    others = allowed.copy()
+    others[row] = False
+    for space in spaces:
+        found = space.nearest(np.asarray(space.embeddings[row]), NUM_NEAREST, others)
+        before = {each.row for each in rankings[0].nearest} if rankings else None
+        nearest = [
+            _neighbor(images, int(other), row, float(similarity), before)
+            for other, similarity in zip(*found, strict=True)
         ]
-        value = float(precision[model].iloc[place]) if model in precision else float("nan")
-        rankings.append(Ranking(model, None if np.isnan(value) else value, shown))
-    return Example(why, _shown(table, place), rankings)
+        value = float(precision[space.model].loc[row]) if space.model in precision else float("nan")
+        rankings.append(Ranking(space.model, None if np.isnan(value) else value, nearest))
+    return Example(why, Shown.of(images, row), rankings)
 
 
-def _shown(table: pd.DataFrame, place: int, query: int | None = None, similarity: float | None = None) -> Shown:
-    line = table.iloc[place]
-    right = None
-    if query is not None and not pd.isna(line["label"]) and not pd.isna(table["label"].iloc[query]):
-        right = bool(line["label"] == table["label"].iloc[query] and line["domain"] == table["domain"].iloc[query])
-    label = "" if pd.isna(line["label"]) else str(line["label"]).removeprefix(f"{line['domain']}/")
-    return Shown(int(line["row"]), str(line["domain"]), label, str(line["path"]), similarity, right)
+def _neighbor(images: pd.DataFrame, row: int, query: int, similarity: float, before: set[int] | None) -> Shown:
+    own, other = images.iloc[row], images.iloc[query]
+    known = not pd.isna(own["label"]) and not pd.isna(other["label"])
+    right = bool(own["label"] == other["label"] and own["domain"] == other["domain"]) if known else None
+    return Shown.of(images, row, similarity=similarity, right=right, new=before is not None and row not in before)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib
 import numpy as np
@@ -31,14 +31,16 @@ STYLE: Any = {
 }
 NO_METRICS = {"stage", "instance", "step", "epoch", "learning_rate"}
 MAX_NAME = 18
+MAX_DOMAINS = 24  # the first ones by name are drawn in maps
+MAX_NUMBERS = 150  # cells of a map up to which their values are written
 
 
 @matplotlib.rc_context(STYLE)
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as SVG without a date."""
+def save(figure: Figure, target: Path | BinaryIO) -> None:
+    """Write a figure as SVG without a date and without a background: the page's own is behind it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # the font draws a box for a letter that it lacks
-        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
 
 
 @matplotlib.rc_context(STYLE)
@@ -91,10 +93,10 @@ def cluster_sizes(sizes: pd.DataFrame) -> Figure:
 def shared_clusters(mix: pd.DataFrame) -> Figure:
     """Return the shares of all domains in the cluster of an image, by the image's domain: an (M, M) map a granularity.
 
-    ``mix`` is the table of ``grappa.pipeline.tables.domain_mix``. Rows of a map sum to 1; where the diagonal is 1, no
-    cluster mixes domains.
+    ``mix`` is the table of ``grappa.pipeline.tables.domain_mix``. At most ``MAX_DOMAINS`` are drawn. Rows of a map of
+    all domains sum to 1; where the diagonal is 1, no cluster mixes domains.
     """
-    names = sorted(mix["domain"].unique())
+    names = sorted(mix["domain"].unique())[:MAX_DOMAINS]
     granularities = list(mix["granularity"].unique())
     side = max(2.2, 0.32 * len(names) + 1.0)
     figure, axes = _grid(len(granularities), 4, side, side)
@@ -119,7 +121,7 @@ def attention(table: pd.DataFrame) -> Figure:
     ``table`` is the table of ``grappa.pipeline.tables.load_attention``.
     """
     blocks = list(table["block"].unique())
-    names, granularities = list(table["domain"].unique()), list(table["granularity"].unique())
+    names, granularities = list(table["domain"].unique())[:MAX_DOMAINS], list(table["granularity"].unique())
     figure, axes = _grid(len(blocks), 4, max(2.2, 0.42 * len(granularities) + 1.2), max(1.6, 0.26 * len(names) + 0.9))
     for axis, block in zip(axes, blocks, strict=True):
         own = table[table["block"] == block].pivot(index="domain", columns="granularity", values="mean")
@@ -137,14 +139,14 @@ def _grid(number: int, columns: int, width: float, height: float) -> tuple[Figur
 
 
 def _map(axis: Axes, values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], title: str) -> None:
-    """Draw a map of values in 0..1, and the values as numbers."""
+    """Draw a map of values in 0..1, and the values as numbers where they are few."""
     axis.pcolormesh(values, cmap="Blues", vmin=0.0, vmax=1.0)
     axis.invert_yaxis()
     axis.set_xticks(np.arange(len(columns)) + 0.5, list(columns), rotation=90, fontsize=7)
     axis.set_yticks(np.arange(len(rows)) + 0.5, list(rows), fontsize=7)
     axis.tick_params(length=0)
     axis.set_title(title)
-    for (row, column), value in np.ndenumerate(values):
+    for (row, column), value in np.ndenumerate(values) if values.size <= MAX_NUMBERS else ():
         text = f"{value:.2f}".replace("0.", ".", 1)
         color = "white" if value > 0.6 else "black"
         axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6, color=color)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -100,6 +100,59 @@ def verdict_table(found: Verdict) -> Table:
         rows.append([each.model, number(each.indicator), "-" if reference else gain_text(asdict(each))])
     strong = frozenset((row, 2) for row, each in enumerate(found.models) if each.low > 0)
     return Table("verdict", ["", "neighbourhood standout", "difference"], rows, strong)
+
+
+def before_after_table(metrics: pd.DataFrame, found: Mapping[str, pd.DataFrame], model: str) -> Table:
+    """Return the table that matters where labels are known: mAP before and after adaptation, a row for each domain.
+
+    ``found``: the table of ``comparisons`` by gallery. Columns: the frozen backbone, the best model without training in
+    the domain, ``model``, its gain over that. The last row is the mean in the merged gallery. Sure gains are stressed.
+    """
+    rows: list[list[str]] = []
+    strong: set[tuple[int, int]] = set()
+    for gallery, own in found.items():
+        values = metrics[metrics["gallery"] == gallery].set_index(["model", "domain"])["map"]
+        gains = own[(own["candidate"] == model) & (own["against"] == "zero-shot")].set_index("domain")
+        for domain in gains.index if gallery == "domain" else [MEAN]:
+            gain = gains.loc[domain]
+            strong |= {(len(rows), 4)} if gain["low"] > 0 else set()
+            compared = ("zero_shot", gain["reference"], model)
+            numbers = [number(float(values.get((each, domain), np.nan))) for each in compared]
+            name = domain_name(domain) if gallery == "domain" else "mean, merged"
+            rows.append([name, *numbers, gain_text(gain)])
+    return Table("before and after", ["mAP", "frozen", "free", model, "gain"], rows, frozenset(strong))
+
+
+def reciprocity_table(metrics: pd.DataFrame) -> Table | None:
+    """Return the reciprocity of neighbours in the merged gallery, models by domains; None in older evaluations."""
+    if "reciprocity" not in metrics or not metrics["reciprocity"].notna().any():
+        return None
+    own = metrics[(metrics["gallery"] == "merged") & metrics["reciprocity"].notna()].set_index(["model", "domain"])
+    models, domains = (list(own.index.get_level_values(level).unique()) for level in ("model", "domain"))
+    rows = [[model, *(_cell(own["reciprocity"].get((model, each), np.nan)) for each in domains)] for model in models]
+    return Table("reciprocity", ["", *map(domain_name, domains)], rows)
+
+
+def by_domain_table(found: pd.DataFrame, value: str, title: str) -> Table:
+    """Return one column of a table of granularity and domain as granularities by domains."""
+    wide = found.astype({"granularity": str, "domain": str}).set_index(["granularity", "domain"])[value]
+    granularities, domains = (list(dict.fromkeys(wide.index.get_level_values(level))) for level in (0, 1))
+    rows = [[name, *(_cell(wide.get((name, domain), np.nan)) for domain in domains)] for name in granularities]
+    return Table(title, [title, *map(domain_name, domains)], rows)
+
+
+def own_domain(mix: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean share of an image's own domain in its cluster (0 to 1): granularity, domain, share.
+
+    ``mix`` is the table of ``grappa.Run.domain_mix``; the domain ``_mean`` is the mean over domains.
+    """
+    mix = mix.astype({"granularity": str, "domain": str})
+    weighted = mix.assign(share=mix["share"] * mix["num_images"]).groupby(["granularity", "domain"], sort=False)
+    sums = weighted[["share", "num_images"]].sum()
+    shares = (sums["share"] / sums["num_images"]).rename("share").reset_index()
+    shares = shares.sort_values("domain", kind="stable")
+    means = shares.groupby("granularity", sort=False)["share"].mean().reset_index().assign(domain=MEAN)
+    return pd.concat([shares, means], ignore_index=True)
 
 
 def agreement_table(found: pd.DataFrame) -> Table | None:

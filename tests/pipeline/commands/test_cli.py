@@ -115,7 +115,8 @@ def test_the_table_comes_at_the_end(fakes: FakeStages) -> None:
         (["status", "EMPTY"], "is not a run folder"),
         (["search", "RUN", "NEW"], "new: No such file or directory"),
         (["export", "RUN", "NEW"], "model is missing in"),
-        (["report", "RUN", "NEW"], "evaluation is missing in"),
+        (["report", "RUN"], "evaluation is missing in"),
+        (["report", "RUN", "NEW"], "new does not end in .html; give a name that does, or --folder"),
     ],
 )
 def test_errors_are_one_sentence(fakes: FakeStages, tmp_path: Path, arguments: list[str], sentence: str) -> None:

@@ -95,7 +95,7 @@ def test_the_model_is_exported_searched_and_reported(run: RunFolder, material: P
     assert float(embedding @ stored[row]) > 0.999
     in_blocks = sum(len(block.in_context) for block in (model.adaptation,))
     assert in_blocks == 0, "in-context adaptors are folded into the backbone"
-    write_report(run.root, tmp_path / "report")
+    write_report(run.root, tmp_path / "report", folder=True)
     page = (tmp_path / "report" / "index.html").read_text()
     assert "supervised" in page and "Granularity attention" not in page and 'id="clusters"' not in page
 

@@ -18,9 +18,12 @@ from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.graph.models import evaluated_models
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import with_upstream
-from grappa.pipeline.pages.report import costs, examples, figures, summary
+from grappa.pipeline.pages.report import costs, examples, medoids, summary
+from grappa.pipeline.pages.report import page as page_module
+from grappa.pipeline.pages.report.content import limits
 from grappa.pipeline.pages.report.page import write_report
-from grappa.pipeline.store.artifacts import RunFolder
+from grappa.pipeline.store.artifacts import RunFolder, quoted
+from grappa.pipeline.store.edits import Edits, clustering_of, write_edits
 from tests.helpers.tiny import draw_images, make_run, run_all, sign_again, split_of, write_table, write_weights
 from tests.helpers.verdicts import VERDICT, publish_verdict
 
@@ -45,7 +48,7 @@ def run(material: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 @pytest.fixture(scope="module")
 def report(run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reports") / "report"
-    write_report(run.root, folder)
+    write_report(run.root, folder, folder=True)
     return folder
 
 
@@ -61,17 +64,20 @@ class Page(HTMLParser):
         super().__init__()
         self.targets: list[str] = []
         self.ids: set[str] = set()
-        self.text = ""
-        self.feed(path.read_text(encoding="utf-8"))
+        self.tags: set[str] = set()
+        self.text, self.tag = "", ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        assert tag not in ("script", "iframe", "object")
+        found, self.tag = dict(attrs), tag
+        assert tag not in ("iframe", "object") and (tag != "script" or not attrs), "the one script is in the page"
+        self.tags.add(tag)
         self.targets += [value for name in ("src", "href") if (value := found.get(name))]
         self.ids |= {value for name, value in found.items() if name == "id" and value}
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += data if self.tag not in ("style", "script") else ""
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -95,7 +101,7 @@ def test_the_report_needs_nothing_but_its_own_folder(report: Path) -> None:
 
 
 def test_the_same_run_gives_the_same_bytes(run: RunFolder, report: Path, tmp_path: Path) -> None:
-    write_report(run.root, tmp_path / "again")
+    write_report(run.root, tmp_path / "again", folder=True)
     assert _files(tmp_path / "again") == _files(report)
 
 
@@ -113,16 +119,20 @@ def test_the_tables_hold_the_numbers_of_the_evaluation(run: RunFolder, report: P
         assert heading in page
     assert "Not up to date" not in page
     shown = (report / "index.html").read_text(encoding="utf-8")
-    assert shown.count('class="shown right"') > 0 and shown.count('class="shown wrong"') > 0
+    assert shown.count('class="photo right"') > 0 and shown.count('class="photo wrong"') > 0
 
 
 def test_the_verdict_stands_on_top_beside_what_the_labels_say(copy: RunFolder, tmp_path: Path) -> None:
     publish_verdict(copy)
-    write_report(copy.root, tmp_path / "report")
+    write_report(copy.root, tmp_path / "report", folder=True)
     page = Page(tmp_path / "report" / "index.html").text
     text = (tmp_path / "report" / "results.md").read_text(encoding="utf-8")
-    assert f"Verdict: helped. {VERDICT['evidence']} The deployed model is fused." in page
-    assert page.index("Verdict: helped.") < page.index("pseudo-granularities")
+    headline = "Adaptation helped: the deployed model is fused, the learned attention over the sets."
+    order = [
+        page.index(each)
+        for each in (headline, VERDICT["evidence"], "best of what needs no training", "Neighbours before")
+    ]
+    assert order == sorted(order), "the verdict, its evidence, the one table, then all else"
     assert text.splitlines()[2] == f"**Verdict: helped.** {VERDICT['evidence']} The deployed model is fused."
     assert "| fused | 2.950 | **+.340 [+.290,\u00a0+.380]** |" in text
     assert "of 1,024 test images" in page and "of 1,024 test images" in text
@@ -147,7 +157,7 @@ def test_where_the_frozen_backbone_is_deployed_the_labels_tell_what_training_gav
     text = copy.config_path.read_text()
     assert "  source: fused" in text
     copy.config_path.write_text(text.replace("  source: fused", "  source: auto"))
-    write_report(copy.root, tmp_path / "report")
+    write_report(copy.root, tmp_path / "report", folder=True)
     text = (tmp_path / "report" / "results.md").read_text(encoding="utf-8")
     told = [line.split(": ")[1].split()[0] for line in text.splitlines() if line.startswith("- by the labels of")]
     assert told == ["mean", "fused", "student"] * 2
@@ -155,79 +165,10 @@ def test_where_the_frozen_backbone_is_deployed_the_labels_tell_what_training_gav
 
 def test_a_run_without_a_verdict_shows_nothing_of_it(copy: RunFolder, tmp_path: Path) -> None:
     shutil.rmtree(copy.root / "verdict", ignore_errors=True)
-    write_report(copy.root, tmp_path / "report")
+    write_report(copy.root, tmp_path / "report", folder=True)
     for file in ("index.html", "results.md"):
         written = (tmp_path / "report" / file).read_text(encoding="utf-8")
         assert "Verdict" not in written and "standout" not in written
-
-
-def test_a_deployed_model_that_needs_no_training_has_no_gain() -> None:
-    found = summary.comparisons(*_frames(), "domain", deployed="zero_shot")
-    assert set(found["candidate"]) == {"mean", "fused"}
-
-
-def _frames() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Metrics and queries of two domains of two: whitening is the better zero-shot row for birds, plain for cars."""
-    values = {
-        "zero_shot": [0.2, 0.4, 0.6, 0.6],
-        "zero_shot_whitened": [0.4, 0.4, 0.1, 0.3],
-        "mean": [0.5, 0.5, 0.5, 0.5],
-        "fused": [0.5, 0.7, 0.5, 0.3],
-    }
-    rows = [
-        {"image_id": f"i{place}", "domain": "birds" if place < 2 else "cars", "model": model, "gallery": "domain"}
-        | {"num_positives": 1, "average_precision": value}
-        for model, own in values.items()
-        for place, value in enumerate(own)
-    ]
-    per_query = pd.DataFrame(rows)
-    means = per_query.groupby(["model", "gallery", "domain"], sort=False)["average_precision"].mean().rename("map")
-    both = means.groupby(["model", "gallery"], sort=False).mean().reset_index().assign(domain="_mean")
-    return pd.concat([means.reset_index(), both], ignore_index=True), per_query
-
-
-def test_gains_count_against_the_better_zero_shot_row_of_each_column() -> None:
-    found = summary.comparisons(*_frames(), "domain").set_index(["candidate", "against", "domain"])
-    assert found.loc[("fused", "zero-shot", "birds"), "reference"] == "zero_shot_whitened"
-    assert found.loc[("fused", "zero-shot", "cars"), "reference"] == "zero_shot"
-    assert found.loc[("fused", "zero-shot", "_mean"), "reference"] == "zero_shot"
-    differences = found["difference"]
-    assert differences["fused", "zero-shot", "birds"] == pytest.approx(0.2)
-    assert differences["fused", "zero-shot", "cars"] == pytest.approx(-0.2)
-    assert differences["fused", "zero-shot", "_mean"] == pytest.approx(0.05)
-    assert differences["fused", "mean", "_mean"] == pytest.approx(0.0)
-    assert found.loc[("fused", "zero-shot", "birds"), "relative"] == pytest.approx(0.5)
-    # Birds gain .1 or .3, each of two draws: between .1 and .3 on average.
-    assert found.loc[("fused", "zero-shot", "birds"), ["low", "high"]].tolist() == pytest.approx([0.1, 0.3])
-    assert ("student", "zero-shot", "birds") not in found.index
-
-
-def test_only_gains_beyond_their_interval_are_stressed_and_called_above() -> None:
-    found = summary.comparisons(*_frames(), "domain")
-    table = summary.gain_table(found)
-    assert table.header == ["", "birds", "cars", "mean"]
-    assert [row[0] for row in table.rows] == [
-        "mean vs the best zero-shot",
-        "fused vs the best zero-shot",
-        "fused vs mean",
-    ]
-    assert table.rows[1][1] == "+.200 [+.100,\u00a0+.300]"
-    assert (1, 1) in table.strong and (1, 2) not in table.strong and (1, 3) not in table.strong
-    lines = dict(zip(zip(found["candidate"], found["against"], found["domain"], strict=True), found.iloc, strict=True))
-    assert summary.gain_sentence(lines["fused", "zero-shot", "birds"]).startswith(
-        "fused is above zero_shot_whitened (+50.0%, "
-    )
-    assert summary.gain_sentence(lines["fused", "zero-shot", "cars"]).startswith("fused is below zero_shot (")
-    assert "not to be told apart from" in summary.gain_sentence(lines["fused", "zero-shot", "_mean"])
-
-
-@pytest.mark.parametrize("reader", ["oracle", "supervised"])
-def test_the_best_of_a_column_is_stressed_what_saw_labels_aside(reader: str) -> None:
-    metrics = _frames()[0]
-    oracle = pd.DataFrame({"model": reader, "gallery": "domain", "domain": ["birds", "cars", "_mean"], "map": 0.9})
-    table = summary.result_table(pd.concat([metrics, oracle]), "domain")
-    assert table.strong == {(3, 1), (0, 2), (2, 3), (3, 3)}, "the two means are equal"
-    assert table.markdown().splitlines()[2] == "| zero_shot | .300 | **.600** | .450 |"
 
 
 def test_the_agreement_of_clusters_and_labels_is_shown(run: RunFolder, report: Path) -> None:
@@ -243,35 +184,11 @@ def test_the_agreement_of_clusters_and_labels_is_shown(run: RunFolder, report: P
     assert "Agreement with the labels of the train images" in Page(report / "index.html").text
 
 
-def test_the_best_granularity_of_a_domain_is_stressed() -> None:
-    values = {"k00004": [0.5, 0.1, 0.3], "k00008": [0.2, 0.4, 0.3]}
-    rows = [
-        {"granularity": name, "domain": domain, "num_images": 9, "purity": 0.9, "nmi": 0.8, "ami": ami}
-        for name, own in values.items()
-        for domain, ami in zip(["birds", "cars", "_mean"], own, strict=True)
-    ]
-    table = summary.agreement_table(pd.DataFrame(rows))
-    assert table is not None and table.strong == {(0, 1), (1, 2), (0, 3), (1, 3)}
-    assert table.rows[0] == ["k00004", ".500", ".100", ".300", ".800", ".900"]
-    assert summary.agreement_table(pd.DataFrame(rows).assign(num_images=0)) is None
-
-
 def test_a_run_that_an_older_version_evaluated_is_reported_as_before(copy: RunFolder, tmp_path: Path) -> None:
     (copy.root / "evaluation" / "clusters.csv").unlink()
     sign_again(copy.root / "evaluation")
-    write_report(copy.root, tmp_path / "report")
+    write_report(copy.root, tmp_path / "report", folder=True)
     assert "Agreement with the labels" not in Page(tmp_path / "report" / "index.html").text
-
-
-def test_numbers_are_short() -> None:
-    assert [summary.number(value) for value in (0.0864, -0.05, 1.3863, 0.0, 1.0)] == [
-        ".086",
-        "-.050",
-        "1.386",
-        ".000",
-        "1.000",
-    ]
-    assert summary.number(float("nan")) == "-"
 
 
 def test_a_model_costs_what_it_depends_on(run: RunFolder, copy: RunFolder) -> None:
@@ -294,13 +211,6 @@ def test_a_model_costs_what_it_depends_on(run: RunFolder, copy: RunFolder) -> No
     assert costs.partly_known(again) == ["adaptors/k00004"]
     by_model = {cells[0]: cells for cells in costs.cost_table(again, ["k00004", "k00008"]).rows}
     assert by_model["k00004"][-2].endswith("*") and not by_model["k00008"][-2].endswith("*")
-
-
-def test_shares_of_domains_in_clusters() -> None:
-    mix = pd.DataFrame(
-        {"pseudo_label": [0, 0, 1], "domain": ["a", "b", "a"], "num_images": [1, 3, 1], "share": [0.25, 0.75, 1.0]}
-    )
-    np.testing.assert_allclose(figures.domain_shares(mix, ["a", "b"]), [[(0.25 + 1) / 2, 0.375], [0.25, 0.75]])
 
 
 def test_examples_are_nearest_images_marked_by_class(run: RunFolder) -> None:
@@ -330,7 +240,7 @@ def test_examples_hold_the_largest_gain_and_the_largest_loss() -> None:
     assert chosen == examples.choose(table, precision)
     assert {place for _, place in chosen} >= {1, 3, 5}, "the best, the worst, and what is drawn where nothing is known"
     unlabeled = examples.choose(table, pd.DataFrame(index=table.index))
-    assert [why for why, _ in unlabeled] == ["drawn at random"] * 2
+    assert [why for why, _ in unlabeled] == ["drawn at random"] * 4, "more of a domain where nothing else is known"
 
 
 def test_odd_names_and_a_run_without_labels(material: Path, tmp_path: Path) -> None:
@@ -340,19 +250,24 @@ def test_odd_names_and_a_run_without_labels(material: Path, tmp_path: Path) -> N
         name = odd[path.parts[-3]].replace('"', '""')
         lines.append(f'{path},"{name}"')
     (tmp_path / "odd.csv").write_text("\n".join(lines))
-    made = make_run(tmp_path / "odd", [tmp_path / "odd.csv"], material / "weights.safetensors")
+    made = make_run(tmp_path / "a<b>\"\n\u202e'", [tmp_path / "odd.csv"], material / "weights.safetensors")
     run_all(made)
     shutil.rmtree(made.root / "attention")
     publish_verdict(made, VERDICT | {"verdict": "hurt", "choice": "zero_shot", "images": "train"})
-    write_report(made.root, tmp_path / "report")
+    write_report(made.root, tmp_path / "report", folder=True)
     page = Page(tmp_path / "report" / "index.html")
     for name in odd.values():
         assert name in page.text, "the page's text is the name, not a tag"
     assert "No test image has a label: nothing was evaluated." in page.text
-    assert "Verdict: hurt." in page.text and "of 1,024 train images" in page.text
+    assert "Adaptation hurt: the deployed model is fused" in page.text and "of 1,024 train images" in page.text
     assert "By the labels" not in page.text and "By labels" not in page.text
-    assert "✓" not in page.text and "Agreement with the labels" not in page.text
-    assert f"grappa run {made.root} --stage attention" in page.text
+    assert (
+        "✓ is" not in page.text
+        and 'class="photo right"' not in page.source
+        and "Agreement with the labels" not in page.text
+    )
+    assert "a<b>\"\\n\\u202e'" in page.text and "b" not in page.tags, "the run's name"
+    assert f"grappa run {quoted(made.root)} --stage attention" in page.text
     assert "attention/neighbors missing" in page.text
     assert "not split: all to learn from and to test" in page.text
     assert not (tmp_path / "report" / "figures" / "attention.svg").exists()
@@ -360,7 +275,7 @@ def test_odd_names_and_a_run_without_labels(material: Path, tmp_path: Path) -> N
 
 def test_an_edited_setting_is_said(copy: RunFolder, material: Path, tmp_path: Path) -> None:
     make_run(copy.root, [], material / "weights.safetensors", evaluation__seed=5)
-    write_report(copy.root, tmp_path / "report")
+    write_report(copy.root, tmp_path / "report", folder=True)
     line = "evaluation stale: config evaluation.seed: 0 -> 5"
     assert f"- {line}\n" in (tmp_path / "report" / "results.md").read_text(encoding="utf-8")
     page = Page(tmp_path / "report" / "index.html").text
@@ -369,25 +284,108 @@ def test_an_edited_setting_is_said(copy: RunFolder, material: Path, tmp_path: Pa
 
 def test_what_cannot_be_reported_is_one_sentence(copy: RunFolder, material: Path, tmp_path: Path) -> None:
     folder = tmp_path / "report"
-    call = CliRunner().invoke(app, ["report", str(tmp_path / "none"), str(folder)])
+    call = CliRunner().invoke(app, ["report", str(tmp_path / "none"), "--folder"])
     assert call.exit_code == 1 and "There is no run folder" in call.stderr
     make_run(copy.root, [], material / "weights.safetensors", fusion__seed=3)
     run_all(copy, until="model")
     with pytest.raises(ValueError, match="do not belong together: fusion/neighbors was made again in between"):
-        write_report(copy.root, folder)
+        write_report(copy.root, folder, folder=True)
     shutil.rmtree(copy.root / "evaluation")
     with pytest.raises(ValueError, match=r"evaluation is missing in .*; run `grappa run .* --until evaluation`"):
-        write_report(copy.root, folder)
+        write_report(copy.root, folder, folder=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"], "nothing half-written stays"
     folder.mkdir()
     with pytest.raises(ValueError, match="report exists already; give a new folder"):
+        write_report(copy.root, folder, folder=True)
+    with pytest.raises(ValueError, match=r"the report is one page: .*/report does not end in \.html"):
         write_report(copy.root, folder)
 
 
-def test_the_command_writes_the_report(run: RunFolder, tmp_path: Path) -> None:
-    call = CliRunner().invoke(app, ["report", str(run.root), str(tmp_path / "report")])
-    assert call.exit_code == 0, call.output
-    report = tmp_path / "report"
-    assert call.stdout == (
-        f"wrote the report to {report / 'index.html'}; its tables for a README are in {report / 'results.md'}\n"
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the content of reports out."""
+    monkeypatch.setattr(page_module, "collect", lambda run: {})
+    monkeypatch.setattr(page_module, "_page", lambda run, content, folder: page_module.MARK + b"new")
+    monkeypatch.setattr(page_module, "_render", lambda template, content: "")
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_writes_the_report_beside_the_run(tmp_path: Path) -> None:
+    run, page, folder = tmp_path / "mine", tmp_path / "mine_report.html", tmp_path / "mine_report"
+    RunFolder.create(run)
+    call = CliRunner().invoke(app, ["report", str(run)])
+    assert call.stdout == f"wrote the report to {page} (0.0 MiB, in one file)\n", call.output
+    call = CliRunner().invoke(app, ["report", str(run), "--folder"])
+    results = folder / "results.md"
+    assert call.stdout == f"wrote the report to {folder / 'index.html'}; its tables for a README are in {results}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "mine_report", "mine_report.html"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_report_replaces_a_report_and_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "new" / "report.html"
+    write_report(tmp_path, page)
+    page.write_bytes(page_module.MARK + b"old")
+    write_report(tmp_path, page)
+    assert page.read_bytes().endswith(b"new")
+    page.write_text("<!DOCTYPE html><title>mine</title>")
+    with pytest.raises(ValueError, match="report.html exists already"):
+        write_report(tmp_path, page)
+    assert "mine" in page.read_text()
+
+
+@pytest.mark.usefixtures("quick")
+def test_open_opens_the_page_and_says_where_there_is_no_browser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: bool(opened.append(address)) or len(opened) == 1)
+    page = tmp_path / "a b#c.html"
+    RunFolder.create(tmp_path / "mine")
+    for sentence in ("", f"grappa: warning: no browser could be started here; open {page.as_uri()} in yours\n"):
+        call = CliRunner().invoke(app, ["report", str(tmp_path / "mine"), str(page), "--open"])
+        assert call.exit_code == 0 and call.stderr.endswith(sentence)
+    assert opened == [page.as_uri()] * 2
+
+
+def test_one_page_holds_everything(run: RunFolder, report: Path, tmp_path: Path) -> None:
+    write_report(run.root, tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert page_module.MARK in (tmp_path / "report.html").read_bytes()[: page_module.HEAD_BYTES]
+    assert {target.partition(":")[0] for target in page.targets} == {"data"}
+    assert "url(" not in page.source and "@import" not in page.source
+    in_folder = Page(report / "index.html")
+    assert page.text == in_folder.text and len(page.targets) == len(in_folder.targets)
+    assert (report / "results.md").read_text(encoding="utf-8").strip() in page.text
+
+
+def test_what_is_shown_is_bounded() -> None:
+    number = 3000
+    table = pd.DataFrame({"image_id": [f"i{place}" for place in range(number)], "domain": [""] * number})
+    table["domain"] = [f"d{place % 100:02d}" for place in range(number)]
+    precision = pd.DataFrame({"zero_shot": np.linspace(0, 1, number), "fused": np.linspace(1, 0, number)})
+    assert len({place for _, place in examples.choose(table, precision)}) == examples.MAX_QUERIES
+    table = table.assign(label=None, path="x").set_index("image_id")
+    for place in range(20):
+        table[f"k{place:05d}"], table[f"k{place:05d}_distance"] = np.arange(number) % 500, 0.5
+    found = medoids.load_clusters(table, tuple(f"k{place:05d}" for place in range(20)))
+    assert [found[0].name, found[-1].name, len(found)] == ["k00000", "k00019", medoids.MAX_GRANULARITIES]
+    shown = sum(len(cluster.medoids) for each in found for cluster in each.clusters)
+    most = limits()["pictures"]
+    assert shown + examples.MAX_QUERIES * (1 + 2 * examples.NUM_NEAREST) <= most < 500
+
+
+def test_clusters_are_shown_with_their_names_sizes_domains_and_purity(copy: RunFolder) -> None:
+    table = tables.load_assignments(copy.root)
+    edits = Edits(granularity="k00004", assignments=clustering_of(copy, "k00004"))
+    write_edits(copy, {"k00004": edits.merging([0, 1]).named(0, "<i>mine</i>")})
+    first, _ = medoids.load_clusters(tables.load_assignments(copy.root), ("k00004", "k00008"))
+    assert first.num_clusters == 3 and [each.size for each in first.clusters] == sorted(
+        (each.size for each in first.clusters), reverse=True
     )
+    assert sum(each.size for each in first.clusters) == len(table)
+    assert {each.title for each in first.clusters} == {"<i>mine</i>", "cluster 2", "cluster 3"}
+    for each in first.clusters:
+        assert sum(share.share for share in each.domains) == pytest.approx(1)
+        assert each.purity is not None and 0 < each.purity <= 1 and each.label.startswith("class_")
+        assert 1 <= len(each.medoids) <= medoids.NUM_MEDOIDS
