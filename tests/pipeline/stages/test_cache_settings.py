@@ -24,7 +24,7 @@ from grappa.pipeline.config.yaml_file import ConfigError, load_config
 from grappa.pipeline.engine.status import read_config, states
 from grappa.pipeline.opening import published_pixels
 from grappa.pipeline.pages.explore.thumbnails import NoPictureError, Thumbnails
-from grappa.pipeline.pages.report.examples import Example, Shown, write_thumbnails
+from grappa.pipeline.pages.report.pictures import Pictures
 from grappa.pipeline.store import work
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import digests, draw_images, make_run, run_all, with_other_bytes, write_weights
@@ -110,10 +110,10 @@ def test_added_images_and_thumbnails_are_read_from_each_form(
     image = material / "more" / "stripes" / "class_0" / "1.png"
     nearest = search(run.root, with_other_bytes(image, tmp_path), 1)[0]
     assert nearest["path"] == "stripes/class_0/1.png" and nearest["similarity"] > 0.98
-    (tmp_path / "pictures").mkdir()
-    shown = Shown(3, "d", "l", "p")
-    write_thumbnails(run, [Example("drawn at random", shown, [])], tmp_path / "pictures")
-    with Image.open(tmp_path / "pictures" / shown.file) as picture:
+    (tmp_path / "page").mkdir()
+    pictures = Pictures(run, tmp_path / "page")
+    pictures.check([3])
+    with Image.open(tmp_path / "page" / pictures.image(3)) as picture:
         assert picture.format == "JPEG" and picture.height == 40
     assert Thumbnails(published_pixels(run)).small(3)[:2] == b"\xff\xd8"
 
