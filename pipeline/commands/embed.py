@@ -29,10 +29,12 @@ def embed(run_or_model: Path, images: Path, out: Path, progress: Callable[[int, 
     listed with the reason in ``rejected.parquet`` of the folder. ``progress`` is called with the number of files done
     and of all files. Returns the result in one sentence; ``out`` appears whole or not at all.
     """
+    from grappa.images.originals import refuse_others
     from grappa.images.table import list_images
 
     refuse_existing(out)
     model, listing = load_model(run_or_model), list_images([images], loose_domain="")
+    refuse_others(listing, listing.attrs["roots"], "`grappa embed`")
     if out.suffix.lower() == ".parquet":
         with TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as place:
             sentence = _write(model, listing, Path(place), progress, largest=max_pixels(run_or_model))
