@@ -48,7 +48,7 @@ def init(
     run: Run,
     images: Annotated[
         list[str] | None,
-        typer.Option(metavar="DIR_OR_TABLE", help="a folder, or a table (.csv, .parquet); can be repeated"),
+        typer.Option(metavar="DIR_OR_TABLE", help="a folder, a table (.csv, .parquet), a tar, or a URL; repeatable"),
     ] = None,
     config: Annotated[
         str | None, typer.Option(metavar="NAME_OR_FILE", help="a preset (grappa, small ...) or a YAML file")

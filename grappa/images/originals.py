@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from grappa.images.files import RejectedFileError, UnansweredError, changed, check_size, read_file
-from grappa.images.paths import PLACE_COLUMNS, UNKNOWN, image_file
+from grappa.images.paths import PLACE_COLUMNS, UNKNOWN, ImageTableError, image_file
 from grappa.images.sources import urls
 from grappa.images.sources.shards import OpenShards
 from grappa.images.sources.urls import is_url
@@ -61,6 +61,15 @@ def are_plain_files(rows: pd.DataFrame, roots: Sequence[str]) -> NDArray[np.bool
     """Return which rows are local files of their own, (n,)."""
     local = np.array([not is_url(root) for root in roots], bool)[rows["root"].to_numpy()]
     return local & (rows["offset"].to_numpy() < 0) if "offset" in rows else local
+
+
+def refuse_others(rows: pd.DataFrame, roots: Sequence[str], what: str) -> None:
+    """Raise ImageTableError where not all rows are local files of their own; ``what`` reads no others."""
+    others = rows["path"].to_numpy()[~are_plain_files(rows, roots)]
+    if len(others):
+        raise ImageTableError(
+            f"{others[0]} is no local file: {what} reads local files only; unpack or fetch the images"
+        )
 
 
 def _read_url(url: str, name: str, size: int | None, version: str, max_pixels: int) -> bytes:

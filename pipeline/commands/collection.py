@@ -18,7 +18,7 @@ def add(
     run: Run,
     images: Annotated[
         list[Path] | None,
-        typer.Option(metavar="DIR_OR_TABLE", help="the new images: a folder or a table; can be repeated"),
+        typer.Option(metavar="DIR_OR_TABLE", help="the new images, as for `init`; can be repeated"),
     ] = None,
     layout: Annotated[
         str | None, typer.Option(metavar="LAYOUT", help="what the folders are (default: as `init` was told)")

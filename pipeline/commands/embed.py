@@ -41,11 +41,13 @@ def embed(run_or_model: Path, images: Path, out: Path, progress: Progress | None
     the same call goes on there and writes the same bytes. Memory does not grow with the embeddings. LockedError where
     another process writes ``out``.
     """
+    from grappa.images.originals import refuse_others
     from grappa.images.table import list_images
     from grappa.pipeline.commands.embedded_shards import Shards, work_folder
 
     refuse_existing(out)
     model, listing, largest = load_model(run_or_model), list_images([images], loose_domain=""), max_pixels(run_or_model)
+    refuse_others(listing, listing.attrs["roots"], "`grappa embed`")
     identity = {"model": _model_digests(run_or_model), "batch": BATCH, "max_pixels": largest}
     with storage_errors(out), work_folder(out) as folder:
         shards = Shards(folder, listing, model.embedding_dim, identity)

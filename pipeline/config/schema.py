@@ -34,7 +34,7 @@ Layout = Literal[
 
 
 class Images(Section):
-    sources: tuple[str, ...] = provenance((), "folders or tables (.csv, .parquet) of images")
+    sources: tuple[str, ...] = provenance((), "folders, tables (.csv, .parquet), tars, or URLs of these")
     domains: tuple[str, ...] = provenance((), "further folders as NAME=DIR: all their images are the domain NAME's")
     layout: Layout = provenance(
         "auto",
