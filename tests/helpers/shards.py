@@ -60,8 +60,7 @@ def served(folder: Path) -> Iterator[Served]:
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments, directory=str(folder))
 
-        def log_message(self, *_: Any) -> None:
-            pass
+        def log_message(self, *_: Any) -> None: ...
 
         def do_HEAD(self) -> None:
             self._answer(with_body=False)
@@ -100,8 +99,7 @@ def served(folder: Path) -> Iterator[Served]:
             part = data[first : last + 1]
             if with_body:
                 self.wfile.write(part[: len(part) // 2] if failure == "half" else part)
-            if failure == "half":
-                self.close_connection = True
+            self.close_connection = failure == "half"
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
