@@ -125,8 +125,7 @@ def list_images(
         or "".
 
     Raises:
-        ImageTableError: nothing given or found, a file that has no place in the layout, a table or a shard that breaks
-            a rule or cannot be read, or the same image twice.
+        ImageTableError: nothing found, no place in the layout, a rule broken, unreadable, or the same image twice.
     """
     if not sources and not domains:
         raise ImageTableError("no images given: name at least one folder or table")
@@ -137,8 +136,7 @@ def list_images(
         if not isinstance(given, _Given):
             pieces += _list_table(given)
             continue
-        rows = _rows_of(given, found)
-        root = show(given.root)
+        rows, root = _rows_of(given, found), show(given.root)
         if layout == "auto":
             layouts[root] = recognize(_places(rows))
         pieces.append(_meant(given.root, rows, layouts.get(root, layout), loose_domain))
@@ -148,9 +146,9 @@ def list_images(
         inner = "split/class" if recognize(_places(rows)).startswith("split") else "class"
         pieces.append(_meant(given.root, rows, inner, domain))
     _refuse_repeats(pieces)
-    missing = _missing(pieces)
+    said = {"layouts": layouts, "passed_over": list(passed_over(found)), "missing": _missing(pieces)}
     frame = _frame(pieces)
-    frame.attrs.update(layouts=layouts, passed_over=list(passed_over(found)), missing=missing)
+    frame.attrs.update(said)
     return frame
 
 

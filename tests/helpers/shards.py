@@ -40,6 +40,14 @@ def write_images(file: Path, images: list[bytes | None], names: list[str] | None
     return file
 
 
+def part_of(asked: str, size: int) -> tuple[int, int]:
+    """Return the first and the last byte that a header ``Range`` asks for; "": all."""
+    if not asked.startswith("bytes="):
+        return 0, size - 1
+    begin, _, end = asked[6:].partition("-")
+    return int(begin), min(int(end), size - 1) if end else size - 1
+
+
 class Served:
     """A folder behind HTTP: ``failing`` maps the end of a path to a status, "slow" or "half"; ``asked``: the paths."""
 
@@ -60,8 +68,7 @@ def served(folder: Path) -> Iterator[Served]:
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments, directory=str(folder))
 
-        def log_message(self, *_: Any) -> None:
-            pass
+        def log_message(self, *_: Any) -> None: ...
 
         def do_HEAD(self) -> None:
             self._answer(with_body=False)
@@ -84,10 +91,7 @@ def served(folder: Path) -> Iterator[Served]:
 
         def _send(self, data: bytes, failure: Any, with_body: bool) -> None:
             asked = self.headers.get("Range", "")
-            first, last = 0, len(data) - 1
-            if asked.startswith("bytes="):
-                begin, _, end = asked[6:].partition("-")
-                first, last = int(begin), min(int(end), last) if end else last
+            first, last = part_of(asked, len(data))
             self.send_response(206 if asked else 200)
             self.send_header("Accept-Ranges", "bytes")
             self.send_header("ETag", f'"{hash(data):x}"')
@@ -100,8 +104,7 @@ def served(folder: Path) -> Iterator[Served]:
             part = data[first : last + 1]
             if with_body:
                 self.wfile.write(part[: len(part) // 2] if failure == "half" else part)
-            if failure == "half":
-                self.close_connection = True
+            self.close_connection = failure == "half"
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
