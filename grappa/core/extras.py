@@ -12,6 +12,7 @@ EXTRAS = {
     "fsspec": "remote",
     "huggingface_hub": "hub",
     "jinja2": "report",
+    "markupsafe": "report",
     "matplotlib": "report",
     "mlflow": "mlflow",
     "onnx": "onnx",

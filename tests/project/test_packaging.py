@@ -87,7 +87,7 @@ def imported_packages(folder: str) -> set[str]:
 
 def test_every_import_is_a_declared_dependency() -> None:
     product = set[str]().union(*map(imported_packages, PACKAGES))
-    assert product <= set(requirements("all", "cpu", "onnx", *TRACKERS))
+    assert product <= set(requirements("all", "cpu", "onnx", "remote", *TRACKERS))
     assert imported_packages("tests") <= set(requirements("all", "cpu", "dev", *TRACKERS))
 
 
@@ -95,16 +95,17 @@ def test_every_package_of_an_extra_is_named_with_it() -> None:
     for module, extra in EXTRAS.items():
         assert canonicalize_name(PROVIDED_BY.get(module, module)) in requirements(extra), module
     known = {canonicalize_name(PROVIDED_BY.get(module, module)) for module in EXTRAS}
-    assert set(requirements("all", "cpu", "objects", "heic", "onnx", "hub", *TRACKERS)) - set(requirements()) == known
+    extras = ("objects", "heic", "onnx", "hub", "remote", *TRACKERS)
+    assert set(requirements("all", "cpu", *extras)) - set(requirements()) == known
     assert project()["project"]["name"] == DISTRIBUTION
 
 
 def test_each_layer_needs_its_own_extra_only() -> None:
-    assert imported_packages("pipeline") - {"jinja2", "matplotlib", "starlette", "uvicorn"} <= set(
+    assert imported_packages("pipeline") - {"jinja2", "markupsafe", "matplotlib", "starlette", "uvicorn"} <= set(
         requirements("pipeline", *TRACKERS)
     )
     assert imported_packages("slurm") <= set(requirements("slurm"))
-    assert imported_packages("grappa") <= set(requirements("pipeline", "cpu", "onnx"))
+    assert imported_packages("grappa") <= set(requirements("pipeline", "cpu", "onnx", "remote"))
 
 
 def test_no_text_installs_the_other_project_of_that_name() -> None:
@@ -122,7 +123,7 @@ def test_both_faiss_builds_are_extras_only() -> None:
 
 def test_every_dependency_is_pinned_within_its_range() -> None:
     for name, requirement in requirements(
-        "all", "cpu", "gpu", "objects", "heic", "onnx", "hub", "dev", *TRACKERS
+        "all", "cpu", "gpu", "objects", "heic", "onnx", "hub", "remote", "dev", *TRACKERS
     ).items():
         assert name in pins(), f"constraints.txt does not pin {name}"
         assert requirement.specifier.contains(pins()[name]), f"{requirement} excludes the tested {pins()[name]}"
