@@ -11,6 +11,7 @@ from grappa.core.names import MEAN
 from grappa.core.printing import printable
 from grappa.metrics.attention import MEAN_BLOCK
 from grappa.pipeline import tables
+from grappa.pipeline.commands.run import caption
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.status import read_config, states
 from grappa.pipeline.engine.verdict_file import Verdict, deployed_in, read_verdict
@@ -54,6 +55,7 @@ def collect(run: Path) -> dict[str, Any]:
         **_results(metrics, per_query, models, verdict, deployed),
         "meanings": [(model, find_entry(model).meaning) for model in models],
         "costs": costs.cost_table(spent, models or list(dict.fromkeys(spent["model"]))),
+        "sampled": caption(run / "evaluation" / "metrics.csv"),
         "partly_known": costs.partly_known(spent),
         "examples": examples.load_examples(source, _before_and_after(source, config, deployed), per_query),
         "more_domains": metrics["domain"].nunique() > examples.MAX_QUERIES + 1,
