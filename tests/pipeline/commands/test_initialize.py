@@ -188,10 +188,10 @@ def test_a_hub_out_of_reach_is_said_with_the_way_out(desk: Desk, monkeypatch: py
     assert warnings()[0].endswith("HF_HUB_OFFLINE forbids it; give a file by --set backbone.weights=FILE")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:1")
-    monkeypatch.setattr("grappa.backbone.files.hub.getproxies", dict)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
     desk.init()
     assert "but localhost cannot be reached from here" in warnings()[0]
-    monkeypatch.setattr("grappa.backbone.files.hub.getproxies", lambda: {"https": "http://proxy"})
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy"})
     desk.init()
     assert not warnings()
 
