@@ -4,8 +4,8 @@ Every model is judged by ``grappa.metrics.indicators.neighborhood_standout`` of 
 one and the same weight that was fitted on *other* images: the indicator ranks models only within one kind of space. The
 difference to the frozen backbone is paired by image, its interval a bootstrap over images.
 
-What it said of three collections with labels is in RESULTS.md, "The verdict without labels"; on more it has not been
-calibrated, and the three constants below are chosen, not fitted.
+What it said of twenty collections with labels is in RESULTS.md, "The verdict without labels"; the three constants below
+are chosen, not fitted.
 """
 
 from __future__ import annotations
