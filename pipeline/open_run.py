@@ -22,7 +22,6 @@ from grappa.pipeline.config.schema import Config, num_clusters_of
 from grappa.pipeline.engine.live.collection import live_assignments, live_embeddings, live_images
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.verdict_file import (
-    SELECTION,
     VERDICT,
     Verdict,
     deployed_in,
@@ -33,8 +32,6 @@ from grappa.pipeline.graph.models import evaluated_models, final_node
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage, nodes
 from grappa.pipeline.store.artifacts import (
-    MANIFEST_FILE,
-    Manifest,
     RunFolder,
     check_same_origin,
     published,
@@ -458,11 +455,9 @@ class Run:
         folder = self._published(f"attention/{pairs}")
         images = self._read("images", "images.parquet")
         chosen = chosen_rows(images, rows)
-        inputs = Manifest.read(folder / MANIFEST_FILE).fingerprint["inputs"]
-        names = [name.removeprefix("adaptors/") for name in inputs if name.startswith("adaptors/")]
-        names = list(fused_granularities(self._folder, self.config)) if SELECTION.name in inputs else names
         attention = np.load(folder / "attention.npy", mmap_mode="r", allow_pickle=False)
-        return attention[chosen], images["domain"].to_numpy()[chosen], sorted(names, key=num_clusters_of)
+        names = fused_granularities(self._folder, self.config, pairs)
+        return attention[chosen], images["domain"].to_numpy()[chosen], list(names)
 
 
 def read_metrics(path: Path) -> pd.DataFrame:

@@ -157,7 +157,8 @@ def _refuse_other_settings(config: Config, due: Sequence[Node], live: Mapping[st
         pinned = load_config(task.submission / PINNED_CONFIG)
         names = find_stage(node.stage).settings(node.instance)
         old, new = identity_settings(pinned, names), identity_settings(config, names)
-        changed = [f"{key}: {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
+        keys = dict.fromkeys((*new, *old))  # a setting that is as before it was there has no key
+        changed = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
         if changed:
             raise NotReadyError(
                 f"{node} is on its way as job {task.id} with other settings ({'; '.join(changed)}); "

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from grappa.images.paths import MISSING, ImageTableError, show, size_of
+from grappa.images.paths import MISSING, ImageTableError, size_of, tell
 from grappa.images.sources.columns import BLOCK, TEXT, escaped
 from grappa.images.sources.urls import Remote
 
@@ -176,12 +176,12 @@ def place(layout: str, root: str, path: str, domain: str | None = None) -> Place
     names = dict(zip(roles, path.split("/")[:-1], strict=False))
     if "split" in roles and not is_split(names.get("split", "")):
         raise ImageTableError(
-            f"{show(path)} in {show(root)} lies in no split: by the layout {layout} expected folders called train, val "
+            f"{tell(path)} in {tell(root)} lies in no split: by the layout {layout} expected folders called train, val "
             "or test; give another --layout, or a table"
         )
     if "domain" in roles and "domain" not in names and domain is None:
         raise ImageTableError(
-            f"{show(path)} lies directly in {show(root)}: expected DOMAIN/image; move it into a folder named after its "
+            f"{tell(path)} lies directly in {tell(root)}: expected DOMAIN/image; move it into a folder named after its "
             "domain, say --layout flat (all images are one domain), or give a table"
         )
     given = os.path.basename(root) or "images" if domain is None else domain
@@ -199,7 +199,7 @@ def _entries(folder: str) -> tuple[tuple[int, int], list[os.DirEntry[str]]]:
         with os.scandir(folder) as entries:
             visible = sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
     except OSError as error:
-        raise ImageTableError(f"cannot read the folder {show(folder)}: {error.strerror}; make it readable") from error
+        raise ImageTableError(f"cannot read the folder {tell(folder)}: {error.strerror}; make it readable") from error
     return (status.st_dev, status.st_ino), visible
 
 
@@ -243,6 +243,6 @@ def passed_over(found: Sequence[Found]) -> Iterator[str]:
 
 def _counted(noun: str, counts: Counter[str]) -> str:
     ordered = sorted(counts.items(), key=lambda each: (-each[1], each[0]))
-    names = [f"{show(name)} {count}" for name, count in ordered[:3]]
+    names = [f"{tell(name)} {count}" for name, count in ordered[:3]]
     more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
     return f"{counts.total()} {noun}{'s' if counts.total() > 1 else ''} ({', '.join(names)}{more})"

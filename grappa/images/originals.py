@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from grappa.images.files import RejectedFileError, UnansweredError, changed, che
 from grappa.images.paths import PLACE_COLUMNS, UNKNOWN, ImageTableError, image_file
 from grappa.images.sources import urls
 from grappa.images.sources.shards import OpenShards
+from grappa.images.sources.tar_shards import SEPARATOR
 from grappa.images.sources.urls import is_url
 
 ReadRow = Callable[[int], bytes]
@@ -70,6 +72,13 @@ def refuse_others(rows: pd.DataFrame, roots: Sequence[str], what: str) -> None:
         raise ImageTableError(
             f"{others[0]} is no local file: {what} reads local files only; unpack or fetch the images"
         )
+
+
+def refuse_packed(files: Iterable[str], what: str) -> None:
+    """Raise ImageTableError where an image's address names no file: it lies in a tar or a Parquet file, or is a URL."""
+    for file in files:
+        if urls.is_url(file) or (SEPARATOR in file and not os.path.lexists(file)):
+            raise ImageTableError(f"{file} is no local file: {what} reads local files only; unpack or fetch the images")
 
 
 def _read_url(url: str, name: str, size: int | None, version: str, max_pixels: int) -> bytes:

@@ -45,6 +45,19 @@ def show(path: str | Path) -> str:
     return escape_path(str(path))
 
 
+def tell(path: str | Path) -> str:
+    """Return a path for a sentence; a URL without what may be secret."""
+    text = str(path)
+    return show(bare(text) if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) else text)
+
+
+def bare(url: str) -> str:
+    """Return a URL for a sentence: without user, password and query, which may be secret."""
+    scheme, separator, rest = url.partition("://")
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+
+
 def size_of(file: str) -> int:
     """Return the bytes of a regular file, ``MISSING`` for everything else."""
     try:

@@ -34,6 +34,7 @@ from grappa.images.paths import (
     image_file,
     show,
     size_of,
+    tell,
     unescape_path,
 )
 from grappa.images.sources.columns import (
@@ -219,7 +220,7 @@ def _rows_of(given: _Given, found: list[Found]) -> pa.Table:
         passed = ", ".join(passed_over(found[-1:]))
         but = f" but what is no image: {passed}" if passed else ""
         raise ImageTableError(
-            f"the folder {show(given.root)} holds no files{but}; expected DOMAIN/CLASS/image, CLASS/image or images"
+            f"the folder {tell(given.root)} holds no files{but}; expected DOMAIN/CLASS/image, CLASS/image or images"
         )
     return _rows_of_shards(given.root, names, found[-1])
 
@@ -227,13 +228,13 @@ def _rows_of(given: _Given, found: list[Found]) -> pa.Table:
 def _found(root: str) -> Found:
     if not is_url(root):
         if not os.path.isdir(root):
-            raise ImageTableError(f"no such folder: {show(root)}")
+            raise ImageTableError(f"no such folder: {tell(root)}")
         return find_files(root)
     found = Found()
     for remote in find_urls(root):
         found.add_remote(remote)
     if not (len(found.files) or found.passed_files):
-        raise ImageTableError(f"no such folder or table: {show(root)}")
+        raise ImageTableError(f"no such folder or table: {tell(root)}")
     return found
 
 
@@ -246,7 +247,7 @@ def _rows_of_shards(root: str, names: list[str], found: Found) -> pa.Table:
         tables.append(rows)
     joint = pa.concat_tables(tables, promote_options="default")
     if not len(joint):
-        raise ImageTableError(f"no image lies in {show(names[0])}{' and others' if len(names) > 1 else ''}")
+        raise ImageTableError(f"no image lies in {tell(names[0])}{' and others' if len(names) > 1 else ''}")
     return joint
 
 
@@ -278,10 +279,10 @@ def _meant(root: str, rows: pa.Table, layout: str, domain: str | None) -> _Piece
 
 def _list_table(source: Source) -> Iterator[_Piece]:
     if not (is_url(source) or os.path.exists(source)):
-        raise ImageTableError(f"no such folder or table: {show(source)}")
+        raise ImageTableError(f"no such folder or table: {tell(source)}")
     rows = read_table(source)
     if not len(rows):
-        raise ImageTableError(f"the table {show(source)} has no rows: expected one row an image")
+        raise ImageTableError(f"the table {tell(source)} has no rows: expected one row an image")
     folder = str(source).rpartition("/")[0] if is_url(source) else os.path.dirname(os.path.abspath(source))
     paths, rows = rows["path"], rows.drop_columns(["path"])
     if not pc.any(pc.match_substring_regex(paths, _ROOTED)).as_py():

@@ -100,6 +100,8 @@ def evaluate_galleries(
     parts: dict[str, list[pd.DataFrame]] = {gallery: [] for gallery in galleries}
     for group in range(groups.max(initial=-1) + 1):
         own, others = (np.flatnonzero(mask) for mask in (groups == group, groups != group))
+        if not asked[order[own]].any():
+            continue
         places = np.concatenate([own, others]) if "merged" in galleries else own
         searched = Gallery(embeddings[order[places]], classes[places], places, len(own))
         queries = np.flatnonzero(asked[order[own]])

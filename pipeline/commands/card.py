@@ -16,6 +16,7 @@ from grappa import __version__
 from grappa.core.names import MEAN
 from grappa.core.printing import printable, sentence
 from grappa.images.splits import train_rows
+from grappa.pipeline.commands.run import caption
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import dump_config
 from grappa.pipeline.engine.status import read_config
@@ -57,6 +58,7 @@ class Facts:
     gains: pd.DataFrame | None
     scores: pd.DataFrame | None
     unknown: str
+    sampled: str = ""
 
     def provenance(self) -> dict[str, Any]:
         """Return the facts for ``model.json``."""
@@ -96,6 +98,7 @@ def read_facts(run: RunFolder) -> Facts:
         gains=gains,
         scores=scores,
         unknown=unknown,
+        sampled=caption(run.artifact("evaluation").home / "metrics.csv") if scores is not None else "",
     )
 
 
@@ -230,6 +233,7 @@ def _numbers(facts: Facts) -> str:
     own = facts.scores[facts.scores["model"].isin(["zero_shot", facts.model])]
     lines = ["Mean average precision of test images, in each domain's own gallery (± the standard error over queries):"]
     lines += ["", result_table(own, "domain").markdown()]
+    lines += ["", f"{facts.sampled}."] if facts.sampled else []
     if not len(facts.gains):
         return "\n".join([*lines, "", "The deployed model is the frozen one: there is no gain to tell of."])
     lines += ["", "The gain over the best model without training, with its 95 % interval (paired bootstrap):", ""]

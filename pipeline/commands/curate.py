@@ -52,9 +52,14 @@ def outliers(run: Path, out: Path | None, *, say: Say) -> None:
 
 def sample(run: Path, number: int, out: Path, *, seed: int, rows: Which, say: Say) -> None:
     """Write a sample of the collection as it is now as a table that `grappa init --images` takes."""
+    from grappa.images.originals import refuse_packed
+    from grappa.images.sources.urls import is_url
+
     if out is not None:
         check_parquet_name(out)
     found = open_run(run).sample(number, seed=seed, rows=rows, live=True)
+    if out is not None:
+        refuse_packed((file for file in found["file"] if not is_url(file)), "the table of `grappa sample --out`")
     table = pd.DataFrame({"image_id": found.index})
     table["path"] = pd.Series(found["file"].to_numpy(dtype=object), dtype=object)  # a path need not be UTF-8
     for column in ("domain", "label", "split"):

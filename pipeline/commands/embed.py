@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +43,17 @@ def embed(run_or_model: Path, images: Path, out: Path, progress: Progress | None
     another process writes ``out``.
     """
     from grappa.images.originals import refuse_others
-    from grappa.images.table import list_images
-    from grappa.pipeline.commands.embedded_shards import Shards, work_folder
+    from grappa.images.table import image_file, list_images
+    from grappa.pipeline.commands.embedded_shards import Shards, stamps, work_folder
 
     refuse_existing(out)
     model, listing, largest = load_model(run_or_model), list_images([images], loose_domain=""), max_pixels(run_or_model)
     refuse_others(listing, listing.attrs["roots"], "`grappa embed`")
-    identity = {"model": _model_digests(run_or_model), "batch": BATCH, "max_pixels": largest}
+    roots = listing.attrs["roots"]
+    files = (image_file(roots[root], path) for root, path in zip(listing["root"], listing["path"], strict=True))
+    listing["stamp"] = stamps(files)
+    versions = {name: metadata.version(name) for name in ("torch", "timm")}
+    identity = {"model": _model_digests(run_or_model), "batch": BATCH, "max_pixels": largest, "versions": versions}
     with storage_errors(out), work_folder(out) as folder:
         shards = Shards(folder, listing, model.embedding_dim, identity)
         _fill(model, shards, largest, progress or (lambda done, total: None))

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +31,15 @@ if TYPE_CHECKING:
 
 SHARD = 1024  # rows a file: what a kill can cost; whole batches
 VECTOR, REASON = "embedding", "reason"
-IDENTITY = ["path", "root", "domain", "size"]
+IDENTITY = ["path", "root", "domain", "size", "stamp"]
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of a listing in a folder; ``identity``: model and settings, on which every embedding depends."""
+    """The shards of a listing in a folder; ``identity``: model and settings, on which every embedding depends.
+
+    The listing's column ``stamp`` (see ``stamps``) tells files apart that were replaced by others of the same size.
+    """
 
     folder: Path
     listing: pd.DataFrame
@@ -91,6 +95,18 @@ class Shards:
         shutil.rmtree(self.folder / "draft", ignore_errors=True)
         for path in (*self.folder.glob("[0-9]*-*.parquet*"), self.folder / "draft.parquet"):
             path.unlink(missing_ok=True)
+
+
+def stamps(files: Iterable[str]) -> NDArray[np.int64]:
+    """Return when each file was changed, (N,) int64 nanoseconds; 0 where it cannot be told."""
+    return np.fromiter((_stamp(file) for file in files), dtype=np.int64)
+
+
+def _stamp(file: str) -> int:
+    try:
+        return os.stat(file).st_mtime_ns
+    except (OSError, ValueError):
+        return 0
 
 
 def fixed_lists(vectors: NDArray[np.float32]) -> pa.FixedSizeListArray:

@@ -78,10 +78,13 @@ def links(root: Path, out: Path, *, granularity: str | None, say: Say) -> None:
 
     ``granularity``: such as k00256; None: all, each in a folder of its own.
     """
+    from grappa.images.originals import refuse_packed
+
     refuse_existing(out)
     run = open_run(root)
     names = _granularities(run, granularity)
     images, clusters = run.images(live=True), run.assignments(live=True)
+    refuse_packed(images["file"], "`grappa links`")
     with new_folder(out) as draft:
         for name in names:
             _link_clusters(draft / name if granularity is None else draft, clusters, images["file"], name)

@@ -89,11 +89,16 @@ def caption(metrics: Path) -> str:
     whole = next((row for row in _read(metrics) if row["domain"] == MEAN and "num_possible_queries" in row), None)
     if whole is None:
         return ""
-    asked, possible = (int(whole[name]) for name in ("num_queries", "num_possible_queries"))
-    if asked == possible:
-        return ""
-    reciprocity = f"reciprocity is that of {int(whole['num_reciprocity_images']):,} images"
-    return f"{asked:,} of {possible:,} queries, each against all images (evaluation.max_queries); {reciprocity}"
+    asked, possible, known, images = (
+        int(whole.get(name) or 0)
+        for name in ("num_queries", "num_possible_queries", "num_reciprocity_images", "num_images")
+    )
+    said = []
+    if asked < possible:
+        said.append(f"{asked:,} of {possible:,} queries, each against all images (evaluation.max_queries)")
+    if known < images:
+        said.append(f"reciprocity is that of {known:,} of {images:,} images")
+    return "; ".join(said)
 
 
 def _quality_table(records: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:

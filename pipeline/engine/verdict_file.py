@@ -15,11 +15,11 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from grappa.metrics.judged import Judged, Word
-from grappa.pipeline.config.schema import Config
+from grappa.pipeline.config.schema import Config, num_clusters_of
 from grappa.pipeline.config.yaml_file import validation_sentence
 from grappa.pipeline.graph.models import deployed_model
 from grappa.pipeline.graph.node import Node
-from grappa.pipeline.store.artifacts import RunFolder, published, quoted, readable_manifest
+from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, published, quoted, readable_manifest
 
 VERDICT = Node("verdict")
 VERDICT_FILE = "verdict.json"
@@ -99,8 +99,19 @@ def kept_names(selection: Path) -> tuple[str, ...]:
     return tuple(each["name"] for each in found["sets"] if each["kept"])
 
 
-def fused_granularities(run: RunFolder, config: Config) -> tuple[str, ...]:
-    """Return the granularities over which attention goes: all, or those that the stage ``selection`` kept."""
-    if readable_manifest(run, SELECTION) is None:
+def fused_granularities(run: RunFolder, config: Config, pairs: str = "neighbors") -> tuple[str, ...]:
+    """Return the granularities over which the attention of a run goes: all, or those that its selection kept.
+
+    The attention's own inputs tell which, whatever the configuration says now; ValueError, with the command that helps,
+    where the selection was made again since.
+    """
+    node = Node("attention", pairs)
+    attention = readable_manifest(run, node)
+    if attention is None:
         return config.granularities
-    return kept_names(published(run, SELECTION, SELECTION_FILE))
+    inputs = attention.fingerprint["inputs"]
+    if SELECTION.name in inputs:
+        check_same_origin(run, SELECTION.name, node.name)
+        return kept_names(published(run, SELECTION, SELECTION_FILE))
+    names = (name.removeprefix("adaptors/") for name in inputs if name.startswith("adaptors/"))
+    return tuple(sorted(names, key=num_clusters_of))

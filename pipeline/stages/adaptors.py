@@ -31,7 +31,7 @@ from grappa.images.splits import train_rows
 from grappa.method.adaptor_training import AdaptorLoss, Perception, new_adaptor_set, train_adaptor_set
 from grappa.method.adaptors import AdaptorSet, folded
 from grappa.method.head import apply_head, fit_whitened_neighborhood_head
-from grappa.method.head_choice import DEFAULT_WEIGHT, region_halves
+from grappa.method.head_choice import DEFAULT_WEIGHT, MIN_FITTED, MIN_VIEWED, region_halves
 from grappa.method.set_choice import MIN_JUDGED, JudgedSet, choose_sets
 from grappa.metrics.indicators import neighborhood_standout
 from grappa.pipeline.config.trainings import Adaptors
@@ -187,7 +187,14 @@ def _trial(context: StageContext) -> Trial | None:
     frozen = np.asarray(features[rows])
     if len(seen) < MIN_JUDGED or count_distinct(frozen, 8) < 8:
         return None
-    return Trial(rows, ids[rows], np.searchsorted(rows, seen), region_halves(frozen, ids[rows], seed=seed))
+    trial = Trial(rows, ids[rows], np.searchsorted(rows, seen), region_halves(frozen, ids[rows], seed=seed))
+    return trial if all(_serves(frozen, trial, half) for half in (trial.half, ~trial.half)) else None
+
+
+def _serves(frozen: NDArray[np.float32], trial: Trial, half: NDArray[np.bool_]) -> bool:
+    """Tell whether enough images are judged in a half, and enough different ones left to fit a head on."""
+    judged, fitted = int(half[trial.seen].sum()), frozen[~half]
+    return judged >= MIN_VIEWED and len(fitted) >= MIN_FITTED and count_distinct(fitted, 4) == 4
 
 
 def _tried(context: StageContext, name: str, trial: Trial) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -250,9 +257,7 @@ def _write_selection(context: StageContext, judged: tuple[JudgedSet, ...], num_i
     kept = [each.name for each in judged if each.kept]
     if not num_images:
         return f"{', '.join(kept)} are fused: too few images to choose among sets"
-    left = [
-        f"{each.name} ({-each.loss:+.1%} [{-each.high:+.1%}, {-each.low:+.1%}])" for each in judged if not each.kept
-    ]
+    left = [_loss(each) for each in judged if not each.kept]
     what = f"{', '.join(kept)} are fused"
     return f"{what}; left out as certainly weaker: {', '.join(left)}" if left else f"{what}: no set is certainly weaker"
 

@@ -127,7 +127,7 @@ def _reciprocity(context: StageContext, images: pd.DataFrame, rows: NDArray[np.i
 
 def _reciprocity_sample(config: Config, images: pd.DataFrame) -> NDArray[np.int64]:
     """Return the images whose reciprocity is computed: all, or of more than ``max_queries`` so many that they and their
-    neighbours, whose neighbours are sought too, are no more than these; 1,000 at least."""
+    neighbours, whose neighbours are sought too, are no more than these; at least 1,000, or ``max_queries`` if less."""
     most = _most_queries(config)
     if most is None or len(images) <= most:
         return np.arange(len(images))
@@ -144,12 +144,14 @@ def _metrics(per_query: pd.DataFrame, reciprocity: pd.DataFrame) -> pd.DataFrame
 
 
 def _with_sizes(context: StageContext, metrics: pd.DataFrame, images: pd.DataFrame, labels: pd.Series) -> pd.DataFrame:
-    """Add how many images could query, and of how many the reciprocity is known, where the settings allow a sample."""
+    """Add how many images could query, how many there are, and of how many the reciprocity is known, where a sample is
+    allowed."""
     if _most_queries(context.config) is None:
         return metrics
     domains = images["domain"].to_numpy()
     rows = {
         "num_possible_queries": with_positives(labels.to_numpy(), domains),
+        "num_images": np.arange(len(images)),
         "num_reciprocity_images": _reciprocity_sample(context.config, images),
     }
     for name, chosen in rows.items():

@@ -82,7 +82,7 @@ def test_every_artifact_is_in_place_and_a_second_run_does_nothing(run: RunFolder
 
 def test_the_result_table_is_tidy_and_complete(run: RunFolder) -> None:
     metrics = tables.load_metrics(run.root)
-    sizes = ["num_possible_queries", "num_reciprocity_images"]
+    sizes = ["num_possible_queries", "num_images", "num_reciprocity_images"]
     assert list(metrics.columns) == [*COLUMNS.split(), "recall_at_4", "recall_at_8", "reciprocity", *sizes]
     assert (metrics[sizes].to_numpy() == metrics[["num_queries"]].to_numpy()).all(), "all images query"
     assert list(dict.fromkeys(metrics["model"])) == ROWS

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from grappa.core.arrays import Box
-from grappa.images.paths import ImageTableError, show
+from grappa.images.paths import ImageTableError, show, tell
 from grappa.images.sources.columns import BLOCK, BOX_COLUMNS, TEXT, blocks, escaped
 from grappa.images.sources.urls import is_url, read_url
 
@@ -49,7 +49,7 @@ def read_table(table: Source) -> pa.Table:
     suffix = os.path.splitext(str(table))[1].lower()
     if suffix not in readers:
         raise ImageTableError(
-            f"{show(table)} is neither a folder nor a table: expected a name in .csv, .parquet or .tar"
+            f"{tell(table)} is neither a folder nor a table: expected a name in .csv, .parquet or .tar"
         )
     columns = readers[suffix](table)
     _check(show(table), columns)
@@ -61,14 +61,14 @@ def _check_columns(table: Source, found: Sequence[str]) -> list[str]:
     for name in ("path", "domain"):
         if name not in found:
             raise ImageTableError(
-                f"{show(table)} has no column `{name}`: found {', '.join(found)}; expected path, domain"
+                f"{tell(table)} has no column `{name}`: found {', '.join(found)}; expected path, domain"
             )
     for name in _COLUMNS:
         if found.count(name) > 1:
-            raise ImageTableError(f"{show(table)} has the column `{name}` twice: keep one")
+            raise ImageTableError(f"{tell(table)} has the column `{name}` twice: keep one")
     num_box = sum(name in found for name in BOX_COLUMNS)
     if num_box not in (0, 4):
-        raise ImageTableError(f"{show(table)} has {num_box} of the columns {', '.join(BOX_COLUMNS)}: give all or none")
+        raise ImageTableError(f"{tell(table)} has {num_box} of the columns {', '.join(BOX_COLUMNS)}: give all or none")
     return [name for name in _COLUMNS if name in found]
 
 
@@ -83,10 +83,10 @@ def _read_csv(table: Source) -> Columns:
             lines = (line for line in csv.reader(file, delimiter=separator, strict=True) if line)
             header = next(lines, None)
             if header is None:
-                raise ImageTableError(f"the table {show(table)} is empty: expected a header with path, domain")
+                raise ImageTableError(f"the table {tell(table)} is empty: expected a header with path, domain")
             columns = _cells(table, [name.strip() for name in header], lines, separator)
     except (OSError, UnicodeError, csv.Error) as error:
-        raise ImageTableError(f"cannot read the table {show(table)}: {error}") from error
+        raise ImageTableError(f"cannot read the table {tell(table)}: {error}") from error
     return columns | {name: _whole_numbers(columns[name]) for name in columns if name == "label"}
 
 
@@ -99,7 +99,7 @@ def _cells(table: Source, header: list[str], lines: Iterator[list[str]], separat
         odd = next((at for at, line in enumerate(block) if len(line) != len(header)), None)
         if odd is not None:
             raise ImageTableError(
-                f"{show(table)}, row {done + odd + 1} has {len(block[odd])} cells, the header {len(header)}: quote "
+                f"{tell(table)}, row {done + odd + 1} has {len(block[odd])} cells, the header {len(header)}: quote "
                 f"cells that hold {separator!r}"
             )
         names = names or _check_columns(table, header)
@@ -117,7 +117,7 @@ def _open_text(table: Source) -> IO[str]:
     encoding = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), None)
     if encoding is None and b"\0" in start:
         binary.close()
-        raise ImageTableError(f"{show(table)} is no UTF-8 text, it holds NUL bytes: save it as CSV in UTF-8")
+        raise ImageTableError(f"{tell(table)} is no UTF-8 text, it holds NUL bytes: save it as CSV in UTF-8")
     if encoding:
         return io.TextIOWrapper(binary, encoding=encoding, newline="")
     return io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -165,7 +165,7 @@ def _read_parquet(table: Source) -> Columns:
         names = _check_columns(table, file.schema_arrow.names)
         content = file.read(columns=names)
     except (OSError, pa.ArrowException) as error:
-        raise ImageTableError(f"cannot read the table {show(table)}: {error}") from error
+        raise ImageTableError(f"cannot read the table {tell(table)}: {error}") from error
     return {name: as_texts(table, name, content[name]) for name in names}
 
 
@@ -191,7 +191,7 @@ def as_texts(table: Source, name: str, cells: pa.ChunkedArray) -> pa.ChunkedArra
     if not len(given):
         return pa.chunked_array([pa.nulls(len(cells), TEXT)], TEXT)
     raise ImageTableError(
-        f"{show(table)}: column `{name}` holds {type(given[0].as_py()).__name__} values: expected text"
+        f"{tell(table)}: column `{name}` holds {type(given[0].as_py()).__name__} values: expected text"
     )
 
 
@@ -201,7 +201,7 @@ def _whole_labels(table: Source, cells: pa.ChunkedArray) -> pa.ChunkedArray:
     whole = pc.and_(pc.equal(pc.floor(given), given), pc.less(pc.abs(given), float(_EXACT_FLOATS)))
     odd = given.filter(pc.invert(whole))
     if len(odd):
-        raise ImageTableError(f"{show(table)}: column `label` holds {odd[0].as_py()!r}: expected text or whole numbers")
+        raise ImageTableError(f"{tell(table)}: column `label` holds {odd[0].as_py()!r}: expected text or whole numbers")
     return cells.cast(pa.int64()).cast(TEXT)
 
 

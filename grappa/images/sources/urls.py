@@ -8,6 +8,7 @@ huggingface_hub ...) reads.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import time
@@ -19,16 +20,17 @@ from threading import Lock
 from typing import IO, Any, NamedTuple, TypeVar
 
 from grappa.core.extras import is_installed, missing_sentence
-from grappa.images.paths import UNKNOWN, ImageTableError, show
+from grappa.images.paths import UNKNOWN, ImageTableError, bare, tell
 
 TIMEOUT = 60.0  # seconds that one answer may take
 TRIES = 3
-PATIENCE = 32  # failures of one host in a row, after which it is asked no more
+PATIENCE = 32  # failures of one host in a row, after which it is not asked for ``_REST`` seconds
 BLOCK_BYTES = 8 * 2**20  # of a file that is read from its beginning to its end
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # What tells whether an object is still the same, by the names that fsspec's packages have for it; the first one counts.
 _VERSIONS = ("ETag", "etag", "e_tag", "blob_id", "md5Hash", "Content-MD5", "Last-Modified", "LastModified", "created")
 _GONE = (404, 410)  # answers that say that there is no such object
+_REST = 60.0
 _PAUSE = 0.5  # seconds before the second try; twice as many before the third
 
 Result = TypeVar("Result")
@@ -114,7 +116,39 @@ def open_url(url: str) -> IO[bytes]:
     """
     system, path = _opened(url)
     opened: IO[bytes] = _tried(url, lambda: system.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead"))
-    return opened
+    return _Steady(url, opened)  # type: ignore[return-value]
+
+
+class _Steady(io.RawIOBase):
+    """An open object whose every read is tried again where that may help; NoAnswerError where nothing comes."""
+
+    def __init__(self, url: str, file: IO[bytes]) -> None:
+        self._url, self._file = url, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def read(self, size: int | None = -1) -> bytes:
+        place, number = self._file.tell(), -1 if size is None else size
+
+        def ask() -> bytes:
+            self._file.seek(place)
+            return self._file.read(number)
+
+        return _tried(self._url, ask)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 # ---------------------------------------------------------------- file systems
@@ -122,8 +156,12 @@ def open_url(url: str) -> IO[bytes]:
 
 def _opened(url: str) -> tuple[Any, str]:
     """Return the file system of a URL, and the URL as this file system names it."""
-    system = _system(url.partition("://")[0].lower())
-    return system, system._strip_protocol(url)
+    protocol = url.partition("://")[0].lower()
+    system = _system(protocol)
+    try:
+        return system, system._strip_protocol(url)
+    except Exception as error:  # each package of fsspec has errors of its own
+        raise _unreadable(protocol, error) from error
 
 
 @cache
@@ -137,10 +175,13 @@ def _system(protocol: str) -> Any:
     except ImportError as error:
         package = missing_sentence(error.name) or str(error)
         raise ImageTableError(f"{protocol}:// cannot be read: {package}") from error
-    except ValueError as error:
-        raise ImageTableError(
-            f"{protocol}:// cannot be read: {error}; expected s3, gs, hf, https or another of fsspec's"
-        ) from error
+    except Exception as error:  # each package of fsspec has errors of its own
+        raise _unreadable(protocol, error) from error
+
+
+def _unreadable(protocol: str, error: Exception) -> ImageTableError:
+    why = f"{protocol}:// cannot be read: {_line(error)}"
+    return ImageTableError(f"{why}; expected s3, gs, hf, https or another of fsspec's that needs only a URL")
 
 
 def _limits(protocol: str) -> dict[str, Any]:
@@ -171,14 +212,17 @@ class _Hosts:
 
     def __init__(self) -> None:
         self._failures: dict[str, int] = {}
+        self._last: dict[str, float] = {}
         self._lock = Lock()
 
     def gone(self, host: str) -> bool:
-        return self._failures.get(host, 0) >= PATIENCE
+        rested = time.monotonic() - self._last.get(host, 0.0) >= _REST
+        return self._failures.get(host, 0) >= PATIENCE and not rested
 
     def count(self, host: str, *, failed: bool) -> None:
         with self._lock:
             self._failures[host] = self._failures.get(host, 0) + 1 if failed else 0
+            self._last[host] = time.monotonic()
 
 
 _hosts = _Hosts()
@@ -186,7 +230,7 @@ _hosts = _Hosts()
 
 def _tried(url: str, call: Callable[[], Result]) -> Result:
     """Return what a call gives; it is tried ``TRIES`` times where another try may help."""
-    host = "/".join(url.split("/", 3)[:3])
+    host = "/".join(bare(url).split("/", 3)[:3])
     if _hosts.gone(host):
         raise NoAnswerError(f"{host} was not asked any more after {PATIENCE} failures in a row")
     reason = ""
@@ -202,7 +246,7 @@ def _tried(url: str, call: Callable[[], Result]) -> Result:
                 raise NotThereError("missing") from found
             reason = _reason(error)
             if _is_final(error):
-                _hosts.count(host, failed=True)
+                _hosts.count(host, failed=not _has_answered(error))
                 raise NoAnswerError(reason) from error
         else:
             _hosts.count(host, failed=False)
@@ -215,15 +259,20 @@ def _or_sentence(url: str, call: Callable[[], Result]) -> Result:
     try:
         return _tried(url, call)
     except NotThereError as error:
-        raise ImageTableError(f"no such folder or table: {show(url)}") from error
+        raise ImageTableError(f"no such folder or table: {tell(url)}") from error
     except NoAnswerError as error:
-        raise ImageTableError(f"cannot read {show(url)}: {error}") from error
+        raise ImageTableError(f"cannot read {tell(url)}: {error}") from error
 
 
 def _cause(error: Exception) -> Exception:
     """Return what went wrong: fsspec says "not found" of all that happens while it asks a server about a file."""
     cause = error.__cause__
     return cause if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) else error
+
+
+def _has_answered(error: Exception) -> bool:
+    """Tell whether the host is there: it refused, in its own words."""
+    return isinstance(getattr(error, "status", None), int) or isinstance(error, PermissionError)
 
 
 def _is_final(error: Exception) -> bool:
@@ -239,7 +288,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return f"no whole answer within {TIMEOUT:.0f} s"
     if status in (401, 403) or isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-        return f"not allowed ({_line(error)}): give credentials as fsspec's package for it reads them"
+        words = f"{status} {getattr(error, 'message', '')}".strip() if isinstance(status, int) else _line(error)
+        return f"not allowed ({words}): give credentials as fsspec's package for it reads them"
     if isinstance(status, int):
         return f"the server answered {status}"
     if type(error).__name__ in ("ClientPayloadError", "IncompleteRead", "IncompleteReadError"):
@@ -250,4 +300,5 @@ def _reason(error: Exception) -> str:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]+://\S+", lambda found: bare(found[0]), text)[:200]

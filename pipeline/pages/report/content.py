@@ -14,7 +14,7 @@ from grappa.pipeline import tables
 from grappa.pipeline.commands.run import caption
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.status import read_config, states
-from grappa.pipeline.engine.verdict_file import Verdict, deployed_in, read_verdict
+from grappa.pipeline.engine.verdict_file import SELECTION, Verdict, deployed_in, fused_granularities, read_verdict
 from grappa.pipeline.graph.models import FREE, evaluated_models, final_node, find_entry, fusions
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import nodes
@@ -168,12 +168,19 @@ def _facts(run: RunFolder, config: Config) -> list[tuple[str, str]]:
         ("images", f"{len(listing):,} ({counts}); {split if num_test else 'not split: all to learn from and to test'}"),
         ("backbone", _backbone(config)),
         ("pseudo-granularities", ", ".join(config.granularities) or "none: trained on the labels"),
+        *([("fused sets", _fused(run, config))] if SELECTION in nodes(config) else []),
         ("seeds", _seeds(config)),
         ("commit", _several(each.get("git_commit") for each in made)),
         ("device", _several(each.get("device") for each in made)),
         ("precision", _several((each.get("resolved") or {}).get("precision") for each in made)),
         ("finished", max((str(each["ended"]) for each in made if "ended" in each), default="-")),
     ]
+
+
+def _fused(run: RunFolder, config: Config) -> str:
+    names = fused_granularities(run, config)
+    left = [name for name in config.granularities if name not in names]
+    return ", ".join(names) + (f"; certainly weaker, and left out: {', '.join(left)}" if left else "; none left out")
 
 
 def _backbone(config: Config) -> str:

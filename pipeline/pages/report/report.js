@@ -52,7 +52,9 @@
   for (const each of sections) each.addEventListener("toggle", label);
   addEventListener("beforeprint", () => { for (const each of sections) each.open = true; });
   const linked = () => {
-    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    let name = location.hash.slice(1);
+    try { name = decodeURIComponent(name); } catch { /* no name of this page */ }
+    const target = document.getElementById(name);
     if (target?.tagName === "DETAILS") target.open = true;
   };
   addEventListener("hashchange", linked);

@@ -12,6 +12,7 @@ import pytest
 
 from grappa.images.files import ImagesChangedError, RejectedFileError, UnansweredError
 from grappa.images.originals import open_rows
+from grappa.images.paths import bare
 from grappa.images.sources import urls
 from grappa.images.table import ImageTableError, list_images
 from tests.helpers.shards import Served, served, write_images, write_tar
@@ -170,3 +171,52 @@ def test_a_path_that_ate_a_slash_is_the_url_that_was_meant() -> None:
     assert urls.as_source(Path("s3://bucket/x")) == "s3://bucket/x"
     assert urls.as_source("file:///tmp/x") == Path("/tmp/x")
     assert isinstance(UnansweredError("x"), RejectedFileError)
+
+
+def test_what_is_secret_in_a_url_is_not_said() -> None:
+    with pytest.raises(ImageTableError) as error:
+        list_images(["http://user:secret@127.0.0.1:9/images?token=abc"])
+    assert "127.0.0.1:9/images" in str(error.value)
+    assert "secret" not in str(error.value) and "token" not in str(error.value)
+    assert bare("s3://bucket/a?versionId=1") == "s3://bucket/a" and bare("https://a:b@host/x") == "https://host/x"
+
+
+@pytest.mark.parametrize("url", ["dir://x", "zip://x"])
+def test_a_url_that_needs_more_than_itself_is_one_sentence(url: str) -> None:
+    with pytest.raises(ImageTableError, match=f"{url.partition(':')[0]}://"):
+        list_images([url])
+
+
+def test_refusals_do_not_give_a_host_up_and_an_outage_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = urls._Hosts()
+    for _ in range(urls.PATIENCE):
+        hosts.count("https://h", failed=True)
+    assert hosts.gone("https://h")
+    monkeypatch.setattr(urls, "_REST", 0.0)
+    assert not hosts.gone("https://h")
+    refused = OSError("no")
+    refused.status = 403  # type: ignore[attr-defined]
+    assert urls._has_answered(refused) and not urls._has_answered(OSError("no route"))
+
+
+def test_a_read_that_fails_once_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urls, "_PAUSE", 0.0)
+    file = (tmp_path / "a.bin").open("w+b")
+    file.write(b"0123456789")
+    file.seek(2)
+    failures = [OSError("reset"), OSError("reset")]
+
+    class Shaky:
+        tell, seek, close = file.tell, file.seek, file.close
+
+        def read(self, size: int) -> bytes:
+            part = file.read(size)
+            if failures:
+                raise failures.pop()
+            return part
+
+    opened = urls._Steady("https://steady/a.bin", Shaky())  # type: ignore[arg-type]
+    assert opened.read(3) == b"234" and opened.tell() == 5
+    failures += [OSError("reset")] * urls.TRIES
+    with pytest.raises(urls.NoAnswerError, match="reset"):
+        opened.read(3)

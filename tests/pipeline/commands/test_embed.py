@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -121,6 +122,16 @@ def test_images_that_came_leave_the_work_before_them_as_it_is(model: Path, image
     interrupted(model, tmp_path / "images", tmp_path / "out")
     shutil.copy(next(images.rglob("*.png")), tmp_path / "images" / "stripes" / "class_1" / "new.png")
     assert steps(model, tmp_path / "images", tmp_path / "out") == [8, 14]
+
+
+def test_a_file_that_was_replaced_by_one_of_its_size_is_embedded_again(
+    model: Path, images: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    interrupted(model, tmp_path / "images", tmp_path / "out")
+    first = min((tmp_path / "images").rglob("*.png"))
+    os.utime(first, ns=(1, 1))  # as much as can be told of it without reading it
+    assert steps(model, tmp_path / "images", tmp_path / "out") == [0, 8, 13]
 
 
 def test_work_of_another_model_is_not_taken(model: Path, images: Path, tmp_path: Path) -> None:

@@ -92,13 +92,17 @@ def test_the_last_column_is_told_without_labels_too(metrics: Path) -> None:
 def test_a_sample_of_queries_is_told_and_only_that(metrics: Path) -> None:
     assert caption(metrics) == "", "as older runs have it"
     lines = metrics.read_text().splitlines()
-    header = f"{lines[0]},num_possible_queries,num_reciprocity_images\n"
-    metrics.write_text(header + "".join(f"{line},50000,1000\n" for line in lines[1:]))
-    assert caption(metrics) == (
-        "20 of 50,000 queries, each against all images (evaluation.max_queries); reciprocity is that of 1,000 images"
-    )
-    metrics.write_text(header + "".join(f"{line},20,20\n" for line in lines[1:]))
-    assert caption(metrics) == ""
+    header = f"{lines[0]},num_possible_queries,num_images,num_reciprocity_images\n"
+    queries = "20 of 50,000 queries, each against all images (evaluation.max_queries)"
+    reciprocity = "reciprocity is that of 1,000 of 60,000 images"
+    for sizes, said in (
+        ("50000,60000,1000", f"{queries}; {reciprocity}"),
+        ("20,60000,1000", reciprocity),
+        ("0,60000,1000", reciprocity),
+        ("20,20,20", ""),
+    ):
+        metrics.write_text(header + "".join(f"{line},{sizes}\n" for line in lines[1:]))
+        assert caption(metrics) == said
 
 
 def test_nothing_is_printed_without_labels(tmp_path: Path) -> None:

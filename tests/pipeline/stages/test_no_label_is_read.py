@@ -99,7 +99,7 @@ def test_absent_labels_change_nothing_at_all_of_the_rest(run: RunFolder, materia
     index = ["model", "domain", "gallery"]
     told, whole = (tables.load_metrics(each.root).astype(dict.fromkeys(index, str)) for each in (other, run))
     told, whole = told.set_index(index), whole.set_index(index)
-    known = ["num_queries", "num_possible_queries", "num_reciprocity_images", "reciprocity"]
+    known = ["num_queries", "num_possible_queries", "num_images", "num_reciprocity_images", "reciprocity"]
     assert told.drop(columns=known).isna().all(axis=None) and not told[known[:2]].any(axis=None)
     assert told["reciprocity"].between(0, 1).all()
     pd.testing.assert_series_equal(told["reciprocity"], whole["reciprocity"].loc[told.index])

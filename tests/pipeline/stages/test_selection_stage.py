@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,16 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run in which one of three sets was left out."""
     run = drawn(tmp_path_factory.mktemp("selection"), selection__num_images=20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adaptors, "MIN_JUDGED", 4)
+        judge_few(patch)
         patch.setattr(adaptors, "choose_sets", leave_the_first_out)
         run_all(run)
     return run
+
+
+def judge_few(patch: pytest.MonkeyPatch) -> None:
+    """Let ten images be enough to judge sets by."""
+    for name, number in (("MIN_JUDGED", 4), ("MIN_VIEWED", 4), ("MIN_FITTED", 4)):
+        patch.setattr(adaptors, name, number)
 
 
 def leave_the_first_out(standouts: dict[str, np.ndarray], **options: object) -> tuple[adaptors.JudgedSet, ...]:
@@ -78,6 +85,28 @@ def test_with_too_few_images_all_sets_are_fused(tmp_path: Path) -> None:
     assert "k00002, k00004, k00008 are fused: too few images to choose among sets" in lines[-1]
 
 
+def test_the_names_of_an_attention_are_those_that_it_was_made_of(chosen: RunFolder, tmp_path: Path) -> None:
+    """Also where the configuration asks for all sets since: a selection that is on disk then says nothing."""
+    run = RunFolder.open(Path(shutil.copytree(chosen.root, tmp_path / "run")))
+    file = run.root / "config.yaml"
+    file.write_text(file.read_text().replace("  sets: auto", "  sets: all"))
+    assert "selection" not in [each.name for each in states(run, read_config(run))]
+    assert set(open_run(run.root).attention()["granularity"]) == {"k00004", "k00008"}
+    run_all(run, until="attention")
+    assert set(open_run(run.root).attention()["granularity"]) == {"k00002", "k00004", "k00008"}
+    assert Collection.open(run.root).fused == ("k00002", "k00004", "k00008")
+
+
+def test_halves_that_hold_too_few_different_images_leave_all_sets(tmp_path: Path) -> None:
+    """As where most images are copies of one."""
+    run = drawn(tmp_path, selection__num_images=20)
+    with pytest.MonkeyPatch.context() as patch:
+        judge_few(patch)
+        patch.setattr(adaptors, "region_halves", lambda rows, ids, seed: np.arange(len(rows)) == 0)
+        run_all(run, until="selection")
+    assert selection(run)["num_images"] == 0 and all(each["kept"] for each in selection(run)["sets"])
+
+
 def test_sets_of_an_interrupted_selection_are_not_embedded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +119,7 @@ def test_sets_of_an_interrupted_selection_are_not_embedded_again(
             raise KeyboardInterrupt
         return embed(context, name, trial)
 
-    monkeypatch.setattr(adaptors, "MIN_JUDGED", 4)
+    judge_few(monkeypatch)
     monkeypatch.setattr(adaptors, "_embedded", counted)
     with pytest.raises(KeyboardInterrupt):
         run_all(run, until="selection")
