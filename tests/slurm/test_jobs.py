@@ -312,7 +312,7 @@ def test_status_of_200_jobs_asks_slurm_twice(
     _fake_command(tmp_path / "bin" / "squeue", calls, "14|grappa-fusion-mark|PENDING|Priority||1:00")
     _fake_command(tmp_path / "bin" / "sacct", calls, "13_5|grappa-adaptors-mark|NODE_FAIL|1:0")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    fakes.configure(clusters={"num_clusters": list(range(2, 202))})
+    fakes.configure(clusters={"num_clusters": list(range(2, 202))}, selection={"sets": "all"})
     submission = submitted(fakes, planned(fakes))
     for task in range(200):
         append_event(submission.folder / "events" / f"13_{task}.jsonl", "start", restarts=0, node="n1")

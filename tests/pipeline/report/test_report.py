@@ -127,7 +127,7 @@ def test_the_verdict_stands_on_top_beside_what_the_labels_say(copy: RunFolder, t
     write_report(copy.root, tmp_path / "report", folder=True)
     page = Page(tmp_path / "report" / "index.html").text
     text = (tmp_path / "report" / "results.md").read_text(encoding="utf-8")
-    headline = "Adaptation helped: the deployed model is fused, the learned attention over the sets."
+    headline = "Adaptation helped: the deployed model is fused, the learned attention over the fused sets."
     order = [
         page.index(each)
         for each in (headline, VERDICT["evidence"], "best of what needs no training", "Neighbours before")
