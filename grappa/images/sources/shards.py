@@ -17,7 +17,7 @@ from typing import IO
 import pyarrow as pa
 
 from grappa.images.files import UnansweredError, changed, check_size, file_error
-from grappa.images.paths import ImageTableError, image_file, show
+from grappa.images.paths import ImageTableError, image_file, show, unescape_path
 from grappa.images.sources import urls
 from grappa.images.sources.columns import TEXT, constant
 from grappa.images.sources.parquet_shards import ParquetImages, holds_images, list_parquet, open_parquet
@@ -117,7 +117,7 @@ class OpenShards:
                 check_size(len(data), max_pixels)
                 return data
             check_size(size, max_pixels)
-            return self._from_tar(place, path, size, offset, version)
+            return self._from_tar(place, path, unescape_path(parts[1]), size, offset, version)
         except urls.NotThereError as error:
             raise changed(path, None, "its file has gone") from error
         except urls.NoAnswerError as error:
@@ -127,7 +127,7 @@ class OpenShards:
         except OSError as error:
             raise file_error(error, path, None) from error
 
-    def _from_tar(self, place: str, path: str, size: int, offset: int, version: str) -> bytes:
+    def _from_tar(self, place: str, path: str, member: str, size: int, offset: int, version: str) -> bytes:
         start, stop = offset - HEADER, offset + size
         if urls.is_url(place):
             self._check_version(place, path, version)
@@ -136,7 +136,7 @@ class OpenShards:
             with open(place, "rb") as opened:
                 opened.seek(start)
                 found = opened.read(stop - start)
-        check_header(found[:HEADER], path, size)
+        check_header(found[:HEADER], path, member, size)
         if len(found) < stop - start:
             raise short(path, size)
         return found[HEADER:]

@@ -74,16 +74,15 @@ def list_tar(opened: IO[bytes], name: str) -> tuple[pa.Table, Counter[str]]:
     return _table(found, name), found.passed
 
 
-def check_header(block: bytes, name: str, size: int) -> None:
+def check_header(block: bytes, name: str, member: str, size: int) -> None:
     """Raise ImagesChangedError where the header before an image does not announce ``size`` bytes of that name.
 
-    name: the image in sentences, ``tar::member``.
+    name: the image in sentences, ``tar::member``. member: the member alone, as the tar has it (``os.fsdecode`` form).
     """
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         raise changed(name, size, "its tar holds something else at its place") from None
-    member = name.partition(SEPARATOR)[2]
     told = _tidy(header.name)
     if header.size != size or (told.isascii() and member.isascii() and not member.startswith(told)):
         raise changed(name, size, "its tar holds something else at its place")

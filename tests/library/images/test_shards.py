@@ -103,6 +103,14 @@ def test_the_folders_of_tars_are_read_as_those_of_files(tmp_path: Path) -> None:
     assert len(list_images(both, layout="auto")) == 4
 
 
+def test_the_names_of_members_and_folders_may_look_like_escapes_and_separators(tmp_path: Path) -> None:
+    members = {"caf%C3%A9.jpg": b"1", "100%25.jpg": b"2", "é%FF.jpg": b"3", "a::b.tar::c.jpg": b"4"}
+    write_tar(tmp_path / "data" / "x::y%80" / "0.tar", members)
+    listing = list_images([tmp_path / "data"], layout="flat")
+    assert "x::y%2580/0.tar::caf%25C3%25A9.jpg" in set(listing["path"])
+    assert sorted(bytes_of(listing)) == [b"1", b"2", b"3", b"4"]
+
+
 def test_tars_beside_images_are_passed_over_as_packed_copies(tmp_path: Path) -> None:
     write_tar(tmp_path / "all.tar", {"birds/1.jpg": b"1"})
     (tmp_path / "birds").mkdir()
