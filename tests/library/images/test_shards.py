@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
+import tarfile
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +32,12 @@ def meanings(listing: pd.DataFrame) -> list[tuple[str, ...]]:
 def bytes_of(listing: pd.DataFrame) -> list[bytes]:
     read = open_rows(listing, listing.attrs["roots"], max_pixels=10_000)
     return [read(row) for row in range(len(listing))]
+
+
+def sized(name: str, size: int) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info
 
 
 # ---------------------------------------------------------------- the same images in each form
@@ -133,6 +141,12 @@ def test_tars_beside_images_are_passed_over_as_packed_copies(tmp_path: Path) -> 
             "0.tar cannot be read after .*end of data; get it whole, or leave it out",
         ),
         (lambda data: data[:1024] + b"x" * 512 + data[1536:], "0.tar is broken at byte 1024 after a/1.jpg"),
+        (lambda data: data[:1024], "0.tar is cut off at byte 1024 after a/1.jpg: get it whole"),
+        (lambda data: data[:2048] + b"\0" * 100, "0.tar is cut off at byte 2048 after a/2.jpg: get it whole"),
+        (
+            lambda data: data + b"\0" * 2**20 + data,
+            f"0.tar goes on at byte {10_240 + 2**20}, behind its end after a/3.jpg: .* give each as a file of its own",
+        ),
         (lambda data: gzip.compress(data), "0.tar cannot be read: .* it is compressed: unpack it"),
         (lambda data: b"no tar at all", "0.tar cannot be read"),
     ],
@@ -142,6 +156,31 @@ def test_a_tar_that_is_cut_off_broken_or_packed_is_refused(tmp_path: Path, spoil
     file.write_bytes(spoil(file.read_bytes()))
     with pytest.raises(ImageTableError, match=sentence):
         list_images([file])
+
+
+def test_links_in_a_tar_are_counted_as_passed_over(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        archive.addfile(sized("a/1.jpg", 1), io.BytesIO(b"1"))
+        for name, kind in (("a/2.jpg", tarfile.LNKTYPE), ("a/3.PNG", tarfile.SYMTYPE), ("a/1.cls", tarfile.LNKTYPE)):
+            link = sized(name, 0)
+            link.type, link.linkname = kind, "a/1.jpg"
+            archive.addfile(link)
+        folder = sized("a/b.jpg", 0)
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    listing = list_images([tmp_path / "0.tar"])
+    assert list(listing["path"]) == ["0.tar::a/1.jpg"]
+    assert listing.attrs["passed_over"] == ["3 files (links 3)"]
+
+
+def test_a_header_may_shorten_a_long_name(tmp_path: Path) -> None:
+    long = "/".join(("a" * 60, "b" * 60, "1.jpg"))
+    info = sized("a" * 60 + "/1.jpg", 1)  # as libarchive does; the whole name is said before
+    info.pax_headers = {"path": long}
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(info, io.BytesIO(b"1"))
+    listing = list_images([tmp_path / "0.tar"], layout="flat")
+    assert list(listing["path"]) == [f"0.tar::{long}"] and bytes_of(listing) == [b"1"]
 
 
 def test_a_member_twice_and_a_tar_twice_are_refused(tmp_path: Path) -> None:
