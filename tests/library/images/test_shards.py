@@ -8,16 +8,17 @@ import io
 import tarfile
 from pathlib import Path
 
+import fsspec
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from grappa.images.copies import count_distinct_files
-from grappa.images.files import ImagesChangedError, RejectedFileError
+from grappa.images.files import ImagesChangedError, RejectedFileError, UnansweredError
 from grappa.images.ingest import decode_all
 from grappa.images.originals import open_rows
-from grappa.images.sources import parquet_shards
+from grappa.images.sources import parquet_shards, urls
 from grappa.images.table import ImageTableError, list_images
 from tests.helpers.shards import write_images, write_tar
 from tests.helpers.tiny import draw_images
@@ -272,3 +273,68 @@ def test_a_table_without_paths_and_images_is_refused(tmp_path: Path) -> None:
     write_images(tmp_path / "y.parquet", [b"1"], ["cat"], label=[3])
     with pytest.raises(ImageTableError, match="the label 3 is none of the 1 that the file names"):
         list_images([tmp_path / "y.parquet"], layout="flat")
+
+
+def test_a_broken_page_stops_with_the_name_of_the_file(tmp_path: Path) -> None:
+    file = write_images(tmp_path / "a" / "x.parquet", [bytes([number]) * 100 for number in range(8)])
+    listing = list_images([file], layout="flat")
+    data = bytearray(file.read_bytes())
+    data[4:40] = b"\xff" * 36
+    file.write_bytes(data)
+    read = open_rows(listing, listing.attrs["roots"], max_pixels=10_000)
+    for row in (0, 1, 0):
+        with pytest.raises(
+            ImagesChangedError, match=r"x.parquet::\d .*its file cannot be read .*get it whole, or leave"
+        ):
+            read(row)
+    assert read(5) == bytes([5]) * 100, "the other row groups are whole"
+
+
+# ---------------------------------------------------------------- an answer that does not come
+
+
+class Lost(io.BytesIO):
+    """An opened file whose reads fail so many times."""
+
+    left = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        if Lost.left:
+            Lost.left -= 1
+            raise urls.NoAnswerError("the connection was lost")
+        return super().read(size)
+
+
+def far(monkeypatch: pytest.MonkeyPatch, file: Path) -> str:
+    """Return the URL of a file that is opened as ``Lost``."""
+    fsspec.filesystem("memory").pipe_file(f"/far/{file.name}", file.read_bytes())
+    monkeypatch.setattr(urls, "open_url", lambda url: Lost(file.read_bytes()))
+    monkeypatch.setattr(Lost, "left", 0)
+    return f"memory://far/{file.name}"
+
+
+@pytest.mark.parametrize("name", ["0.tar", "x.parquet"])
+def test_an_answer_that_ends_while_a_shard_is_listed_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write_tar(tmp_path / "0.tar", {"a/1.jpg": b"1"})
+    write_images(tmp_path / "x.parquet", [b"1"])
+    url = far(monkeypatch, tmp_path / name)
+    Lost.left = 1
+    with pytest.raises(ImageTableError, match=f"^cannot read {url}: the connection was lost$"):
+        list_images([url], layout="flat")
+
+
+def test_a_row_whose_answer_did_not_come_can_be_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_shards, "WINDOW_BYTES", 1)
+    images = [hashlib.sha256(bytes([number])).digest() for number in range(8)]
+    listing = list_images([far(monkeypatch, write_images(tmp_path / "x.parquet", images))], layout="flat")
+    read = open_rows(listing, listing.attrs["roots"], max_pixels=10_000)
+    assert read(0) == images[0]
+    for row in (4, 1, 3):  # each begins a row group
+        Lost.left = 1
+        with pytest.raises(UnansweredError, match="^the connection was lost$"):
+            read(row)
+        assert [read(each) for each in (row, 2, 6)] == [images[each] for each in (row, 2, 6)]
