@@ -24,7 +24,9 @@ from grappa.images.sources.path_table import LARGEST_HEADER, as_texts
 from grappa.images.sources.tar_shards import SEPARATOR
 
 WINDOW_BYTES = 64 * 2**20  # of a column that are in memory at a time, where its row groups are larger
-_WINDOWS = 3  # of all files: rows are asked for in order, by threads that are some rows apart
+# Of each open file, beside the compressed row group that is being read: rows are asked for in order, by threads that
+# are some rows apart.
+_WINDOWS = 3
 _VERSION_DIGITS = 16
 _HF_SPLIT = re.compile(r"([A-Za-z]+)-\d{5}-of-\d{5}")  # how data sets of the hub name their files
 
@@ -215,9 +217,18 @@ class ParquetImages:
         self._lock = Lock()
 
     def read(self, row: int) -> bytes:
-        """Return the bytes of the image of a row; RejectedFileError where its cell is null."""
+        """Return the bytes of the image of a row.
+
+        Raises:
+            RejectedFileError: its cell is null.
+            pa.ArrowException, OSError, or what the opened file raises: it cannot be read; it may be asked for again.
+        """
         with self._lock:
-            first, window = self._window(row)
+            try:
+                first, window = self._window(row)
+            except BaseException:
+                self._batches, self._next, self._stop = None, 0, 0  # else the next row would go on behind the gap
+                raise
         cell = window[row - first].as_py()
         if cell is None:
             raise RejectedFileError(f"no image: the cell of the column `{self._columns.image}` holds no bytes")
@@ -252,7 +263,10 @@ class ParquetImages:
         self._next, self._stop = self._starts[group : group + 2]
 
     def _following(self) -> pa.Array:
-        column = next(self._batches).column(0)
+        batch = next(self._batches, None)
+        if batch is None:
+            raise pa.ArrowInvalid("a row group ends before its last row")
+        column = batch.column(0)
         cells = column.field("bytes") if pa.types.is_struct(column.type) else column
         cells = pc.if_else(column.is_valid(), cells, pa.scalar(None, cells.type))
         self._next += len(cells)

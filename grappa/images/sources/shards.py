@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Lock
 from typing import IO
 
 import pyarrow as pa
 
-from grappa.images.files import UnansweredError, changed, check_size, file_error
-from grappa.images.paths import ImageTableError, image_file, show
+from grappa.images.files import ImagesChangedError, UnansweredError, changed, check_size, file_error
+from grappa.images.paths import ImageTableError, image_file, show, unescape_path
 from grappa.images.sources import urls
 from grappa.images.sources.columns import TEXT, constant
 from grappa.images.sources.parquet_shards import ParquetImages, holds_images, list_parquet, open_parquet
@@ -25,7 +26,7 @@ from grappa.images.sources.tar_shards import HEADER, SEPARATOR, check_header, li
 
 _SHARD = re.compile(rf"(.+?\.(?:tar|parquet)){SEPARATOR}(.*)", re.DOTALL | re.IGNORECASE)
 _NUM_THREADS = 8  # that list shards; those behind URLs mostly wait
-_OPEN_FILES = 4  # Parquet files whose row groups are in memory
+_OPEN_FILES = 4  # Parquet files that have windows of their images in memory (``parquet_shards``)
 
 
 def split_shard(path: str) -> tuple[str, str] | None:
@@ -45,7 +46,7 @@ def with_images(root: str, names: Sequence[str]) -> list[str]:
     def holds(name: str) -> bool:
         if is_tar(name):
             return True
-        with _opened(os.path.join(root, name)) as opened:
+        with _reading(os.path.join(root, name)) as opened:
             return holds_images(open_parquet(opened, name).schema_arrow)
 
     with ThreadPoolExecutor(_NUM_THREADS, "look") as pool:
@@ -66,28 +67,29 @@ def list_shards(root: str, names: Sequence[str]) -> list[tuple[pa.Table, Counter
 
 def _listed(root: str, name: str) -> tuple[pa.Table, Counter[str]]:
     place = os.path.join(root, name)
-    with _opened(place) as opened:
+    with _reading(place) as opened:
         if not is_tar(name):
             return list_parquet(open_parquet(opened, name), name), Counter()
-        try:
-            rows, passed = list_tar(opened, name)
-        except (OSError, ValueError) as error:
-            if isinstance(error, ImageTableError):
-                raise
-            raise ImageTableError(f"cannot read the tar {show(place)}: {error}") from error
-    version = urls.look_at(place).version if urls.is_url(place) else ""
+        rows, passed = list_tar(opened, name)
+        version = urls.look_at(place).version if urls.is_url(place) else ""
     return rows.append_column("version", constant(version, len(rows), TEXT)), passed
 
 
-def _opened(place: str) -> IO[bytes]:
+@contextmanager
+def _reading(place: str) -> Iterator[IO[bytes]]:
+    """Open a shard to list it. What goes wrong in opening and in reading it is an ImageTableError."""
     try:
-        return urls.open_url(place) if urls.is_url(place) else open(place, "rb")
+        with urls.open_url(place) if urls.is_url(place) else open(place, "rb") as opened:
+            yield opened
+    except ImageTableError:
+        raise
     except urls.NotThereError as error:
         raise ImageTableError(f"no such folder or table: {show(place)}") from error
     except urls.NoAnswerError as error:
         raise ImageTableError(f"cannot read {show(place)}: {error}") from error
-    except OSError as error:
-        raise ImageTableError(f"cannot read {show(place)}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise ImageTableError(f"cannot read {show(place)}: {reason or error}") from error
 
 
 class OpenShards:
@@ -117,17 +119,19 @@ class OpenShards:
                 check_size(len(data), max_pixels)
                 return data
             check_size(size, max_pixels)
-            return self._from_tar(place, path, size, offset, version)
+            return self._from_tar(place, path, unescape_path(parts[1]), size, offset, version)
         except urls.NotThereError as error:
             raise changed(path, None, "its file has gone") from error
         except urls.NoAnswerError as error:
             raise UnansweredError(str(error)) from error
-        except pa.ArrowException as error:
-            raise changed(path, None, f"its file cannot be read ({_line(error)})") from error
-        except OSError as error:
-            raise file_error(error, path, None) from error
+        except MemoryError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise file_error(error, path, None) from error
+            raise _unreadable(path, error) from error
 
-    def _from_tar(self, place: str, path: str, size: int, offset: int, version: str) -> bytes:
+    def _from_tar(self, place: str, path: str, member: str, size: int, offset: int, version: str) -> bytes:
         start, stop = offset - HEADER, offset + size
         if urls.is_url(place):
             self._check_version(place, path, version)
@@ -136,7 +140,7 @@ class OpenShards:
             with open(place, "rb") as opened:
                 opened.seek(start)
                 found = opened.read(stop - start)
-        check_header(found[:HEADER], path, size)
+        check_header(found[:HEADER], path, member, size)
         if len(found) < stop - start:
             raise short(path, size)
         return found[HEADER:]
@@ -166,7 +170,12 @@ def _open_images(place: str, path: str) -> ParquetImages:
     try:
         return ParquetImages(open_parquet(opened, place), place)
     except ImageTableError as error:
-        raise changed(path, None, f"its file cannot be read ({error})") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> ImagesChangedError:
+    """Return the error of an image whose file holds what cannot be read."""
+    return changed(path, None, f"its file cannot be read ({_line(error)}): get it whole, or leave it out")
 
 
 def _line(error: Exception) -> str:

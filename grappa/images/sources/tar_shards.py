@@ -30,7 +30,9 @@ _IMAGES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .tif .tiff .gif .jp2 .j2k .jpc .jpf .jpx .avif .avifs .heic "
     ".heif .hif".split()
 )
+_SAYING = (".cls", ".json")  # endings of the members that say something
 _LARGEST_NOTE = 2**20  # bytes of a member that says something
+_BLOCK = 2**20  # bytes that are read at a time of what lies behind the last member
 _FIELDS = ("label", "domain", "split")
 
 Said = dict[str, str]
@@ -56,10 +58,12 @@ def list_tar(opened: IO[bytes], name: str) -> tuple[pa.Table, Counter[str]]:
 
     Returns:
         columns ``path`` (``name::member``), ``folder`` (that of the tar, and within it that of the member), ``label``,
-        ``domain``, ``split``, ``size`` and ``offset``; how many members of which ending were passed over.
+        ``domain``, ``split``, ``size`` and ``offset``; how many members of which ending were passed over,
+        and how many ``links`` where an image or a label was expected.
 
     Raises:
-        ImageTableError: it is no tar, is compressed, is cut off or broken, or has a member twice.
+        ImageTableError: it is no tar, is compressed, is cut off or broken, goes on behind its end, or has a member
+            twice.
     """
     found = _Members()
     try:
@@ -74,19 +78,24 @@ def list_tar(opened: IO[bytes], name: str) -> tuple[pa.Table, Counter[str]]:
     return _table(found, name), found.passed
 
 
-def check_header(block: bytes, name: str, size: int) -> None:
+def check_header(block: bytes, name: str, member: str, size: int) -> None:
     """Raise ImagesChangedError where the header before an image does not announce ``size`` bytes of that name.
 
-    name: the image in sentences, ``tar::member``.
+    name: the image in sentences, ``tar::member``. member: the member alone, as the tar has it (``os.fsdecode`` form).
     """
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         raise changed(name, size, "its tar holds something else at its place") from None
-    member = name.partition(SEPARATOR)[2]
-    told = _tidy(header.name)
-    if header.size != size or (told.isascii() and member.isascii() and not member.startswith(told)):
+    if header.size != size or not _may_be(_tidy(header.name), member):
         raise changed(name, size, "its tar holds something else at its place")
+
+
+def _may_be(told: str, member: str) -> bool:
+    """Tell whether a header may be that of a member: of a long name it holds the beginning, or leaves folders out."""
+    if not (told.isascii() and member.isascii()) or member.startswith(told):
+        return True
+    return len(member) > tarfile.LENGTH_NAME and os.path.basename(member).startswith(os.path.basename(told))
 
 
 def short(name: str, size: int) -> ImagesChangedError:
@@ -96,14 +105,19 @@ def short(name: str, size: int) -> ImagesChangedError:
 
 def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, found: _Members, name: str) -> None:
     path = _tidy(member.name)
-    if not member.isreg() or _is_hidden(path):
-        return
-    if member.issparse():
-        raise ImageTableError(f"the tar {show(name)} holds {show(path)} as a sparse file: pack it without --sparse")
     folder, _, base = path.rpartition("/")
     key = f"{folder}/{base.partition('.')[0]}"
     ending = os.path.splitext(base)[1].lower()
-    if ending in (".cls", ".json"):
+    if _is_hidden(path):
+        return
+    if member.issym() or member.islnk():
+        if ending in _IMAGES or ending in _SAYING:
+            found.passed["links"] += 1
+    elif not member.isreg():
+        return
+    elif member.issparse():
+        raise ImageTableError(f"the tar {show(name)} holds {show(path)} as a sparse file: pack it without --sparse")
+    elif ending in _SAYING:
         _note(archive, member, found.said.setdefault(key, {}), f"{name}{SEPARATOR}{path}")
     elif ending not in _IMAGES:
         found.passed[ending or base] += 1
@@ -135,14 +149,23 @@ def _note(archive: tarfile.TarFile, member: tarfile.TarInfo, said: Said, name: s
 
 
 def _check_end(opened: IO[bytes], archive: tarfile.TarFile, name: str, found: _Members) -> None:
-    """Refuse a tar that goes on after what could be read of it: the rest would be lost in silence."""
-    opened.seek(archive.offset)
-    rest = opened.read(HEADER)
-    if rest.strip(b"\0"):
-        last = f" after {show(found.names[-1])}" if found.names else ""
-        raise ImageTableError(
-            f"the tar {show(name)} is broken at byte {archive.offset}{last}: get it whole, or leave it out"
-        )
+    """Refuse a tar that has no end, or goes on after it: the rest would be lost in silence."""
+    at = archive.offset
+    last = f" after {show(found.names[-1])}" if found.names else ""
+    opened.seek(at)
+    block = opened.read(HEADER)
+    if block.strip(b"\0"):
+        raise ImageTableError(f"the tar {show(name)} is broken at byte {at}{last}: get it whole, or leave it out")
+    if len(block) < HEADER:
+        raise ImageTableError(f"the tar {show(name)} is cut off at byte {at}{last}: get it whole, or leave it out")
+    while block:
+        at += len(block)
+        block = opened.read(_BLOCK)
+        if rest := block.lstrip(b"\0"):
+            raise ImageTableError(
+                f"the tar {show(name)} goes on at byte {at + len(block) - len(rest)}, behind its end{last}: where it "
+                "is several tars in one file, give each as a file of its own"
+            )
 
 
 def _table(found: _Members, name: str) -> pa.Table:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
+import tarfile
 from pathlib import Path
 
+import fsspec
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from grappa.images.copies import count_distinct_files
-from grappa.images.files import ImagesChangedError, RejectedFileError
+from grappa.images.files import ImagesChangedError, RejectedFileError, UnansweredError
 from grappa.images.ingest import decode_all
 from grappa.images.originals import open_rows
-from grappa.images.sources import parquet_shards
+from grappa.images.sources import parquet_shards, urls
 from grappa.images.table import ImageTableError, list_images
 from tests.helpers.shards import write_images, write_tar
 from tests.helpers.tiny import draw_images
@@ -30,6 +33,12 @@ def meanings(listing: pd.DataFrame) -> list[tuple[str, ...]]:
 def bytes_of(listing: pd.DataFrame) -> list[bytes]:
     read = open_rows(listing, listing.attrs["roots"], max_pixels=10_000)
     return [read(row) for row in range(len(listing))]
+
+
+def sized(name: str, size: int) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info
 
 
 # ---------------------------------------------------------------- the same images in each form
@@ -103,6 +112,14 @@ def test_the_folders_of_tars_are_read_as_those_of_files(tmp_path: Path) -> None:
     assert len(list_images(both, layout="auto")) == 4
 
 
+def test_the_names_of_members_and_folders_may_look_like_escapes_and_separators(tmp_path: Path) -> None:
+    members = {"caf%C3%A9.jpg": b"1", "100%25.jpg": b"2", "é%FF.jpg": b"3", "a::b.tar::c.jpg": b"4"}
+    write_tar(tmp_path / "data" / "x::y%80" / "0.tar", members)
+    listing = list_images([tmp_path / "data"], layout="flat")
+    assert "x::y%2580/0.tar::caf%25C3%25A9.jpg" in set(listing["path"])
+    assert sorted(bytes_of(listing)) == [b"1", b"2", b"3", b"4"]
+
+
 def test_tars_beside_images_are_passed_over_as_packed_copies(tmp_path: Path) -> None:
     write_tar(tmp_path / "all.tar", {"birds/1.jpg": b"1"})
     (tmp_path / "birds").mkdir()
@@ -125,6 +142,12 @@ def test_tars_beside_images_are_passed_over_as_packed_copies(tmp_path: Path) -> 
             "0.tar cannot be read after .*end of data; get it whole, or leave it out",
         ),
         (lambda data: data[:1024] + b"x" * 512 + data[1536:], "0.tar is broken at byte 1024 after a/1.jpg"),
+        (lambda data: data[:1024], "0.tar is cut off at byte 1024 after a/1.jpg: get it whole"),
+        (lambda data: data[:2048] + b"\0" * 100, "0.tar is cut off at byte 2048 after a/2.jpg: get it whole"),
+        (
+            lambda data: data + b"\0" * 2**20 + data,
+            f"0.tar goes on at byte {10_240 + 2**20}, behind its end after a/3.jpg: .* give each as a file of its own",
+        ),
         (lambda data: gzip.compress(data), "0.tar cannot be read: .* it is compressed: unpack it"),
         (lambda data: b"no tar at all", "0.tar cannot be read"),
     ],
@@ -134,6 +157,31 @@ def test_a_tar_that_is_cut_off_broken_or_packed_is_refused(tmp_path: Path, spoil
     file.write_bytes(spoil(file.read_bytes()))
     with pytest.raises(ImageTableError, match=sentence):
         list_images([file])
+
+
+def test_links_in_a_tar_are_counted_as_passed_over(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        archive.addfile(sized("a/1.jpg", 1), io.BytesIO(b"1"))
+        for name, kind in (("a/2.jpg", tarfile.LNKTYPE), ("a/3.PNG", tarfile.SYMTYPE), ("a/1.cls", tarfile.LNKTYPE)):
+            link = sized(name, 0)
+            link.type, link.linkname = kind, "a/1.jpg"
+            archive.addfile(link)
+        folder = sized("a/b.jpg", 0)
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    listing = list_images([tmp_path / "0.tar"])
+    assert list(listing["path"]) == ["0.tar::a/1.jpg"]
+    assert listing.attrs["passed_over"] == ["3 files (links 3)"]
+
+
+def test_a_header_may_shorten_a_long_name(tmp_path: Path) -> None:
+    long = "/".join(("a" * 60, "b" * 60, "1.jpg"))
+    info = sized("a" * 60 + "/1.jpg", 1)  # as libarchive does; the whole name is said before
+    info.pax_headers = {"path": long}
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(info, io.BytesIO(b"1"))
+    listing = list_images([tmp_path / "0.tar"], layout="flat")
+    assert list(listing["path"]) == [f"0.tar::{long}"] and bytes_of(listing) == [b"1"]
 
 
 def test_a_member_twice_and_a_tar_twice_are_refused(tmp_path: Path) -> None:
@@ -225,3 +273,68 @@ def test_a_table_without_paths_and_images_is_refused(tmp_path: Path) -> None:
     write_images(tmp_path / "y.parquet", [b"1"], ["cat"], label=[3])
     with pytest.raises(ImageTableError, match="the label 3 is none of the 1 that the file names"):
         list_images([tmp_path / "y.parquet"], layout="flat")
+
+
+def test_a_broken_page_stops_with_the_name_of_the_file(tmp_path: Path) -> None:
+    file = write_images(tmp_path / "a" / "x.parquet", [bytes([number]) * 100 for number in range(8)])
+    listing = list_images([file], layout="flat")
+    data = bytearray(file.read_bytes())
+    data[4:40] = b"\xff" * 36
+    file.write_bytes(data)
+    read = open_rows(listing, listing.attrs["roots"], max_pixels=10_000)
+    for row in (0, 1, 0):
+        with pytest.raises(
+            ImagesChangedError, match=r"x.parquet::\d .*its file cannot be read .*get it whole, or leave"
+        ):
+            read(row)
+    assert read(5) == bytes([5]) * 100, "the other row groups are whole"
+
+
+# ---------------------------------------------------------------- an answer that does not come
+
+
+class Lost(io.BytesIO):
+    """An opened file whose reads fail so many times."""
+
+    left = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        if Lost.left:
+            Lost.left -= 1
+            raise urls.NoAnswerError("the connection was lost")
+        return super().read(size)
+
+
+def far(monkeypatch: pytest.MonkeyPatch, file: Path) -> str:
+    """Return the URL of a file that is opened as ``Lost``."""
+    fsspec.filesystem("memory").pipe_file(f"/far/{file.name}", file.read_bytes())
+    monkeypatch.setattr(urls, "open_url", lambda url: Lost(file.read_bytes()))
+    monkeypatch.setattr(Lost, "left", 0)
+    return f"memory://far/{file.name}"
+
+
+@pytest.mark.parametrize("name", ["0.tar", "x.parquet"])
+def test_an_answer_that_ends_while_a_shard_is_listed_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write_tar(tmp_path / "0.tar", {"a/1.jpg": b"1"})
+    write_images(tmp_path / "x.parquet", [b"1"])
+    url = far(monkeypatch, tmp_path / name)
+    Lost.left = 1
+    with pytest.raises(ImageTableError, match=f"^cannot read {url}: the connection was lost$"):
+        list_images([url], layout="flat")
+
+
+def test_a_row_whose_answer_did_not_come_can_be_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_shards, "WINDOW_BYTES", 1)
+    images = [hashlib.sha256(bytes([number])).digest() for number in range(8)]
+    listing = list_images([far(monkeypatch, write_images(tmp_path / "x.parquet", images))], layout="flat")
+    read = open_rows(listing, listing.attrs["roots"], max_pixels=10_000)
+    assert read(0) == images[0]
+    for row in (4, 1, 3):  # each begins a row group
+        Lost.left = 1
+        with pytest.raises(UnansweredError, match="^the connection was lost$"):
+            read(row)
+        assert [read(each) for each in (row, 2, 6)] == [images[each] for each in (row, 2, 6)]
