@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from grappa.images.files import RejectedFileError
 from grappa.images.folders import is_split, split_of
-from grappa.images.paths import UNKNOWN, ImageTableError, show
+from grappa.images.paths import UNKNOWN, ImageTableError, tell
 from grappa.images.sources.columns import TEXT, constant, escaped, mapped
 from grappa.images.sources.path_table import LARGEST_HEADER, as_texts
 from grappa.images.sources.tar_shards import SEPARATOR
@@ -57,7 +57,7 @@ def open_parquet(place: str | IO[bytes], name: str) -> pq.ParquetFile:
             pre_buffer=True,
         )
     except (OSError, pa.ArrowException) as error:
-        raise ImageTableError(f"cannot read the table {show(name)}: {error}") from error
+        raise ImageTableError(f"cannot read the table {tell(name)}: {error}") from error
 
 
 def version_of(file: pq.ParquetFile) -> str:
@@ -90,7 +90,7 @@ def list_parquet(file: pq.ParquetFile, name: str) -> pa.Table:
     try:
         content = file.read(columns=told)
     except (OSError, pa.ArrowException) as error:
-        raise ImageTableError(f"cannot read the table {show(name)}: {error}") from error
+        raise ImageTableError(f"cannot read the table {tell(name)}: {error}") from error
     rows = pa.array(np.arange(number))
     digits = pc.utf8_lpad(rows.cast(TEXT), len(str(max(number - 1, 0))), "0")
     before = escaped([f"{name}{SEPARATOR}"])[0]
@@ -126,7 +126,7 @@ def _labels(cells: pa.ChunkedArray | None, names: list[str] | None, file: str) -
 
     def name_of(cell: str) -> str:
         if cell not in known:
-            raise ImageTableError(f"{show(file)}: the label {cell} is none of the {len(names)} that the file names")
+            raise ImageTableError(f"{tell(file)}: the label {cell} is none of the {len(names)} that the file names")
         return known[cell]
 
     found = mapped(cells, name_of)
@@ -136,7 +136,7 @@ def _labels(cells: pa.ChunkedArray | None, names: list[str] | None, file: str) -
 def _splits(cells: pa.ChunkedArray | None, file: str) -> pa.ChunkedArray | None:
     def meaning(cell: str) -> str:
         if not is_split(cell):
-            raise ImageTableError(f"{show(file)}: split is {cell!r}: expected train, val or test")
+            raise ImageTableError(f"{tell(file)}: split is {cell!r}: expected train, val or test")
         return split_of(cell)
 
     return None if cells is None else mapped(cells, meaning)
@@ -185,7 +185,7 @@ def _columns(schema: pa.Schema, name: str) -> _Columns:
     image = _image_column(schema)
     if image is None:
         raise ImageTableError(
-            f"{show(name)} has no column `path` and no column of images: found {', '.join(schema.names)}; expected "
+            f"{tell(name)} has no column `path` and no column of images: found {', '.join(schema.names)}; expected "
             "path and domain, or image"
         )
     features = _features(schema)

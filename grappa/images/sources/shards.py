@@ -18,7 +18,7 @@ from typing import IO
 import pyarrow as pa
 
 from grappa.images.files import ImagesChangedError, UnansweredError, changed, check_size, file_error
-from grappa.images.paths import ImageTableError, image_file, show, unescape_path
+from grappa.images.paths import ImageTableError, image_file, tell, unescape_path
 from grappa.images.sources import urls
 from grappa.images.sources.columns import TEXT, constant
 from grappa.images.sources.parquet_shards import ParquetImages, holds_images, list_parquet, open_parquet
@@ -84,12 +84,12 @@ def _reading(place: str) -> Iterator[IO[bytes]]:
     except ImageTableError:
         raise
     except urls.NotThereError as error:
-        raise ImageTableError(f"no such folder or table: {show(place)}") from error
+        raise ImageTableError(f"no such folder or table: {tell(place)}") from error
     except urls.NoAnswerError as error:
-        raise ImageTableError(f"cannot read {show(place)}: {error}") from error
+        raise ImageTableError(f"cannot read {tell(place)}: {error}") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else None
-        raise ImageTableError(f"cannot read {show(place)}: {reason or error}") from error
+        raise ImageTableError(f"cannot read {tell(place)}: {reason or error}") from error
 
 
 class OpenShards:

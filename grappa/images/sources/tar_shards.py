@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from grappa.images.files import ImagesChangedError, changed
 from grappa.images.folders import is_split, is_system_folder, split_of
-from grappa.images.paths import ImageTableError, show
+from grappa.images.paths import ImageTableError, tell
 from grappa.images.sources.columns import TEXT, escaped
 
 HEADER = tarfile.BLOCKSIZE  # bytes before an image
@@ -73,8 +73,8 @@ def list_tar(opened: IO[bytes], name: str) -> tuple[pa.Table, Counter[str]]:
                 _take(archive, member, found, name)
             _check_end(opened, archive, name, found)
     except (tarfile.TarError, EOFError) as error:
-        after = f" after {show(found.names[-1])}" if found.names else ""
-        raise ImageTableError(f"the tar {show(name)} cannot be read{after}: {error}; {_advice(opened)}") from error
+        after = f" after {tell(found.names[-1])}" if found.names else ""
+        raise ImageTableError(f"the tar {tell(name)} cannot be read{after}: {error}; {_advice(opened)}") from error
     return _table(found, name), found.passed
 
 
@@ -116,7 +116,7 @@ def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, found: _Members, na
     elif not member.isreg():
         return
     elif member.issparse():
-        raise ImageTableError(f"the tar {show(name)} holds {show(path)} as a sparse file: pack it without --sparse")
+        raise ImageTableError(f"the tar {tell(name)} holds {tell(path)} as a sparse file: pack it without --sparse")
     elif ending in _SAYING:
         _note(archive, member, found.said.setdefault(key, {}), f"{name}{SEPARATOR}{path}")
     elif ending not in _IMAGES:
@@ -140,7 +140,7 @@ def _note(archive: tarfile.TarFile, member: tarfile.TarInfo, said: Said, name: s
         given = json.loads(data)
     except (ValueError, RecursionError) as error:
         kind = "text" if name.endswith(".cls") else "JSON"
-        raise ImageTableError(f"the member {show(name)} is no {kind}: {error}") from error
+        raise ImageTableError(f"the member {tell(name)} is no {kind}: {error}") from error
     if isinstance(given, dict):
         for each in _FIELDS:
             value = given.get(each)
@@ -151,19 +151,19 @@ def _note(archive: tarfile.TarFile, member: tarfile.TarInfo, said: Said, name: s
 def _check_end(opened: IO[bytes], archive: tarfile.TarFile, name: str, found: _Members) -> None:
     """Refuse a tar that has no end, or goes on after it: the rest would be lost in silence."""
     at = archive.offset
-    last = f" after {show(found.names[-1])}" if found.names else ""
+    last = f" after {tell(found.names[-1])}" if found.names else ""
     opened.seek(at)
     block = opened.read(HEADER)
     if block.strip(b"\0"):
-        raise ImageTableError(f"the tar {show(name)} is broken at byte {at}{last}: get it whole, or leave it out")
+        raise ImageTableError(f"the tar {tell(name)} is broken at byte {at}{last}: get it whole, or leave it out")
     if len(block) < HEADER:
-        raise ImageTableError(f"the tar {show(name)} is cut off at byte {at}{last}: get it whole, or leave it out")
+        raise ImageTableError(f"the tar {tell(name)} is cut off at byte {at}{last}: get it whole, or leave it out")
     while block:
         at += len(block)
         block = opened.read(_BLOCK)
         if rest := block.lstrip(b"\0"):
             raise ImageTableError(
-                f"the tar {show(name)} goes on at byte {at + len(block) - len(rest)}, behind its end{last}: where it "
+                f"the tar {tell(name)} goes on at byte {at + len(block) - len(rest)}, behind its end{last}: where it "
                 "is several tars in one file, give each as a file of its own"
             )
 
@@ -171,7 +171,7 @@ def _check_end(opened: IO[bytes], archive: tarfile.TarFile, name: str, found: _M
 def _table(found: _Members, name: str) -> pa.Table:
     twice = next((each for each, number in Counter(found.names).items() if number > 1), None)
     if twice is not None:
-        raise ImageTableError(f"the tar {show(name)} has the member {show(twice)} twice: pack every image once")
+        raise ImageTableError(f"the tar {tell(name)} has the member {tell(twice)} twice: pack every image once")
     above = os.path.dirname(name)
     columns: dict[str, Any] = {
         "path": escaped([f"{name}{SEPARATOR}{each}" for each in found.names]),
@@ -188,7 +188,7 @@ def _table(found: _Members, name: str) -> pa.Table:
 def _splits(texts: list[str | None], name: str) -> Iterator[str | None]:
     for text in texts:
         if text is not None and not is_split(text):
-            raise ImageTableError(f"a JSON member of {show(name)} has the split {text!r}: expected train, val or test")
+            raise ImageTableError(f"a JSON member of {tell(name)} has the split {text!r}: expected train, val or test")
         yield None if text is None else split_of(text)
 
 
