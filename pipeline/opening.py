@@ -158,6 +158,18 @@ def settle_precision(context: StageContext, requested: str, device: torch.device
     return context.resolve("precision", resolve_precision(requested, device))
 
 
+def settle_passes(
+    context: StageContext, backbone: Backbone, adaptation: object, precision: str, number: int
+) -> tuple[torch.device, str, int]:
+    """Return device, precision and batch size of passes without gradients over ``number`` images; memory is checked."""
+    device = settle_device(context)
+    settled = settle_precision(context, precision, device)
+    batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
+    needed = memory.embedding(shape_of(backbone, [adaptation]), min(batch_size, number), settled)
+    need_for_batches(context, device, needed)
+    return device, settled, batch_size
+
+
 def shape_of(backbone: Backbone, adaptations: Iterable[object] = ()) -> Shape:
     """Return the sizes on which the memory of an adapted backbone depends; all ``adaptations`` act at the same time."""
     model: Any = backbone.model

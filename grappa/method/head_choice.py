@@ -25,7 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa.core.randomness import key, shuffled, uniforms
-from grappa.method.head import WhitenedNeighborhoodHead, apply_head, fit_whitening_head
+from grappa.method.head import (
+    WhitenedNeighborhoodHead,
+    apply_head,
+    fit_whitened_neighborhood_head,
+    fit_whitening_head,
+)
 from grappa.metrics.indicators import neighbor_agreement, neighborhood_standout
 from grappa.search.kmeans import cluster, count_distinct
 
@@ -75,6 +80,25 @@ def choose_weight(
                 parts.append(_indicators(head.with_weight(weight), embeddings[viewed[chosen]], views[chosen]))
     scores = {weight: _score(np.concatenate(parts, axis=1)) for weight, parts in found.items()}
     return WeightChoice(max(scores, key=lambda weight: scores[weight]), scores)
+
+
+def standout_behind_head(
+    fitted: NDArray[np.float32],
+    ids: NDArray[np.uint64],
+    images: NDArray[np.float32],
+    views: NDArray[np.float32],
+    *,
+    rows: NDArray[np.int64] | None = None,
+    device: str = "cpu",
+) -> NDArray[np.float64]:
+    """Return ``neighborhood_standout`` of images, (m,), behind a head that was fitted on others.
+
+    fitted: embeddings (n, D) with unique ids (n,); images, views and ``rows`` as there; all L2-normalised. Whatever is
+    compared is judged behind a head of the same weight, ``DEFAULT_WEIGHT``.
+    """
+    head = fit_whitened_neighborhood_head(fitted, ids, neighborhood_weight=DEFAULT_WEIGHT, device=device)
+    made = (apply_head(head, each, device=device) for each in (images, views))
+    return neighborhood_standout(*made, rows=rows)
 
 
 def region_halves(embeddings: NDArray[np.float32], ids: NDArray[np.uint64], *, seed: int) -> NDArray[np.bool_]:

@@ -30,23 +30,20 @@ from grappa.images.pixels import ChosenRows
 from grappa.images.splits import train_rows
 from grappa.method.adaptor_training import AdaptorLoss, Perception, new_adaptor_set, train_adaptor_set
 from grappa.method.adaptors import AdaptorSet, folded
-from grappa.method.head import apply_head, fit_whitened_neighborhood_head
-from grappa.method.head_choice import DEFAULT_WEIGHT, MIN_FITTED, MIN_VIEWED, region_halves
+from grappa.method.head_choice import MIN_FITTED, MIN_VIEWED, region_halves, standout_behind_head
 from grappa.method.set_choice import MIN_JUDGED, JudgedSet, choose_sets
-from grappa.metrics.indicators import neighborhood_standout
 from grappa.pipeline.config.trainings import Adaptors
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import taught_by
 from grappa.pipeline.learning import open_views, optimization, sizes_of_set, training_task, write_metrics
 from grappa.pipeline.opening import (
-    need_for_batches,
     open_backbone,
     open_backgrounds,
     open_objects,
     open_sets,
     read_images,
     settle_device,
-    settle_precision,
+    settle_passes,
     shape_of,
 )
 from grappa.pipeline.store.artifacts import SCRATCH_FOLDER
@@ -213,10 +210,8 @@ def _embedded(context: StageContext, name: str, trial: Trial) -> NDArray[np.floa
     """Return the embeddings of the images and then of the views by a set, (n + m, D)."""
     (adaptors,) = open_sets(context, (name,)).values()
     backbone, form = folded(open_backbone(context), adaptors)
-    device, settings = settle_device(context), context.config.views
-    precision = settle_precision(context, context.config.embeddings.precision, device)
-    batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
-    need_for_batches(context, device, memory.embedding(shape_of(backbone, [form]), batch_size, precision))
+    settings, wanted = context.config.views, context.config.embeddings.precision
+    device, precision, batch_size = settle_passes(context, backbone, form, wanted, len(trial.rows))
     views, drawn = open_views(context, settings, backbone.spec), key(settings.seed, "views")
     seen = replace(views, cache=ChosenRows(views.cache, trial.rows[trial.seen]), ids=trial.ids[trial.seen])
     out = np.empty((len(trial.rows) + len(trial.seen), backbone.embedding_dim), dtype=np.float32)
@@ -242,12 +237,9 @@ def _standouts(
     """Return how far the neighbours of each judged image stand out, behind a head of the other half: (m,)."""
     parts = []
     for half in (trial.half, ~trial.half):
-        head = fit_whitened_neighborhood_head(
-            images[~half], trial.ids[~half], neighborhood_weight=DEFAULT_WEIGHT, device=device
-        )
         judged = half[trial.seen]
-        made = (apply_head(head, each, device=device) for each in (images[trial.seen[judged]], views[judged]))
-        parts.append(neighborhood_standout(*made))
+        part = (images[~half], trial.ids[~half], images[trial.seen[judged]], views[judged])
+        parts.append(standout_behind_head(*part, device=device))
     return np.concatenate(parts)
 
 

@@ -17,18 +17,16 @@ from numpy.typing import DTypeLike, NDArray
 
 from grappa.backbone.features import Batch, Read, extract_features
 from grappa.backbone.frozen import Adaptation, Backbone, embed
-from grappa.core import memory
 from grappa.images.pixels import ChosenRows, ImageRows, repeated_rows
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.engine.live.row_reuse import DIGESTS_FILE, Reuse, plan_reuse, row_digests
 from grappa.pipeline.opening import (
-    need_for_batches,
     open_backbone,
     open_objects,
     open_pixels,
     settle_device,
+    settle_passes,
     settle_precision,
-    shape_of,
 )
 from grappa.pipeline.store.artifacts import SCRATCH_FOLDER
 from grappa.pipeline.store.checkpoints import RowCheckpoint
@@ -154,11 +152,8 @@ def extract(
     backbone sees, ``read`` the embedding that is written (see ``grappa.backbone.features``). ``row_shape`` is the
     shape of one image's value, by default (D,).
     """
-    cache, device = open_pixels(context) if cache is None else cache, settle_device(context)
-    settled = settle_precision(context, precision, device)
-    batch_size = context.resolve("inference_batch_size", context.config.compute.inference_batch_size)
-    most = min(batch_size, len(cache))
-    need_for_batches(context, device, memory.embedding(shape_of(backbone, [adaptation]), most, settled))
+    cache = open_pixels(context) if cache is None else cache
+    device, settled, batch_size = settle_passes(context, backbone, adaptation, precision, len(cache))
     shape, path = (len(cache), *(row_shape or (backbone.embedding_dim,))), context.path / file
     checkpoint = RowCheckpoint(context.path, seconds=context.config.compute.checkpoint_seconds)
     out, found = open_rows(context, checkpoint, path, shape) if context.leads else (None, 0)

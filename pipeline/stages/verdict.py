@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 
 from grappa.core.randomness import id_numbers
 from grappa.images.splits import test_rows, train_rows
-from grappa.method.head import apply_head, fit_whitened_neighborhood_head
-from grappa.method.head_choice import DEFAULT_WEIGHT, region_halves
-from grappa.metrics.indicators import neighborhood_standout
+from grappa.method.head_choice import region_halves, standout_behind_head
 from grappa.metrics.verdict import Verdict, judge
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import candidate_models
@@ -87,12 +85,15 @@ def _standout(
     views = np.load(context.input(seen_by.stage, seen_by.instance) / "views.npy", allow_pickle=False)
     parts = []
     for fold in folds:
-        head = fit_whitened_neighborhood_head(
-            embeddings[fold.fitted], ids[fold.fitted], neighborhood_weight=DEFAULT_WEIGHT, device=device
+        found = standout_behind_head(
+            embeddings[fold.fitted],
+            ids[fold.fitted],
+            embeddings[fold.gallery],
+            views[np.searchsorted(viewed, fold.judged)],
+            rows=np.searchsorted(fold.gallery, fold.judged),
+            device=device,
         )
-        seen = views[np.searchsorted(viewed, fold.judged)]
-        made = (apply_head(head, each, device=device) for each in (embeddings[fold.gallery], seen))
-        parts.append(neighborhood_standout(*made, rows=np.searchsorted(fold.gallery, fold.judged)))
+        parts.append(found)
     return np.concatenate(parts)
 
 
