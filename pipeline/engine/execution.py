@@ -241,14 +241,8 @@ def execute(
             _refuse_damaged_inputs(run, config, node)
         begun = time.monotonic()
         team = team if find_stage(node.stage).parallel and not node.rows else ALONE
-        team.announce(
-            {
-                "node": node.name,
-                "config": config.model_dump(mode="json"),
-                "folder": work.path.name,
-                "resumed": work.resumed,
-            }
-        )
+        step = {"node": node.name, "folder": work.path.name, "resumed": work.resumed}
+        team.announce({**step, "config": config.model_dump(mode="json")})
         context = StageContext(run, config, node, work, progress, team=team, plan=plan, ranges=joined.folders)
         context.resolved.update(joined.resolved)
         sentence = _compute(context)
