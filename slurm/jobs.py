@@ -125,7 +125,8 @@ class StageJob(submitit.helpers.Checkpointable):
         config = _with_threads(load_config(Path(self.submission) / PINNED_CONFIG), self.cpus)
         refuse_other_fingerprint(run, config, pin)
         self._tell("artifact", artifact=pin.name)
-        selection = Selection(node.stage, node.instance, force=pin.force, rows=node.rows)
+        # What was made before a forced submission went with it: the ranges that are there were made for this job.
+        selection = Selection(node.stage, node.instance, force=pin.force, rows=node.rows, keep_ranges=True)
         begin = time.monotonic()
 
         def make() -> None:

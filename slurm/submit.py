@@ -16,6 +16,7 @@ from grappa.pipeline.engine.execution import Say, Selection
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.store.artifacts import RunFolder, quoted
 from grappa.pipeline.store.locks import LockedError, acquire
+from grappa.pipeline.store.ranges import drop_ranges
 from grappa.pipeline.store.storage import storage_errors
 from grappa.slurm import scheduler
 from grappa.slurm.jobs import code_here
@@ -35,7 +36,8 @@ def submit(root: Path, selection: Selection, profile_name: str, *, say: Say, dry
     """Submit jobs for the artifacts that are not fresh and that no job makes already; ``say`` gets a line for each job.
 
     Raises NotReadyError for a stage whose inputs are missing, SchedulerError with Slurm's words when Slurm refuses a
-    job (then no job stays in the queue), LockedError when another submission of the run takes more than two minutes.
+    job (then no job stays in the queue), LockedError when another submission of the run takes more than two minutes, or
+    when ranges of rows that ``force`` would drop are being made.
     """
     run = RunFolder.open(root.resolve(), writable=not dry_run)
     profile = load_profile(profile_name)
@@ -52,6 +54,8 @@ def submit(root: Path, selection: Selection, profile_name: str, *, say: Say, dry
         if profile.cluster == "slurm":
             _remove_left_over(run, live)
         jobs = plan(run, submission.config, selection, profile, live)
+        for pin in (pin for job in jobs for pins in job.tasks for pin in pins if pin.force and not pin.node.rows):
+            drop_ranges(run, pin.node)
         if not jobs:
             say(f"nothing to submit: {f'{len(live)} artifacts are on their way' if live else 'all is fresh'}")
         elif profile.cluster == "slurm":

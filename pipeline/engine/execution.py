@@ -30,8 +30,9 @@ from grappa.pipeline.store.provenance import provenance
 from grappa.pipeline.store.ranges import (
     Joined,
     RangePlan,
+    begin_joining,
     begin_plan,
-    drop_ranges,
+    delete_ranges,
     how_made,
     ranges_folder,
     read_plan,
@@ -52,7 +53,8 @@ class Selection:
     """The nodes to run: all, those of one stage (or one instance), or all up to a stage.
 
     ``force``: fresh ones too. ``verify``: every byte is read again first, so that damaged ones are made again.
-    ``rows``: of the one node that is selected, only this range of its rows.
+    ``rows``: of the one node that is selected, only this range of its rows. ``keep_ranges``: ranges of rows that were
+    made are joined also with ``force``, which drops them otherwise.
     """
 
     stage: str | None = None
@@ -61,6 +63,7 @@ class Selection:
     force: bool = False
     verify: bool = False
     rows: RowRange | None = None
+    keep_ranges: bool = False
 
 
 @dataclass
@@ -119,7 +122,9 @@ def lead(
             continue
         _refuse_unready(run, judge, [node], force=True)
         if not (reuse and reuse(node)):
-            seconds = execute(run, config, node, progress=progress, say=say, team=team)
+            made = None if selection.force else _made_meanwhile(run, judge, node)
+            drop = selection.force and not selection.keep_ranges
+            seconds = execute(run, config, node, progress=progress, say=say, team=team, made=made, drop_ranges=drop)
             report.seconds[node.stage] = report.seconds.get(node.stage, 0.0) + seconds
         judge.forget(node)
     return report
@@ -131,6 +136,17 @@ def _is_made(run: RunFolder, judge: Judge, node: Node) -> bool:
         remove_ranges(ranges_folder(run, node))
         return True
     return node.rows is not None and judge.state(node).kind == "fresh"
+
+
+def _made_meanwhile(run: RunFolder, judge: Judge, node: Node) -> Callable[[], bool]:
+    """Return what tells whether a node, which was not fresh, has become fresh; to be asked under the node's lock."""
+
+    def made() -> bool:
+        judge.forget(node)
+        judge.forget(node.whole)
+        return _is_made(run, judge, node)
+
+    return made
 
 
 def follow(run: RunFolder, team: Team) -> None:
@@ -195,33 +211,38 @@ def execute(
     progress: Progress,
     say: Say,
     team: Team = ALONE,
+    made: Callable[[], bool] | None = None,
+    drop_ranges: bool = False,
 ) -> float:
     """Run one node whose inputs are fresh and publish its artifact; return the seconds it took.
 
-    Where ranges of its rows were made, the missing ones are made first, and the node joins them.
+    Where ranges of its rows were made, the missing ones are made first, and the node joins them; ``drop_ranges``: they
+    are removed instead. ``made``: asked once the node is locked; nothing is computed where it says True.
+    Raises LockedError while another process writes the artifact or one of its ranges.
     """
     job, expected = os.environ.get("SLURM_JOB_ID"), expected_fingerprint(run, config, node)
     started, start = datetime.now(UTC), time.monotonic()
-    joined = _made_ranges(run, config, node, progress, say) if team.size == 1 else Joined()
-    if not joined.folders:  # whose inputs were checked when they were made
+    joins = team.size == 1 and not drop_ranges and not node.rows and read_plan(ranges_folder(run, node)) is not None
+    if not joins:  # the inputs of ranges were checked when they were made
         _refuse_damaged_inputs(run, config, node)
-    begun, plan = time.monotonic(), _plan(run, node, expected.fingerprint)
+    plan = _plan(run, node, expected.fingerprint)
     with open_work(run.artifact(node), expected.fingerprint, job=job) as work:
-        if work.finished:
+        if work.finished or (made and made()):
             shutil.rmtree(work.path)
-            say(f"{node}: was finished, its interrupted publication is completed")
+            done = "finished, its interrupted publication is completed" if work.finished else "made meanwhile"
+            say(f"{node}: was {done}")
             return 0.0
         if work.dropped:
             say(f"{node}: {work.dropped}; the unfinished work is begun again")
+        if not node.rows:
+            begin_joining(run, node, drop=drop_ranges)
+        joined = _made_ranges(run, config, node, progress, say) if joins else Joined()
+        if joins and not joined.folders:
+            _refuse_damaged_inputs(run, config, node)
+        begun = time.monotonic()
         team = team if find_stage(node.stage).parallel and not node.rows else ALONE
-        team.announce(
-            {
-                "node": node.name,
-                "config": config.model_dump(mode="json"),
-                "folder": work.path.name,
-                "resumed": work.resumed,
-            }
-        )
+        step = {"node": node.name, "folder": work.path.name, "resumed": work.resumed}
+        team.announce({**step, "config": config.model_dump(mode="json")})
         context = StageContext(run, config, node, work, progress, team=team, plan=plan, ranges=joined.folders)
         context.resolved.update(joined.resolved)
         sentence = _compute(context)
@@ -233,8 +254,8 @@ def execute(
         origin = provenance(started=started, device=context.resolved.get("device", "cpu"), job=job)
         origin["processes"] = team.size
         work.publish({**origin, "seconds": round(seconds, 3), "resolved": context.resolved, **expected.notes})
-    if not node.rows:
-        remove_ranges(ranges_folder(run, node))
+        if not node.rows:
+            remove_ranges(ranges_folder(run, node))
     seconds = time.monotonic() - start
     say(f"{node}: {sentence} ({spent(seconds)})")
     return seconds
@@ -257,9 +278,10 @@ def _with_range(fingerprint: Fingerprint, node: Node) -> Fingerprint:
 def _made_ranges(run: RunFolder, config: Config, node: Node, progress: Progress, say: Say) -> Joined:
     """Return the ranges that a node joins, all of them made; none where there are none with its fingerprint.
 
-    Ranges that are missing, damaged, or made in another way (``store.ranges.how_made``) are made now, one by one.
+    Ranges that are missing or damaged are made now, one by one. Where others were made in another way than this process
+    makes them (``store.ranges.how_made``), no range is made, and none is joined.
     """
-    plan = None if node.rows else read_plan(ranges_folder(run, node))
+    plan = read_plan(ranges_folder(run, node))
     if plan is None:
         return Joined()
     ranges = node.ranges(plan.total)
@@ -273,7 +295,11 @@ def _made_ranges(run: RunFolder, config: Config, node: Node, progress: Progress,
     found = made()
     if not _all_alike(found):
         here = _how_here(config, plan)
-        due = [each for each, how in zip(ranges, found, strict=True) if how != here]
+        others = [how for how in found if how not in (None, here)]
+        if others:
+            say(f"{node}: ranges of {_differences(others[0], here)} are not joined; all rows are computed in one pass")
+            return Joined()
+        due = [each for each, how in zip(ranges, found, strict=True) if how is None]
         say(f"{node}: {len(ranges) - len(due)} of {len(ranges)} ranges are taken over, the others are computed now")
         for each in due:
             execute(run, config, each, progress=progress, say=say)
@@ -283,6 +309,12 @@ def _made_ranges(run: RunFolder, config: Config, node: Node, progress: Progress,
 
 def _all_alike(found: list[dict[str, Any] | None]) -> bool:
     return None not in found and all(each == found[0] for each in found)
+
+
+def _differences(how: dict[str, Any], here: dict[str, Any]) -> str:
+    """Return ``device cuda (here cpu)``, for each value in which a range differs from those made here."""
+    names = [name for name in sorted({*how, *here}) if how.get(name) != here.get(name)]
+    return ", ".join(f"{name} {how.get(name)} (here {here.get(name)})" for name in names)
 
 
 def _how_here(config: Config, plan: RangePlan) -> dict[str, Any]:
@@ -309,7 +341,7 @@ def _refuse_damaged_inputs(run: RunFolder, config: Config, node: Node) -> None:
         artifact = run.artifact(source)
         problems = artifact.check(read=_share(artifact, names, node.rows) if node.rows else names)
         if problems and node.rows:
-            drop_ranges(ranges_folder(run, node))
+            delete_ranges(ranges_folder(run, node))
         if problems:
             raise NotReadyError(f"{node} cannot run: {damage_sentence(run, source.name, problems)}")
 

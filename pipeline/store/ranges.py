@@ -123,10 +123,29 @@ def remove_ranges(folder: Path) -> None:
     with suppress(LockedError), ExitStack() as held:
         for lock in folder.glob("*.lock"):
             held.enter_context(acquire(lock, what=str(folder)))
-        drop_ranges(folder)
+        delete_ranges(folder)
 
 
-def drop_ranges(folder: Path) -> None:
+def begin_joining(run: RunFolder, node: Node, *, drop: bool = False) -> None:
+    """Raise LockedError while a living process makes a range of an artifact; ``drop``: then remove all ranges.
+
+    The caller holds the lock of the artifact, so that no other process joins these ranges.
+    """
+    folder = ranges_folder(run, node)
+    for lock in sorted(folder.glob("*-of-*.lock")):
+        acquire(lock, what=f"{node.whole.name}{RANGES}/{lock.stem}").release()
+    if drop:
+        delete_ranges(folder)
+
+
+def drop_ranges(run: RunFolder, node: Node) -> None:
+    """Remove all ranges of an artifact; LockedError while a living process writes the artifact or one of them."""
+    if ranges_folder(run, node).exists():
+        with acquire(run.artifact(node.whole).lock, what=node.whole.name):
+            begin_joining(run, node, drop=True)
+
+
+def delete_ranges(folder: Path) -> None:
     """Remove all ranges of an artifact; a living process that makes one loses its lock, so it cannot publish it."""
     with suppress(OSError):  # what a network file system keeps is removed the next time
         (folder / PLAN_FILE).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from grappa.pipeline.engine.progress import Snapshot
 from grappa.pipeline.engine.status import states
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import by_ranges, nodes
+from grappa.pipeline.store.locks import acquire
 from grappa.slurm.jobs import JobRefusedError, code_here, refuse_other_fingerprint
 from grappa.slurm.launch import sbatch_text
 from grappa.slurm.notes import JobNote, job_notes
@@ -276,6 +277,27 @@ def test_a_lost_range_is_made_by_the_job_that_joins(fakes: FakeStages) -> None:
     assert list(jobs["state"]) == ["made", "failed", "made", "made"]
     assert jobs.loc["features.ranges/2-of-3", "error"] == "the node is ill"
     assert grappa("submit", fakes.root, "--cluster", profile, "--until", "features").stdout.startswith("nothing")
+
+
+def test_a_forced_submission_drops_ranges_and_joins_those_that_it_makes(fakes: FakeStages) -> None:
+    fakes.execute(until="images")
+    for name in ("features.ranges/1-of-2", "features.ranges/1-of-3"):
+        fakes.execute(stage="features", rows=Node.parse(name).rows)
+    fakes.ran.clear()
+    profile, found = profile_of(fakes.root.parent, cluster="debug"), []
+
+    def look(context: StageContext) -> None:
+        found.append(sorted(each.name for each in (fakes.root / "features.ranges").glob("*/")))
+
+    fakes.hooks |= {"features.ranges/2-of-3": look, "features": look}
+    with acquire(fakes.root / "features.ranges" / "1-of-3.lock", what="features.ranges/1-of-3"):
+        refused = grappa("submit", fakes.root, "--cluster", profile, "--stage", "features", "--force")
+    assert refused.exit_code == 1 and "features.ranges/1-of-3 is being written by process" in refused.stderr
+    result = grappa("submit", fakes.root, "--cluster", profile, "--stage", "features", "--force")
+    assert result.exit_code == 0, result.stderr
+    made = [f"{number}-of-3" for number in (1, 2, 3)]
+    assert fakes.ran == [*(f"features.ranges/{each}" for each in made), "features"]
+    assert [set(names) & {"1-of-2", *made} for names in found] == [{"1-of-3"}, set(made)]
 
 
 def test_ranges_as_processes_of_this_machine(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from grappa.backbone import features as library
 from grappa.pipeline.commands.init import Request, initialize
+from grappa.pipeline.engine import execution
 from grappa.pipeline.engine.execution import NotReadyError
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.graph.node import Node, RowRange
@@ -21,6 +22,8 @@ from grappa.pipeline.pages.report.costs import cost_of
 from grappa.pipeline.stages import features
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.locks import LockedError, acquire
+from grappa.pipeline.store.ranges import remove_ranges
+from grappa.pipeline.store.work import Work, open_work
 from tests.helpers.tiny import digests, draw_images, make_run, run_all, write_weights
 
 BATCH, TOTAL, COPIES = 8, 3, 14
@@ -204,10 +207,8 @@ def test_ranges_of_other_batches_or_of_another_number_are_not_taken_over(
     assert_whole(run, material)
 
 
-@pytest.mark.parametrize("change", ["torch", "device", "bytes", "manifest"])
-def test_a_range_made_in_another_way_or_damaged_is_made_again(
-    material: Path, run: RunFolder, counted: Made, change: str
-) -> None:
+@pytest.mark.parametrize("change", ["bytes", "manifest"])
+def test_a_damaged_range_is_made_again(material: Path, run: RunFolder, counted: Made, change: str) -> None:
     for number in (1, 2, 3):
         make_range(run, number)
     folder = run.root / "features.ranges" / "2-of-3"
@@ -216,13 +217,65 @@ def test_a_range_made_in_another_way_or_damaged_is_made_again(
         data[-1] ^= 1
         (folder / "features.npy").write_bytes(data)
     else:
-        content = json.loads((folder / "manifest.json").read_text())
-        content["provenance"]["packages"]["torch"] = "0.1" if change == "torch" else "0"
-        content["provenance"]["resolved"]["device"] = "cuda:0"
-        (folder / "manifest.json").write_text("{" if change == "manifest" else json.dumps(content))
+        (folder / "manifest.json").write_text("{")
     counted.clear()
     join(run)
     assert counted == [(0, 24)]
+    assert_whole(run, material)
+
+
+@pytest.mark.parametrize(("change", "words"), [("torch", "torch 0.1 (here "), ("device", "device cuda (here cpu)")])
+def test_ranges_made_in_another_way_are_neither_joined_nor_written_over(
+    material: Path, run: RunFolder, counted: Made, monkeypatch: pytest.MonkeyPatch, change: str, words: str
+) -> None:
+    found = []
+    for number in (1, 2):
+        make_range(run, number)
+        manifest = run.root / "features.ranges" / f"{number}-of-3" / "manifest.json"
+        content = json.loads(manifest.read_text())
+        if change == "torch":
+            content["provenance"]["packages"]["torch"] = "0.1"
+        else:
+            content["provenance"]["resolved"]["device"] = f"cuda:{number}"
+        manifest.write_text(json.dumps(content))
+
+    def remove(folder: Path) -> None:
+        found.append({each.name: (each / "manifest.json").read_text() for each in folder.glob("*-of-3")})
+        remove_ranges(folder)
+
+    before = {each.name: (each / "manifest.json").read_text() for each in (run.root / "features.ranges").glob("*-of-3")}
+    counted.clear()
+    monkeypatch.setattr(execution, "remove_ranges", remove)
+    said = join(run)
+    assert words in said[0] and said[0].endswith("are not joined; all rows are computed in one pass")
+    assert counted == [(0, 74)] and found == [before]
+    assert_whole(run, material)
+
+
+def test_of_two_joins_at_a_time_one_finds_the_work_of_the_other(
+    material: Path, run: RunFolder, counted: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2, 3):
+        make_range(run, number)
+    counted.clear()
+
+    def wait_for_the_other(*arguments: Any, **named: Any) -> Work:
+        monkeypatch.setattr(execution, "open_work", open_work)
+        assert "joined from 3 ranges" in join(run)[0]
+        return open_work(*arguments, **named)
+
+    monkeypatch.setattr(execution, "open_work", wait_for_the_other)
+    assert join(run) == ["features: was made meanwhile"] and not counted
+    assert not (run.root / "features.partial").exists()
+    assert_whole(run, material)
+
+
+def test_force_drops_what_ranges_have_left(material: Path, run: RunFolder, counted: Made) -> None:
+    for number in (1, 2, 3):
+        make_range(run, number)
+    counted.clear()
+    assert "joined" not in run_all(run, stage="features", force=True)[0]
+    assert counted == [(0, 74)]
     assert_whole(run, material)
 
 
@@ -278,13 +331,18 @@ def test_a_range_of_a_fresh_artifact_is_not_made_and_what_is_left_of_ranges_goes
     assert_whole(run, material)
 
 
-def test_a_range_that_another_process_makes_is_waited_for_not_made_twice(run: RunFolder) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_a_range_that_another_process_makes_is_waited_for_before_any_other_is_made(
+    run: RunFolder, counted: Made, force: bool
+) -> None:
     make_range(run, 1)
+    counted.clear()
     with (
-        acquire(run.root / "features.ranges" / "2-of-3.lock", what="features.ranges/2-of-3"),
-        pytest.raises(LockedError, match=r"features.ranges/2-of-3 is being written by process"),
+        acquire(run.root / "features.ranges" / "3-of-3.lock", what="features.ranges/3-of-3"),
+        pytest.raises(LockedError, match=r"features.ranges/3-of-3 is being written by process"),
     ):
-        join(run)
+        run_all(run, stage="features", force=force)
+    assert not counted and (run.root / "features.ranges" / "1-of-3").exists()
 
 
 def test_damaged_pixels_that_one_range_finds_drop_all_ranges(material: Path, run: RunFolder) -> None:
