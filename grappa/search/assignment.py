@@ -127,7 +127,7 @@ def _search(centroids_CD: torch.Tensor, num_rows: int) -> Search:
         if pairs is None:
             return multiply(points_BD, before_B)
         cosines_P = screening.pair_products(points_BD, centroids_CD, pairs)
-        return _first_largest(*pairs, cosines_P, len(points_BD))
+        return first_largest(*pairs, cosines_P, len(points_BD))
 
     return screened
 
@@ -139,7 +139,7 @@ def _argmax(products_BC: torch.Tensor) -> torch.Tensor:
     return products_BC.argmax(1)
 
 
-def _first_largest(
+def first_largest(
     rows_P: torch.Tensor, columns_P: torch.Tensor, cosines_P: torch.Tensor, num_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the column and the cosine of each row's largest pair, the first of equal ones; -inf for a row without."""

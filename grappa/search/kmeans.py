@@ -4,7 +4,7 @@ Lloyd's iterations on unit vectors: an image belongs to the centroid of largest 
 mean of its images. Every image is used (no sub-sampling), rows are handled in blocks (never an N x k array), and images
 are put in the order of their ids first: the order of the rows changes nothing. A result for one k does not depend on
 the other k's. The module reads from the outside in: clustering at several k, at one k, then the steps of an iteration:
-the start (``start``), the means (``means``) and the re-seeding of empty clusters (``fill_empty``).
+the start (``start``), the means (``Sums``) and the re-seeding of empty clusters (``fill_empty``).
 """
 
 # B points of a block, D width, N points (images), C clusters or centroids (the argument num_clusters, "k"),
@@ -12,6 +12,7 @@ the start (``start``), the means (``means``) and the re-seeding of empty cluster
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,16 +21,19 @@ import torch
 from numpy.typing import NDArray
 
 from grappa.core.memory import FLOAT, INTEGER, WORK
-from grappa.core.randomness import key, uniforms
+from grappa.core.randomness import key, shuffled, uniforms
 from grappa.core.vectors import as_tensor, check_unit_vectors, full_float32
 from grappa.search import screening
 from grappa.search.assignment import BLOCK_ELEMENTS, Assignment, Progress, improve, nearest, reassign
+from grappa.search.cluster_means import SAME_POINT, Sums
+from grappa.search.shortlists import LISTED, MIN_CENTROIDS, Shortlists
 
-MAX_STARTS, STARTS_BUDGET = 4, 256
+MAX_STARTS, STARTS_BUDGET, SAMPLE_BUDGET = 4, 256, 64
 GROWTH, MAX_ROUND = 8, 512  # a round of the start draws an eighth of the centroids so far, at most 512
 NUM_TRIALS = 4  # candidates of a round for each centroid that it keeps
 MIN_SAMPLE, SAMPLE_PER_CENTROID = 4096, 16  # points on which a round compares its candidates
-SAME_POINT = 1e-6
+FIRST_PER_CENTROID, FEWEST_PER_CENTROID = 128, 32  # images in the sample on which the first iterations are made
+FIRST_TOLERANCE, TOLERANCE = 3e-4, 7e-5  # iterations end where the mean cosine rises by less than this share of itself
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ def cluster_many(
 
     The result for a k equals that of a call with this k alone. ids (N,) uint64, unique, name the images: every draw is
     a function of (seed, k, id). At most ``num_iterations`` of
-    Lloyd's iterations are made, fewer when no label changes; empty clusters are re-seeded on the worst-served images
+    Lloyd's iterations are made over all images, fewer when no label changes or the mean cosine rises by less than 0.007
+    % of itself; of many images a sample makes the first ones. Empty clusters are re-seeded on the worst-served images
     after each. The labels returned are those of the nearest centroids. Rows in the order of their ids are not copied.
     ``progress`` is called with images newly assigned, :func:`num_assignments` in all. ValueError when k < 1, k > N/2,
     fewer distinct images than k, the same id twice, or vectors that are not of length 1.
@@ -135,18 +140,22 @@ def cluster_health(sizes: NDArray[np.int64]) -> ClusterHealth:
 
 def num_assignments(num_images: int, num_clusters: Sequence[int], num_iterations: int) -> int:
     """Return the sum of all that :func:`cluster_many` tells its progress: the images assigned in all iterations."""
-    return sum(_num_starts(k) for k in num_clusters) * num_images * (num_iterations + 1)
+    whole = (_num_starts(k) if _num_first(num_images, k) == num_images else 1 for k in num_clusters)
+    return sum(whole) * num_images * (num_iterations + 1)
 
 
 def memory_needed(num_images: int, width: int, num_clusters: int) -> int:
     """Return the bytes that clustering takes at its peak, and the assignment of all images after it.
 
-    Counted are the images in the order of their ids (or all images in their file), labels and centroids before and
-    after an iteration, and the products among the candidates of a round of the start.
+    Counted are the images in the order of their ids (or all images in their file), the sample of the first iterations,
+    labels, lists of near centroids, centroids before and after an iteration with their sums, and the products among the
+    candidates of a round of the start.
     """
-    points = num_images * width * FLOAT
-    labels = num_images * (4 * INTEGER + 3 * FLOAT)
-    centroids = 5 * num_clusters * width * FLOAT
+    first = _num_first(num_images, num_clusters)
+    points = (num_images + (first if first < num_images else 0)) * width * FLOAT
+    listed = LISTED * 2 * FLOAT if num_clusters >= MIN_CENTROIDS else 0
+    labels = num_images * (6 * INTEGER + 4 * FLOAT + listed)
+    centroids = 8 * num_clusters * width * FLOAT
     candidates = NUM_TRIALS * min(MAX_ROUND, num_clusters / GROWTH)
     return points + labels + centroids + int(candidates) ** 2 * (FLOAT + 1) + WORK // 2
 
@@ -191,12 +200,13 @@ def _in_rows(result: Clustering, order: NDArray[np.int64]) -> Clustering:
     return Clustering(labels, result.centroids, distances, result.sizes, result.objective, result.num_reseeded)
 
 
-def _num_starts(num_clusters: int) -> int:
+def _num_starts(num_clusters: int, budget: int = STARTS_BUDGET) -> int:
     """Return how many starts a k gets, of which the best is kept.
 
-    A small k costs little and often ends in a poor local optimum: it gets up to four.
+    A small k costs little and often ends in a poor local optimum: it gets up to four. On a sample of many images all
+    starts end about equally well.
     """
-    return min(max(STARTS_BUDGET // num_clusters, 1), MAX_STARTS)
+    return min(max(budget // num_clusters, 1), MAX_STARTS)
 
 
 def _cluster(
@@ -207,12 +217,40 @@ def _cluster(
     seed: int,
     progress: Progress,
 ) -> Clustering:
-    keys = [key(seed, "clusters", num_clusters, number) for number in range(_num_starts(num_clusters))]
-    found = (_cluster_once(points_ND, ids, num_clusters, num_iterations, one, progress) for one in keys)
-    return max(found, key=lambda result: result.objective)
+    number = _num_first(len(ids), num_clusters)
+    budget = STARTS_BUDGET if number == len(ids) else SAMPLE_BUDGET
+    keys = [key(seed, "clusters", num_clusters, one) for one in range(_num_starts(num_clusters, budget))]
+    if number == len(ids):
+        tried = (_from_start(points_ND, ids, num_clusters, num_iterations, one, progress) for one in keys)
+        return max(tried, key=lambda result: result.objective)
+    first = np.sort(shuffled(key(seed, "clusters", num_clusters, "sample"), ids)[:number])
+    centroids = _first_centroids(_rows(points_ND, first), ids[first], num_clusters, num_iterations, keys)
+    found = Assignment(*nearest(points_ND, centroids, progress))
+    return _iterated(points_ND, found, centroids, num_iterations, TOLERANCE, progress)
 
 
-def _cluster_once(
+def _num_first(num_images: int, num_clusters: int) -> int:
+    """Return on how many images the first iterations are made: a quarter or less, where this is enough, or all."""
+    sample = max(MIN_SAMPLE, min(FIRST_PER_CENTROID * num_clusters, num_images // 4))
+    enough = max(sample, FEWEST_PER_CENTROID * num_clusters)
+    return sample if sample == enough and 2 * sample <= num_images else num_images
+
+
+def _first_centroids(
+    sample_ND: torch.Tensor, ids: NDArray[np.uint64], num_clusters: int, num_iterations: int, keys: Sequence[int]
+) -> torch.Tensor:
+    """Return the centroids (k, D) of the best of several starts on a sample of the points."""
+    best, objective = None, -math.inf
+    for one in keys:
+        centroids, found = start(sample_ND, ids, num_clusters, one)
+        centroids, _ = _iterate(sample_ND, found, centroids, num_iterations, FIRST_TOLERANCE, _silent)
+        if best is None or _mean_cosine(found) > objective:
+            best, objective = centroids, _mean_cosine(found)
+    assert best is not None
+    return best
+
+
+def _from_start(
     points_ND: torch.Tensor,
     ids: NDArray[np.uint64],
     num_clusters: int,
@@ -222,20 +260,61 @@ def _cluster_once(
 ) -> Clustering:
     centroids, found = start(points_ND, ids, num_clusters, start_key)
     progress(len(ids))
-    num_reseeded = 0
-    for iteration in range(num_iterations):
-        before, stood = found.labels.clone(), centroids
-        centroids = means(points_ND, found.labels, centroids)
-        reassign(found, points_ND, centroids, (centroids != stood).any(1), progress)
-        centroids, num_new = fill_empty(points_ND, found, centroids)
-        num_reseeded += num_new
-        if torch.equal(found.labels, before):
-            progress(len(ids) * (num_iterations - 1 - iteration))
-            break
-    sizes = torch.bincount(found.labels, minlength=num_clusters)
-    objective = float(found.cosines.double().mean())
+    return _iterated(points_ND, found, centroids, num_iterations, TOLERANCE, progress)
+
+
+def _iterated(
+    points_ND: torch.Tensor,
+    found: Assignment,
+    centroids_CD: torch.Tensor,
+    num_iterations: int,
+    tolerance: float,
+    progress: Progress,
+) -> Clustering:
+    centroids, num_reseeded = _iterate(points_ND, found, centroids_CD, num_iterations, tolerance, progress)
+    sizes = torch.bincount(found.labels, minlength=len(centroids))
     arrays = found.labels.cpu().numpy(), centroids.cpu().numpy(), _distances(found.cosines), sizes.cpu().numpy()
-    return Clustering(*arrays, objective=objective, num_reseeded=num_reseeded)
+    return Clustering(*arrays, objective=_mean_cosine(found), num_reseeded=num_reseeded)
+
+
+def _iterate(
+    points_ND: torch.Tensor,
+    found: Assignment,
+    centroids_CD: torch.Tensor,
+    num_iterations: int,
+    tolerance: float,
+    progress: Progress,
+) -> tuple[torch.Tensor, int]:
+    """Make Lloyd's iterations, ``found`` in place, until the mean cosine rises by less than ``tolerance`` of itself.
+
+    Returns the centroids and how many of them were re-seeded.
+    """
+    centroids, value, num_reseeded = centroids_CD, _mean_cosine(found), 0
+    lists, sums = _lists(points_ND.device, len(centroids)), Sums()
+    for iteration in range(num_iterations):
+        before, stood, former = found.labels.clone(), centroids, value
+        centroids = sums.means(points_ND, found.labels, centroids)
+        if iteration and lists is not None:
+            lists.reassign(found, points_ND, centroids)
+            progress(len(points_ND))
+        else:
+            reassign(found, points_ND, centroids, (centroids != stood).any(1), progress)
+        centroids, num_new = fill_empty(points_ND, found, centroids)
+        num_reseeded, value = num_reseeded + num_new, _mean_cosine(found)
+        if torch.equal(found.labels, before) or value - former < tolerance * abs(value):
+            progress(len(points_ND) * (num_iterations - 1 - iteration))
+            break
+    return centroids, num_reseeded
+
+
+def _lists(device: torch.device, num_clusters: int) -> Shortlists | None:
+    """Return lists of near centroids where they save time: on a CPU without quick products that screen all of them."""
+    quick = device.type != "cpu" or screening.worthwhile(device, num_clusters)
+    return None if quick or num_clusters < MIN_CENTROIDS else Shortlists()
+
+
+def _mean_cosine(found: Assignment) -> float:
+    return float(found.cosines.double().mean())
 
 
 def _distances(cosines: torch.Tensor) -> NDArray[np.float32]:
@@ -323,28 +402,6 @@ def _apart(ranking: NDArray[np.int64], taken_LL: NDArray[np.bool_], number: int)
             free &= ~taken_LL[candidate]
     passed = ranking[~np.isin(ranking, kept)]
     return np.concatenate([np.array(kept, dtype=np.int64), passed[: number - len(kept)]])
-
-
-def means(points_ND: torch.Tensor, labels: torch.Tensor, centroids_CD: torch.Tensor) -> torch.Tensor:
-    """Return the normalised mean of each cluster's points.
-
-    A cluster without points, or whose mean is zero, keeps its centroid.
-    """
-    add = _sums if points_ND.device.type == "cpu" else _sums_by_segment
-    sums_CD = add(points_ND, labels, len(centroids_CD))
-    norms = sums_CD.norm(dim=1, keepdim=True)
-    return torch.where(norms > SAME_POINT, sums_CD / norms.clamp_min(SAME_POINT), centroids_CD)
-
-
-def _sums(points_ND: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    return torch.zeros(num_clusters, points_ND.shape[1]).index_add_(0, labels, points_ND)
-
-
-def _sums_by_segment(points_ND: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """Return the same sums, added in an order that does not vary from run to run (atomic additions on a GPU do)."""
-    order = torch.argsort(labels, stable=True)
-    lengths = torch.bincount(labels, minlength=num_clusters)
-    return torch.segment_reduce(points_ND[order], "sum", lengths=lengths)
 
 
 def fill_empty(points_ND: torch.Tensor, found: Assignment, centroids_CD: torch.Tensor) -> tuple[torch.Tensor, int]:

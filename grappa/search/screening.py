@@ -9,6 +9,7 @@ float32 alone, up to the rounding of float32.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -80,17 +81,24 @@ def error_of(left: Rounded, right: Rounded) -> float:
 
 
 def pair_products(left_BD: torch.Tensor, right_CD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """Return the float32 products (P,) of pairs, a few at a time.
+    """Return the float32 products (P,) of pairs; on a CPU the pairs are ordered by their row."""
+    if left_BD.device.type == "cpu":
+        return _sampled_products(left_BD, right_CD, pairs)
+    parts = zip(*(each.split(PAIR_BLOCK) for each in pairs), strict=True)
+    return torch.cat([torch.linalg.vecdot(left_BD[rows], right_CD[columns]) for rows, columns in parts])
 
-    Two blocks of memory serve for all of them: to ask for new memory would cost several times the products' time.
-    """
-    found = torch.empty(len(pairs[0]), device=left_BD.device)
-    blocks = torch.empty(2, min(PAIR_BLOCK, len(found)), left_BD.shape[1], device=left_BD.device)
-    for rows, columns, out in zip(*(each.split(PAIR_BLOCK) for each in (*pairs, found)), strict=True):
-        left, right = blocks[:, : len(rows)]
-        torch.index_select(left_BD, 0, rows, out=left)
-        torch.index_select(right_CD, 0, columns, out=right)
-        torch.sum(left.mul_(right), 1, out=out)
+
+def _sampled_products(left_BD: torch.Tensor, right_CD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Return the same by the pairs' places in a sparse matrix: no vector is copied, a fifth of the time."""
+    rows, columns = pairs
+    ends = torch.bincount(rows, minlength=len(left_BD)).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends])
+    with warnings.catch_warnings():  # torch says once in each process that its sparse matrices may change
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        places = torch.sparse_csr_tensor(
+            starts, columns, torch.zeros(len(rows)), (len(left_BD), len(right_CD)), check_invariants=False
+        )
+    found: torch.Tensor = torch.sparse.sampled_addmm(places, left_BD, right_CD.T, beta=0.0).values()
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from grappa.core.vectors import check_unit_vectors
-from grappa.search.kmeans import means
+from grappa.search.cluster_means import means
 
 
 @dataclass(frozen=True)

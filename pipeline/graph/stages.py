@@ -333,7 +333,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("neighbors", 1, _settings("neighbors"), _neighbor_inputs, parallel=True),
     Stage(
         "clusters",
-        2,
+        3,
         _settings("clusters.num_iterations", "clusters.seed"),
         _cluster_inputs,
         _granularities,
@@ -371,7 +371,7 @@ STAGES: tuple[Stage, ...] = (
         function="embeddings.run_on_views",
     ),
     Stage("verdict", 1, _settings(), _verdict_inputs),
-    Stage("heads", 2, _settings("heads"), _head_inputs, head_models),
+    Stage("heads", 3, _settings("heads"), _head_inputs, head_models),
     Stage(
         "model",
         1,

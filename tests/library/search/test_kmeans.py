@@ -7,10 +7,12 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
 from grappa.core.randomness import id_numbers
-from grappa.search import assignment, screening
+from grappa.search import assignment, cluster_means, screening
 from grappa.search import kmeans as cluster_steps
 from grappa.search.assignment import Assignment
+from grappa.search.cluster_means import Sums
 from grappa.search.kmeans import assign, cluster, cluster_health, cluster_many, num_assignments
+from grappa.search.shortlists import Shortlists
 from tests.helpers.rounding import sum_error
 
 
@@ -194,10 +196,55 @@ def test_opposite_points_in_one_cluster_do_not_break_the_mean() -> None:
     assert found.distances.max() == pytest.approx(2.0)
 
 
-def test_both_ways_of_adding_up_agree() -> None:
+def test_all_ways_of_adding_up_agree() -> None:
+    """Anew, by the points that changed their cluster, and by segments; an emptied cluster keeps its centroid."""
     points, labels = torch.from_numpy(DATA["blobs"].copy()), torch.arange(2000) % 7
-    one, other = cluster_steps._sums(points, labels, 9), cluster_steps._sums_by_segment(points, labels, 9)
-    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    later, centroids = torch.where(torch.arange(2000) % 49 == 5, 3, labels), torch.eye(9, 32)
+    later[labels == 6] = 0
+    sums = Sums()
+    sums.means(points, labels, centroids)
+    updated, anew = sums.means(points, later, centroids), Sums().means(points, later, centroids)
+    torch.testing.assert_close(updated, anew, atol=1e-6, rtol=0)
+    torch.testing.assert_close(updated[6:], centroids[6:])
+    by_segment = cluster_means._sums_by_segment(points, later, 9)
+    torch.testing.assert_close(sums.sums.float(), by_segment, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", list(DATA))
+def test_lists_of_near_centroids_give_the_answer_of_a_full_search(name: str, seed: int) -> None:
+    """Whatever moves: little, some far, a centroid that jumps onto another one's points, and back."""
+    points, random = torch.from_numpy(DATA[name].copy()), np.random.default_rng(seed)
+    centroids = torch.from_numpy(unit(DATA[name][random.permutation(len(points))[:90]]))
+    found, lists = Assignment.none(points), Shortlists()
+    lists.reassign(found, points, centroids)
+    used = 0
+    for spread in (0.002, 0.01, 0.05, 0.3, 0.01, 0.002):
+        moves = spread * random.normal(size=centroids.shape) / centroids.shape[1] ** 0.5
+        moves[random.permutation(90)[:4]] *= 40.0
+        centroids = torch.from_numpy(unit(centroids.numpy() + moves))
+        before = lists.reference
+        lists.reassign(found, points, centroids)
+        used += lists.reference is before
+        _, cosines = assignment.nearest(points, centroids, lambda _: None)
+        torch.testing.assert_close(found.cosines, cosines, atol=sum_error(points.shape[1]), rtol=0)
+        own = (points * centroids[found.labels]).sum(1)
+        torch.testing.assert_close(own, cosines, atol=sum_error(points.shape[1]), rtol=0)
+    assert used
+
+
+def test_a_sample_makes_the_first_iterations_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else changes: order-independent, every label that of the nearest centroid, about as good."""
+    features, ids = blobs(9000, 60, 32, 0.5), names(9000)
+    order, seen = np.random.default_rng(3).permutation(9000), []
+    found = cluster(features, num_clusters=40, ids=ids, progress=seen.append)
+    assert sum(seen) == num_assignments(9000, [40], 20)
+    shuffled = cluster(features[order], num_clusters=40, ids=ids[order])
+    np.testing.assert_array_equal(found.pseudo_labels[order], shuffled.pseudo_labels)
+    np.testing.assert_array_equal((features @ found.centroids.T).argmax(1), found.pseudo_labels)
+    monkeypatch.setattr(cluster_steps, "MIN_SAMPLE", 9000)
+    whole = cluster(features, num_clusters=40, ids=ids)
+    assert found.objective > 0.995 * whole.objective
 
 
 def test_products_stay_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
