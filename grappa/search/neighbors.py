@@ -24,6 +24,7 @@ from grappa.search import screening
 from grappa.search.screening import Pairs, Rounded
 
 QUERY_BLOCK, CANDIDATE_BLOCK = 1024, 16384
+FAISS_BLOCK = 131072  # candidates of a call, which Ctrl-C waits for
 GROUP = 16
 TIE_BLOCK = 16
 RESCORE_BLOCK = 16
@@ -227,8 +228,15 @@ def _fetch_by_faiss(
     import faiss
 
     everyone = num_fetched == len(points_MD)
-    asked = (queries_BD.numpy(), points_MD.numpy(), num_fetched if everyone else num_fetched + 1)
-    rough, positions = faiss.knn(*asked, metric=faiss.METRIC_INNER_PRODUCT)
+    number, found = num_fetched if everyone else num_fetched + 1, []
+    for start, block_CD in zip(range(0, len(points_MD), FAISS_BLOCK), points_MD.split(FAISS_BLOCK), strict=True):
+        asked = (queries_BD.numpy(), block_CD.numpy(), min(number, len(block_CD)))
+        products, columns = faiss.knn(*asked, metric=faiss.METRIC_INNER_PRODUCT)
+        found.append((products, columns + start))
+    rough, positions = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+    if len(found) > 1:
+        order = np.argsort(-rough, axis=1, kind="stable")[:, :number]
+        rough, positions = (np.take_along_axis(each, order, axis=1) for each in (rough, positions))
     if everyone:
         rough[positions == own_B.numpy()[:, None]] = -np.inf
         return torch.from_numpy(rough), torch.from_numpy(positions)
