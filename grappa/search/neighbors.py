@@ -210,8 +210,13 @@ def decided(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ``number`` most similar of the fetched candidates, by exact similarities: positions and these.
 
-    A candidate whose rough similarity is -inf comes last.
+    A candidate whose rough similarity is -inf comes last. One whose rough similarity is so low that its exact one
+    cannot be among the largest is not computed again.
     """
+    rough_BF, order_BF = rough_BF.sort(1, descending=True)
+    least_B1 = rough_BF[:, number - 1 : number] - 2.0 * product_tolerance(queries_BD.shape[1])
+    kept = int((rough_BF >= least_B1).sum(1).max())
+    rough_BF, positions_BF = rough_BF[:, :kept], positions_BF.gather(1, order_BF)[:, :kept]
     exact_BF = _rescore(queries_BD, points_MD, positions_BF).masked_fill(rough_BF == -torch.inf, -torch.inf)
     return _sorted(positions_BF, exact_BF, number)
 
