@@ -31,6 +31,7 @@ Settings = dict[str, dict[str, Any]]
 FORMER: Settings = {  # defaults that were others when runs were made
     "images": {"cache_size": 256, "cache": "raw"},
     "features": {"whitening_power": 0.0},
+    "clusters": {"max_clusters": None},
     "selection": {"sets": "all"},
     "student": {"whitening_power": 0.0},
     "views": {"num_judged": None},

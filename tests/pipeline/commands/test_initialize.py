@@ -320,6 +320,24 @@ def test_auto_is_resolved_again_when_asked(desk: Desk) -> None:
     assert desk.init(assignments=["clusters.num_clusters=auto"]).clusters.num_clusters == (2, 3)
 
 
+def test_a_bound_of_automatic_granularities_is_said_where_it_changes_them(desk: Desk) -> None:
+    def said() -> list[str]:
+        return [line for line in desk.said if "clusters.max_clusters" in line]
+
+    assert desk.new().clusters.num_clusters == (2, 3) and not said()
+    again = ["clusters.num_clusters=auto", "clusters.max_clusters=2"]
+    assert desk.init(assignments=again).clusters.num_clusters == (2,)
+    (line,) = said()
+    assert line.startswith("the finest granularity has 2 clusters, without the bound clusters.max_clusters=2 it would ")
+    assert line.endswith(
+        "have 3; for another bound: --set clusters.num_clusters=auto --set clusters.max_clusters=NUMBER"
+    )
+    assert desk.init().clusters.num_clusters == (2,) and not said(), "numbers that are settled stay"
+    assert desk.init(assignments=["clusters.num_clusters=[2, 3]"]).clusters.num_clusters == (2, 3) and not said()
+    assert desk.init(assignments=["clusters.num_clusters=auto", "clusters.max_clusters=null"]) and not said()
+    assert desk.config.clusters.num_clusters == (2, 3)
+
+
 def test_a_moved_root_changes_the_provenance_only(desk: Desk) -> None:
     desk.new()
     before = desk.digest
