@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from grappa.images.paths import MISSING, image_file
-from grappa.images.sources.shards import split_shard
+from grappa.images.originals import homes_of
+from grappa.images.paths import MISSING
 from grappa.images.sources.urls import is_url
 
 _END = 4096  # bytes at the end of a file, which differ even where the heads of photographs are alike
@@ -81,12 +81,8 @@ def _is_shared(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
 
 def _places(rows: pd.DataFrame, roots: Sequence[str]) -> list[_Place]:
     """Return where the bytes of local images lie: a file of their own, or a part of a tar."""
-    offsets = rows["offset"] if "offset" in rows else [-1] * len(rows)
-    found = []
-    for root, path, size, offset in zip(rows["root"], rows["path"], rows["size"], offsets, strict=True):
-        shard = split_shard(path) if offset >= 0 else None
-        found.append(_Place(image_file(roots[root], shard[0] if shard else path), max(offset, 0), size))
-    return found
+    offsets = rows["offset"].clip(lower=0) if "offset" in rows else [0] * len(rows)
+    return [_Place(*each) for each in zip(homes_of(rows, roots), offsets, rows["size"], strict=True)]
 
 
 def _read(places: Sequence[_Place], of: Callable[[IO[bytes], _Place], bytes]) -> list[bytes | None]:

@@ -1,8 +1,9 @@
-"""What `grappa init` says of the listed images: how many, read as what, and what looks wrong."""
+"""Listed images: what `grappa init` says of them, and what other commands say where they change meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,17 @@ def _said_splits(listing: pd.DataFrame) -> str:
         return "no split"
     without = f" ({unsaid} without a split)" if unsaid else ""
     return f"{len(listing) - tested} train{without} and {tested} test"
+
+
+@contextmanager
+def changed_means_again() -> Iterator[None]:
+    """Give the advice of a command that lists its images itself where one of them is not what was listed."""
+    from grappa.images.files import ImagesChangedError
+
+    try:
+        yield
+    except ImagesChangedError as error:
+        raise ImagesChangedError(error.finding, "give the same command again, which lists the images anew") from error
 
 
 def _num_others(listing: pd.DataFrame, known: pd.DataFrame) -> int:
