@@ -1,10 +1,10 @@
 """Exact nearest neighbors by cosine similarity, in blocks: never an N x M array, the image itself removed by its id.
 
 A quick product picks more candidates than asked for, and float64 products decide among them. On a CPU that has bfloat16
-products these pick every candidate that their error bound leaves open; otherwise float32 products pick a few more
-candidates than asked for. Where the last picked candidates cannot be told apart from those left out (many duplicates,
-ties), the query is searched once more in full. The result is exact whatever the block size, the device or the number of
-threads.
+products these pick every candidate that their error bound leaves open; otherwise float32 products (on a CPU those of
+faiss) pick a few more candidates than asked for. Where the last picked candidates cannot be told apart from those left
+out (many duplicates, ties), the query is searched once more in full. The result is exact whatever the block size, the
+device or the number of threads.
 """
 
 # B queries of a block, C candidates of a block, D width, F fetched candidates, K neighbors, N queries, M candidates,
@@ -26,7 +26,7 @@ from grappa.search.screening import Pairs, Rounded
 QUERY_BLOCK, CANDIDATE_BLOCK = 1024, 16384
 GROUP = 16
 TIE_BLOCK = 16
-RESCORE_BLOCK = 128
+RESCORE_BLOCK = 16
 
 
 def nearest_neighbors(
@@ -134,7 +134,7 @@ def _search_screened(
         return None
     rows_P, positions_P = pairs
     parts = zip(rows_P.split(screening.PAIR_BLOCK), positions_P.split(screening.PAIR_BLOCK), strict=True)
-    exact_P = torch.cat([torch.linalg.vecdot(queries_BD[r].double(), points_MD[p].double()) for r, p in parts]).float()
+    exact_P = torch.cat([_cosines(points_MD[places][:, None], queries_BD[rows])[:, 0] for rows, places in parts])
     order = np.lexsort((positions_P.numpy(), -exact_P.numpy(), rows_P.numpy()))
     firsts_B = np.searchsorted(rows_P.numpy(), np.arange(len(queries_BD)))
     chosen_BK = torch.from_numpy(order[firsts_B[:, None] + np.arange(num_neighbors)])
@@ -188,8 +188,9 @@ def _search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return positions (B, K) and float32 similarities (B, K), exactly sorted."""
     num_points, width = points_MD.shape
-    num_fetched = min(num_points, num_neighbors + max(8, num_neighbors // 2))
-    rough_BF, positions_BF = _fetch(queries_BD, points_MD, own_B, num_fetched, scratch)
+    num_fetched = min(num_points, num_neighbors + max(8, num_neighbors // 4))
+    fetch = _fetch_by_faiss if queries_BD.device.type == "cpu" else _fetch
+    rough_BF, positions_BF = fetch(queries_BD, points_MD, own_B, num_fetched, scratch)
     exact_BF = _rescore(queries_BD, points_MD, positions_BF).masked_fill(rough_BF == -torch.inf, -torch.inf)
     positions_BK, exact_BK = _sorted(positions_BF, exact_BF, num_neighbors)
     if num_fetched < num_points:
@@ -207,6 +208,24 @@ def _search(
 def product_tolerance(width: int) -> float:
     """Bound, with room to spare, how far a float32 product of two unit vectors lies from the true cosine."""
     return float(2.0 * np.finfo(np.float32).eps * np.sqrt(width))
+
+
+def _fetch_by_faiss(
+    queries_BD: torch.Tensor, points_MD: torch.Tensor, own_B: torch.Tensor, num_fetched: int, scratch: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what ``_fetch`` does, by faiss, which selects while the products are in the CPU's cache."""
+    import faiss
+
+    everyone = num_fetched == len(points_MD)
+    asked = (queries_BD.numpy(), points_MD.numpy(), num_fetched if everyone else num_fetched + 1)
+    rough, positions = faiss.knn(*asked, metric=faiss.METRIC_INNER_PRODUCT)
+    left_out = positions == own_B.numpy()[:, None]
+    if everyone:
+        rough[left_out] = -np.inf
+        return torch.from_numpy(rough), torch.from_numpy(positions)
+    left_out[~left_out.any(1), -1] = True  # without the query itself there is one too many
+    rough, positions = (each[~left_out].reshape(-1, num_fetched) for each in (rough, positions))
+    return torch.from_numpy(rough), torch.from_numpy(positions)
 
 
 def _fetch(
@@ -257,8 +276,18 @@ def largest(values_BC: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.T
 
 def _rescore(queries_BD: torch.Tensor, points_MD: torch.Tensor, positions_BF: torch.Tensor) -> torch.Tensor:
     blocks = zip(queries_BD.split(RESCORE_BLOCK), positions_BF.split(RESCORE_BLOCK), strict=True)
-    exact = [torch.einsum("bfd,bd->bf", points_MD[where].double(), query.double()) for query, where in blocks]
-    return torch.cat(exact).float()
+    return torch.cat([_cosines(points_MD[where], query) for query, where in blocks])
+
+
+def _cosines(points_BFD: torch.Tensor, queries_BD: torch.Tensor) -> torch.Tensor:
+    """Return the float64 products of each query with its F points, (B, F), rounded to float32.
+
+    On a CPU numpy sums each product up in one order, whatever stands beside it: copies of an image are equally similar.
+    """
+    if queries_BD.device.type != "cpu":
+        return torch.einsum("bfd,bd->bf", points_BFD.double(), queries_BD.double()).float()
+    points, queries = (part.numpy().astype(np.float64) for part in (points_BFD, queries_BD))
+    return torch.from_numpy(np.einsum("bfd,bd->bf", points, queries).astype(np.float32))
 
 
 def _sorted(positions: torch.Tensor, similarities: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,4 +308,4 @@ def _above(
 
 def _dot(points_MD: torch.Tensor, positions: torch.Tensor, query_D: torch.Tensor) -> torch.Tensor:
     blocks = positions.split(CANDIDATE_BLOCK)
-    return torch.cat([points_MD[block].double() @ query_D.double() for block in blocks]).float()
+    return torch.cat([_cosines(points_MD[block][None], query_D[None])[0] for block in blocks])

@@ -33,6 +33,7 @@ FORMER: Settings = {  # defaults that were others when runs were made
     "features": {"whitening_power": 0.0},
     "clusters": {"max_clusters": None},
     "selection": {"sets": "all"},
+    "student": {"whitening_power": 0.0},
     "views": {"num_judged": None},
     "evaluation": {"max_queries": None},
 }

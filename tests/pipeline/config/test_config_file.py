@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from grappa.pipeline.config.schema import Clusters, Config, Evaluation, Features, Images, SampledViews, Selection
+from grappa.pipeline.config.trainings import Student
 from grappa.pipeline.config.yaml_file import (
     ConfigError,
     Settings,
@@ -60,6 +61,7 @@ def test_missing_and_empty_sections_have_the_defaults(tmp_path: Path) -> None:
         views=SampledViews(num_judged=None),
         evaluation=Evaluation(max_queries=None),
         selection=Selection(sets="all"),
+        student=Student(whitening_power=0.0),
     )
     assert load_config(written(tmp_path, "clusters:\n")) == former
     assert load_config(written(tmp_path, "")) == former
