@@ -69,7 +69,7 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     known = RunFolder.open(root, writable=True) if (root / RUN_FILE).exists() else None
     other = RunFolder.open(request.other) if request.other else None
     before = former_config(known)
-    config = _requested(known, request)
+    config = asked = _requested(known, request)
     check_backbone(config, known)
     listing = list_sources(given_images(config))
     num_train = count_train(config, listing)
@@ -79,6 +79,7 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     if SUPERVISED in adaptor_sets(config):
         say_lone_classes(listing, say)
     _say_few(num_train, say)
+    _say_bound(asked, num_train, say)
     for sentence in dict.fromkeys(missing_packages(config).values()):
         say(f"warning: {sentence}")
     if before and request.config:
@@ -95,6 +96,19 @@ def _say_few(num_train: int, say: Say) -> None:
     if num_train < FEW_IMAGES:
         what = f"{num_train} different train images are few (below {FEW_IMAGES})"
         say(f"warning: {what}; the verdict at the end of the run tells whether adaptation helped")
+
+
+def _say_bound(asked: Config, num_train: int, say: Say) -> None:
+    """Say that automatic granularities would be finer without their bound."""
+    how, most = asked.clusters.num_clusters, asked.clusters.max_clusters
+    if most is None or not isinstance(how, str):
+        return
+    finest, free = automatic_num_clusters(num_train, how, most)[-1], automatic_num_clusters(num_train, how)[-1]
+    if finest < free:
+        say(
+            f"the finest granularity has {finest:,} clusters, without the bound clusters.max_clusters={most} it would "
+            f"have {free:,}; for another bound: --set clusters.num_clusters={how} --set clusters.max_clusters=NUMBER"
+        )
 
 
 def write_run(root: Path, config: Config, listing: pd.DataFrame) -> tuple[RunFolder, pd.DataFrame | None]:
@@ -148,7 +162,7 @@ def resolve_num_clusters(config: Config, num_train: int) -> Config:
     if num_train < 4:
         raise ConfigError(f"found {num_train} train images, expected at least 4; give more by --images")
     if isinstance(values, str):
-        values = automatic_num_clusters(num_train, values)
+        values = automatic_num_clusters(num_train, values, config.clusters.max_clusters)
     if max(values) > num_train // 2:
         raise ConfigError(
             f"clusters.num_clusters: {max(values)} clusters are more than half of the {num_train} train images; "
