@@ -17,7 +17,7 @@ Out = Annotated[Path | None, typer.Option(metavar="FILE", help="a new .parquet f
 def add(
     run: Run,
     images: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(metavar="DIR_OR_TABLE", help="the new images, as for `init`; can be repeated"),
     ] = None,
     layout: Annotated[
