@@ -271,7 +271,7 @@ def _num_first(num_images: int, num_clusters: int) -> int:
     """Return on how many images the first iterations are made: a quarter or less, where this is enough, or all."""
     sample = max(MIN_SAMPLE, min(FIRST_PER_CENTROID * num_clusters, num_images // 4))
     enough = max(sample, FEWEST_PER_CENTROID * num_clusters)
-    return sample if sample == enough and 2 * sample <= num_images else num_images
+    return sample if sample == enough and 4 * sample <= num_images else num_images
 
 
 def _first_centroids(

@@ -15,12 +15,12 @@ import torch
 
 from grappa.core.distributed import ALONE, Processes
 from grappa.core.randomness import id_numbers
-from grappa.search import screening, shared_points
+from grappa.search import kmeans, screening, shared_points
 from grappa.search.assignment import Assignment
 from grappa.search.kmeans import assign, cluster, fill_empty
 from grappa.search.shared_points import SharedPoints, own_parts, own_rows
 
-PART_ROWS, NUM_SEEDED = 256, 80
+PART_ROWS, MIN_SAMPLE, NUM_SEEDED = 256, 2048, 80
 CASES = {  # points, clusters, whether bfloat16 screens the centroids
     "few": (2000, 7, False),
     "lists": (1900, 90, False),
@@ -43,7 +43,9 @@ def points(name: str) -> np.ndarray[Any, Any]:
 
 def results(processes: Processes = ALONE) -> dict[str, np.ndarray[Any, Any]]:
     """Return all fields of each case's clustering, the labels of the points when assigned again, and a re-seeding."""
-    with mock.patch.object(shared_points, "PART_ROWS", PART_ROWS):
+    parts = mock.patch.object(shared_points, "PART_ROWS", PART_ROWS)
+    with parts, mock.patch.object(kmeans, "MIN_SAMPLE", MIN_SAMPLE):
+        assert kmeans._num_first(*CASES["sample"][:2]) < CASES["sample"][0]
         found = {f"{name}/{key}": each for name in CASES for key, each in _result(name, processes).items()}
         return {**found, **{f"seeded/{key}": each for key, each in _seeded(processes).items()}}
 

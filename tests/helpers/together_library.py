@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grappa.core.distributed import ALONE, Processes
+from grappa.core.distributed import ALONE, Processes, Sharded
 from grappa.core.randomness import id_numbers
 from grappa.images.transforms import Augmentation
 from grappa.method import losses
@@ -53,9 +53,13 @@ class FirstMoments:
     def due(self) -> bool:
         return not self.moments.size
 
-    def save(self, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
-        moments = [value.numpy().ravel() for name, value in tensors.items() if name.endswith(".exp_avg")]
+    def save(self, tensors: Mapping[str, torch.Tensor | Sharded], record: Mapping[str, Any]) -> None:
+        moments = [_whole(value).numpy().ravel() for name, value in tensors.items() if name.endswith(".exp_avg")]
         self.moments = np.concatenate(moments)
+
+
+def _whole(value: torch.Tensor | Sharded) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else value.processes.all_gather(value.own, value.number)
 
 
 def results(folder: Path, processes: Processes = ALONE) -> dict[str, np.ndarray[Any, Any]]:

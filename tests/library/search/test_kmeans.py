@@ -237,6 +237,7 @@ def test_lists_of_near_centroids_give_the_answer_of_a_full_search(name: str, see
 
 def test_a_sample_makes_the_first_iterations_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing else changes: order-independent, every label that of the nearest centroid, about as good."""
+    monkeypatch.setattr(cluster_steps, "MIN_SAMPLE", 2048)
     features, ids = blobs(9000, 60, 32, 0.5), names(9000)
     order, seen = np.random.default_rng(3).permutation(9000), []
     found = cluster(features, num_clusters=40, ids=ids, progress=seen.append)
@@ -247,6 +248,13 @@ def test_a_sample_makes_the_first_iterations_of_many_images(monkeypatch: pytest.
     monkeypatch.setattr(cluster_steps, "MIN_SAMPLE", 9000)
     whole = cluster(features, num_clusters=40, ids=ids)
     assert found.objective > 0.995 * whole.objective
+
+
+def test_a_sample_is_a_quarter_at_most_and_large_enough_for_its_clusters() -> None:
+    assert cluster_steps._num_first(50_000, 128) == 12_500
+    assert cluster_steps._num_first(10**6, 128) == 128 * 128
+    assert cluster_steps._num_first(8_831, 125) == 8_831, "a larger share of few images ends at worse clusters"
+    assert cluster_steps._num_first(50_000, 512) == 50_000, "too few images for each cluster"
 
 
 def test_products_stay_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
