@@ -56,6 +56,13 @@ class Processes:
         """
         return values if self.world_size == 1 else _Gather.apply(values, self, number)
 
+    def beside(self, values: Tensor) -> Tensor:
+        """Return the values (P, ...) of the P processes, in order of rank; all give the same shape and type."""
+        whole = values.new_zeros(self.world_size, *values.shape)
+        whole[self.rank] = values
+        self.all_reduce([whole])
+        return whole
+
     def gather(self, rows: Tensor, capacity: int) -> list[Tensor] | None:
         """Return the rows of every process on the CPU, in order of rank; None on all processes but rank 0.
 

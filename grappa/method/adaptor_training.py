@@ -132,11 +132,7 @@ def train_adaptor_set(
         with autocast(run.device, run.precision):
             embeddings = backbone(normalize(images, backbone.spec.mean, backbone.spec.std), adaptors)
         embedded = dict(zip(sources, embeddings.chunk(len(sources)), strict=True))
-        parts = zip(held.by_target(classifier["proxies"]), labels_BH.unbind(1), strict=True)
-        classes = [
-            (proxies_KD, labels_B, Share(held.processes, order.batch_size, first))
-            for (proxies_KD, first), labels_B in parts
-        ]
+        classes = _classes(held, classifier["proxies"], labels_BH, order.batch_size)
         value, scalars = _loss(embedded, classes, known_B, classifier.get("background"), adaptor_loss)
         share = len(labels_BH) / order.batch_size
         return share * value, {what: share * each for what, each in scalars.items()}
@@ -179,6 +175,12 @@ def _classifier(held: ShardedProxies, perception: Perception, seed: int) -> nn.P
         drawn = torch.randn(1, proxies.shape[1], generator=torch.Generator().manual_seed(seed))
         classifier["background"] = nn.Parameter(F.normalize(drawn, dim=-1))
     return classifier
+
+
+def _classes(held: ShardedProxies, proxies_KD: Tensor, labels_BH: Tensor, batch_size: int) -> Classes:
+    """Return of each target what this process holds. batch_size: the images of all processes."""
+    parts = zip(held.by_target(proxies_KD), labels_BH.unbind(1), strict=True)
+    return [(part_KD, labels_B, Share(held.processes, batch_size, first)) for (part_KD, first), labels_B in parts]
 
 
 def _loss(

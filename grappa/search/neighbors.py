@@ -24,6 +24,7 @@ from grappa.search import screening
 from grappa.search.screening import Pairs, Rounded
 
 QUERY_BLOCK, CANDIDATE_BLOCK = 1024, 16384
+FAISS_BLOCK = 131072  # candidates of a call, which Ctrl-C waits for
 GROUP = 16
 TIE_BLOCK = 16
 RESCORE_BLOCK = 16
@@ -209,8 +210,13 @@ def decided(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ``number`` most similar of the fetched candidates, by exact similarities: positions and these.
 
-    A candidate whose rough similarity is -inf comes last.
+    A candidate whose rough similarity is -inf comes last. One whose rough similarity is so low that its exact one
+    cannot be among the largest is not computed again.
     """
+    rough_BF, order_BF = rough_BF.sort(1, descending=True)
+    least_B1 = rough_BF[:, number - 1 : number] - 2.0 * product_tolerance(queries_BD.shape[1])
+    kept = int((rough_BF >= least_B1).sum(1).max())
+    rough_BF, positions_BF = rough_BF[:, :kept], positions_BF.gather(1, order_BF)[:, :kept]
     exact_BF = _rescore(queries_BD, points_MD, positions_BF).masked_fill(rough_BF == -torch.inf, -torch.inf)
     return _sorted(positions_BF, exact_BF, number)
 
@@ -227,8 +233,15 @@ def _fetch_by_faiss(
     import faiss
 
     everyone = num_fetched == len(points_MD)
-    asked = (queries_BD.numpy(), points_MD.numpy(), num_fetched if everyone else num_fetched + 1)
-    rough, positions = faiss.knn(*asked, metric=faiss.METRIC_INNER_PRODUCT)
+    number, found = num_fetched if everyone else num_fetched + 1, []
+    for start, block_CD in zip(range(0, len(points_MD), FAISS_BLOCK), points_MD.split(FAISS_BLOCK), strict=True):
+        asked = (queries_BD.numpy(), block_CD.numpy(), min(number, len(block_CD)))
+        products, columns = faiss.knn(*asked, metric=faiss.METRIC_INNER_PRODUCT)
+        found.append((products, columns + start))
+    rough, positions = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+    if len(found) > 1:
+        order = np.argsort(-rough, axis=1, kind="stable")[:, :number]
+        rough, positions = (np.take_along_axis(each, order, axis=1) for each in (rough, positions))
     if everyone:
         rough[positions == own_B.numpy()[:, None]] = -np.inf
         return torch.from_numpy(rough), torch.from_numpy(positions)
