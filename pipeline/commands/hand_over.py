@@ -136,7 +136,8 @@ def _samples(
     nearest: Iterator[tuple[list[str], list[float]]],
 ) -> Iterator[dict[str, Any]]:
     """Yield the samples as FiftyOne has them in JSON; ValueError for a file name that is no UTF-8."""
-    for row, embedding, (names, similarities) in zip(table.itertuples(), embeddings, nearest, strict=True):
+    rows: Iterator[Any] = table.itertuples()
+    for row, embedding, (names, similarities) in zip(rows, embeddings, nearest, strict=True):
         image_id, file, split = str(row.Index), str(row.file), _text(row.split)
         check_text(file)
         yield {
