@@ -45,6 +45,7 @@ Say = Callable[[str], None]
 MOST_CHANGES = 12  # changed settings that are named in a line
 
 FEW_IMAGES = 300
+MOST_EXACT = 1_000_000  # train images whose neighbours are sought exactly under `auto`
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,13 @@ def former_config(run: RunFolder | None) -> Config | None:
 
 
 def fitted(config: Config, listing: pd.DataFrame, num_train: int, before: Config | None) -> Config:
-    """Return the configuration with layout, granularities and the pixel cache settled.
+    """Return the configuration with layout, granularities, the pixel cache and the neighbours' engine settled.
 
     num_train: the different train images, as :func:`count_train` counts them. before: the configuration of the run, or
     of one whose artifacts are reused. ConfigError where the images do not suffice.
     """
     config = settle_cache(settle_cache_size(_settle_layout(config, listing), before), len(listing), before)
-    config = resolve_num_clusters(config, num_train)
+    config = settle_engine(resolve_num_clusters(config, num_train), num_train)
     _check_labels(config, listing)
     _check_boxes(config, listing)
     return config
@@ -144,6 +145,15 @@ def _settle_layout(config: Config, listing: pd.DataFrame) -> Config:
         return config
     images = config.images.model_copy(update={"layout": found.pop()})
     return config.model_copy(update={"images": images})
+
+
+def settle_engine(config: Config, num_train: int) -> Config:
+    """Replace ``neighbors.engine: auto``: exact as long as that is about as fast, else ivf."""
+    if config.neighbors.engine != "auto":
+        return config
+    engine = "exact" if num_train <= MOST_EXACT else "ivf"
+    neighbors = config.neighbors.model_copy(update={"engine": engine})
+    return config.model_copy(update={"neighbors": neighbors})
 
 
 def resolve_num_clusters(config: Config, num_train: int) -> Config:

@@ -118,6 +118,18 @@ class Features(Section):
 
 class Neighbors(Section):
     num_neighbors: PositiveInt = Field(10, description="number of nearest train images of each image")
+    engine: Literal["auto", "exact", "ivf", "hnsw"] = later(
+        "auto",
+        "how they are found: exact; ivf, hnsw: approximate, the recall is told; auto: ivf above 1,000,000 train images",
+        before="exact",
+    )
+
+    @property
+    def settled_engine(self) -> Literal["exact", "ivf", "hnsw"]:
+        """How neighbours are found; ValueError where it is not settled."""
+        if self.engine == "auto":
+            raise ValueError("neighbors.engine is still `auto`; `grappa init RUN` resolves it")
+        return self.engine
 
 
 class Clusters(Section):

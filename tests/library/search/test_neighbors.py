@@ -56,6 +56,7 @@ def test_equals_the_exhaustive_search(number: int, block_size: int) -> None:
 
 def test_equals_the_exhaustive_search_across_candidate_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grappa.search.neighbors.CANDIDATE_BLOCK", 512)
+    monkeypatch.setattr("grappa.search.neighbors.FAISS_BLOCK", 845)  # the last block has fewer than are fetched
     features, ids = points(1700), np.arange(1700)
     found = nearest_neighbors(features[:40], features, num_neighbors=6, query_ids=ids[:40], candidate_ids=ids)
     np.testing.assert_array_equal(found[0], exhaustive(features[:40], features, ids[:40], ids, 6)[0])
