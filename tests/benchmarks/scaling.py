@@ -255,9 +255,9 @@ def _add_row(file: Path, row: dict[str, object]) -> None:
 
 def stage_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Return the lines of the table for the stages of runs, all instances of a stage together: CPU seconds at the
-    smallest and the largest size, the exponent between the two largest, largest memory without files and bytes on disk,
-    and what the far sizes take: CPU hours, and memory by the line through the two largest sizes. Of a stage that was
-    measured at one size the time is taken to grow as the number of images does.
+    smallest and the largest size, the exponent between the two largest, largest memory without files (of the whole
+    process, in which earlier stages ran) and bytes on disk, and the CPU hours of the far sizes; by the number of images
+    where a stage was measured at one size.
     """
     found = []
     for stage in dict.fromkeys(row["stage"] for row in rows):
@@ -279,11 +279,8 @@ def _stage_point(rows: list[dict[str, Any]], stage: str, size: float) -> Point:
 
 
 def _far_stage(points: list[Point], number: int) -> str:
-    last = points[-1]
-    if len(points) == 1:
-        return _hours(last.seconds * number / last.size)
-    slope = max(0.0, (last.memory - points[-2].memory) / (last.size - points[-2].size))
-    return f"{_hours(extrapolated(points[-2:], number))}, {_size(last.memory + slope * (number - last.size))}"
+    power, last = exponent(points[-2:]) if len(points) > 1 else 1.0, points[-1]
+    return _hours(last.seconds * (number / last.size) ** power)
 
 
 def _measured_at(points: list[Point]) -> str:
