@@ -231,11 +231,13 @@ def cancel(
 @one_sentence_errors
 def search(
     run: Run,
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="an image file")],
+    image: Annotated[
+        str, typer.Argument(metavar="IMAGE", help="an image file, a URL, or TAR::MEMBER as results name it")
+    ],
     k: Annotated[int, typer.Option("-k", min=1, help="the number of images to find")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Find the images of a run that are nearest to an image file.
+    """Find the images of a run that are nearest to an image.
 
     Print the similarity, domain, file and id of these images, the nearest first. An image of the run is not its own
     nearest one: files with the bytes of IMAGE are left out.
@@ -258,14 +260,18 @@ def search(
 @one_sentence_errors
 def embed(
     run_or_model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="a run folder or an exported model")],
-    images: Annotated[Path, typer.Option(metavar="DIR_OR_TABLE", help="the new images: a folder or a table")],
+    images: Annotated[
+        str,
+        typer.Option(metavar="DIR_OR_TABLE", help="the new images: a folder, a table, a tar, a Parquet file, or a URL"),
+    ],
     out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="a new folder for the embeddings, or a new .parquet file")
+        Path, typer.Option(metavar="OUT", help="a new folder for the embeddings, or a new .npy or .parquet file")
     ],
 ) -> None:
     """Embed new images with an adapted model.
 
-    Write embeddings.npy and ids.parquet, or one table with all.
+    Write a folder of embeddings.npy and ids.parquet, or OUT.npy with OUT.ids.parquet beside it, or one table with all
+    (OUT.parquet). After a kill the same command goes on.
     """
     from grappa.pipeline.commands.embed import embed as write_embeddings
     from grappa.pipeline.engine.progress import Progress, totals

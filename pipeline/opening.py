@@ -23,7 +23,7 @@ from grappa.backbone.vit import reads_class_token
 from grappa.core import memory
 from grappa.core.devices import resolve_device, resolve_precision, set_num_threads
 from grappa.core.memory import MeasuredShape, Shape, VitShape
-from grappa.images.caching.uncached import FINDERS, open_images
+from grappa.images.caching.uncached import FINDERS, Originals, open_images
 from grappa.images.pixels import ImageRows, PixelCache
 from grappa.images.table import BOX_COLUMNS
 from grappa.method.adaptors import AdaptorSet
@@ -61,6 +61,12 @@ def published_pixels(run: RunFolder, rows: Sequence[int] = ()) -> ImageRows:
     if isinstance(found, PixelCache) and rows:
         published(run, "images", *sorted({f"pixels/{found.file(row).name}" for row in rows}))
     return found
+
+
+def published_originals(run: RunFolder, max_pixels: int) -> Originals:
+    """Return the originals of a run's images, at full size, from where they lie."""
+    table = read_images(published(run, "images", "images.parquet"))
+    return Originals.of(table, image_roots(run), max_pixels=max_pixels)
 
 
 def open_backbone(context: StageContext) -> Backbone:

@@ -6,6 +6,7 @@ process needs no group: every function below then returns its argument, and torc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+BLOCK_NUMBERS = 2**22  # of a message by which rows that the processes hold together go to the first one
 
 
 class GroupBrokenError(RuntimeError):
@@ -52,6 +55,13 @@ class Processes:
         world_size`` of it as its share: the gradients, summed over the processes, are then those of the whole loss.
         """
         return values if self.world_size == 1 else _Gather.apply(values, self, number)
+
+    def beside(self, values: Tensor) -> Tensor:
+        """Return the values (P, ...) of the P processes, in order of rank; all give the same shape and type."""
+        whole = values.new_zeros(self.world_size, *values.shape)
+        whole[self.rank] = values
+        self.all_reduce([whole])
+        return whole
 
     def gather(self, rows: Tensor, capacity: int) -> list[Tensor] | None:
         """Return the rows of every process on the CPU, in order of rank; None on all processes but rank 0.
@@ -96,6 +106,52 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """Rows (number, ...) that no process holds as a whole: each holds its ``own`` ones."""
+
+    own: Tensor
+    number: int
+    processes: Processes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole."""
+        return self.number, *self.own.shape[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.own.dtype
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield all rows in their order, in blocks on the CPU, to rank 0. All processes must go through them at the
+        same time; the others get none."""
+        size = max(1, BLOCK_NUMBERS // math.prod(self.shape[1:]))
+        for rank in range(self.processes.world_size):
+            own = Processes(rank, self.processes.world_size).own_slice(self.number)
+            for start in range(0, own.stop - own.start, size):
+                yield from self._block(rank, slice(start, min(start + size, own.stop - own.start)))
+
+    def _block(self, rank: int, rows: slice) -> Iterator[Tensor]:
+        """Yield these of the rows of one process to rank 0."""
+        from torch import distributed
+
+        leads, holds = self.processes.leads, rank == self.processes.rank
+        if not (leads or holds):
+            return
+        if holds:
+            block = self.own[rows].detach().cpu()
+        else:
+            block = self.own.new_empty(rows.stop - rows.start, *self.shape[1:], device="cpu")
+        with _one_group():
+            if holds and not leads:
+                distributed.send(block, 0)
+            elif leads and not holds:
+                distributed.recv(block, rank)
+        if leads:
+            yield block
 
 
 class _Gather(torch.autograd.Function):

@@ -97,7 +97,7 @@ def training(shape: Shape, batch_size: int, precision: str, num_classes: int = 0
     """Return the bytes of a training step: the batch's pixels, what is kept of it for gradients, and the trained
     tensors with their gradients and moments.
 
-    num_classes: proxies of all targets together.
+    num_classes: proxies of all targets together, of several processes those that each of them holds.
     """
     trained = 4 * FLOAT * (shape.trained + shape.width * num_classes)
     return trained + batch_size * (_pixels(shape) + shape.kept * _bytes(precision)) + BATCH_WORK

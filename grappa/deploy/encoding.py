@@ -209,9 +209,14 @@ def forward(model: Encoder, inputs: Sequence[Tensor]) -> NDArray[np.float32]:
     return found
 
 
-def prepared_ahead(prepare: Callable[[T], R], items: Iterable[T], batch_size: int) -> Iterator[list[R]]:
-    """Yield ``prepare`` of the items in their order, in batches; threads prepare a batch ahead."""
-    pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "decode")
+def prepared_ahead(
+    prepare: Callable[[T], R], items: Iterable[T], batch_size: int, *, num_threads: int | None = None
+) -> Iterator[list[R]]:
+    """Yield ``prepare`` of the items in their order, in batches; threads prepare a batch ahead.
+
+    num_threads: None: as many as there are processors, 8 at most.
+    """
+    pool = ThreadPoolExecutor(num_threads or min(_MOST_THREADS, os.cpu_count() or 1), "decode")
     try:
         waiting: deque[list[Future[R]]] = deque()
         remaining = iter(items)

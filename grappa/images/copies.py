@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from functools import partial
+from itertools import chain, groupby
+from typing import IO, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from grappa.images.paths import MISSING, image_file
-from grappa.images.sources.shards import split_shard
+from grappa.images.originals import homes_of
+from grappa.images.paths import MISSING
 from grappa.images.sources.urls import is_url
 
 _END = 4096  # bytes at the end of a file, which differ even where the heads of photographs are alike
 _NUM_THREADS = 8
+_ROWS = 4096  # images that are looked at in one go
 _BLOCK = 2**20  # bytes that are read at a time
 
 
@@ -32,7 +35,8 @@ def count_distinct_files(listing: pd.DataFrame, roots: Sequence[str], *, enough:
     """Count the different contents of listed images; missing files have none.
 
     A file is opened only if another one has its size, and read as a whole only if their ends agree too. What cannot be
-    read counts as one of its own, and so do images behind URLs and those whose size is not known before.
+    read counts as one of its own, and so do images behind URLs and those whose size is not known before. Eight bytes
+    of memory are kept of an image, and a tar is opened once for thousands of its images.
 
     Args:
         listing, roots: what ``grappa.images.table.list_images`` gave (rows of the frame, and its ``attrs["roots"]``).
@@ -48,53 +52,68 @@ def count_distinct_files(listing: pd.DataFrame, roots: Sequence[str], *, enough:
     repeated[sizes >= 0] = counts[place] > 1
     rows = present[repeated & local]
     with ThreadPoolExecutor(_NUM_THREADS, "compare") as pool:
-        alike = _places(rows, roots)
-        ends = list(pool.map(_end, alike))
-        equal = _shared(alike, ends)
-        contents = set(pool.map(_content, equal))
-    return len(present) - len(equal) + len(contents)
+        ends = list(pool.map(partial(_ends, roots), _blocks(rows)))
+        equal = rows[_is_shared(np.concatenate(ends))] if ends else rows
+        contents = list(chain.from_iterable(pool.map(partial(_contents, roots), _blocks(equal))))
+    return len(present) - len(equal) + len(set(contents) - {None}) + contents.count(None)
+
+
+def _blocks(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    return (rows.iloc[start : start + _ROWS] for start in range(0, len(rows), _ROWS))
+
+
+def _ends(roots: Sequence[str], rows: pd.DataFrame) -> NDArray[np.uint64]:
+    """Return a number of the size and the end of each image, (n,); 0: cannot be read."""
+    found = (b"" if end is None else end for end in _read(_places(rows, roots), _end))
+    return np.fromiter((int.from_bytes(end, "little") for end in found), np.uint64, len(rows))
+
+
+def _contents(roots: Sequence[str], rows: pd.DataFrame) -> list[bytes | None]:
+    """Return the digest of each image; None: cannot be read."""
+    return _read(_places(rows, roots), _content)
+
+
+def _is_shared(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Tell of each key whether another one equals it, (n,); 0 equals none."""
+    _, place, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    return np.asarray((counts[place] > 1) & (keys > 0))
 
 
 def _places(rows: pd.DataFrame, roots: Sequence[str]) -> list[_Place]:
     """Return where the bytes of local images lie: a file of their own, or a part of a tar."""
-    offsets = rows["offset"] if "offset" in rows else [-1] * len(rows)
-    found = []
-    for root, path, size, offset in zip(rows["root"], rows["path"], rows["size"], offsets, strict=True):
-        shard = split_shard(path) if offset >= 0 else None
-        found.append(_Place(image_file(roots[root], shard[0] if shard else path), max(offset, 0), size))
+    offsets = rows["offset"].clip(lower=0) if "offset" in rows else [0] * len(rows)
+    return [_Place(*each) for each in zip(homes_of(rows, roots), offsets, rows["size"], strict=True)]
+
+
+def _read(places: Sequence[_Place], of: Callable[[IO[bytes], _Place], bytes]) -> list[bytes | None]:
+    """Return what a function reads of each place, None where that fails; a file is opened once for all in a row."""
+    found: list[bytes | None] = []
+    for file, parts in ((file, list(group)) for file, group in groupby(places, lambda place: place.file)):
+        try:
+            with open(file, "rb", buffering=0) as opened:
+                found += [_or_none(of, opened, place) for place in parts]
+        except OSError:  # it cannot be opened
+            found += [None] * len(parts)
     return found
 
 
-def _shared(places: Sequence[_Place], keys: Sequence[Hashable]) -> list[_Place]:
-    """Return the places whose key another one has too."""
-    counts = Counter(keys)
-    return [place for place, key in zip(places, keys, strict=True) if counts[key] > 1]
-
-
-def _end(place: _Place) -> Hashable:
-    def read() -> Hashable:
-        with open(place.file, "rb") as opened:
-            opened.seek(place.offset + max(0, place.size - _END))
-            return place.size, opened.read(min(place.size, _END))
-
-    return _or_itself(place, read)
-
-
-def _content(place: _Place) -> Hashable:
-    def read() -> Hashable:
-        with open(place.file, "rb", buffering=0) as opened:
-            opened.seek(place.offset)
-            digest, left = hashlib.sha256(), place.size
-            while left > 0 and (block := opened.read(min(left, _BLOCK))):
-                digest.update(block)
-                left -= len(block)
-            return digest.digest()
-
-    return _or_itself(place, read)
-
-
-def _or_itself(place: _Place, read: Callable[[], Hashable]) -> Hashable:
+def _or_none(of: Callable[[IO[bytes], _Place], bytes], opened: IO[bytes], place: _Place) -> bytes | None:
     try:
-        return read()
+        return of(opened, place)
     except OSError:
-        return place
+        return None
+
+
+def _end(opened: IO[bytes], place: _Place) -> bytes:
+    length = min(place.size, _END)
+    opened.seek(place.offset + place.size - length)
+    return hashlib.blake2b(opened.read(length), digest_size=8, salt=place.size.to_bytes(8, "little")).digest()
+
+
+def _content(opened: IO[bytes], place: _Place) -> bytes:
+    opened.seek(place.offset)
+    digest, left = hashlib.sha256(), place.size
+    while left > 0 and (block := opened.read(min(left, _BLOCK))):
+        digest.update(block)
+        left -= len(block)
+    return digest.digest()

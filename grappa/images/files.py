@@ -27,7 +27,14 @@ ERRORS_OF_THE_FILE = (*_UNREADABLE_ERRORS, *_MISSING_ERRORS)
 
 
 class ImagesChangedError(ValueError):
-    """A listed file is no longer what it was when it was listed; the message names it and says what to run."""
+    """A listed file is no longer what it was when it was listed; the message names it and says what to do.
+
+    finding: the message without what to do. cure: what to do, where a run is made of the images.
+    """
+
+    def __init__(self, finding: str, cure: str = "") -> None:
+        super().__init__(f"{finding}; {cure}" if cure else finding)
+        self.finding = finding
 
 
 class RejectedFileError(ValueError):
@@ -143,7 +150,7 @@ def changed(name: str, size: int | None, found: str) -> ImagesChangedError:
     """Return the error of an image that is not what was listed: ``found`` says what it is now."""
     was = {None: "was there", MISSING: "was missing"}.get(size, f"had {size} bytes")
     return ImagesChangedError(
-        f"images changed: {name} {was} when it was listed, now {found}; run `grappa init` again to list it"
+        f"images changed: {name} {was} when it was listed, now {found}", "run `grappa init` again to list it"
     )
 
 

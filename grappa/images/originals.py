@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from grappa.images.files import RejectedFileError, UnansweredError, changed, check_size, read_file
-from grappa.images.paths import PLACE_COLUMNS, UNKNOWN, ImageTableError, image_file
+from grappa.images.files import (
+    ImagesChangedError,
+    RejectedFileError,
+    UnansweredError,
+    changed,
+    check_size,
+    read_file,
+)
+from grappa.images.paths import PLACE_COLUMNS, UNKNOWN, ImageTableError, escape_path, image_file, tell
 from grappa.images.sources import urls
-from grappa.images.sources.shards import OpenShards
+from grappa.images.sources.shards import OpenShards, list_shards, split_shard
 from grappa.images.sources.tar_shards import SEPARATOR
 from grappa.images.sources.urls import is_url
 
@@ -65,13 +75,52 @@ def are_plain_files(rows: pd.DataFrame, roots: Sequence[str]) -> NDArray[np.bool
     return local & (rows["offset"].to_numpy() < 0) if "offset" in rows else local
 
 
-def refuse_others(rows: pd.DataFrame, roots: Sequence[str], what: str) -> None:
-    """Raise ImageTableError where not all rows are local files of their own; ``what`` reads no others."""
-    others = rows["path"].to_numpy()[~are_plain_files(rows, roots)]
-    if len(others):
-        raise ImageTableError(
-            f"{others[0]} is no local file: {what} reads local files only; unpack or fetch the images"
-        )
+def homes_of(rows: pd.DataFrame, roots: Sequence[str]) -> Iterator[str]:
+    """Yield the local file that holds each image of a listing, its own or a shard; "" for one behind a URL."""
+    offsets = rows["offset"] if "offset" in rows else repeat(-1)
+    for root, path, offset in zip(rows["root"], rows["path"], offsets, strict=False):
+        shard = split_shard(path) if offset >= 0 else None
+        yield "" if is_url(roots[root]) else image_file(roots[root], shard[0] if shard else path)
+
+
+def read_image(place: str | Path, *, max_pixels: int) -> bytes:
+    """Return the bytes of one image by its address: a file, a URL, or ``shard::member`` as commands print it.
+
+    The headers of the whole shard are read for it.
+
+    Raises:
+        ImageTableError: no such image, or it cannot be read; the message is one sentence.
+        OSError: the local file cannot be read.
+    """
+    source = urls.as_source(place)
+    parts = None if os.path.lexists(source) else split_shard(str(source))
+    if parts is None and not is_url(source):
+        return Path(source).read_bytes()
+    try:
+        if parts is None:
+            return _read_url(str(source), tell(source), None, "", max_pixels)
+        rows, root = _rows_in_shard(parts[0], str(source))
+        return open_rows(rows, [root], max_pixels=max_pixels)(0)
+    except (RejectedFileError, ImagesChangedError) as error:
+        raise ImageTableError(f"{tell(source)} cannot be read: {getattr(error, 'finding', error)}") from error
+
+
+def is_there(place: str) -> bool:
+    """Tell whether an address leads to a local file, its own or a shard; a URL is taken to lead somewhere."""
+    shard = None if os.path.isfile(place) else split_shard(place)
+    return is_url(place) or os.path.isfile(shard[0] if shard else place)
+
+
+def _rows_in_shard(shard: str, place: str) -> tuple[pd.DataFrame, str]:
+    """Return the row of one image, and the escaped root; ImageTableError where there is no such image."""
+    root, _, name = (shard if is_url(shard) else os.path.abspath(shard)).rpartition("/")
+    listed = list_shards(root or "/", [name])[0][0]
+    wanted = escape_path(f"{name}{place[len(shard) :]}")
+    found = listed.filter(pc.equal(listed["path"], wanted))
+    if not len(found):
+        first = f", such as {tell(shard)}{listed['path'][0].as_py()[len(escape_path(name)) :]}" if len(listed) else ""
+        raise ImageTableError(f"there is no image {tell(place)}: the file holds {len(listed)} images{first}")
+    return found.to_pandas().assign(root=0), escape_path(root or "/")
 
 
 def refuse_packed(files: Iterable[str], what: str) -> None:

@@ -6,10 +6,22 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from grappa.core.randomness import id_numbers
+
 
 def train_rows(images: pd.DataFrame) -> NDArray[np.int64]:
     """Return the rows that are learned from: all but the test rows, or all rows where nothing is split."""
     return np.flatnonzero((images["split"] != "test").to_numpy())
+
+
+def train_rows_by_id(images: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """Return the rows that are learned from, (n,), sorted by their images' id numbers, and these, (n,): in this order
+    k-means and heads copy no features.
+    """
+    rows = train_rows(images)
+    ids = id_numbers(images["image_id"].iloc[rows].tolist())
+    order = np.argsort(ids, kind="stable")
+    return rows[order], ids[order]
 
 
 def test_rows(images: pd.DataFrame) -> tuple[NDArray[np.int64], bool]:

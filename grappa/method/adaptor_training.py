@@ -17,20 +17,23 @@ from torch.nn import functional as F
 from grappa.backbone.frozen import Backbone
 from grappa.core.arrays import Rows
 from grappa.core.devices import autocast, moved, staged
+from grappa.core.distributed import ALONE, Processes
 from grappa.core.randomness import key
 from grappa.images.pixels import ImageRows
 from grappa.images.transforms import normalize
 from grappa.method import losses
 from grappa.method.adaptors import AdaptorSet
-from grappa.method.losses import Classified
+from grappa.method.losses import Classified, Share
 from grappa.objects.backgrounds import Backgrounds
 from grappa.training.batches import BatchOrder, Runtime, Views, torch_seed
 from grappa.training.loop import FitResult, Group, Optimization, fit
+from grappa.training.sharded_proxies import ShardedProxies
 from grappa.training.targets import Targets
 
 PLAIN, OBJECT, BACKGROUND = "view", "object view", "background view"
 TransferFrom = Literal["better", "all"]
-Classes = Sequence[tuple[Tensor, Tensor]]  # of each target: the proxies (C, D), the classes of the batch (B,)
+# Of each target: the proxies (C, D), or those that this process holds; the classes of its images (B,); its share.
+Classes = Sequence[tuple[Tensor, Tensor, Share]]
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,10 @@ def train_adaptor_set(
     """
     backbone, adaptors = backbone.on(run.device), start.requires_grad_(True)
     perception = perception or Perception()
-    classifier = _classifier(targets, perception, torch_seed(seed, "adaptors", name, "background"))
+    held = sharded_proxies(targets, perception, run.processes)
+    classifier = _classifier(held, perception, torch_seed(seed, "adaptors", name, "background"))
     trained = nn.ModuleDict({"set": adaptors, "classifier": classifier}).to(run.device)
-    labels_nH, sizes = _all_labels(targets), [len(each.proxies) for each in targets]
+    labels_nH = _all_labels(targets)
     order = BatchOrder(views.ids[rows], optimization.batch_size, (seed, "adaptors", name), run.processes)
     sources, known_n = perception.sources(views), perception.known(rows)
 
@@ -128,14 +132,14 @@ def train_adaptor_set(
         with autocast(run.device, run.precision):
             embeddings = backbone(normalize(images, backbone.spec.mean, backbone.spec.std), adaptors)
         embedded = dict(zip(sources, embeddings.chunk(len(sources)), strict=True))
-        classes = list(zip(classifier["proxies"].split(sizes), labels_BH.unbind(1), strict=True))
+        classes = _classes(held, classifier["proxies"], labels_BH, order.batch_size)
         value, scalars = _loss(embedded, classes, known_B, classifier.get("background"), adaptor_loss)
         share = len(labels_BH) / order.batch_size
         return share * value, {what: share * each for what, each in scalars.items()}
 
     groups = [
         Group(list(adaptors.parameters()), optimization.learning_rate, optimization.weight_decay),
-        Group(list(classifier.parameters()), proxy_learning_rate, 0.0),
+        Group(list(classifier.parameters()), proxy_learning_rate, 0.0, held.num_rows),
     ]
     result = fit(trained, groups, optimization, order.steps_per_epoch, batch, loss, *run.hooks)
     return adaptors.cpu(), result
@@ -154,14 +158,29 @@ def _all_labels(targets: Sequence[Targets]) -> Tensor:
     return torch.from_numpy(np.stack([each.labels for each in targets], axis=1).astype(np.int64))
 
 
-def _classifier(targets: Sequence[Targets], perception: Perception, seed: int) -> nn.ParameterDict:
-    """Return the proxies of all targets as one table (sum of C, D), and with background views their proxy (1, D)."""
-    proxies = np.concatenate([np.array(each.proxies, dtype=np.float32) for each in targets])
-    classifier = nn.ParameterDict({"proxies": nn.Parameter(torch.from_numpy(proxies))})
+def sharded_proxies(targets: Sequence[Targets], perception: Perception, processes: Processes) -> ShardedProxies:
+    """Return which proxies a process holds: its part of them, or all where the images have further views.
+
+    Transfer and backgrounds compare some of a batch's images with all proxies at once; their classes are labels, which
+    are far fewer than clusters.
+    """
+    return ShardedProxies(targets, processes if perception.num_kinds == 1 else ALONE)
+
+
+def _classifier(held: ShardedProxies, perception: Perception, seed: int) -> nn.ParameterDict:
+    """Return the proxies of all targets that are held, (K, D), and with background views their proxy (1, D)."""
+    proxies = held.first_values()
+    classifier = nn.ParameterDict({"proxies": nn.Parameter(proxies)})
     if perception.backgrounds is not None:
         drawn = torch.randn(1, proxies.shape[1], generator=torch.Generator().manual_seed(seed))
         classifier["background"] = nn.Parameter(F.normalize(drawn, dim=-1))
     return classifier
+
+
+def _classes(held: ShardedProxies, proxies_KD: Tensor, labels_BH: Tensor, batch_size: int) -> Classes:
+    """Return of each target what this process holds. batch_size: the images of all processes."""
+    parts = zip(held.by_target(proxies_KD), labels_BH.unbind(1), strict=True)
+    return [(part_KD, labels_B, Share(held.processes, batch_size, first)) for (part_KD, first), labels_B in parts]
 
 
 def _loss(
@@ -214,7 +233,7 @@ def _transfer(
         "cosine_weight": options.cosine_weight,
     }
     values = []
-    for (proxies_CD, _), better_B in zip(classes, better, strict=True):
+    for (proxies_CD, *_), better_B in zip(classes, better, strict=True):
         taught_B = better_B if options.transfer_from == "better" else torch.ones_like(better_B)
         learning_BD, teaching_BD = plain_BD[taught_B], object_BD[taught_B]
         if not len(learning_BD):
@@ -236,7 +255,7 @@ def _on_backgrounds(
     if not len(kept_BD):
         return embeddings_BD.sum() * 0.0
     values = []
-    for proxies_CD, labels_B in classes:
+    for proxies_CD, labels_B, _ in classes:
         own = torch.full_like(labels_B[: len(kept_BD)], len(proxies_CD))
         every = torch.cat([proxies_CD, background])
         values.append(losses.norm_softmax(kept_BD, every, own, temperature=options.temperature))

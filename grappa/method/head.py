@@ -221,13 +221,16 @@ def _check_range(name: str, value: object) -> None:
         raise ValueError(f"the head's {name} is {shown(value)}; expected a number from {low:g} to {high:g}")
 
 
-def apply_head(head: Head, embeddings: NDArray[np.float32], *, device: str = "cpu") -> NDArray[np.float32]:
+def apply_head(
+    head: Head, embeddings: NDArray[np.float32], *, device: str = "cpu", out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
     """Return the head's output for embeddings (N, D), L2-normalised: (N, D) float32, L2-normalised.
 
-    ValueError when an embedding equals the means that the head subtracts: the rest is 0 and has no direction.
+    ``out``: where it is written, such as a mapped file. ValueError when an embedding equals the means that the head
+    subtracts: the rest is 0 and has no direction.
     """
     embeddings = check_unit_vectors("embeddings", embeddings)
-    head, out = head.to(device), np.empty_like(embeddings)
+    head, out = head.to(device), np.empty(embeddings.shape, np.float32) if out is None else out
     num_rows = block_rows(_num_columns(head, embeddings.shape[1]), device)
     with torch.inference_mode(), full_float32():
         for start in range(0, len(out), num_rows):
@@ -281,16 +284,19 @@ def fit_whitening_head(
 
 def automatic_num_centroids(embeddings: NDArray[np.float32]) -> int:
     """Return a third of the n embeddings (n, D), at most 4,096, never above n/2 or the number of different ones."""
-    number = len(embeddings)
-    most = min(MAX_CENTROIDS, number // 2, count_distinct(embeddings, MAX_CENTROIDS))
-    return max(2, min(round(number / IMAGES_PER_CENTROID), most))
+    return max(2, min(automatic_most(len(embeddings)), count_distinct(embeddings, MAX_CENTROIDS)))
+
+
+def automatic_most(number: int) -> int:
+    """Return :func:`automatic_num_centroids` of so many different embeddings."""
+    return max(2, min(round(number / IMAGES_PER_CENTROID), number // 2, MAX_CENTROIDS))
 
 
 def memory_needed(num_images: int, num_train: int, width: int, num_centroids: int) -> int:
     """Return the bytes that fitting a neighborhood head and applying it take at their peak.
 
-    Counted are all embeddings before and after, the train embeddings as given and clustered, and the sample on which
-    the temperature is fitted.
+    Counted are the ``num_images`` embeddings before and after (none where both are mapped files), the train embeddings
+    as given and clustered, and the sample on which the temperature is fitted.
     """
     sample = 5 * min(MAX_SAMPLE, num_train) * num_centroids * DOUBLE
     images = (2 * num_images + num_train) * width * FLOAT
@@ -430,7 +436,7 @@ def _in_order(embeddings: NDArray[np.float32], ids: NDArray[np.uint64]) -> NDArr
     embeddings = check_unit_vectors("embeddings", embeddings)
     if len(np.unique(ids)) != len(embeddings) or len(ids) != len(embeddings):
         raise ValueError(f"ids holds {len(np.unique(ids))} different ids for {len(embeddings)} rows; give each its own")
-    return embeddings[np.argsort(ids, kind="stable")]
+    return embeddings if (ids[1:] > ids[:-1]).all() else embeddings[np.argsort(ids, kind="stable")]
 
 
 def _check_settings(num_centroids: int | None, perplexity: float, power: float, weight: float) -> None:

@@ -6,12 +6,15 @@ Shapes: B batch (pairs), D width, C classes, K classes of a chunk, M rows of a b
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from grappa.core.distributed import ALONE, Processes
 
 LARGE = 2**22  # products of a batch with the proxies from which on they are computed in chunks
 CHUNK = 4096  # classes of a chunk
@@ -28,6 +31,20 @@ class Classified(NamedTuple):
     right_B: Tensor
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes holds of a softmax: its ``own_slice`` of ``batch_size`` images, and the classes
+    from number ``first`` on. A single process holds everything.
+    """
+
+    processes: Processes = ALONE
+    batch_size: int = 0
+    first: int = 0
+
+
+WHOLE = Share()
+
+
 def norm_softmax(embeddings_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, *, temperature: float) -> Tensor:
     """Return the normalised softmax loss, mean over B (Zhai & Wu 2019; no bias).
 
@@ -37,11 +54,20 @@ def norm_softmax(embeddings_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, *,
     return classified(embeddings_BD, proxies_CD, labels_B, temperature=temperature).loss
 
 
-def classified(embeddings_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, *, temperature: float) -> Classified:
-    """Return the loss of :func:`norm_softmax`, and what the same products tell of each image."""
-    if len(embeddings_BD) * len(proxies_CD) >= LARGE and embeddings_BD.dtype != torch.float64:
+def classified(
+    embeddings_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, share: Share = WHOLE, *, temperature: float
+) -> Classified:
+    """Return the loss of :func:`norm_softmax`, and what the same products tell of each image.
+
+    Of several processes each gives the embeddings and labels of its own images, and the proxies that it holds; it gets
+    what is told of its own images, compared with the proxies of all. The gradients are those of the mean over the whole
+    batch if each process counts its loss by its part of the batch's images; a process then has the whole gradients of
+    its embeddings and of its proxies.
+    """
+    large = len(embeddings_BD) * len(proxies_CD) >= LARGE and embeddings_BD.dtype != torch.float64
+    if large or share.processes.world_size > 1:
         units_BD = F.normalize(_full(embeddings_BD), dim=-1)
-        return large_norm_softmax(units_BD, _full(proxies_CD), labels_B, temperature)
+        return large_norm_softmax(units_BD, _full(proxies_CD), labels_B, temperature, share)
     cosines_BC = F.normalize(_full(embeddings_BD), dim=-1) @ F.normalize(_full(proxies_CD), dim=-1).T
     logs_BC = (cosines_BC / temperature).log_softmax(-1)
     own_B1, largest_B1 = labels_B[:, None], cosines_BC.detach().amax(-1, keepdim=True)
@@ -132,18 +158,26 @@ def _standardised(columns_BD: Tensor) -> Tensor:
     return columns / columns.square().mean(0).add(1e-6).sqrt()
 
 
-def large_norm_softmax(units_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, temperature: float) -> Classified:
+def large_norm_softmax(
+    units_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, temperature: float, share: Share = WHOLE
+) -> Classified:
     """Return :func:`classified` of L2-normalised embeddings; the loss can be differentiated once."""
-    return Classified(*_LargeNormSoftmax.apply(units_BD, proxies_CD, labels_B, temperature))
+    return Classified(*_LargeNormSoftmax.apply(units_BD, proxies_CD, labels_B, temperature, share))
 
 
 class _LargeNormSoftmax(torch.autograd.Function):
-    """The softmax in chunks of classes, without a (B, C) tensor of gradients or a normalised copy of the proxies."""
+    """The softmax in chunks of classes, without a (B, C) tensor of gradients or a normalised copy of the proxies.
+
+    Several processes exchange the embeddings, three numbers an image, and the embeddings' gradients: each compares the
+    whole batch with the proxies that it holds.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, units_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, temperature: float
+        ctx: Any, units_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, temperature: float, share: Share
     ) -> tuple[Tensor, Tensor, Tensor]:
+        units_BD, labels_B = (share.processes.all_gather(each, share.batch_size) for each in (units_BD, labels_B))
+        labels_B = labels_B - share.first
         scales_C = proxies_CD.norm(dim=1).clamp_min_(MIN_LENGTH).reciprocal_()
         largest_B = units_BD.new_full((len(units_BD),), -torch.inf)
         sums_B, own_B = torch.zeros_like(largest_B), torch.zeros_like(largest_B)
@@ -156,18 +190,21 @@ class _LargeNormSoftmax(torch.autograd.Function):
             rows, columns = _inside(labels_B, chunk)
             own_B[rows] = logits_BK[rows, columns]
             chunks.append(logits_BK)
+        largest_B, sums_B, own_B = _combined(share.processes, largest_B, sums_B, own_B)
         normalizers_B = largest_B + sums_B.log()
-        ctx.temperature = temperature
+        ctx.temperature, ctx.processes = temperature, share.processes
         ctx.save_for_backward(units_BD, proxies_CD, labels_B, scales_C, normalizers_B, *chunks)
-        losses_B, right_B = normalizers_B - own_B, own_B >= largest_B
+        images = share.processes.own_slice(len(units_BD))
+        losses_B, right_B = (normalizers_B - own_B)[images], (own_B >= largest_B)[images]
         ctx.mark_non_differentiable(losses_B, right_B)
         return losses_B.mean(), losses_B, right_B
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         units_BD, proxies_CD, labels_B, scales_C, normalizers_B, *chunks = ctx.saved_tensors
-        factors_C = scales_C * (gradient / (len(units_BD) * ctx.temperature))
+        images = ctx.processes.own_slice(len(units_BD))
+        factors_C = scales_C * (gradient / ((images.stop - images.start) * ctx.temperature))
         of_units_BD, of_proxies_CD = torch.zeros_like(units_BD), torch.empty_like(proxies_CD)
         for chunk, logits_BK in zip(_chunks(len(proxies_CD)), chunks, strict=True):
             weights_BK = (logits_BK - normalizers_B[:, None]).exp_()
@@ -177,11 +214,23 @@ class _LargeNormSoftmax(torch.autograd.Function):
             part_KD = torch.mm(weights_BK.T, units_BD, out=of_proxies_CD[chunk])
             along_K = (part_KD * proxies_CD[chunk]).sum(1) * scales_C[chunk].square()
             part_KD.addcmul_(proxies_CD[chunk], along_K[:, None], value=-1.0)
-        return of_units_BD, of_proxies_CD, None, None
+        ctx.processes.all_reduce([of_units_BD])
+        return of_units_BD[images], of_proxies_CD, None, None, None
+
+
+def _combined(processes: Processes, largest_B: Tensor, sums_B: Tensor, own_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each image's largest logit, sum of exponentials above it and own logit over the classes of all processes.
+
+    Each process gives those over its own classes; the own logit is 0 where it does not hold the class.
+    """
+    parts_PB3 = processes.all_gather(torch.stack([largest_B, sums_B, own_B], dim=-1)[None], processes.world_size)
+    largest_PB, sums_PB, own_PB = parts_PB3.unbind(-1)
+    largest_B = largest_PB.amax(0)
+    return largest_B, (sums_PB * (largest_PB - largest_B).exp()).sum(0), own_PB.sum(0)
 
 
 def _chunks(num_classes: int) -> Iterator[slice]:
-    return (slice(start, start + CHUNK) for start in range(0, num_classes, CHUNK))
+    return (slice(start, min(start + CHUNK, num_classes)) for start in range(0, num_classes, CHUNK))
 
 
 def _inside(labels_B: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:

@@ -138,7 +138,7 @@ def recall(index: SearchIndex, embeddings: NDArray[np.float32], ids: Sequence[st
     if number < 1:
         return 1.0
     names = np.array(list(ids), dtype=object)
-    rows, everyone = shuffled(key(0, "recall"), id_numbers(list(ids)))[:RECALL_QUERIES], np.arange(len(ids))
+    rows, everyone = recall_rows(ids), np.arange(len(ids))
     _, exact = nearest_neighbors(
         embeddings[rows], embeddings, num_neighbors=number, query_ids=rows, candidate_ids=everyone
     )
@@ -147,8 +147,18 @@ def recall(index: SearchIndex, embeddings: NDArray[np.float32], ids: Sequence[st
     hits = 0
     for query, row in enumerate(rows):
         others = [places[name] for name in found[query] if name != names[row]][:number]
-        hits += int((embeddings[others] @ embeddings[row] >= exact[query, -1] - TIE).sum())
+        hits += num_found(embeddings[others] @ embeddings[row], exact[query])
     return hits / (len(rows) * number)
+
+
+def recall_rows(ids: Sequence[str]) -> NDArray[np.int64]:
+    """Return the rows, at most 1,000, whose nearest images a recall is measured by: drawn by their ids."""
+    return shuffled(key(0, "recall"), id_numbers(list(ids)))[:RECALL_QUERIES]
+
+
+def num_found(similarities: NDArray[np.float32], exact: NDArray[np.float32]) -> int:
+    """Return how many of the similarities (..., K) of what was found reach the last of the exact answer (..., K)."""
+    return int((similarities >= exact[..., -1:] - TIE).sum())
 
 
 def memory_needed(num_images: int, width: int, kind: Kind = "flat") -> int:

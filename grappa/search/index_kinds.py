@@ -143,7 +143,7 @@ def _parameters(index: Any, hidden: NDArray[np.int64], *, whole: bool) -> Any:
 
 
 def _num_lists(num_images: int) -> int:
-    return max(1, int(4 * num_images**0.5))
+    return max(1, min(num_images, int(4 * num_images**0.5)))  # a list is learned from an image at least
 
 
 def _num_codes(width: int) -> int:

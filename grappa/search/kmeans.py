@@ -12,26 +12,28 @@ the start (``start``), the means (``Sums``) and the re-seeding of empty clusters
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from grappa.core.distributed import ALONE, Processes
 from grappa.core.memory import FLOAT, INTEGER, WORK
-from grappa.core.randomness import key, shuffled, uniforms
+from grappa.core.randomness import key, shuffled
 from grappa.core.vectors import as_tensor, check_unit_vectors, full_float32
 from grappa.search import screening
-from grappa.search.assignment import BLOCK_ELEMENTS, Assignment, Progress, improve, nearest, reassign
+from grappa.search.assignment import Assignment, Progress, nearest, reassign
 from grappa.search.cluster_means import SAME_POINT, Sums
+from grappa.search.cluster_start import GROWTH, MAX_ROUND, MIN_SAMPLE, NUM_TRIALS, start
+from grappa.search.shared_points import SharedPoints, most_rows, own_rows
 from grappa.search.shortlists import LISTED, MIN_CENTROIDS, Shortlists
 
 MAX_STARTS, STARTS_BUDGET, SAMPLE_BUDGET = 4, 256, 64
-GROWTH, MAX_ROUND = 8, 512  # a round of the start draws an eighth of the centroids so far, at most 512
-NUM_TRIALS = 4  # candidates of a round for each centroid that it keeps
-MIN_SAMPLE, SAMPLE_PER_CENTROID = 4096, 16  # points on which a round compares its candidates
 FIRST_PER_CENTROID, FEWEST_PER_CENTROID = 128, 32  # images in the sample on which the first iterations are made
 FIRST_TOLERANCE, TOLERANCE = 3e-4, 7e-5  # iterations end where the mean cosine rises by less than this share of itself
 
@@ -73,11 +75,11 @@ def cluster(
     seed: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> Clustering:
     """Cluster features (N, D), L2-normalised, into ``num_clusters`` clusters; see :func:`cluster_many`."""
-    return cluster_many(
-        features, [num_clusters], ids=ids, num_iterations=num_iterations, seed=seed, device=device, progress=progress
-    )[0]
+    options: dict[str, Any] = {"num_iterations": num_iterations, "seed": seed, "device": device}
+    return cluster_many(features, [num_clusters], ids=ids, progress=progress, processes=processes, **options)[0]
 
 
 def cluster_many(
@@ -89,6 +91,7 @@ def cluster_many(
     seed: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> list[Clustering]:
     """Cluster features (N, D) float32, L2-normalised, once for each k of ``num_clusters``.
 
@@ -99,15 +102,22 @@ def cluster_many(
     after each. The labels returned are those of the nearest centroids. Rows in the order of their ids are not copied.
     ``progress`` is called with images newly assigned, :func:`num_assignments` in all. ValueError when k < 1, k > N/2,
     fewer distinct images than k, the same id twice, or vectors that are not of length 1.
+
+    Several processes give all N ids, in ascending order (else ValueError), and each the features of its ``own_rows``
+    (``grappa.search.shared_points``) only. Labels and distances returned are those of the own rows, all else is that of
+    all images. The result is the same, bit for bit, with any number of processes of one kind of CPU or GPU, each with
+    the same number of threads. ``progress`` counts the own images.
     """
-    features = check_unit_vectors("features", features)
-    _check(features, num_clusters, ids, num_iterations)
+    _check(num_clusters, ids, num_iterations)
     order = np.argsort(ids, kind="stable")
     ordered = ids[order].astype(np.uint64)
-    points = as_tensor(features if np.array_equal(ordered, ids) else features[order], device)
+    in_order = np.array_equal(ordered, ids)
+    own = _checked(features, ids, processes, in_order)
+    _check_distinct(own, len(ids), max(num_clusters), processes)
+    points = SharedPoints(as_tensor(own if in_order else own[order], device), len(ids), processes)
     with full_float32():
         found = [_cluster(points, ordered, k, num_iterations, seed, progress or _silent) for k in num_clusters]
-    return [_in_rows(result, order) for result in found]
+    return found if in_order else [_in_rows(result, order) for result in found]
 
 
 def assign(
@@ -144,53 +154,80 @@ def num_assignments(num_images: int, num_clusters: Sequence[int], num_iterations
     return sum(whole) * num_images * (num_iterations + 1)
 
 
-def memory_needed(num_images: int, width: int, num_clusters: int) -> int:
-    """Return the bytes that clustering takes at its peak, and the assignment of all images after it.
+def memory_needed(num_images: int, width: int, num_clusters: int, world_size: int = 1) -> int:
+    """Return the bytes that clustering takes at its peak in the largest of ``world_size`` processes.
 
-    Counted are the images in the order of their ids (or all images in their file), the sample of the first iterations,
-    labels, lists of near centroids, centroids before and after an iteration with their sums, and the products among the
-    candidates of a round of the start.
+    Counted are the images in the order of their ids, the sample of the first iterations, labels, lists of near
+    centroids, all of them of the process's own rows; centroids before and after an iteration with their sums, the
+    products among the candidates of a round of the start, and with several processes the ids and labels of all images.
     """
-    first = _num_first(num_images, num_clusters)
-    points = (num_images + (first if first < num_images else 0)) * width * FLOAT
+    first, own = _num_first(num_images, num_clusters), most_rows(num_images, world_size)
+    points = (own + (most_rows(first, world_size) if first < num_images else 0)) * width * FLOAT
     listed = LISTED * 2 * FLOAT if num_clusters >= MIN_CENTROIDS else 0
-    labels = num_images * (6 * INTEGER + 4 * FLOAT + listed)
+    labels = own * (6 * INTEGER + 4 * FLOAT + listed) + (num_images - own) * 4 * INTEGER
     centroids = 8 * num_clusters * width * FLOAT
     candidates = NUM_TRIALS * min(MAX_ROUND, num_clusters / GROWTH)
     return points + labels + centroids + int(candidates) ** 2 * (FLOAT + 1) + WORK // 2
 
 
-def count_distinct(features: NDArray[np.float32], enough: int) -> int:
-    """Count the different rows, but stop as soon as there are ``enough``."""
+def count_distinct(features: NDArray[np.float32], enough: int, processes: Processes = ALONE) -> int:
+    """Count the different rows of all processes, but stop as soon as there are ``enough``."""
     seen: set[int] = set()
     for row in features:
-        seen.add(hash(row.tobytes()))
+        seen.add(_digest(row))
         if len(seen) >= enough:
             break
-    return len(seen)
+    if processes.world_size == 1:
+        return len(seen)
+    found = torch.zeros(enough, 2, dtype=torch.int64)
+    found[: len(seen), 0], found[: len(seen), 1] = torch.tensor(sorted(seen)), 1
+    digests, real = processes.beside(found).flatten(0, 1).unbind(1)
+    return min(len(digests[real > 0].unique()), enough)
+
+
+def _digest(row: NDArray[np.float32]) -> int:
+    """Return 64 bits of a row that are equal in every process, as Python's own ``hash`` is not."""
+    return int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "little", signed=True)
 
 
 def _silent(_: int) -> None:
     return None
 
 
-def _check(
-    features: NDArray[np.float32], num_clusters: Sequence[int], ids: NDArray[np.uint64], num_iterations: int
-) -> None:
+def _check(num_clusters: Sequence[int], ids: NDArray[np.uint64], num_iterations: int) -> None:
     if not num_clusters:
         raise ValueError("num_clusters is empty; give at least one number of clusters")
-    low, high, number = min(num_clusters), max(num_clusters), len(features)
+    low, high, number = min(num_clusters), max(num_clusters), len(ids)
     if low < 1:
         raise ValueError(f"num_clusters is {low}; expected at least 1")
     if 2 * high > number:
         raise ValueError(f"num_clusters is {high}, but {number} images allow at most {number // 2}; ask for fewer")
     if num_iterations < 1:
         raise ValueError(f"num_iterations is {num_iterations}; expected at least 1")
-    if len(ids) != number or len(np.unique(ids)) != number:
+    if len(np.unique(ids)) != number:
         raise ValueError(f"ids holds {len(np.unique(ids))} different ids for {number} images; give each image its own")
-    distinct = count_distinct(features, high)
-    if distinct < high:
-        raise ValueError(f"num_clusters is {high}, but only {distinct} of {number} images differ; ask for fewer")
+
+
+def _checked(
+    features: NDArray[np.float32], ids: NDArray[np.uint64], processes: Processes, in_order: bool
+) -> NDArray[np.float32]:
+    """Return the features of this process; ValueError where they are no unit vectors, or not those of its rows."""
+    own = own_rows(len(ids), processes)
+    if processes.world_size > 1 and not in_order:
+        raise ValueError("the ids of several processes are in no order; give ids, and the rows, in ascending order")
+    if len(features) != own.stop - own.start:
+        raise ValueError(f"found {len(features)} features, expected those of the rows {own.start} to {own.stop}")
+    return check_unit_vectors("features", features) if len(features) else features
+
+
+def _check_distinct(
+    features: NDArray[np.float32], num_images: int, num_clusters: int, processes: Processes = ALONE
+) -> None:
+    distinct = count_distinct(features, num_clusters, processes)
+    if distinct < num_clusters:
+        raise ValueError(
+            f"num_clusters is {num_clusters}, but only {distinct} of {num_images} images differ; ask for fewer"
+        )
 
 
 def _in_rows(result: Clustering, order: NDArray[np.int64]) -> Clustering:
@@ -210,7 +247,7 @@ def _num_starts(num_clusters: int, budget: int = STARTS_BUDGET) -> int:
 
 
 def _cluster(
-    points_ND: torch.Tensor,
+    points: SharedPoints,
     ids: NDArray[np.uint64],
     num_clusters: int,
     num_iterations: int,
@@ -221,100 +258,102 @@ def _cluster(
     budget = STARTS_BUDGET if number == len(ids) else SAMPLE_BUDGET
     keys = [key(seed, "clusters", num_clusters, one) for one in range(_num_starts(num_clusters, budget))]
     if number == len(ids):
-        tried = (_from_start(points_ND, ids, num_clusters, num_iterations, one, progress) for one in keys)
+        tried = (_from_start(points, ids, num_clusters, num_iterations, one, progress) for one in keys)
         return max(tried, key=lambda result: result.objective)
     first = np.sort(shuffled(key(seed, "clusters", num_clusters, "sample"), ids)[:number])
-    centroids = _first_centroids(_rows(points_ND, first), ids[first], num_clusters, num_iterations, keys)
-    found = Assignment(*nearest(points_ND, centroids, progress))
-    return _iterated(points_ND, found, centroids, num_iterations, TOLERANCE, progress)
+    centroids = _first_centroids(points.subset(first), ids[first], num_clusters, num_iterations, keys)
+    found = Assignment.none(points.own_ND)
+    points.improve(found, centroids, progress=progress)
+    return _iterated(points, found, centroids, num_iterations, TOLERANCE, progress)
 
 
 def _num_first(num_images: int, num_clusters: int) -> int:
     """Return on how many images the first iterations are made: a quarter or less, where this is enough, or all."""
     sample = max(MIN_SAMPLE, min(FIRST_PER_CENTROID * num_clusters, num_images // 4))
     enough = max(sample, FEWEST_PER_CENTROID * num_clusters)
-    return sample if sample == enough and 2 * sample <= num_images else num_images
+    return sample if sample == enough and 4 * sample <= num_images else num_images
 
 
 def _first_centroids(
-    sample_ND: torch.Tensor, ids: NDArray[np.uint64], num_clusters: int, num_iterations: int, keys: Sequence[int]
+    sample: SharedPoints, ids: NDArray[np.uint64], num_clusters: int, num_iterations: int, keys: Sequence[int]
 ) -> torch.Tensor:
     """Return the centroids (k, D) of the best of several starts on a sample of the points."""
     best, objective = None, -math.inf
     for one in keys:
-        centroids, found = start(sample_ND, ids, num_clusters, one)
-        centroids, _ = _iterate(sample_ND, found, centroids, num_iterations, FIRST_TOLERANCE, _silent)
-        if best is None or _mean_cosine(found) > objective:
-            best, objective = centroids, _mean_cosine(found)
+        centroids, found = start(sample, ids, num_clusters, one)
+        centroids, _, reached = _iterate(sample, found, centroids, num_iterations, FIRST_TOLERANCE, _silent)
+        if best is None or reached > objective:
+            best, objective = centroids, reached
     assert best is not None
     return best
 
 
 def _from_start(
-    points_ND: torch.Tensor,
+    points: SharedPoints,
     ids: NDArray[np.uint64],
     num_clusters: int,
     num_iterations: int,
     start_key: int,
     progress: Progress,
 ) -> Clustering:
-    centroids, found = start(points_ND, ids, num_clusters, start_key)
-    progress(len(ids))
-    return _iterated(points_ND, found, centroids, num_iterations, TOLERANCE, progress)
+    centroids, found = start(points, ids, num_clusters, start_key)
+    progress(len(points.own_ND))
+    return _iterated(points, found, centroids, num_iterations, TOLERANCE, progress)
 
 
 def _iterated(
-    points_ND: torch.Tensor,
+    points: SharedPoints,
     found: Assignment,
     centroids_CD: torch.Tensor,
     num_iterations: int,
     tolerance: float,
     progress: Progress,
 ) -> Clustering:
-    centroids, num_reseeded = _iterate(points_ND, found, centroids_CD, num_iterations, tolerance, progress)
-    sizes = torch.bincount(found.labels, minlength=len(centroids))
+    centroids, num_reseeded, objective = _iterate(points, found, centroids_CD, num_iterations, tolerance, progress)
+    sizes = points.sizes(found, len(centroids))
     arrays = found.labels.cpu().numpy(), centroids.cpu().numpy(), _distances(found.cosines), sizes.cpu().numpy()
-    return Clustering(*arrays, objective=_mean_cosine(found), num_reseeded=num_reseeded)
+    return Clustering(*arrays, objective=objective, num_reseeded=num_reseeded)
 
 
 def _iterate(
-    points_ND: torch.Tensor,
+    points: SharedPoints,
     found: Assignment,
     centroids_CD: torch.Tensor,
     num_iterations: int,
     tolerance: float,
     progress: Progress,
-) -> tuple[torch.Tensor, int]:
+) -> tuple[torch.Tensor, int, float]:
     """Make Lloyd's iterations, ``found`` in place, until the mean cosine rises by less than ``tolerance`` of itself.
 
-    Returns the centroids and how many of them were re-seeded.
+    Returns the centroids, how many of them were re-seeded, and the mean cosine.
     """
-    centroids, value, num_reseeded = centroids_CD, _mean_cosine(found), 0
-    lists, sums = _lists(points_ND.device, len(centroids)), Sums()
+    centroids, value, num_reseeded = centroids_CD, points.mean(found.cosines), 0
+    lists, sums = _lists(points, found, len(centroids)), Sums()
     for iteration in range(num_iterations):
         before, stood, former = found.labels.clone(), centroids, value
-        centroids = sums.means(points_ND, found.labels, centroids)
-        if iteration and lists is not None:
-            lists.reassign(found, points_ND, centroids)
-            progress(len(points_ND))
+        centroids = sums.means(points, found.labels, centroids)
+        if iteration and lists:
+            for each, (part, points_BD) in zip(lists, points.parts(found), strict=True):
+                each.reassign(part, points_BD, centroids)
+                progress(len(points_BD))
         else:
-            reassign(found, points_ND, centroids, (centroids != stood).any(1), progress)
-        centroids, num_new = fill_empty(points_ND, found, centroids)
-        num_reseeded, value = num_reseeded + num_new, _mean_cosine(found)
-        if torch.equal(found.labels, before) or value - former < tolerance * abs(value):
-            progress(len(points_ND) * (num_iterations - 1 - iteration))
+            changed = (centroids != stood).any(1)
+            for part, points_BD in points.parts(found):
+                reassign(part, points_BD, centroids, changed, progress)
+        centroids, num_new = fill_empty(points, found, centroids)
+        num_reseeded, value = num_reseeded + num_new, points.mean(found.cosines)
+        if not points.total((found.labels != before).sum()) or value - former < tolerance * abs(value):
+            progress(len(points.own_ND) * (num_iterations - 1 - iteration))
             break
-    return centroids, num_reseeded
+    return centroids, num_reseeded, value
 
 
-def _lists(device: torch.device, num_clusters: int) -> Shortlists | None:
-    """Return lists of near centroids where they save time: on a CPU without quick products that screen all of them."""
+def _lists(points: SharedPoints, found: Assignment, num_clusters: int) -> list[Shortlists]:
+    """Return lists of near centroids, of each part, where they save time: on a CPU without quick products that screen
+    all of them."""
+    device = points.own_ND.device
     quick = device.type != "cpu" or screening.worthwhile(device, num_clusters)
-    return None if quick or num_clusters < MIN_CENTROIDS else Shortlists()
-
-
-def _mean_cosine(found: Assignment) -> float:
-    return float(found.cosines.double().mean())
+    return [] if quick or num_clusters < MIN_CENTROIDS else [Shortlists() for _ in points.parts(found)]
 
 
 def _distances(cosines: torch.Tensor) -> NDArray[np.float32]:
@@ -322,89 +361,7 @@ def _distances(cosines: torch.Tensor) -> NDArray[np.float32]:
     return distances
 
 
-def start(
-    points_ND: torch.Tensor, ids: NDArray[np.uint64], num_clusters: int, start_key: int
-) -> tuple[torch.Tensor, Assignment]:
-    """Draw points as first centroids: greedy k-means++ in growing rounds of an eighth of the present number.
-
-    Each round draws candidates in proportion to their distance to the nearest centroid so far, and keeps the quarter
-    that serves a sample of the points best, no two in one place. A draw is a function of ``start_key`` and an id.
-    Returns centroids (k, D), and the assignment of the points to them, which costs nothing more.
-    """
-    found = Assignment.none(points_ND)
-    near_N = torch.zeros_like(found.cosines)
-    chosen: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-    while len(chosen) < num_clusters:
-        number = min(max(1, len(chosen) // GROWTH), MAX_ROUND, num_clusters - len(chosen))
-        draws = uniforms(key(start_key, len(chosen)), ids, 1)[:, 0]
-        drawn = _draw(draws, 1.0 - near_N.cpu().numpy(), chosen, min(NUM_TRIALS * number, len(ids) - len(chosen)))
-        sample = max(MIN_SAMPLE, SAMPLE_PER_CENTROID * len(chosen))
-        new = drawn[_best(points_ND, points_ND[:sample], near_N, drawn, number)]
-        names = torch.arange(len(chosen), len(chosen) + number, device=points_ND.device)
-        improve(found, points_ND, _rows(points_ND, new), names=names)
-        near_N = found.cosines
-        chosen = np.concatenate([chosen, new])
-    return _rows(points_ND, chosen), found
-
-
-def _rows(values: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-    return values[torch.from_numpy(rows).to(values.device)]
-
-
-def _draw(
-    draws: NDArray[np.float64], weights: NDArray[np.floating], chosen: NDArray[np.int64], number: int
-) -> NDArray[np.int64]:
-    """Draw rows without replacement, in proportion to weights (Efraimidis & Spirakis 2006), none of ``chosen``."""
-    waiting = -np.log1p(-draws) / np.maximum(weights, 1e-9).astype(np.float64)
-    waiting[chosen] = np.inf
-    first = np.argpartition(waiting, number - 1)[:number]
-    return first[np.argsort(waiting[first], kind="stable")]
-
-
-def _best(
-    points_ND: torch.Tensor, sample_ND: torch.Tensor, cosines: torch.Tensor, drawn: NDArray[np.int64], number: int
-) -> NDArray[np.int64]:
-    """Return which ``number`` of the drawn points to keep: those that raise the cosines of the sample most.
-
-    A point is passed over if a kept point of this round is nearer to it than any earlier centroid, unless too few
-    points are left.
-    """
-    candidates_LD = _rows(points_ND, drawn)
-    gains_L = _gains(sample_ND, cosines[: len(sample_ND)], candidates_LD)
-    ranking = gains_L.argsort(descending=True, stable=True).cpu().numpy()
-    taken_LL = ((candidates_LD @ candidates_LD.T) > _rows(cosines, drawn)).cpu().numpy()
-    return _apart(ranking, taken_LL, number)
-
-
-def _gains(points_ND: torch.Tensor, cosines: torch.Tensor, candidates_LD: torch.Tensor) -> torch.Tensor:
-    """Return by how much each candidate as a further centroid would raise the sum of the points' cosines, (L,)."""
-    gains_L = torch.zeros(len(candidates_LD), device=candidates_LD.device)
-    num_rows = max(1, BLOCK_ELEMENTS[candidates_LD.device.type] // len(candidates_LD))
-    screen = None
-    if screening.worthwhile(candidates_LD.device, len(candidates_LD)):
-        screen = screening.Screen(candidates_LD, num_rows)
-    for rows, near in zip(points_ND.split(num_rows), cosines.split(num_rows), strict=True):
-        pairs = screen.larger(rows, near) if screen else None
-        if pairs is None:
-            gains_L += (rows @ candidates_LD.T).sub_(near[:, None]).clamp_min_(0.0).sum(0)
-        else:
-            products_P = screening.pair_products(rows, candidates_LD, pairs)
-            gains_L.index_add_(0, pairs[1], products_P.sub_(near[pairs[0]]).clamp_min_(0.0))
-    return gains_L
-
-
-def _apart(ranking: NDArray[np.int64], taken_LL: NDArray[np.bool_], number: int) -> NDArray[np.int64]:
-    free = np.ones(len(ranking), dtype=bool)
-    kept: list[int] = []
-    for candidate in ranking:
-        if free[candidate] and len(kept) < number:
-            kept.append(candidate)
-            free &= ~taken_LL[candidate]
-    passed = ranking[~np.isin(ranking, kept)]
-    return np.concatenate([np.array(kept, dtype=np.int64), passed[: number - len(kept)]])
-
-
-def fill_empty(points_ND: torch.Tensor, found: Assignment, centroids_CD: torch.Tensor) -> tuple[torch.Tensor, int]:
+def fill_empty(points: SharedPoints, found: Assignment, centroids_CD: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Re-seed empty clusters on the worst-served points until none is empty (or every point is its own centroid).
 
     ``found`` is brought up to date in place. No point gets further from its centroid and at least one gets nearer in
@@ -412,35 +369,49 @@ def fill_empty(points_ND: torch.Tensor, found: Assignment, centroids_CD: torch.T
     """
     num_reseeded = 0
     while True:
-        sizes = torch.bincount(found.labels, minlength=len(centroids_CD))
+        sizes = points.sizes(found, len(centroids_CD))
         empty = torch.nonzero(sizes == 0)[:, 0]
-        seeds = _worst_served(points_ND, found.labels, found.cosines, sizes, len(empty))
+        seeds = _worst_served(points, found, sizes.cpu().numpy(), len(empty))
         if not len(seeds):
             return centroids_CD, num_reseeded
-        empty = empty[: len(seeds)]
-        centroids_CD = centroids_CD.index_copy(0, empty, points_ND[seeds])
-        improve(found, points_ND, points_ND[seeds], names=empty)
+        empty, seeds_SD = empty[: len(seeds)], points.take(points.own_ND, seeds)
+        centroids_CD = centroids_CD.index_copy(0, empty, seeds_SD)
+        points.improve(found, seeds_SD, names=empty)
         num_reseeded += len(seeds)
 
 
-def _worst_served(
-    points_ND: torch.Tensor, labels: torch.Tensor, cosines: torch.Tensor, sizes: torch.Tensor, number: int
-) -> torch.Tensor:
+def _worst_served(points: SharedPoints, found: Assignment, sizes: NDArray[np.int64], number: int) -> NDArray[np.int64]:
     """Return at most ``number`` different points, those furthest from their centroid first.
 
     A point that is alone in its cluster is not taken.
     """
-    left = sizes.cpu().numpy().copy()
+    asked, seeds, cosines = 2 * number, np.empty(0, dtype=np.int64), found.cosines.cpu().numpy()
+    while len(seeds) < number:
+        rows = points.smallest(cosines, min(asked, points.number))
+        looked = (points.take(each, rows).cpu().numpy() for each in (found.labels, found.cosines, points.own_ND))
+        labels, worst, points_MD = looked
+        seeds = rows[_seeds(labels, worst, points_MD, sizes.copy(), number)]
+        if len(rows) == points.number or worst[-1] > 1.0 - SAME_POINT:
+            break
+        asked *= 4
+    return seeds
+
+
+def _seeds(
+    labels: NDArray[np.int64],
+    cosines: NDArray[np.float32],
+    points_ND: NDArray[np.float32],
+    left: NDArray[np.int64],
+    number: int,
+) -> list[int]:
+    """Return which of the points, the worst-served first, become centroids; ``left``, the sizes, is used up."""
     seeds: list[int] = []
     seen: set[bytes] = set()
-    order = torch.argsort(cosines, stable=True).cpu().numpy() if number else np.empty(0, dtype=np.int64)
-    own, near = labels.cpu().numpy(), cosines.cpu().numpy()
-    for row in order:
-        if len(seeds) == number or near[row] > 1.0 - SAME_POINT:
+    for place, (label, cosine, point) in enumerate(zip(labels, cosines, points_ND, strict=True)):
+        if len(seeds) == number or cosine > 1.0 - SAME_POINT:
             break
-        point = points_ND[row].cpu().numpy().tobytes()
-        if left[own[row]] > 1 and point not in seen:
-            seeds.append(int(row))
-            seen.add(point)
-            left[own[row]] -= 1
-    return torch.tensor(np.array(seeds, dtype=np.int64), device=points_ND.device)
+        if left[label] > 1 and point.tobytes() not in seen:
+            seeds.append(place)
+            seen.add(point.tobytes())
+            left[label] -= 1
+    return seeds

@@ -1,10 +1,10 @@
 """Exact nearest neighbors by cosine similarity, in blocks: never an N x M array, the image itself removed by its id.
 
 A quick product picks more candidates than asked for, and float64 products decide among them. On a CPU that has bfloat16
-products these pick every candidate that their error bound leaves open; otherwise float32 products pick a few more
-candidates than asked for. Where the last picked candidates cannot be told apart from those left out (many duplicates,
-ties), the query is searched once more in full. The result is exact whatever the block size, the device or the number of
-threads.
+products these pick every candidate that their error bound leaves open; otherwise float32 products (on a CPU those of
+faiss) pick a few more candidates than asked for. Where the last picked candidates cannot be told apart from those left
+out (many duplicates, ties), the query is searched once more in full. The result is exact whatever the block size, the
+device or the number of threads.
 """
 
 # B queries of a block, C candidates of a block, D width, F fetched candidates, K neighbors, N queries, M candidates,
@@ -24,9 +24,10 @@ from grappa.search import screening
 from grappa.search.screening import Pairs, Rounded
 
 QUERY_BLOCK, CANDIDATE_BLOCK = 1024, 16384
+FAISS_BLOCK = 131072  # candidates of a call, which Ctrl-C waits for
 GROUP = 16
 TIE_BLOCK = 16
-RESCORE_BLOCK = 128
+RESCORE_BLOCK = 16
 
 
 def nearest_neighbors(
@@ -49,11 +50,13 @@ def nearest_neighbors(
     arrays disagree.
     """
     queries, candidates = check_unit_vectors("queries", queries), check_unit_vectors("candidates", candidates)
-    _check(queries, candidates, query_ids, candidate_ids, num_neighbors, block_size)
+    check_search(queries, candidates, query_ids, candidate_ids, num_neighbors)
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; expected at least 1")
     order = np.argsort(candidate_ids, kind="stable")
     if not np.array_equal(order, np.arange(len(order))):
         candidates, candidate_ids = candidates[order], candidate_ids[order]
-    own = torch.from_numpy(_own_positions(query_ids, candidate_ids)).to(device)
+    own = torch.from_numpy(own_positions(query_ids, candidate_ids)).to(device)
     points = as_tensor(candidates, device)
     neighbors = np.empty((len(queries), num_neighbors), dtype=np.int64)
     similarities = np.empty((len(queries), num_neighbors), dtype=np.float32)
@@ -82,14 +85,14 @@ def memory_needed(num_images: int, num_candidates: int, width: int, num_neighbor
     return vectors + found + products * (FLOAT + 1) + WORK // 2
 
 
-def _check(
+def check_search(
     queries: NDArray[np.float32],
     candidates: NDArray[np.float32],
     query_ids: NDArray[np.int64],
     candidate_ids: NDArray[np.int64],
     num_neighbors: int,
-    block_size: int,
 ) -> None:
+    """ValueError where widths, numbers of ids or the number of neighbors make no sense, or an id is there twice."""
     if queries.shape[1] != candidates.shape[1]:
         raise ValueError(
             f"queries are {queries.shape[1]} wide and candidates {candidates.shape[1]}; give both one width"
@@ -102,11 +105,9 @@ def _check(
         raise ValueError(
             f"num_neighbors is {num_neighbors}, but {len(candidates)} candidates allow 1 to {len(candidates) - 1}"
         )
-    if block_size < 1:
-        raise ValueError(f"block_size is {block_size}; expected at least 1")
 
 
-def _own_positions(query_ids: NDArray[np.int64], candidate_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+def own_positions(query_ids: NDArray[np.int64], candidate_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the position of each query among the (sorted) candidates, -1 for a query that is no candidate."""
     positions = np.minimum(np.searchsorted(candidate_ids, query_ids), len(candidate_ids) - 1)
     return np.where(candidate_ids[positions] == query_ids, positions, -1).astype(np.int64)
@@ -134,7 +135,7 @@ def _search_screened(
         return None
     rows_P, positions_P = pairs
     parts = zip(rows_P.split(screening.PAIR_BLOCK), positions_P.split(screening.PAIR_BLOCK), strict=True)
-    exact_P = torch.cat([torch.linalg.vecdot(queries_BD[r].double(), points_MD[p].double()) for r, p in parts]).float()
+    exact_P = torch.cat([_cosines(points_MD[places][:, None], queries_BD[rows])[:, 0] for rows, places in parts])
     order = np.lexsort((positions_P.numpy(), -exact_P.numpy(), rows_P.numpy()))
     firsts_B = np.searchsorted(rows_P.numpy(), np.arange(len(queries_BD)))
     chosen_BK = torch.from_numpy(order[firsts_B[:, None] + np.arange(num_neighbors)])
@@ -188,10 +189,10 @@ def _search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return positions (B, K) and float32 similarities (B, K), exactly sorted."""
     num_points, width = points_MD.shape
-    num_fetched = min(num_points, num_neighbors + max(8, num_neighbors // 2))
-    rough_BF, positions_BF = _fetch(queries_BD, points_MD, own_B, num_fetched, scratch)
-    exact_BF = _rescore(queries_BD, points_MD, positions_BF).masked_fill(rough_BF == -torch.inf, -torch.inf)
-    positions_BK, exact_BK = _sorted(positions_BF, exact_BF, num_neighbors)
+    num_fetched = min(num_points, num_neighbors + max(8, num_neighbors // 4))
+    fetch = _fetch_by_faiss if queries_BD.device.type == "cpu" else _fetch
+    rough_BF, positions_BF = fetch(queries_BD, points_MD, own_B, num_fetched, scratch)
+    positions_BK, exact_BK = decided(queries_BD, points_MD, rough_BF, positions_BF, num_neighbors)
     if num_fetched < num_points:
         tolerance = product_tolerance(width)
         unsure = torch.nonzero(exact_BK[:, -1] - rough_BF.amin(1) <= tolerance)[:, 0]
@@ -204,9 +205,59 @@ def _search(
     return positions_BK, exact_BK
 
 
+def decided(
+    queries_BD: torch.Tensor, points_MD: torch.Tensor, rough_BF: torch.Tensor, positions_BF: torch.Tensor, number: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ``number`` most similar of the fetched candidates, by exact similarities: positions and these.
+
+    A candidate whose rough similarity is -inf comes last. One whose rough similarity is so low that its exact one
+    cannot be among the largest is not computed again.
+    """
+    rough_BF, order_BF = rough_BF.sort(1, descending=True)
+    least_B1 = rough_BF[:, number - 1 : number] - 2.0 * product_tolerance(queries_BD.shape[1])
+    kept = int((rough_BF >= least_B1).sum(1).max())
+    rough_BF, positions_BF = rough_BF[:, :kept], positions_BF.gather(1, order_BF)[:, :kept]
+    exact_BF = _rescore(queries_BD, points_MD, positions_BF).masked_fill(rough_BF == -torch.inf, -torch.inf)
+    return _sorted(positions_BF, exact_BF, number)
+
+
 def product_tolerance(width: int) -> float:
     """Bound, with room to spare, how far a float32 product of two unit vectors lies from the true cosine."""
     return float(2.0 * np.finfo(np.float32).eps * np.sqrt(width))
+
+
+def _fetch_by_faiss(
+    queries_BD: torch.Tensor, points_MD: torch.Tensor, own_B: torch.Tensor, num_fetched: int, scratch: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what ``_fetch`` does, by faiss, which selects while the products are in the CPU's cache."""
+    import faiss
+
+    everyone = num_fetched == len(points_MD)
+    number, found = num_fetched if everyone else num_fetched + 1, []
+    for start, block_CD in zip(range(0, len(points_MD), FAISS_BLOCK), points_MD.split(FAISS_BLOCK), strict=True):
+        asked = (queries_BD.numpy(), block_CD.numpy(), min(number, len(block_CD)))
+        products, columns = faiss.knn(*asked, metric=faiss.METRIC_INNER_PRODUCT)
+        found.append((products, columns + start))
+    rough, positions = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+    if len(found) > 1:
+        order = np.argsort(-rough, axis=1, kind="stable")[:, :number]
+        rough, positions = (np.take_along_axis(each, order, axis=1) for each in (rough, positions))
+    if everyone:
+        rough[positions == own_B.numpy()[:, None]] = -np.inf
+        return torch.from_numpy(rough), torch.from_numpy(positions)
+    return without_own(rough, positions, own_B)
+
+
+def without_own(
+    rough_BG: NDArray[np.float32], positions_BG: NDArray[np.int64], own_B: torch.Tensor | NDArray[np.int64]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what faiss found without the query itself, or without the last one where it is not among them: (B, G - 1)
+    each."""
+    left_out = positions_BG == np.asarray(own_B)[:, None]
+    left_out[~left_out.any(1), -1] = True
+    kept = (each[~left_out].reshape(len(each), -1) for each in (rough_BG, positions_BG))
+    rough, positions = (torch.from_numpy(each) for each in kept)
+    return rough, positions
 
 
 def _fetch(
@@ -257,8 +308,18 @@ def largest(values_BC: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.T
 
 def _rescore(queries_BD: torch.Tensor, points_MD: torch.Tensor, positions_BF: torch.Tensor) -> torch.Tensor:
     blocks = zip(queries_BD.split(RESCORE_BLOCK), positions_BF.split(RESCORE_BLOCK), strict=True)
-    exact = [torch.einsum("bfd,bd->bf", points_MD[where].double(), query.double()) for query, where in blocks]
-    return torch.cat(exact).float()
+    return torch.cat([_cosines(points_MD[where], query) for query, where in blocks])
+
+
+def _cosines(points_BFD: torch.Tensor, queries_BD: torch.Tensor) -> torch.Tensor:
+    """Return the float64 products of each query with its F points, (B, F), rounded to float32.
+
+    On a CPU numpy sums each product up in one order, whatever stands beside it: copies of an image are equally similar.
+    """
+    if queries_BD.device.type != "cpu":
+        return torch.einsum("bfd,bd->bf", points_BFD.double(), queries_BD.double()).float()
+    points, queries = (part.numpy().astype(np.float64) for part in (points_BFD, queries_BD))
+    return torch.from_numpy(np.einsum("bfd,bd->bf", points, queries).astype(np.float32))
 
 
 def _sorted(positions: torch.Tensor, similarities: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,4 +340,4 @@ def _above(
 
 def _dot(points_MD: torch.Tensor, positions: torch.Tensor, query_D: torch.Tensor) -> torch.Tensor:
     blocks = positions.split(CANDIDATE_BLOCK)
-    return torch.cat([points_MD[block].double() @ query_D.double() for block in blocks]).float()
+    return torch.cat([_cosines(points_MD[block][None], query_D[None])[0] for block in blocks])

@@ -17,12 +17,12 @@ import torch
 
 from grappa.core.vectors import NORM_TOLERANCE
 from grappa.search import screening
-from grappa.search.assignment import BLOCK_ELEMENTS, MAX_BLOCK_ROWS, Assignment, first_largest, improve
+from grappa.search.assignment import BLOCK_ELEMENTS, MAX_BLOCK_ROWS, Assignment, first_largest, improve, places_of
 
 MIN_CENTROIDS = 64
 LISTED, LISTED_SHARE = 32, 8  # centroids on a list: 32, for fewer than 256 centroids an eighth of them
 MAX_SHARE = 0.5  # of a full search: the lists are not used where far centroids and lost points cost more
-MARGIN_ROWS = 256  # points by which the margin is chosen
+MARGIN_ROWS, FAR_ROWS = 256, 4096  # points by which the margin is chosen, and which centroids are far
 SLACK = 1e-5  # far above the rounding of a float32 product
 PAIR_COST, LISTED_COST, ROW_COST = 4.0, 0.5, 20.0  # of a pair, a list's entry and a point, in products of a block
 
@@ -60,7 +60,7 @@ class Shortlists:
         found.cosines.copy_(screening.pair_products(points_ND, centroids_CD, (rows, found.labels)))
         moved_C = (centroids_CD - self.reference).norm(dim=1) * (1.0 + NORM_TOLERANCE) + SLACK
         far_C, reach = self._far(found, moved_C)
-        lost = torch.nonzero(found.cosines < self.floors + reach)[:, 0]
+        lost = places_of(found.cosines < self.floors + reach)
         cost = len(points_ND) * int(far_C.sum()) + len(lost) * len(centroids_CD)
         if cost >= MAX_SHARE * whole:
             self._search(found, points_ND, centroids_CD)
@@ -76,12 +76,13 @@ class Shortlists:
     def _far(self, found: Assignment, moved_C: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return which centroids (C,) bool are to be compared with all points, and how far others have moved at most.
 
-        The number is the one that costs least: with each centroid more, fewer points are searched in full.
+        The number is the one that costs least for a sample of the points: with each centroid more, fewer points are
+        searched in full.
         """
         order = moved_C.argsort(descending=True, stable=True)
-        room = (found.cosines - self.floors).sort().values
+        room = (found.cosines - self.floors)[:: -(-len(self.floors) // FAR_ROWS)].sort().values
         numbers = torch.arange(len(moved_C))
-        costs = numbers * len(found.cosines) + torch.searchsorted(room, moved_C[order]) * len(moved_C)
+        costs = numbers * len(room) + torch.searchsorted(room, moved_C[order]) * len(moved_C)
         number = int(costs.argmin())
         far_C = torch.zeros(len(moved_C), dtype=torch.bool)
         far_C[order[:number]] = True
@@ -93,11 +94,13 @@ class Shortlists:
         """Compare the points of a part with those centroids on their lists that can have become the nearest."""
         block = slice(part.start, part.start + len(part.begins) - 1)
         labels_B, cosines_B = found.labels[block], found.cosines[block]
-        rows_P = torch.repeat_interleave(part.begins.diff().long())
-        reaching = part.products + moved_C[part.columns] >= cosines_B[rows_P]
-        left = torch.nonzero(reaching & (part.columns != labels_B[rows_P]))[:, 0]
-        pairs = rows_P[left], part.columns[left].long()
-        self.spent += len(rows_P) * LISTED_COST + len(left) * PAIR_COST
+        rows_P = torch.repeat_interleave(part.begins.diff())
+        reached_P = moved_C.index_select(0, part.columns).add_(part.products)
+        left = places_of(reached_P >= cosines_B.index_select(0, rows_P))
+        rows, columns = rows_P[left].long(), part.columns[left].long()
+        others = places_of(columns != labels_B[rows])
+        pairs = rows[others], columns[others]
+        self.spent += len(rows_P) * LISTED_COST + len(others) * PAIR_COST
         products_P = screening.pair_products(points_ND[block], centroids_CD, pairs)
         best_B, largest_B = first_largest(*pairs, products_P, len(labels_B))
         better_B = largest_B > cosines_B

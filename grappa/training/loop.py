@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from grappa.core.arrays import below
-from grappa.core.distributed import ALONE, Processes
+from grappa.core.distributed import ALONE, Processes, Sharded
 from grappa.images.transforms import prefetch
 
 Made = TypeVar("Made")
 NUM_RECORDS = 100
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of the shape of their parameter
 Recorded = Callable[[dict[str, float]], None]
 
 
@@ -32,11 +33,16 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a peak learning rate and a weight decay."""
+    """Parameters that share a peak learning rate and a weight decay.
+
+    num_rows: None where every process holds the whole parameters, and the gradients are summed over the processes. Else
+    each process holds, and has the whole gradients of, its ``own_slice`` of so many rows.
+    """
 
     parameters: list[nn.Parameter]
     learning_rate: float
     weight_decay: float
+    num_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,16 @@ class FitResult:
 
 
 class Checkpointer(Protocol):
-    """Where a training saves its state; ``save`` is called when ``due`` returns True."""
+    """Where a training saves its state; ``save`` is called when ``due`` returns True.
+
+    Several processes make all calls together; ``load`` and ``due`` return the same in all of them.
+    """
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None: ...
 
     def due(self) -> bool: ...
 
-    def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None: ...
+    def save(self, tensors: Mapping[str, Tensor | Sharded], record: Mapping[str, Any]) -> None: ...
 
 
 @dataclass
@@ -78,7 +87,7 @@ def fit(
     processes: Processes = ALONE,
     recorded: Recorded | None = None,
 ) -> FitResult:
-    """Train ``module`` in place; several processes begin and end with equal modules.
+    """Train ``module`` in place; several processes begin and end with equal parameters, but for those held in parts.
 
     Args:
         module: holds every trained tensor; its names are those of the checkpoint.
@@ -95,11 +104,12 @@ def fit(
     optimizer = torch.optim.AdamW(
         [{"params": g.parameters, "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in groups]
     )
-    state = _resume(module, optimizer, checkpoint, num_steps)
+    sharded = _sharded(module, groups)
+    state = _resume(module, optimizer, checkpoint, num_steps, processes, sharded)
     start, every = state.step, max(1, num_steps // NUM_RECORDS)
     for made in prefetch(lambda number: batch(start + number), num_steps - start):
         _set_rates(optimizer, groups, schedule(state.step, num_steps, optimization.warmup))
-        _step(optimizer, state, *loss(made), processes)
+        _step(optimizer, groups, state, *loss(made), processes)
         if state.since == every or state.step == num_steps:
             _record(state, steps_per_epoch, optimizer.param_groups[0]["lr"])
             if recorded:
@@ -107,7 +117,9 @@ def fit(
         if progress:
             progress(1)
         if checkpoint and state.step < num_steps and checkpoint.due():
-            checkpoint.save(*_snapshot(module, optimizer, state, num_steps))
+            tensors, record = _snapshot(module, optimizer, state, num_steps)
+            parts = {name: Sharded(tensors[name], number, processes) for name, number in sharded.items()}
+            checkpoint.save({**tensors, **parts}, record)
     return FitResult(state.metrics)
 
 
@@ -125,12 +137,17 @@ def _set_rates(optimizer: torch.optim.Optimizer, groups: list[Group], factor: fl
 
 
 def _step(
-    optimizer: torch.optim.Optimizer, state: _State, value: Tensor, scalars: dict[str, Tensor], processes: Processes
+    optimizer: torch.optim.Optimizer,
+    groups: list[Group],
+    state: _State,
+    value: Tensor,
+    scalars: dict[str, Tensor],
+    processes: Processes,
 ) -> None:
     optimizer.zero_grad(set_to_none=True)
     value.backward()
     shares = {name: scalar.detach() for name, scalar in {"loss": value, **scalars}.items()}
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    parameters = (parameter for group in groups if group.num_rows is None for parameter in group.parameters)
     processes.all_reduce([*(each.grad for each in parameters if each.grad is not None), *shares.values()])
     optimizer.step()
     for name, share in shares.items():
@@ -160,8 +177,23 @@ def _snapshot(
     return tensors, record
 
 
+def _sharded(module: nn.Module, groups: list[Group]) -> dict[str, int]:
+    """Return the rows of each tensor that the processes hold in parts, by its name in a checkpoint."""
+    rows = {each: group.num_rows for group in groups if group.num_rows is not None for each in group.parameters}
+    found = {f"module.{name}": rows[each] for name, each in module.named_parameters() if each in rows}
+    for number, each in enumerate(each for group in groups for each in group.parameters):
+        if each in rows:
+            found.update({f"optimizer.{number}.{moment}": rows[each] for moment in MOMENTS})
+    return found
+
+
 def _resume(
-    module: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpointer | None, num_steps: int
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: Checkpointer | None,
+    num_steps: int,
+    processes: Processes,
+    sharded: Mapping[str, int],
 ) -> _State:
     loaded = checkpoint.load() if checkpoint else None
     if loaded is None:
@@ -169,6 +201,7 @@ def _resume(
     tensors, record = loaded
     if record["num_steps"] != num_steps:
         raise ValueError(f"the checkpoint is of a training of {record['num_steps']} steps, this one has {num_steps}")
+    tensors = {**tensors, **{name: tensors[name][processes.own_slice(rows)] for name, rows in sharded.items()}}
     module.load_state_dict(below(tensors, "module."))
     _load_moments(optimizer, below(tensors, "optimizer."))
     device = next(module.parameters()).device

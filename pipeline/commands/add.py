@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grappa.pipeline.commands.listed import changed_means_again
 from grappa.pipeline.commands.search import check_deployed
 from grappa.pipeline.config.schema import Config, Images
 from grappa.pipeline.engine.live import additions
@@ -46,18 +47,18 @@ ID_DIGITS = 16
 MOST_NAMES = 5
 
 
-def add(run: Path, sources: Sequence[Path], *, layout: str | None, progress: Progress, say: Say) -> None:
+def add(run: Path, sources: Sequence[Path | str], *, layout: str | None, progress: Progress, say: Say) -> None:
     """Add images to a run: decode and embed them, give them clusters, let them be found, and say how they drifted.
 
-    ``sources``: folders or tables; without any, what earlier calls left undone is done, and additions whose model was
-    made again are embedded again. An image whose bytes the run has already, or has twice among the new ones, is passed
-    over. ValueError where the run is not finished, or none of the files can be used.
+    ``sources``: those of ``list_images``; without any, what earlier calls left undone is done, and additions whose
+    model was made again are embedded again. An image whose bytes the run has already, or has twice among the new ones,
+    is passed over. ValueError where the run is not finished, or none of the files can be used.
     """
     folder = RunFolder.open(run, writable=True)
     config = read_config(folder)
     refuse_missing_packages(config, ["index"])
     _check_finished(folder, config)
-    with _locked(folder):
+    with _locked(folder), changed_means_again():
         made = _decode(folder, config, sources, layout, progress, say) if sources else None
         for number in additions.numbers(folder):
             published(folder, additions.pictures(number), "images.parquet", "labels.parquet")
@@ -155,7 +156,7 @@ def _publish(work: Work, started: datetime, **notes: Any) -> None:
 
 
 def _decode(
-    folder: RunFolder, config: Config, sources: Sequence[Path], layout: str | None, progress: Progress, say: Say
+    folder: RunFolder, config: Config, sources: Sequence[Path | str], layout: str | None, progress: Progress, say: Say
 ) -> Node | None:
     """Publish the images of ``sources`` that the run does not have as the next addition; None where there are none."""
     from grappa.images.ingest import decode_all

@@ -17,7 +17,7 @@ Out = Annotated[Path | None, typer.Option(metavar="FILE", help="a new .parquet f
 def add(
     run: Run,
     images: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(metavar="DIR_OR_TABLE", help="the new images, as for `init`; can be repeated"),
     ] = None,
     layout: Annotated[
@@ -109,19 +109,23 @@ def sample(
 @one_sentence_errors
 def vectors(
     run: Run,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="a new .parquet file")],
+    out: Annotated[Path, typer.Option(metavar="OUT", help="a new .parquet file; of fiftyone a new folder")],
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="whose embeddings (default: the deployed model)")
     ] = None,
+    format: Annotated[
+        Literal["parquet", "fiftyone"], typer.Option(help="a table, or a data set that FiftyOne loads")
+    ] = "parquet",
 ) -> None:
-    """Write images, clusters and embeddings as one table.
+    """Write images, clusters and embeddings for other tools.
 
-    It is a Parquet file, which other tools read.
+    They get one Parquet file, which most of them read, or a FiftyOneDataset, which also has each image's nearest ones.
     """
-    from grappa.pipeline.commands.hand_over import vectors as write_vectors
+    from grappa.pipeline.commands import hand_over
 
     warn_of_additions(run)
-    write_vectors(run, out, model=model, say=say)
+    write = hand_over.fiftyone if format == "fiftyone" else hand_over.vectors
+    write(run, out, model=model, say=say)
 
 
 @one_sentence_errors

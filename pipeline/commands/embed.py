@@ -6,11 +6,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grappa import load_model
 from grappa.core.atomic import fsync_folder
+from grappa.images.sources.urls import is_url
+from grappa.pipeline.commands.listed import changed_means_again
 from grappa.pipeline.commands.search import max_pixels
 from grappa.pipeline.store.artifacts import RUN_FILE, RunFolder
 from grappa.pipeline.store.digests import known_digest
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
-    from grappa.images.files import ListedFile
+    from grappa.images.files import RejectedFileError
     from grappa.model import GrappaModel
     from grappa.pipeline.commands.embedded_shards import Shards
 
@@ -28,47 +31,56 @@ Progress = Callable[[int, int], None]
 BATCH = 64
 NO_BOX = (float("nan"),) * 4
 COLUMNS = ["path", "domain"]
+ARRAY_FILE, ID_FILE, REJECTED_FILE = "embeddings.npy", "ids.parquet", "rejected.parquet"
+REMOTE_THREADS = 16  # that wait for a network
 
 
-def embed(run_or_model: Path, images: Path, out: Path, progress: Progress | None = None) -> str:
-    """Write ``embeddings.npy`` (n, D) float32 and ``ids.parquet`` (its rows: path, domain) into the new folder ``out``;
-    where its name ends in .parquet, one table with path, domain and embedding (a list of D float32).
+def embed(run_or_model: Path, images: Path | str, out: Path, progress: Progress | None = None) -> str:
+    """Write the embeddings of images, in the order of ``list_images``, to ``out``, which appears whole or not at all.
 
-    ``images`` is a folder or a table; files directly in the folder have the domain "". Files that cannot be used are
-    listed with the reason in ``rejected.parquet`` of the folder. ``progress`` is called with the number of files done
-    and of all files. Returns the result in one sentence; ``out`` appears whole or not at all.
+    The name of ``out`` says in which form:
+
+    - FILE.npy: float32 (n, D); its rows are named by FILE.ids.parquet beside it (path, domain), which appears first.
+    - FILE.parquet: one table with path, domain and embedding (a list of D float32).
+    - any other: a new folder with ``embeddings.npy``, ``ids.parquet`` and ``rejected.parquet`` (path, domain, reason).
+
+    ``images`` is a source of ``list_images``: a folder, a table, a tar, a Parquet file of images, or a URL of one of
+    these; files directly in the folder have the domain "". ``progress`` is called with the number of images done and of
+    all images. Returns the result in one sentence, with the first image that cannot be used and its reason.
 
     Threads decode ahead of the model. Finished rows are kept in ``.NAME.partial`` beside ``out``: killed at any moment,
-    the same call goes on there and writes the same bytes. Memory does not grow with the embeddings. LockedError where
-    another process writes ``out``.
+    the same call goes on there and writes the same bytes; only images that did not come over a network are asked for
+    again. Memory does not grow with the embeddings. LockedError where another process writes ``out``,
+    ImagesChangedError where an image is not what was listed.
     """
-    from grappa.images.originals import refuse_others
-    from grappa.images.table import image_file, list_images
+    from grappa.images.originals import homes_of
+    from grappa.images.table import list_images
     from grappa.pipeline.commands.embedded_shards import Shards, stamps, work_folder
 
-    refuse_existing(out)
+    _refuse_used(out)
     model, listing, largest = load_model(run_or_model), list_images([images], loose_domain=""), max_pixels(run_or_model)
-    refuse_others(listing, listing.attrs["roots"], "`grappa embed`")
-    roots = listing.attrs["roots"]
-    files = (image_file(roots[root], path) for root, path in zip(listing["root"], listing["path"], strict=True))
-    listing["stamp"] = stamps(files)
+    listing["stamp"] = stamps(homes_of(listing, listing.attrs["roots"]))
     versions = {name: metadata.version(name) for name in ("torch", "timm")}
     identity = {"model": _model_digests(run_or_model), "batch": BATCH, "max_pixels": largest, "versions": versions}
-    with storage_errors(out), work_folder(out) as folder:
+    with storage_errors(out), work_folder(out) as folder, changed_means_again():
         shards = Shards(folder, listing, model.embedding_dim, identity)
         _fill(model, shards, largest, progress or (lambda done, total: None))
-        kept, first = _counts(shards)
-        if kept:
-            draft = (_written_table if out.suffix.lower() == ".parquet" else _written_folder)(shards, kept)
-            refuse_existing(out)
-            os.rename(draft, out)
-            fsync_folder(out.parent)
+        found = _counts(shards)
+        if found.kept:
+            _publish(shards, found.kept, out)
         shards.remove()
-    if not kept:
-        raise ValueError(f"none of the {len(listing)} files can be used; first: {listing['path'].iloc[0]}: {first}")
-    passed = "".join(f", {words} passed over" for words in listing.attrs["passed_over"])
-    rejected = len(listing) - kept
-    return f"{kept} embeddings of {shards.width} dimensions, {rejected} files rejected, in {out}{passed}"
+    if not found.kept:
+        raise ValueError(f"none of the {len(listing)} files can be used; first: {found.first}")
+    return _sentence(found, shards, out)
+
+
+def _sentence(found: _Counts, shards: Shards, out: Path) -> str:
+    passed = "".join(f", {words} passed over" for words in shards.listing.attrs["passed_over"])
+    rejected = len(shards.listing) - found.kept
+    first = f"; first of the rejected: {found.first}" if rejected else ""
+    late = f", {found.unanswered} of them did not come over the network" if found.unanswered else ""
+    dimensions = f"{found.kept} embeddings of {shards.width} dimensions"
+    return f"{dimensions}, {rejected} files rejected{late}, in {out}{passed}{first}"
 
 
 def _model_digests(run_or_model: Path) -> list[str]:
@@ -86,50 +98,50 @@ def _fill(model: GrappaModel, shards: Shards, largest: int, progress: Progress) 
     import numpy as np
 
     from grappa.deploy.encoding import forward, prepared_ahead
+    from grappa.images.files import RejectedFileError, UnansweredError
 
     missing = [number for number in range(len(shards)) if not shards.is_whole(number)]
     total, waiting = len(shards.listing), iter(missing)
     done = total - sum(len(shards.rows(number)) for number in missing)
     progress(done, total)
     vectors: list[Any] = []
-    reasons: list[str | None] = []
+    problems: list[RejectedFileError | None] = []
     number = next(waiting, None)
-    for found in prepared_ahead(_preparation(model, shards, largest), _listed(shards, missing), BATCH):
-        usable = np.array([not isinstance(each, str) for each in found])
+    rows_ahead = chain.from_iterable(map(shards.rows, missing))
+    for found in prepared_ahead(_preparation(model, shards, largest), rows_ahead, BATCH, num_threads=_threads(shards)):
+        usable = np.array([not isinstance(each, Exception) for each in found])
         rows = np.zeros((len(found), shards.width), np.float32)
         if usable.any():
-            rows[usable] = forward(model, [each for each in found if not isinstance(each, str)])
+            rows[usable] = forward(model, [each for each in found if not isinstance(each, Exception)])
         vectors.append(rows)
-        reasons += [each if isinstance(each, str) else None for each in found]
-        if number is not None and len(reasons) == len(shards.rows(number)):
-            shards.write(number, np.concatenate(vectors), reasons)
-            vectors, reasons, number = [], [], next(waiting, None)
+        problems += [each if isinstance(each, RejectedFileError) else None for each in found]
+        if number is not None and len(problems) == len(shards.rows(number)):
+            reasons = [None if each is None else str(each) for each in problems]
+            unanswered = sum(isinstance(each, UnansweredError) for each in problems)
+            shards.write(number, np.concatenate(vectors), reasons, unanswered=unanswered)
+            vectors, problems, number = [], [], next(waiting, None)
         done += len(found)
         progress(done, total)
 
 
-def _listed(shards: Shards, numbers: list[int]) -> Iterator[ListedFile]:
-    """Yield the files of shards, one after the other."""
-    from grappa.images.files import ListedFile
-
-    for number in numbers:
-        part = shards.part(number)
-        for path, root, domain, size in zip(*(part[name] for name in ("path", "root", "domain", "size")), strict=True):
-            yield ListedFile(path, int(root), domain, NO_BOX, int(size))
+def _threads(shards: Shards) -> int | None:
+    """Return how many threads read: more than processors where most of them wait for a network."""
+    return REMOTE_THREADS if any(is_url(root) for root in shards.listing.attrs["roots"]) else None
 
 
-def _preparation(model: GrappaModel, shards: Shards, largest: int) -> Callable[[ListedFile], Tensor | str]:
-    """Return the function that gives the model's input of a listed file, or why the file cannot be used."""
+def _preparation(model: GrappaModel, shards: Shards, largest: int) -> Callable[[int], Tensor | RejectedFileError]:
+    """Return the function that gives the model's input of a row of the listing, or why the image cannot be used."""
     from grappa.deploy.encoding import prepared
-    from grappa.images.files import RejectedFileError, decode_file
+    from grappa.images.files import RejectedFileError, decode_bytes
+    from grappa.images.originals import open_rows
 
-    roots = shards.listing.attrs["roots"]
+    read = open_rows(shards.listing, shards.listing.attrs["roots"], max_pixels=largest)
 
-    def prepare(listed: ListedFile) -> Tensor | str:
+    def prepare(row: int) -> Tensor | RejectedFileError:
         try:
-            decoded = decode_file(listed, roots[listed.root], cache_size=model.cache_size, max_pixels=largest)
+            decoded = decode_bytes(read(row), NO_BOX, cache_size=model.cache_size, max_pixels=largest)
         except RejectedFileError as error:
-            return str(error)
+            return error
         return prepared(model, decoded.pixels, largest)
 
     return prepare
@@ -138,33 +150,83 @@ def _preparation(model: GrappaModel, shards: Shards, largest: int) -> Callable[[
 # ---------------------------------------------------------------- publishing
 
 
-def _counts(shards: Shards) -> tuple[int, str]:
-    """Return how many rows have an embedding, and why the first of the others has none."""
-    kept, first = 0, ""
+class _Counts(NamedTuple):
+    """How many rows have an embedding, how many have none because they did not come, and the first without, and why."""
+
+    kept: int
+    unanswered: int
+    first: str
+
+
+def _counts(shards: Shards) -> _Counts:
+    kept, unanswered, first = 0, 0, ""
     for number in range(len(shards)):
         reasons = shards.reasons(number)
         kept += reasons.count(None)
-        first = first or next((each for each in reasons if each is not None), "")
-    return kept, first
+        unanswered += shards.unanswered(number)
+        row = next((row for row, reason in zip(shards.rows(number), reasons, strict=True) if reason is not None), None)
+        if row is not None and not first:
+            first = f"{shards.listing['path'].iloc[row]}: {reasons[row - shards.rows(number).start]}"
+    return _Counts(kept, unanswered, first)
 
 
-def _written_folder(shards: Shards, kept: int) -> Path:
-    """Return a finished folder with embeddings.npy, ids.parquet and rejected.parquet, written a shard at a time."""
+def _refuse_used(out: Path) -> None:
+    """Refuse names that exist; the ids of an array may have been published by a call that was killed just then."""
+    from grappa.pipeline.commands.embedded_shards import work_of
+
+    refuse_existing(out)
+    if _is_array(out) and not work_of(out).is_dir():
+        refuse_existing(_ids_of(out))
+
+
+def _is_array(out: Path) -> bool:
+    return out.suffix.lower() == ".npy"
+
+
+def _ids_of(out: Path) -> Path:
+    return out.with_name(f"{out.stem}.ids.parquet")
+
+
+def _publish(shards: Shards, kept: int, out: Path) -> None:
+    """Give what is written its name; of an array the ids get theirs first, so that one that is there has them."""
+    if _is_array(out):
+        draft, ids = _written_array(shards, kept, shards.folder / "draft"), _ids_of(out)
+        if ids.exists() and ids.read_bytes() != (draft / ID_FILE).read_bytes():
+            refuse_existing(ids)
+        refuse_existing(out)
+        os.rename(draft / ID_FILE, ids)
+        os.rename(draft / ARRAY_FILE, out)
+    else:
+        written = _written_table if out.suffix.lower() == ".parquet" else _written_folder
+        draft = written(shards, kept)
+        refuse_existing(out)
+        os.rename(draft, out)
+    fsync_folder(out.parent)
+
+
+def _written_array(shards: Shards, kept: int, draft: Path) -> Path:
+    """Return a new folder ``draft`` with embeddings.npy and ids.parquet, written a shard at a time."""
     import numpy as np
 
-    draft = shards.folder / "draft"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
-    with (draft / "embeddings.npy").open("wb") as file:
+    with (draft / ARRAY_FILE).open("wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (kept, shards.width)}
         np.lib.format.write_array_header_1_0(file, header)
         for number in range(len(shards)):
             vectors, reasons = shards.read(number)
             file.write(vectors[[each is None for each in reasons]].tobytes())
-    _write_parts(draft / "ids.parquet", (_known(shards, number) for number in range(len(shards))))
-    _write_parts(draft / "rejected.parquet", (_rejected(shards, number) for number in range(len(shards))))
+    _write_parts(draft / ID_FILE, (_known(shards, number) for number in range(len(shards))))
     for path in draft.iterdir():
         _flush(path)
+    return draft
+
+
+def _written_folder(shards: Shards, kept: int) -> Path:
+    """Return a finished folder with embeddings.npy, ids.parquet and rejected.parquet."""
+    draft = _written_array(shards, kept, shards.folder / "draft")
+    _write_parts(draft / REJECTED_FILE, (_rejected(shards, number) for number in range(len(shards))))
+    _flush(draft / REJECTED_FILE)
     return draft
 
 

@@ -45,6 +45,7 @@ Say = Callable[[str], None]
 MOST_CHANGES = 12  # changed settings that are named in a line
 
 FEW_IMAGES = 300
+MOST_EXACT = 1_000_000  # train images whose neighbours are sought exactly under `auto`
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     known = RunFolder.open(root, writable=True) if (root / RUN_FILE).exists() else None
     other = RunFolder.open(request.other) if request.other else None
     before = former_config(known)
-    config = _requested(known, request)
+    config = asked = _requested(known, request)
     check_backbone(config, known)
     listing = list_sources(given_images(config))
     num_train = count_train(config, listing)
@@ -78,6 +79,7 @@ def initialize(root: Path, request: Request, *, say: Say) -> Config:
     if SUPERVISED in adaptor_sets(config):
         say_lone_classes(listing, say)
     _say_few(num_train, say)
+    _say_bound(asked, num_train, say)
     for sentence in dict.fromkeys(missing_packages(config).values()):
         say(f"warning: {sentence}")
     if before and request.config:
@@ -96,6 +98,19 @@ def _say_few(num_train: int, say: Say) -> None:
         say(f"warning: {what}; the verdict at the end of the run tells whether adaptation helped")
 
 
+def _say_bound(asked: Config, num_train: int, say: Say) -> None:
+    """Say that automatic granularities would be finer without their bound."""
+    how, most = asked.clusters.num_clusters, asked.clusters.max_clusters
+    if most is None or not isinstance(how, str):
+        return
+    finest, free = automatic_num_clusters(num_train, how, most)[-1], automatic_num_clusters(num_train, how)[-1]
+    if finest < free:
+        say(
+            f"the finest granularity has {finest:,} clusters, without the bound clusters.max_clusters={most} it would "
+            f"have {free:,}; for another bound: --set clusters.num_clusters={how} --set clusters.max_clusters=NUMBER"
+        )
+
+
 def write_run(root: Path, config: Config, listing: pd.DataFrame) -> tuple[RunFolder, pd.DataFrame | None]:
     """Make or open a run folder, publish the listing, write the configuration; return run and former listing."""
     run = RunFolder.create(root)
@@ -111,13 +126,13 @@ def former_config(run: RunFolder | None) -> Config | None:
 
 
 def fitted(config: Config, listing: pd.DataFrame, num_train: int, before: Config | None) -> Config:
-    """Return the configuration with layout, granularities and the pixel cache settled.
+    """Return the configuration with layout, granularities, the pixel cache and the neighbours' engine settled.
 
     num_train: the different train images, as :func:`count_train` counts them. before: the configuration of the run, or
     of one whose artifacts are reused. ConfigError where the images do not suffice.
     """
     config = settle_cache(settle_cache_size(_settle_layout(config, listing), before), len(listing), before)
-    config = resolve_num_clusters(config, num_train)
+    config = settle_engine(resolve_num_clusters(config, num_train), num_train)
     _check_labels(config, listing)
     _check_boxes(config, listing)
     return config
@@ -132,13 +147,22 @@ def _settle_layout(config: Config, listing: pd.DataFrame) -> Config:
     return config.model_copy(update={"images": images})
 
 
+def settle_engine(config: Config, num_train: int) -> Config:
+    """Replace ``neighbors.engine: auto``: exact as long as that is about as fast, else ivf."""
+    if config.neighbors.engine != "auto":
+        return config
+    engine = "exact" if num_train <= MOST_EXACT else "ivf"
+    neighbors = config.neighbors.model_copy(update={"engine": engine})
+    return config.model_copy(update={"neighbors": neighbors})
+
+
 def resolve_num_clusters(config: Config, num_train: int) -> Config:
     """Replace ``clusters.num_clusters: auto`` by numbers; ConfigError when a number is above half the train images."""
     values = config.clusters.num_clusters
     if num_train < 4:
         raise ConfigError(f"found {num_train} train images, expected at least 4; give more by --images")
     if isinstance(values, str):
-        values = automatic_num_clusters(num_train, values)
+        values = automatic_num_clusters(num_train, values, config.clusters.max_clusters)
     if max(values) > num_train // 2:
         raise ConfigError(
             f"clusters.num_clusters: {max(values)} clusters are more than half of the {num_train} train images; "

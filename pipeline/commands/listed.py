@@ -1,8 +1,9 @@
-"""What `grappa init` says of the listed images: how many, read as what, and what looks wrong."""
+"""Listed images: what `grappa init` says of them, and what other commands say where they change meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -27,11 +28,10 @@ MEANINGS = {
 def say_images(listing: pd.DataFrame, former: pd.DataFrame | None, say: Say) -> None:
     """Say how many images each domain has, how folders were read, what is missing, what was added and removed."""
     sizes = listing["domain"].value_counts().sort_index()
-    splits = listing["split"].value_counts()
-    split = f", {splits.get('train', 0)} train and {splits.get('test', 0)} test" if len(splits) else ", no split"
     counts = [f"{domain} {number}" for domain, number in sizes.items()]
     more = [f"and {len(counts) - MOST_NAMES} more"] if len(counts) > MOST_NAMES else []
-    say(f"{len(listing)} images of {len(sizes)} domains{split}: {', '.join(counts[:MOST_NAMES] + more)}")
+    domains = f"{len(sizes)} domain{'s' if len(sizes) > 1 else ''}"
+    say(f"{len(listing)} images of {domains}, {_said_splits(listing)}: {', '.join(counts[:MOST_NAMES] + more)}")
     for folder, layout in listing.attrs["layouts"].items():
         classes = _num_classes(listing, folder)
         number = f", {classes} class{'es' if classes > 1 else ''}" if classes else ""
@@ -42,6 +42,26 @@ def say_images(listing: pd.DataFrame, former: pd.DataFrame | None, say: Say) -> 
         say(f"passed over: {', '.join(listing.attrs['passed_over'])}")
     for warning in _warnings(listing):
         say(f"warning: {warning}")
+
+
+def _said_splits(listing: pd.DataFrame) -> str:
+    """Say how many images are learned from and tested: all but the test images are learned from."""
+    unsaid, tested = int(listing["split"].isna().sum()), int((listing["split"] == "test").sum())
+    if unsaid == len(listing):
+        return "no split"
+    without = f" ({unsaid} without a split)" if unsaid else ""
+    return f"{len(listing) - tested} train{without} and {tested} test"
+
+
+@contextmanager
+def changed_means_again() -> Iterator[None]:
+    """Give the advice of a command that lists its images itself where one of them is not what was listed."""
+    from grappa.images.files import ImagesChangedError
+
+    try:
+        yield
+    except ImagesChangedError as error:
+        raise ImagesChangedError(error.finding, "give the same command again, which lists the images anew") from error
 
 
 def _num_others(listing: pd.DataFrame, known: pd.DataFrame) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grappa.images.paths import tell
 from grappa.pipeline.config.schema import Images
 from grappa.pipeline.engine.live.additions import INDEX, read_additions
 from grappa.pipeline.engine.status import read_config
@@ -46,20 +48,21 @@ def load_run_model(run: str | Path, module: Maker | None = None) -> GrappaModel:
     return load_model(published(folder, "model"), module or read_config(folder).backbone.module)
 
 
-def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
+def search(run: Path, image: Path | str, k: int) -> list[dict[str, Any]]:
     """Return the ``k`` most similar images of the collection as it is now, nearest first; the image itself, the same
     bytes, is left out.
 
     Images that were added are among them once the deployed model has embedded them, removed ones never are. An image
     is a dict of image_id, file (the absolute path), path (relative to its image root), domain and similarity (cosine,
-    -1 to 1). The image file is looked at first: what is heavy is loaded for an image that can be searched, and torch
-    only where ``onnx_file`` has nothing that embeds as well.
+    -1 to 1). ``image`` is a file, a URL, or ``shard::member``. It is looked at first: what is heavy is loaded for an
+    image that can be searched, and torch only where ``onnx_file`` has nothing that embeds as well.
     """
     folder = RunFolder.open(run)
-    data = image.read_bytes()
-    picture = decoded(data, max_pixels(run), str(image))
+    largest = max_pixels(run)
+    data = _bytes_of(image, largest)
+    picture = decoded(data, largest, tell(image))
     check_deployed(folder)
-    images, index = _images(folder), _index_now(folder)
+    images, index = _images(folder), index_now(folder)
     same = _ids_of(images, hashlib.sha256(data).hexdigest()) & set(index.ids)
     more = min(k + len(same), max(len(index), k))  # k that is larger than the index is the index's own error
     found = zip(*(each[0] for each in index.search(_embedded(folder, picture), more)), strict=True)
@@ -70,6 +73,15 @@ def search(run: Path, image: Path, k: int) -> list[dict[str, Any]]:
         {"image_id": i, "file": file, "path": row["path"], "domain": row["domain"], "similarity": float(similarity)}
         for (i, similarity), file, row in zip(nearest, files, rows, strict=True)
     ]
+
+
+def _bytes_of(image: Path | str, largest: int) -> bytes:
+    """Return the bytes of the image that is searched with; a file of its own needs nothing heavy."""
+    if os.path.lexists(image):
+        return Path(image).read_bytes()
+    from grappa.images.originals import read_image
+
+    return read_image(image, max_pixels=largest)
 
 
 def _embedded(folder: RunFolder, picture: Image.Image) -> NDArray[np.float32]:
@@ -114,7 +126,7 @@ def onnx_notice(run: Path) -> str:
     return f"{home} is not used ({problem}): remove the folder, or export it again" if problem else ""
 
 
-def _index_now(folder: RunFolder) -> SearchIndex:
+def index_now(folder: RunFolder) -> SearchIndex:
     """Return the index with the additions; where it is not up to date that of the run, without the removed images."""
     from grappa.search.index import SearchIndex
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
 from grappa.pipeline.config.section import (
+    LARGEST,
     CropFraction,
     Fraction,
     NonNegativeInt,
@@ -117,11 +118,26 @@ class Features(Section):
 
 class Neighbors(Section):
     num_neighbors: PositiveInt = Field(10, description="number of nearest train images of each image")
+    engine: Literal["auto", "exact", "ivf", "hnsw"] = later(
+        "auto",
+        "how they are found: exact; ivf, hnsw: approximate, the recall is told; auto: ivf above 1,000,000 train images",
+        before="exact",
+    )
+
+    @property
+    def settled_engine(self) -> Literal["exact", "ivf", "hnsw"]:
+        """How neighbours are found; ValueError where it is not settled."""
+        if self.engine == "auto":
+            raise ValueError("neighbors.engine is still `auto`; `grappa init RUN` resolves it")
+        return self.engine
 
 
 class Clusters(Section):
     num_clusters: str | tuple[PositiveInt, ...] = Field(
         "auto", description="the pseudo-granularities; auto: 4 (auto:7: 7) geometric values, N/64 to N/3 of N images"
+    )
+    max_clusters: Annotated[int, Field(ge=2, le=LARGEST)] | None = provenance(
+        65_536, "auto: clusters of the finest granularity, at most (the others keep their ratio to it); null: N/3"
     )
     view: Literal["images", "objects"] = provenance(
         "images", "whose features are clustered: the images', or those of their object views (see objects)"
@@ -377,15 +393,19 @@ def num_clusters_of(granularity: str) -> int:
     return int(granularity.removeprefix("k"))
 
 
-def automatic_num_clusters(num_train: int, how: str = "auto") -> tuple[int, ...]:
+def automatic_num_clusters(num_train: int, how: str = "auto", most: int | None = None) -> tuple[int, ...]:
     """Return 4 (``auto:7``: 7) geometric values from N/64 to N/3 for N >= 4 train images, without repeated values.
 
     Of few images the finest clusters would mostly be of one image: the largest value is N/6 for up to 300 images, and
-    its share grows to N/3 at 1,000. All values are in 2..N/2. A single value is the geometric middle. The values of 2
-    are among those of 4, and those of 4 among those of 7, so that such runs share adaptor sets.
+    its share grows to N/3 at 1,000. Of many images, N * N/3 comparisons would be too many: where the largest value
+    would be above ``most`` it is ``most``, and the others are smaller by the same factor. All values are in 2..N/2. A
+    single value is the geometric middle. The values of 2 are among those of 4, and those of 4 among those of 7, so that
+    such runs share adaptor sets.
     """
     count = int(how.partition(":")[2] or 4)
-    low, high = max(2.0, num_train / 64), max(2.0, num_train / _images_per_finest_cluster(num_train))
+    finest = num_train / _images_per_finest_cluster(num_train)
+    kept = 1.0 if most is None else min(1.0, most / finest)
+    low, high = max(2.0, kept * num_train / 64), max(2.0, kept * finest)
     shares = [step / (count - 1) for step in range(count)] if count > 1 else [0.5]
     values = (round(low * (high / low) ** share) for share in shares)
     return tuple(sorted({min(max(2, value), num_train // 2) for value in values}))

@@ -17,6 +17,7 @@ from grappa.pipeline.config.section import (
     PositiveInt,
     Precision,
     Section,
+    later,
     provenance,
 )
 
@@ -124,3 +125,6 @@ class Student(AdaptorSetSettings):
     cosine_weight: NonNegativeFloat = Field(1.0, description="weight of the distance to the teacher's embedding")
     bank_size: PositiveInt = Field(1024, description="train images that serve as the bank, at most")
     object_share: Fraction = Field(0.0, description="share of the loss whose teacher sees object views (see objects)")
+    whitening_power: Fraction = later(
+        0.5, "embeddings are compared whitened with this power, as a head compares them; 0: as they are", before=0.0
+    )

@@ -31,7 +31,10 @@ Settings = dict[str, dict[str, Any]]
 FORMER: Settings = {  # defaults that were others when runs were made
     "images": {"cache_size": 256, "cache": "raw"},
     "features": {"whitening_power": 0.0},
+    "clusters": {"max_clusters": None},
+    "neighbors": {"engine": "exact"},
     "selection": {"sets": "all"},
+    "student": {"whitening_power": 0.0},
     "views": {"num_judged": None},
     "evaluation": {"max_queries": None},
 }

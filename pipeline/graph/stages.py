@@ -336,6 +336,7 @@ STAGES: tuple[Stage, ...] = (
         _settings("clusters.num_iterations", "clusters.seed"),
         _cluster_inputs,
         _granularities,
+        parallel=True,
     ),
     Stage("adaptors", 1, _settings("adaptors"), _set_inputs, adaptor_sets, parallel=True),
     Stage(

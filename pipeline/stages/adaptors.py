@@ -28,7 +28,13 @@ from grappa.core import memory
 from grappa.core.randomness import id_numbers, key, shuffled
 from grappa.images.pixels import ChosenRows
 from grappa.images.splits import train_rows
-from grappa.method.adaptor_training import AdaptorLoss, Perception, new_adaptor_set, train_adaptor_set
+from grappa.method.adaptor_training import (
+    AdaptorLoss,
+    Perception,
+    new_adaptor_set,
+    sharded_proxies,
+    train_adaptor_set,
+)
 from grappa.method.adaptors import AdaptorSet, folded
 from grappa.method.head_choice import MIN_FITTED, MIN_VIEWED, region_halves, standout_behind_head
 from grappa.method.set_choice import MIN_JUDGED, JudgedSet, choose_sets
@@ -57,10 +63,10 @@ def run(context: StageContext) -> str:
     rows, targets, what = _targets(context)
     views = open_views(context, settings, backbone.spec)
     start, perception = _start(context, backbone), _perception(context)
-    shape, num_classes = shape_of(backbone, [start]), sum(len(each.proxies) for each in targets)
+    shape, held = shape_of(backbone, [start]), sharded_proxies(targets, perception, context.processes)
 
     def need(batch_size: int, precision: str) -> int:
-        return memory.training(shape, batch_size * perception.num_kinds, precision, num_classes)
+        return memory.training(shape, batch_size * perception.num_kinds, precision, held.num_own)
 
     with training_task(context, settings, len(rows), need) as training:
         adaptors, result = train_adaptor_set(
@@ -129,7 +135,7 @@ def _pseudo_labels(context: StageContext, granularity: str, images: pd.DataFrame
     clusters = context.input("clusters", granularity)
     labels = pd.read_parquet(clusters / "assignments.parquet")["pseudo_label"].to_numpy()[rows]
     if not context.config.features.whitening_power:
-        return Targets(labels, np.load(clusters / "centroids.npy", allow_pickle=False))
+        return Targets(labels, np.load(clusters / "centroids.npy", mmap_mode="r", allow_pickle=False))
     features = np.load(context.input("features") / "features.npy", mmap_mode="r", allow_pickle=False)
     ids = id_numbers(images["image_id"].iloc[rows].tolist())
     return class_targets(np.asarray(features[rows]), labels, ids)

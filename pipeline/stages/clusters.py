@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 
 from grappa.core.randomness import id_numbers
@@ -16,29 +19,34 @@ from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.stages import clustered_node
 from grappa.pipeline.opening import read_images, settle_device
 from grappa.search.kmeans import Clustering, assign, cluster, cluster_health, memory_needed, num_assignments
+from grappa.search.shared_points import most_rows, own_parts, own_rows
 
 
 def run(context: StageContext) -> str:
     settings, images = context.config.clusters, read_images(context.input("images"))
     node = clustered_node(context.config)
     file = context.input(node.stage, node.instance) / "features.npy"
-    features = np.load(file, mmap_mode="c", allow_pickle=False)  # c: torch makes no copy, and no write reaches the file
+    features = np.load(file, mmap_mode="r", allow_pickle=False)
     rows, ids = _in_order(images)
     num_clusters = num_clusters_of(str(context.instance))
-    context.need_memory(memory_needed(len(features), features.shape[1], num_clusters))
+    context.need_memory(memory_needed(len(rows), features.shape[1], num_clusters, context.team.size))
     device = str(settle_device(context))
-    total = num_assignments(len(rows), [num_clusters], settings.num_iterations)
+    own = rows[own_rows(len(rows), context.processes)]
+    total = num_assignments(len(rows), [num_clusters], settings.num_iterations) // len(rows) * len(own)
     with context.task("clustering", total, unit="assignments") as advance:
         found = cluster(
-            read_rows(file, rows),
+            read_rows(file, own),
             num_clusters=num_clusters,
             ids=ids,
             num_iterations=settings.num_iterations,
             seed=settings.seed,
             device=device,
             progress=advance,
+            processes=context.processes,
         )
-    labels, distances = _all_rows(features, rows, found, device)
+    labels, distances = _all_rows(context, file, rows, found, device)
+    if not context.leads:
+        return ""
     for row, other in copies(images, features):
         labels[row], distances[row] = labels[other], distances[other]
     _write(context, images["image_id"].tolist(), labels, distances)
@@ -55,11 +63,30 @@ def _in_order(images: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.uint6
 
 
 def _all_rows(
-    features: NDArray[np.float32], rows: NDArray[np.int64], found: Clustering, device: str
+    context: StageContext, file: Path, rows: NDArray[np.int64], found: Clustering, device: str
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    labels, distances = assign(features, found.centroids, device=device)
-    labels[rows], distances[rows] = found.pseudo_labels, found.distances
+    """Return labels and distances of all images in the first process; the images that are in no train row are assigned
+    now, each process its parts of them."""
+    number = len(np.load(file, mmap_mode="r", allow_pickle=False))
+    others = np.setdiff1d(np.arange(number), rows, assume_unique=True)
+    parts = [others[part] for part in own_parts(len(others), context.processes)]
+    assigned = [assign(read_rows(file, part), found.centroids, device=device) for part in parts]
+    labels, distances = np.empty(number, dtype=np.int64), np.empty(number, dtype=np.float32)
+    for place, own, values in (
+        (labels, found.pseudo_labels, [one for one, _ in assigned]),
+        (distances, found.distances, [one for _, one in assigned]),
+    ):
+        of_train = _gathered(context, own, len(rows))
+        of_others = _gathered(context, np.concatenate([own[:0], *values]), len(others))
+        if context.leads:
+            place[rows], place[others] = of_train, of_others
     return labels, distances
+
+
+def _gathered(context: StageContext, own: NDArray[Any], number: int) -> NDArray[Any]:
+    """Return the values of all ``number`` rows in the first process; in another process return its own ones."""
+    parts = context.processes.gather(torch.from_numpy(own), most_rows(number, context.team.size))
+    return torch.cat(parts).numpy() if parts else own
 
 
 def copies(images: pd.DataFrame, features: NDArray[np.float32]) -> Iterator[tuple[int, int]]:

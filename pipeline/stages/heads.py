@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from grappa.core.randomness import id_numbers
-from grappa.images.splits import train_rows
+from grappa.core.memory import FLOAT, WORK
+from grappa.core.vectors import read_rows
+from grappa.images.splits import train_rows_by_id
 from grappa.method.head import (
     MIN_WHITENED_SHARE,
     Head,
@@ -27,6 +30,7 @@ from grappa.method.head import (
     NeighborhoodHead,
     WhitenedNeighborhoodHead,
     apply_head,
+    automatic_most,
     automatic_num_centroids,
     fit_neighborhood_head,
     fit_whitened_neighborhood_head,
@@ -38,6 +42,7 @@ from grappa.method.whitening_choice import choose_power, fit_power
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import CHOOSING_MODEL
 from grappa.pipeline.opening import read_images, settle_device
+from grappa.pipeline.stages.features import new_array
 from grappa.search.assignment import Progress
 from grappa.search.kmeans import count_distinct, num_assignments
 
@@ -45,12 +50,12 @@ CHOICE_FILE = "choice.json"
 
 
 def run(context: StageContext) -> str:
-    embeddings = np.load(context.input("embeddings", context.instance) / "embeddings.npy", allow_pickle=False)
+    file = context.input("embeddings", context.instance) / "embeddings.npy"
     images, device = read_images(context.input("images")), str(settle_device(context))
-    head = _fit(context, embeddings, images["image_id"].to_numpy(), train_rows(images), device)
+    head = _fit(context, file, images, device)
     _write_head(context, head)
-    np.save(context.path / "embeddings.npy", apply_head(head, embeddings, device=device), allow_pickle=False)
-    return f"{len(embeddings)} embeddings, {_described(head.form())}"
+    number = _apply(context, head, file, "embeddings.npy", device)
+    return f"{number} embeddings, {_described(head.form())}"
 
 
 def run_on_features(context: StageContext) -> str:
@@ -60,36 +65,48 @@ def run_on_features(context: StageContext) -> str:
     A few directions that all images share can hold most of the variance of a backbone's features; in the raw ones they
     decide which images are near. Features of fewer than four different train images are passed on unchanged.
     """
-    images, device = read_images(context.input("images")), str(settle_device(context))
-    rows = train_rows(images)
-    ids = id_numbers(images["image_id"].iloc[rows].tolist())
-    power = context.config.features.whitening_power
+    rows, ids = train_rows_by_id(read_images(context.input("images")))
+    device, power = str(settle_device(context)), context.config.features.whitening_power
     power = _choose_power(context, ids, rows) if power == "auto" else power
-    features = _features(context, str(context.instance))
-    head = fit_power(features[rows], ids, power)
+    file = context.input(str(context.instance)) / "features.npy"
+    head = fit_power(_train(context, file, rows), ids, power)
     _write_head(context, head)
-    np.save(context.path / "features.npy", apply_head(head, features, device=device), allow_pickle=False)
-    return f"{len(features)} features, {_described(head.form())} with power {power:g}"
+    number = _apply(context, head, file, "features.npy", device)
+    return f"{number} features, {_described(head.form())} with power {power:g}"
+
+
+def _train(context: StageContext, file: Path, rows: NDArray[np.int64], num_centroids: int = 0) -> NDArray[np.float32]:
+    """Return the train rows of a file of vectors, where there is memory for what is fitted on them: whitening, and a
+    neighbourhood's head where it has centroids. All vectors stay in the file.
+    """
+    width = np.load(file, mmap_mode="r", allow_pickle=False).shape[1]
+    alone = len(rows) * width * FLOAT + WORK
+    context.need_memory(memory_needed(0, len(rows), width, num_centroids) if num_centroids else alone)
+    return read_rows(file, rows)
+
+
+def _apply(context: StageContext, head: Head, file: Path, name: str, device: str) -> int:
+    """Write what a head makes of the vectors of a file, and return their number."""
+    vectors = np.load(file, mmap_mode="r", allow_pickle=False)
+    out = new_array(context.path / name, vectors.shape)
+    apply_head(head, vectors, device=device, out=out)
+    out.flush()
+    return len(vectors)
 
 
 def _choose_power(context: StageContext, ids: NDArray[np.uint64], rows: NDArray[np.int64]) -> float:
     places, views = _train_views(context, rows)
-    choice = choose_power(_features(context, "features")[rows], ids, places, views)
+    choice = choose_power(_train(context, context.input("features") / "features.npy", rows), ids, places, views)
     _write_choice(context, choice.power, choice.scores)
     return choice.power
-
-
-def _features(context: StageContext, stage: str) -> NDArray[np.float32]:
-    features: NDArray[np.float32] = np.load(context.input(stage) / "features.npy", allow_pickle=False)
-    return features
 
 
 def _train_views(context: StageContext, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return which of the train rows have a view, as places among ``rows``, and their views through the backbone."""
     folder = context.input("frozen_views")
     views, viewed = (np.load(folder / name, allow_pickle=False) for name in ("views.npy", "rows.npy"))
-    learned = np.isin(viewed, rows)
-    return np.searchsorted(rows, viewed[learned]), views[learned]
+    learned, order = np.isin(viewed, rows), np.argsort(rows)
+    return order[np.searchsorted(rows, viewed[learned], sorter=order)], views[learned]
 
 
 def _write_head(context: StageContext, head: Head) -> None:
@@ -98,42 +115,37 @@ def _write_head(context: StageContext, head: Head) -> None:
     (context.path / "head.json").write_text(json.dumps(form, indent=2) + "\n")
 
 
-def _fit(
-    context: StageContext,
-    embeddings: NDArray[np.float32],
-    image_ids: NDArray[np.object_],
-    rows: NDArray[np.int64],
-    device: str,
-) -> Head:
-    settings = context.config.heads
+def _fit(context: StageContext, file: Path, images: pd.DataFrame, device: str) -> Head:
+    settings, (rows, ids) = context.config.heads, train_rows_by_id(images)
     if settings.kind == "none":
         return IdentityHead()
-    ids = id_numbers(image_ids[rows].tolist())
+    alone = settings.kind == "whitening" or (settings.kind == "auto" and len(rows) == len(images))
+    most = automatic_most(len(rows)) if settings.num_centroids == "auto" else settings.num_centroids
+    train = _train(context, file, rows, 0 if alone else most)
     if settings.kind == "auto":
-        return _fit_chosen(context, embeddings, ids, rows)
+        return _fit_chosen(context, train, ids, rows, alone)
     if settings.kind == "whitening":
-        return fit_whitening_head(embeddings[rows], ids, power=settings.deviation_power)
-    return _fit_neighborhood(context, embeddings[rows], ids, device)
+        return fit_whitening_head(train, ids, power=settings.deviation_power)
+    return _fit_neighborhood(context, train, ids, device)
 
 
 def _fit_chosen(
-    context: StageContext, embeddings: NDArray[np.float32], ids: NDArray[np.uint64], rows: NDArray[np.int64]
+    context: StageContext, train: NDArray[np.float32], ids: NDArray[np.uint64], rows: NDArray[np.int64], alone: bool
 ) -> Head:
-    """Return a head whose weight was chosen by views of train images; without a test split, whitening alone.
+    """Return a head whose weight was chosen by views of train images; without a test split, whitening ``alone``.
 
     A neighbourhood's head serves images that it was not fitted on. Among those that it was, each has a centroid beside
     it, which takes away what it has in common with its class.
     """
-    settings, device, train = context.config.heads, str(settle_device(context)), embeddings[rows]
+    settings, device = context.config.heads, str(settle_device(context))
     if count_distinct(train, 4) < 4:
         _write_choice(context, None, {})
         return IdentityHead()
-    if len(rows) == len(embeddings):
+    if alone:
         _write_choice(context, None, {})
         return fit_whitening_head(train, ids, power=settings.deviation_power, min_share=MIN_WHITENED_SHARE)
     centroids = settings.num_centroids
     number = automatic_num_centroids(train) if centroids == "auto" else centroids
-    context.need_memory(memory_needed(len(embeddings), len(ids), embeddings.shape[1], number))
 
     def fit(
         points: NDArray[np.float32], point_ids: NDArray[np.uint64], progress: Progress | None = None
@@ -182,7 +194,6 @@ def _fit_neighborhood(
     settings = context.config.heads
     number = settings.num_centroids
     number = automatic_num_centroids(embeddings) if number == "auto" else number
-    context.need_memory(memory_needed(len(embeddings), len(ids), embeddings.shape[1], number))
     total = num_assignments(len(ids), [number], settings.num_iterations)
     with context.task("clustering", total, unit="assignments") as advance:
         return fit_neighborhood_head(

@@ -61,4 +61,5 @@ def transfer(settings: Student) -> Transfer:
         cosine_weight=settings.cosine_weight,
         bank_size=settings.bank_size,
         object_share=settings.object_share,
+        whitening_power=settings.whitening_power,
     )

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from grappa.core.distributed import Processes
+    from grappa.core.distributed import Processes, Sharded
 
 TENSORS_FILE, RECORD_FILE = "checkpoint.safetensors", "checkpoint.json"
 BLOCK_ROWS = 4096
@@ -52,49 +54,61 @@ def refuse_if_stopped() -> None:
         raise Stopped
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor | Sharded], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file whole or not at all; a full disk is an OSError (the writer of safetensors hides it).
 
-    The bytes are those of safetensors' own `save`, which would hold them twice beside the tensors.
+    The bytes are those of safetensors' own `save`, which would hold them twice beside the tensors. What several
+    processes hold in parts is never held whole.
     """
-    plain = _plain(tensors)
-    header = _header(plain, metadata)
+    atomic_write_pieces(path, _pieces(tensors, metadata))
+
+
+def _pieces(
+    tensors: Mapping[str, Tensor | Sharded], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a safetensors file."""
+    header = _header(tensors, metadata)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    names = [name for name in header if name in plain]
-    atomic_write_pieces(path, [len(text).to_bytes(8, "little"), text, *(_bytes(plain[name]) for name in names)])
+    yield len(text).to_bytes(8, "little") + text
+    for name in header:
+        if name in tensors:
+            yield from _values(tensors[name])
 
 
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> dict[str, Any]:
+def _header(tensors: Mapping[str, Tensor | Sharded], metadata: Mapping[str, str] | None) -> dict[str, Any]:
     """Return what the file says of its tensors, in their order: safetensors' own header of empty ones, with sizes."""
+    import torch
     from safetensors.torch import save
 
-    whole = save({name: value.new_empty(0) for name, value in tensors.items()}, dict(metadata) if metadata else None)
+    empty = {name: torch.empty(0, dtype=value.dtype) for name, value in tensors.items()}
+    whole = save(empty, dict(metadata) if metadata else None)
     header: dict[str, Any] = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
     end = 0
     for name in [each for each in header if each in tensors]:
-        start, end = end, end + tensors[name].nbytes
+        start, end = end, end + math.prod(tensors[name].shape) * tensors[name].dtype.itemsize
         header[name].update(shape=list(tensors[name].shape), data_offsets=[start, end])
     return header
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _values(tensor: Tensor | Sharded) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor; of one that is held in parts, in blocks and to the first process only."""
     import torch
 
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    for block in (tensor,) if isinstance(tensor, torch.Tensor) else tensor.blocks():
+        yield block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-
-
-def _digest(tensors: Mapping[str, Tensor], record: str) -> str:
-    """Return the sha256 of a record and of the names, types, shapes and values of tensors on the CPU."""
+def _digest(tensors: Mapping[str, Tensor | Sharded], record: str) -> str:
+    """Return the sha256 of a record and of the names, types, shapes and values of tensors."""
 
     digest = hashlib.sha256(record.encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"\0{name} {value.dtype} {tuple(value.shape)}\0".encode())
-        digest.update(_bytes(value))
+        for piece in _values(value):
+            digest.update(piece)
     return digest.hexdigest()
 
 
@@ -132,18 +146,29 @@ class FileCheckpoint:
         """Tell whether the interval since the last checkpoint has passed, or a stop was requested."""
         return _stop.is_set() or time.monotonic() - self._last >= self._seconds
 
-    def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    def save(self, tensors: Mapping[str, Tensor | Sharded], record: Mapping[str, Any]) -> None:
         """Replace the checkpoint, whole or not at all; then raise Stopped if a stop was requested."""
-        plain, text = _plain(tensors), json.dumps(record)
-        write_tensors(self.path, plain, {"record": text, "sha256": _digest(plain, text)})
+        text = json.dumps(record)
+        write_tensors(self.path, tensors, {"record": text, "sha256": _digest(tensors, text)})
         self._last = time.monotonic()
         refuse_if_stopped()
 
+    @staticmethod
+    def give(tensors: Mapping[str, Tensor | Sharded]) -> None:
+        """Take part in the ``save`` of another process, which goes twice through what is held in parts: first comes the
+        digest, then the values."""
+        import torch
+
+        parts = {name: value for name, value in tensors.items() if not isinstance(value, torch.Tensor)}
+        _digest(parts, "")
+        deque(_pieces(parts), maxlen=0)
+
 
 class SharedCheckpoint:
-    """The leader's checkpoint for all processes of a team: all resume from it, only the leader saves it.
+    """The leader's checkpoint for all processes of a team: all resume from it, only the leader writes it.
 
-    The state of a training is the same in all processes, so no states have to be merged.
+    The file is that of a single process: what the processes hold in parts passes through the leader, in blocks. So any
+    number of processes goes on from it.
     """
 
     def __init__(self, file: FileCheckpoint, processes: Processes) -> None:
@@ -151,30 +176,28 @@ class SharedCheckpoint:
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return the tensors and the record that the leader saved last, or None when there are none."""
-        from safetensors.torch import load
-
         loaded = self._file.load() if self._processes.leads else None
-        data = self._processes.broadcast(b"" if loaded is None else _packed(*loaded))
-        if not data:
-            return None
-        tensors = load(data)
-        return tensors, json.loads(tensors.pop(RECORD_FILE).numpy().tobytes())
+        told = self._processes.broadcast(b"" if loaded is None else json.dumps(loaded[1]).encode())
+        if not told or self._processes.leads:
+            return loaded
+        found = self._file.load()
+        if found is None or found[1] != json.loads(told):
+            raise ValueError(
+                f"{self._file.path} is not the checkpoint that the first process reads; "
+                "give all processes one run folder on a file system that they share"
+            )
+        return found
 
     def due(self) -> bool:
-        """Tell whether this process is the leader and must save a checkpoint now."""
-        return self._processes.leads and self._file.due()
+        """Tell, in all processes, whether the leader's checkpoint is due."""
+        return bool(self._processes.broadcast(b"due" if self._processes.leads and self._file.due() else b""))
 
-    def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Replace the checkpoint, as the leader."""
-        self._file.save(tensors, record)
-
-
-def _packed(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> bytes:
-    import torch
-    from safetensors.torch import save
-
-    text = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
-    return save({**tensors, RECORD_FILE: text})
+    def save(self, tensors: Mapping[str, Tensor | Sharded], record: Mapping[str, Any]) -> None:
+        """Replace the checkpoint; the leader writes, the others give it what they hold of tensors in parts."""
+        if self._processes.leads:
+            self._file.save(tensors, record)
+        else:
+            self._file.give(tensors)
 
 
 class RowCheckpoint:

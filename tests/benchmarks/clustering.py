@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import faiss
 import numpy as np
@@ -26,23 +28,31 @@ WIDTH, NUM_ITERATIONS = 384, 20
 NUM_CLUSTERS = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
 ALLOWANCE = 256 * 2**20
 MAX_LOSS = 0.002
+SMALL = 128
+PRODUCTS = {False: "", True: "; without products in bfloat16 (GRAPPA_BFLOAT16=0)"}
+
+
+def products(forced: bool) -> AbstractContextManager[object]:
+    """Return a context in which k-means computes, if ``forced``, as on a CPU without bfloat16 products."""
+    return patch.dict(os.environ, {"GRAPPA_BFLOAT16": "0"} if forced else {})
 
 
 @contextmanager
-def against_faiss(options: Options) -> Iterator[Pair]:
-    """The largest k, the same number of Lloyd iterations on both sides, every point used by both."""
+def against_faiss(options: Options, *, num_clusters: int | None = None, forced: bool = False) -> Iterator[Pair]:
+    """The largest k, or a given one, the same number of Lloyd iterations on both sides, every point used by both."""
     features, ids, sizes = _problem(options)
-    found: dict[str, NDArray[np.float32]] = {}
+    number, found = num_clusters or sizes[-1], dict[str, NDArray[np.float32]]()
 
     def ours() -> None:
-        result = cluster(features, num_clusters=sizes[-1], ids=ids, num_iterations=NUM_ITERATIONS)
+        with products(forced):
+            result = cluster(features, num_clusters=number, ids=ids, num_iterations=NUM_ITERATIONS)
         found["ours"] = result.centroids
 
     def peer() -> None:
-        found["peer"] = _faiss_centroids(features, sizes[-1])
+        found["peer"] = _faiss_centroids(features, number)
 
     setup = f"faiss {faiss.__version__} Kmeans, spherical, niter={NUM_ITERATIONS}, no sub-sampling, its random start"
-    where = f"n={len(features)}, d={WIDTH}, k={sizes[-1]}, {options.threads} threads on both sides"
+    where = f"n={len(features)}, d={WIDTH}, k={number}, {options.threads} threads on both sides{PRODUCTS[forced]}"
 
     def check() -> tuple[bool, str]:
         more = _inertia(features, found["ours"]) / _inertia(features, found["peer"]) - 1.0
@@ -52,15 +62,20 @@ def against_faiss(options: Options) -> Iterator[Pair]:
 
 
 @contextmanager
-def all_at_once(options: Options) -> Iterator[Pair]:
-    """Eight values of k in one call against the largest alone."""
+def all_at_once(options: Options, *, forced: bool = False) -> Iterator[Pair]:
+    """All values of k in one call against the largest alone."""
     features, ids, sizes = _problem(options)
 
-    def run(chosen: Sequence[int]) -> Callable[[], object]:
-        return lambda: cluster_many(features, chosen, ids=ids, num_iterations=NUM_ITERATIONS)
+    def run(chosen: Sequence[int]) -> Callable[[], None]:
+        def work() -> None:
+            with products(forced):
+                cluster_many(features, chosen, ids=ids, num_iterations=NUM_ITERATIONS)
+
+        return work
 
     setup = f"k = {', '.join(map(str, sizes))} against k = {sizes[-1]} alone; n={len(features)}, d={WIDTH}"
-    yield Pair(seconds(run(sizes), options), seconds(run(sizes[-1:]), options), setup, repeats=3, warm_up=False)
+    sides = seconds(run(sizes), options), seconds(run(sizes[-1:]), options)
+    yield Pair(*sides, setup + PRODUCTS[forced], repeats=3, warm_up=False)
 
 
 @contextmanager
@@ -145,7 +160,10 @@ def _inertia(features: NDArray[np.float32], centroids: NDArray[np.float32]) -> f
 
 GATES = [
     Gate("R5", "exact k-means / faiss-cpu: time", 1.0, against_faiss),
+    Gate("R5 float32", "the same without bfloat16: time", 1.0, partial(against_faiss, forced=True)),
+    Gate("R5 small", "the same at k = 128: time", 1.0, partial(against_faiss, num_clusters=SMALL, forced=True)),
     Gate("R5 sklearn", "the same at k = 512 / scikit-learn: time", 1.0, against_sklearn),
-    Gate("R6", "eight k's in one go / the largest alone: time", 2.2, all_at_once),
+    Gate("R6", "all k's in one go / the largest alone: time", 2.2, all_at_once),
+    Gate("R6 float32", "the same without bfloat16: time", 2.2, partial(all_at_once, forced=True)),
     Gate("R7", "peak memory of clustering / (features + centroids + 256 MB)", 1.2, memory, unit="bytes"),
 ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -56,3 +58,36 @@ def _give_back_free_memory() -> None:
 def _status(name: str) -> int:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a piece of work took: seconds of wall clock and of CPU, bytes of resident memory of the process at most
+    (mapped files count, which the page cache can take back), and of these without files, seen ten times a second."""
+
+    wall_seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    own_bytes: int
+
+
+def measured(work: Callable[[], object]) -> Cost:
+    """Do a piece of work in this process, and return what it took."""
+    _give_back_free_memory()
+    CLEAR.write_text("5")
+    ended, seen = threading.Event(), [_status("RssAnon")]
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            seen.append(max(seen.pop(), _status("RssAnon")))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start, cpu = time.monotonic(), time.process_time()
+    try:
+        work()
+    finally:
+        wall, cpu = time.monotonic() - start, time.process_time() - cpu
+        ended.set()
+        watcher.join()
+    return Cost(wall, cpu, _status("VmHWM"), seen[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from unittest.mock import patch
 
 import faiss
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
+from grappa.core.devices import has_bfloat16_products
 from grappa.metrics.retrieval import evaluate, evaluate_galleries, ranking_metrics, sampled_queries
+from grappa.search import screening
 from grappa.search.neighbors import nearest_neighbors
 from tests.benchmarks import data
 from tests.benchmarks.core import Gate, Options, Pair, seconds
@@ -23,6 +26,23 @@ WIDTH, NUM_NEIGHBORS = 384, 20
 
 @contextmanager
 def neighbors(options: Options) -> Iterator[Pair]:
+    """By the products that this CPU has: of bfloat16 numbers, if it has these in hardware."""
+    with _neighbors(options, "bfloat16" if has_bfloat16_products() else "float32") as pair:
+        yield pair
+
+
+@contextmanager
+def float32_neighbors(options: Options) -> Iterator[Pair]:
+    """As on a CPU without bfloat16 products."""
+    with (
+        patch.object(screening, "worthwhile", lambda device, num_columns: False),
+        _neighbors(options, "float32") as pair,
+    ):
+        yield pair
+
+
+@contextmanager
+def _neighbors(options: Options, products: str) -> Iterator[Pair]:
     """A tenth of the rows query all rows (each costs the same); faiss returns the image itself too: one more."""
     features = data.features(options.size(options.num_images, 6_000), WIDTH, options.features)
     ids = np.arange(len(features))
@@ -44,8 +64,8 @@ def neighbors(options: Options) -> Iterator[Pair]:
         return recall == 1.0, f"recall {recall:.6f}"
 
     setup = f"faiss {faiss.__version__} IndexFlatIP built each time, one call, {options.threads} threads on both sides"
-    where = f"{len(asked)} queries, n={len(features)}, d={WIDTH}, K={NUM_NEIGHBORS}"
-    yield Pair(seconds(ours, options), seconds(peer, options), f"{setup}; {where}", check, repeats=3, warm_up=False)
+    where = f"{products} products, {len(asked)} queries, n={len(features)}, d={WIDTH}, K={NUM_NEIGHBORS}"
+    yield Pair(seconds(ours, options), seconds(peer, options), f"{setup}; {where}", check, repeats=5, warm_up=False)
 
 
 def _recall(features: NDArray[np.float32], ours: NDArray[np.int64], peer: NDArray[np.int64]) -> float:
@@ -152,6 +172,7 @@ def evaluate_gallery(number: int) -> Callable[[], object]:
 
 GATES = [
     Gate("R8", "kNN graph / faiss-cpu flat: time", 1.1, neighbors),
+    Gate("R8 float32", "the same without bfloat16 products: time", 1.05, float32_neighbors),
     Gate("R16 pml", "the same on 5,000 images / pytorch-metric-learning: time", 1.0, evaluation_time),
     Gate("R16 sort", "both galleries of an evaluation / a full sort of each: time", 0.4, evaluation_sorted),
     Gate("R16", "memory of an evaluation / the full matrix", 0.05, evaluation_memory, unit="bytes"),

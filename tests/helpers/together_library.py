@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from grappa.core.distributed import ALONE, Processes
+from grappa.core.distributed import ALONE, Processes, Sharded
 from grappa.core.randomness import id_numbers
 from grappa.images.transforms import Augmentation
 from grappa.method import losses
 from grappa.method.adaptor_training import AdaptorLoss, new_adaptor_set, train_adaptor_set
 from grappa.method.fusion_training import PropagationLoss, train_fusion
 from grappa.method.student import Transfer, new_student, train_student
+from grappa.search import shared_points
 from grappa.training.batches import Runtime, Views
 from grappa.training.loop import Optimization, schedule
 from grappa.training.targets import Targets
@@ -29,6 +30,7 @@ from tests.helpers.tiny import tiny_backbone, tiny_cache, tiny_set
 
 NUM = 40
 ROWS = np.arange(4, NUM)
+PART_ROWS = 16  # of k-means: its images are shared by four processes, too
 TERMS = 2 * 10 * 17  # what a weight's gradient sums: two views of 10 images of 17 tokens
 OPTIMIZATION = Optimization(num_epochs=2, batch_size=10, learning_rate=3e-3, weight_decay=0.01, warmup=0.1)
 PATH = OPTIMIZATION.learning_rate * sum(schedule(step, 6, OPTIMIZATION.warmup) for step in range(6))
@@ -51,9 +53,13 @@ class FirstMoments:
     def due(self) -> bool:
         return not self.moments.size
 
-    def save(self, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
-        moments = [value.numpy().ravel() for name, value in tensors.items() if name.endswith(".exp_avg")]
+    def save(self, tensors: Mapping[str, torch.Tensor | Sharded], record: Mapping[str, Any]) -> None:
+        moments = [_whole(value).numpy().ravel() for name, value in tensors.items() if name.endswith(".exp_avg")]
         self.moments = np.concatenate(moments)
+
+
+def _whole(value: torch.Tensor | Sharded) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else value.processes.all_gather(value.own, value.number)
 
 
 def results(folder: Path, processes: Processes = ALONE) -> dict[str, np.ndarray[Any, Any]]:
@@ -153,6 +159,7 @@ if __name__ == "__main__":
     from tests.helpers.tiny import run_all
 
     torch.set_num_threads(1)
+    shared_points.PART_ROWS = PART_ROWS
     with joined() as team:
         np.savez(f"{sys.argv[1]}/rank{team.rank}.npz", **results(Path(sys.argv[1]), team.processes))
     print(*run_all(RunFolder.open(Path(sys.argv[2])), until=sys.argv[3]), sep="\n")

@@ -35,7 +35,9 @@ ADAPTORS = Adaptors(
 FUSION = Fusion(
     attention_loss="swapped", marginal_weight=0.22, sharpness=0.23, barlow_weight=0.24, barlow_off_diagonal=0.26
 )
-STUDENT = Student(temperature=0.27, softening=0.28, cosine_weight=0.29, bank_size=31, object_share=0.32)
+STUDENT = Student(
+    temperature=0.27, softening=0.28, cosine_weight=0.29, bank_size=31, object_share=0.32, whitening_power=0.33
+)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_a_name_that_is_none() -> None:
             "shared: heads, model share a job but differ in partition",
         ),
         ("sbatch: {dependency: afterok:1}", "sbatch: dependency is set by grappa"),
-        ("stages: {clusters: {tasks: 2}}", "stages.clusters.tasks: found 2, expected 1: clusters is computed by one"),
+        ("stages: {evaluation: {tasks: 2}}", "stages.evaluation.tasks: found 2, expected 1: evaluation is computed by"),
         ("{cluster: local, nodes: 2}", "nodes: found more than 1, expected 1 with `cluster: local`"),
         ("{cluster: debug, stages: {images: {tasks: 2}}}", "tasks: found more than 1, expected 1 with"),
         ("- partition", "found ['partition'], expected keys such as `partition:`"),
@@ -100,11 +100,13 @@ def test_stages_that_share_a_job_get_the_most_that_any_of_them_asks_for(tmp_path
 
 def test_several_processes_go_only_to_stages_that_can_use_them(tmp_path: Path) -> None:
     profile = written(tmp_path, "{nodes: 2, tasks: 4, shared: [[backbone, images], [heads, model]]}")
-    asked = {stage: profile.resources(profile.group_of(stage)) for stage in ("images", "fusion", "clusters", "heads")}
+    asked = {
+        stage: profile.resources(profile.group_of(stage)) for stage in ("images", "clusters", "whitening", "heads")
+    }
     assert {stage: (found.nodes, found.tasks) for stage, found in asked.items()} == {
         "images": (2, 4),
-        "fusion": (2, 4),
-        "clusters": (1, 1),
+        "clusters": (2, 4),
+        "whitening": (1, 1),
         "heads": (1, 1),
     }
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from grappa.images.caching.uncached import Originals
 from grappa.images.pixels import ImageRows
 from grappa.pipeline.commands.search import indexed_model
 from grappa.pipeline.config.schema import Config
@@ -24,7 +25,7 @@ from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.verdict_file import fused_granularities, read_verdict
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.open_run import open_run
-from grappa.pipeline.opening import published_pixels
+from grappa.pipeline.opening import published_originals, published_pixels
 from grappa.pipeline.store.artifacts import RunFolder, check_same_origin, published, quoted, readable_manifest
 
 BLOCK_ROWS = 65536
@@ -77,7 +78,8 @@ class Collection:
     """The images of a run. ``before``: the frozen backbone; ``after``: the model that is deployed and indexed.
 
     ids, files (the absolute paths that open), paths (relative to the image root), sha256: (N) texts. ``indexed``: (N,)
-    which images can be found. ``pixels``: the decoded images. ``version``: changes whenever an image does.
+    which images can be found. ``pixels``: the decoded images; ``originals``: at full size, from where they lie.
+    ``version``: changes whenever an image does.
     """
 
     folder: RunFolder
@@ -94,6 +96,7 @@ class Collection:
     after: Space
     indexed: NDArray[np.bool_]
     pixels: ImageRows
+    originals: Originals
     attention: NDArray[np.float32] | None
     fused: tuple[str, ...]
     version: str
@@ -125,6 +128,7 @@ class Collection:
             after=_space(folder, "zero_shot_head" if source == Node("heads", "zero_shot") else model, source),
             indexed=np.asarray(table.index.isin(found), dtype=bool),
             pixels=published_pixels(folder),
+            originals=published_originals(folder, config.images.max_pixels),
             attention=_attention(folder, config),
             fused=fused_granularities(folder, config),
             version=_identity(folder, "images")[:16],

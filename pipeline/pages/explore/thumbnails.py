@@ -1,23 +1,20 @@
-"""Pictures of the images: small ones from the pixel cache, large ones from the original files, as JPEG."""
+"""Pictures of the images: small ones from the pixel cache, large ones from the originals, as JPEG."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import threading
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from grappa.images.decoding import ImageDecodeError, decode_image
+from grappa.images.caching.uncached import Originals
 from grappa.images.pixels import ImageRows
 
 CACHE_BYTES = 64 * 2**20
 SMALL_SIDE = 128
 LARGE_SIDE = 1280
-MAX_FILE_BYTES = 256 * 2**20
 
 
 class NoPictureError(ValueError):
@@ -64,19 +61,16 @@ class Thumbnails:
                 self._bytes -= len(self._kept.popitem(last=False)[1])
 
 
-def large(file: str, sha256: str, max_pixels: int) -> bytes:
-    """Return an original image as a JPEG of at most ``LARGE_SIDE`` pixels a side.
+def large(originals: Originals, row: int) -> bytes:
+    """Return an original image as a JPEG of at most ``LARGE_SIDE`` pixels a side, wherever it lies.
 
-    NoPictureError for a file that is missing, or whose bytes are not those that the run was made from: what is shown
-    is an image of the run's table and nothing else.
+    NoPictureError for one that is missing, or whose bytes are not those that the run was made from: what is shown is an
+    image of the run's table and nothing else.
     """
-    data = _read(file)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise NoPictureError(f"{file} is not the file any more from which the run was made")
     try:
-        image = Image.fromarray(decode_image(data, max_pixels=max_pixels))
-    except ImageDecodeError as error:
-        raise NoPictureError(f"{file}: {error}") from error
+        image = Image.fromarray(originals.full(row))
+    except ValueError as error:
+        raise NoPictureError(str(error)) from error
     image.thumbnail((LARGE_SIDE, LARGE_SIDE))
     return jpeg(image)
 
@@ -85,13 +79,3 @@ def jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=85)
     return buffer.getvalue()
-
-
-def _read(file: str) -> bytes:
-    path = Path(file)
-    try:
-        if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
-            raise NoPictureError(f"{file} is not there any more, or is too large to be shown")
-        return path.read_bytes()
-    except OSError as error:
-        raise NoPictureError(f"{file}: {error.strerror}") from error

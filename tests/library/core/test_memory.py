@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from grappa.core.vectors import read_rows
 from grappa.images.transforms import normalize
 from grappa.method import head as heads
 from grappa.method.adaptor_training import new_adaptor_set
-from grappa.method.head import apply_head, fit_neighborhood_head
+from grappa.method.head import apply_head, fit_neighborhood_head, fit_whitening_head
 from grappa.method.losses import norm_softmax
 from grappa.metrics import retrieval
 from grappa.metrics.retrieval import evaluate
@@ -145,6 +146,21 @@ def test_the_need_grows_with_the_images() -> None:
     assert needs[0] > 10 * needs[1]
 
 
+def test_a_head_copies_no_embeddings_in_the_order_of_their_ids(tmp_path: Path) -> None:
+    points = np.random.default_rng(0).normal(size=(100_000, 64)).astype(np.float32)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    out = np.lib.format.open_memmap(tmp_path / "out.npy", mode="w+", dtype=np.float32, shape=points.shape)
+    tracemalloc.start()
+    try:
+        fitted = fit_whitening_head(points, np.arange(len(points), dtype=np.uint64))
+        made = apply_head(fitted, points, out=out)
+        assert tracemalloc.get_traced_memory()[1] < points.nbytes * 0.7
+    finally:
+        tracemalloc.stop()
+    assert made is out
+    np.testing.assert_array_equal(out, apply_head(fitted, points))
+
+
 def test_too_little_memory_is_refused_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_memory", lambda: 3 * 2**30)
     require_memory("clusters/k00256", 3 * 2**30)
@@ -177,6 +193,11 @@ def test_a_run_refuses_before_it_works_and_goes_on_where_there_is_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run", [draw_images(tmp_path / "images")], write_weights(tmp_path / "vit.safetensors"))
+    run_all(run, until="frozen_views")
+    monkeypatch.setattr(machine, "available_memory", lambda: 10 * 2**20)
+    with pytest.raises(NotEnoughMemoryError, match="whitening/features needs about 0.. GiB"):
+        run_all(run, until="whitening")
+    monkeypatch.setattr(machine, "available_memory", lambda: 10 * 2**30)
     run_all(run, until="whitening")
     monkeypatch.setattr(machine, "available_memory", lambda: 10 * 2**20)
     with pytest.raises(NotEnoughMemoryError, match="neighbors needs about 0.. GiB"):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import io
+import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,3 +78,31 @@ def test_only_files_of_one_size_are_opened(tmp_path: Path, opened: list[str]) ->
     opened.clear()
     assert count(tmp_path, enough=29) == 29
     assert opened == []
+
+
+def put_tar(root: Path, *contents: bytes) -> Path:
+    (root / "d").mkdir()
+    with tarfile.open(root / "d" / "0.tar", "w") as archive:
+        for number, content in enumerate(contents):
+            member = tarfile.TarInfo(f"{number:05d}.jpg")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return root
+
+
+def test_a_tar_is_opened_once_for_its_images(tmp_path: Path, opened: list[str]) -> None:
+    listing = list_images([put_tar(tmp_path, *(bytes([number, 7]) for number in range(50)), b"\0\7")])
+    opened.clear()
+    assert count_distinct_files(listing, listing.attrs["roots"]) == 50
+    assert len(opened) == 2  # for the ends of all, and for the two contents that may be equal
+
+
+def test_memory_does_not_hold_what_is_read(tmp_path: Path) -> None:
+    images = [number.to_bytes(4, "big") * 1024 for number in range(2000)]  # 8 MB
+    listing = list_images([put_tar(tmp_path, *images)])
+    tracemalloc.start()
+    try:
+        assert count_distinct_files(listing, listing.attrs["roots"]) == 2000
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()

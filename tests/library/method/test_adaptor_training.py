@@ -25,6 +25,7 @@ from grappa.method.adaptor_training import (
     train_adaptor_set,
 )
 from grappa.method.fusion_training import PropagationLoss, train_fusion
+from grappa.method.losses import WHOLE
 from grappa.training.batches import BatchOrder, Runtime, Views
 from grappa.training.loop import Optimization, fit, schedule
 from grappa.training.targets import Targets
@@ -329,7 +330,7 @@ def test_the_parts_equal_their_formulas_in_float64(transfer_from: Literal["bette
     expected += 0.2 * softmax_loss(back[known], np.concatenate([proxies, extra]), np.full(3, 3)) * 3 / 5
     embedded = {PLAIN: plain, OBJECT: seen, BACKGROUND: back}
     tensors = {kind: torch.from_numpy(value).requires_grad_() for kind, value in embedded.items()}
-    classes = [(torch.from_numpy(proxies), torch.from_numpy(labels))]
+    classes = [(torch.from_numpy(proxies), torch.from_numpy(labels), WHOLE)]
     found, _ = _loss(tensors, classes, torch.from_numpy(known), torch.from_numpy(extra), options)
     assert float(found.detach()) == pytest.approx(expected, rel=1e-9)
     only_transfer = AdaptorLoss(tau, transfer_weight=1.0)
@@ -341,8 +342,10 @@ def test_where_no_object_view_is_better_nothing_is_transferred() -> None:
     proxies, labels = torch.eye(3), torch.tensor([0, 1, 2])
     embedded = {PLAIN: torch.eye(3).requires_grad_(), OBJECT: torch.eye(3)[[1, 2, 0]]}
     options = AdaptorLoss(0.1, transfer_weight=5.0)
-    value, scalars = _loss(embedded, [(proxies, labels)], torch.zeros(3, dtype=torch.bool), None, options)
-    alone, _ = _loss({PLAIN: embedded[PLAIN]}, [(proxies, labels)], torch.zeros(3, dtype=torch.bool), None, options)
+    value, scalars = _loss(embedded, [(proxies, labels, WHOLE)], torch.zeros(3, dtype=torch.bool), None, options)
+    alone, _ = _loss(
+        {PLAIN: embedded[PLAIN]}, [(proxies, labels, WHOLE)], torch.zeros(3, dtype=torch.bool), None, options
+    )
     assert float(scalars["transfer"]) == 0.0 and torch.equal(value, alone)
 
 
@@ -358,7 +361,7 @@ def test_a_batch_is_multiplied_with_all_proxies_once_by_each_kind_of_view(
     found = {}
     for name, embedded in {"images": {PLAIN: plain}, "objects too": {PLAIN: plain, OBJECT: seen}}.items():
         with FlopCounterMode(display=False) as counter:
-            _loss(embedded, [(proxies, labels)], torch.zeros(6, dtype=torch.bool), None, AdaptorLoss(0.1))
+            _loss(embedded, [(proxies, labels, WHOLE)], torch.zeros(6, dtype=torch.bool), None, AdaptorLoss(0.1))
         found[name] = counter.get_total_flops()
     misses = [
         F.cross_entropy(F.normalize(each) @ F.normalize(proxies).T / 0.1, labels, reduction="none")

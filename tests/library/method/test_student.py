@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from grappa.backbone.frozen import embed
@@ -17,7 +18,8 @@ from grappa.images.transforms import Augmentation, eval_batch, normalize
 from grappa.method import losses
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.fusion import Fusion
-from grappa.method.student import Transfer, new_student, train_student
+from grappa.method.student import Compared, Transfer, new_student, train_student
+from grappa.metrics.whitening import fit_whitening
 from grappa.training.batches import Runtime, Views
 from grappa.training.loop import FitResult, Optimization
 from tests.helpers.tiny import tiny_backbone, tiny_cache, tiny_set
@@ -39,7 +41,9 @@ def _teacher() -> Fusion:
     return fusion.requires_grad_(False)
 
 
-def _train(views: Views, run: Runtime, *, num_epochs: int = 20) -> tuple[AdaptorSet, FitResult]:
+def _train(
+    views: Views, run: Runtime, *, num_epochs: int = 20, whitening_power: float = 0.5
+) -> tuple[AdaptorSet, FitResult]:
     backbone = tiny_backbone()
     return train_student(
         backbone,
@@ -47,18 +51,23 @@ def _train(views: Views, run: Runtime, *, num_epochs: int = 20) -> tuple[Adaptor
         views,
         ROWS,
         start=new_student(backbone, 4, seed=0),
-        transfer=Transfer(bank_size=8),
+        transfer=Transfer(bank_size=8, whitening_power=whitening_power),
         optimization=Optimization(num_epochs, 7, 0.01, 0.0, 0.1),
         seed=0,
         run=run,
     )
 
 
-def _similarity(views: Views, student: AdaptorSet) -> float:
+def _embeddings(views: Views, student: AdaptorSet) -> tuple[Tensor, Tensor]:
     backbone = tiny_backbone()
     images = normalize(eval_batch(views.cache, np.arange(16), image_size=32, crop_fraction=1.0), HALF, HALF)
     with torch.no_grad():
         mine, wanted = (embed(backbone, images, each) for each in (student, _teacher()))
+    return mine, wanted
+
+
+def _similarity(views: Views, student: AdaptorSet) -> float:
+    mine, wanted = _embeddings(views, student)
     return float((mine * wanted).sum(1).mean())
 
 
@@ -75,6 +84,27 @@ def test_a_new_student_is_the_backbone_and_a_trained_one_is_near_its_teacher(vie
     first, last = result.metrics[0], result.metrics[-1]
     assert set(last) == {"step", "epoch", "learning_rate", "loss", "similarity"}
     assert last["loss"] < first["loss"] and last["similarity"] > first["similarity"]
+
+
+def test_a_student_that_learned_whitened_finds_more_of_what_its_teacher_finds_behind_a_whitening(views: Views) -> None:
+    apart = {}
+    for power in (0.0, 0.5):
+        student, _ = _train(views, Runtime(CPU, "float32"), whitening_power=power)
+        mine, wanted = (_whitened_similarities(each.numpy()) for each in _embeddings(views, student))
+        apart[power] = 1 - np.corrcoef(mine, wanted)[0, 1]
+    assert apart[0.5] < 0.9 * apart[0.0], apart
+
+
+def _whitened_similarities(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+    whitened = fit_whitening(embeddings[ROWS], power=0.5, min_share=0.003).apply(embeddings)
+    return (whitened @ whitened.T).ravel()
+
+
+def test_a_small_bank_leaves_no_direction_free(views: Views) -> None:
+    bank = torch.eye(8)[:3]
+    compared = Compared(bank, 0.5)
+    inside, outside = bank[0] + bank[1], bank[0] + bank[1] + torch.eye(8)[6]
+    assert torch.nn.functional.cosine_similarity(compared(inside), compared(outside), dim=0) < 0.9
 
 
 def test_the_teacher_is_not_changed_and_gets_no_gradient(views: Views) -> None:
@@ -178,7 +208,7 @@ def test_the_bank_holds_train_images_as_the_teacher_sees_them(views: Views, monk
         return real(learned, taught, bank, **options)
 
     monkeypatch.setattr(losses, "perception_transfer", recorded)
-    _train(views, Runtime(CPU, "float32"), num_epochs=1)
+    _train(views, Runtime(CPU, "float32"), num_epochs=1, whitening_power=0.0)
     images = normalize(eval_batch(views.cache, np.arange(16), image_size=32, crop_fraction=1.0), HALF, HALF)
     with torch.no_grad():
         taught, plain = (embed(tiny_backbone(), images, each) for each in (_teacher().folded(), None))

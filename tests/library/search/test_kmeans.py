@@ -7,11 +7,12 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
 from grappa.core.randomness import id_numbers
-from grappa.search import assignment, cluster_means, screening
+from grappa.search import assignment, cluster_start, screening
 from grappa.search import kmeans as cluster_steps
 from grappa.search.assignment import Assignment
 from grappa.search.cluster_means import Sums
 from grappa.search.kmeans import assign, cluster, cluster_health, cluster_many, num_assignments
+from grappa.search.shared_points import SharedPoints
 from grappa.search.shortlists import Shortlists
 from tests.helpers.rounding import sum_error
 
@@ -114,7 +115,7 @@ def test_empty_clusters_are_seeded_on_the_worst_served_points() -> None:
     found = Assignment(*assignment.nearest(points, centroids, lambda _: None))
     assert found.labels.unique().tolist() == [0]
     cosines = found.cosines.clone()
-    new_centroids, number = cluster_steps.fill_empty(points, found, centroids)
+    new_centroids, number = cluster_steps.fill_empty(SharedPoints.alone(points), found, centroids)
     torch.testing.assert_close(new_centroids[1:], points[cosines.argsort()[:2]])
     assert number == 2 and found.labels.unique().tolist() == [0, 1, 2]
     assert (found.cosines >= cosines).all()
@@ -130,7 +131,7 @@ def test_an_empty_cluster_is_not_seeded_by_emptying_another() -> None:
     centroids = torch.eye(3)[[1, 0, 0]]
     found = Assignment(torch.tensor([0, 1, 1, 1]), (points * centroids[[0, 1, 1, 1]]).sum(1))
     assert found.cosines.argmin() == 0
-    new_centroids, number = cluster_steps.fill_empty(points, found, centroids)
+    new_centroids, number = cluster_steps.fill_empty(SharedPoints.alone(points), found, centroids)
     assert number == 1 and found.labels.tolist() == [0, 2, 1, 1]
     torch.testing.assert_close(new_centroids, torch.stack([centroids[0], centroids[1], points[1]]))
 
@@ -168,9 +169,9 @@ def test_screening_misses_no_nearest_centroid_among_near_ties(monkeypatch: pytes
 def test_gains_of_a_further_centroid_are_the_same_by_screening(monkeypatch: pytest.MonkeyPatch) -> None:
     points = torch.from_numpy(DATA["noise"].copy())
     near = (points @ points[:20].T).amax(1)
-    plain = cluster_steps._gains(points, near, points[100:300])
+    plain = cluster_start._gains(points, near, points[100:300])
     screen_always(monkeypatch)
-    torch.testing.assert_close(cluster_steps._gains(points, near, points[100:300]), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cluster_start._gains(points, near, points[100:300]), plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(DATA))
@@ -196,18 +197,19 @@ def test_opposite_points_in_one_cluster_do_not_break_the_mean() -> None:
     assert found.distances.max() == pytest.approx(2.0)
 
 
-def test_all_ways_of_adding_up_agree() -> None:
-    """Anew, by the points that changed their cluster, and by segments; an emptied cluster keeps its centroid."""
-    points, labels = torch.from_numpy(DATA["blobs"].copy()), torch.arange(2000) % 7
+def test_sums_kept_up_to_date_are_those_added_up_anew() -> None:
+    """To the last bit, and in any order of the points; an emptied cluster keeps its centroid."""
+    rows, labels = torch.from_numpy(DATA["blobs"].copy()), torch.arange(2000) % 7
     later, centroids = torch.where(torch.arange(2000) % 49 == 5, 3, labels), torch.eye(9, 32)
     later[labels == 6] = 0
-    sums = Sums()
+    points, sums = SharedPoints.alone(rows), Sums()
     sums.means(points, labels, centroids)
     updated, anew = sums.means(points, later, centroids), Sums().means(points, later, centroids)
-    torch.testing.assert_close(updated, anew, atol=1e-6, rtol=0)
-    torch.testing.assert_close(updated[6:], centroids[6:])
-    by_segment = cluster_means._sums_by_segment(points, later, 9)
-    torch.testing.assert_close(sums.sums.float(), by_segment, atol=1e-4, rtol=1e-4)
+    assert torch.equal(updated, anew) and torch.equal(updated[6:], centroids[6:])
+    order = torch.from_numpy(np.random.default_rng(0).permutation(2000))
+    assert torch.equal(Sums().means(SharedPoints.alone(rows[order]), later[order], centroids), updated)
+    exact = torch.zeros(9, 32).double().index_add_(0, later, rows.double())[:6]
+    torch.testing.assert_close(updated[:6].double(), exact / exact.norm(dim=1, keepdim=True), atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -235,6 +237,7 @@ def test_lists_of_near_centroids_give_the_answer_of_a_full_search(name: str, see
 
 def test_a_sample_makes_the_first_iterations_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing else changes: order-independent, every label that of the nearest centroid, about as good."""
+    monkeypatch.setattr(cluster_steps, "MIN_SAMPLE", 2048)
     features, ids = blobs(9000, 60, 32, 0.5), names(9000)
     order, seen = np.random.default_rng(3).permutation(9000), []
     found = cluster(features, num_clusters=40, ids=ids, progress=seen.append)
@@ -245,6 +248,13 @@ def test_a_sample_makes_the_first_iterations_of_many_images(monkeypatch: pytest.
     monkeypatch.setattr(cluster_steps, "MIN_SAMPLE", 9000)
     whole = cluster(features, num_clusters=40, ids=ids)
     assert found.objective > 0.995 * whole.objective
+
+
+def test_a_sample_is_a_quarter_at_most_and_large_enough_for_its_clusters() -> None:
+    assert cluster_steps._num_first(50_000, 128) == 12_500
+    assert cluster_steps._num_first(10**6, 128) == 128 * 128
+    assert cluster_steps._num_first(8_831, 125) == 8_831, "a larger share of few images ends at worse clusters"
+    assert cluster_steps._num_first(50_000, 512) == 50_000, "too few images for each cluster"
 
 
 def test_products_stay_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:

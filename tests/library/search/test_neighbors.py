@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from grappa.search import screening
+from grappa.search import neighbors, screening
 from grappa.search.neighbors import largest, nearest_neighbors
 
 
-@pytest.fixture(params=["float32", "bfloat16"], autouse=True)
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything holds with either kind of product, whatever this CPU prefers."""
-    monkeypatch.setattr(screening, "worthwhile", lambda device, num_columns: request.param == "bfloat16")
+@pytest.fixture(params=["faiss", "bfloat16", "torch"], autouse=True)
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything holds with each kind of product, whatever this CPU prefers; those of torch are a GPU's."""
+    _take(request.param, monkeypatch)
+    return request.param
+
+
+def _take(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screening, "worthwhile", lambda device, num_columns: products == "bfloat16")
+    if products == "torch":
+        monkeypatch.setattr(neighbors, "_fetch_by_faiss", neighbors._fetch)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -49,6 +56,7 @@ def test_equals_the_exhaustive_search(number: int, block_size: int) -> None:
 
 def test_equals_the_exhaustive_search_across_candidate_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grappa.search.neighbors.CANDIDATE_BLOCK", 512)
+    monkeypatch.setattr("grappa.search.neighbors.FAISS_BLOCK", 845)  # the last block has fewer than are fetched
     features, ids = points(1700), np.arange(1700)
     found = nearest_neighbors(features[:40], features, num_neighbors=6, query_ids=ids[:40], candidate_ids=ids)
     np.testing.assert_array_equal(found[0], exhaustive(features[:40], features, ids[:40], ids, 6)[0])
@@ -97,6 +105,29 @@ def test_queries_that_are_no_candidates_keep_all_candidates() -> None:
     np.testing.assert_array_equal(neighbors[30:], expected[0])
 
 
+@pytest.mark.parametrize("copies", [1, 4, 12])
+def test_all_kinds_of_products_give_the_same_bytes(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with copies, and where the last neighbour is one of many that are equally close."""
+    features = np.repeat(points(2400 // copies, width=384), copies, axis=0)
+    ids = np.random.default_rng(2).permutation(len(features))
+
+    def found(products: str, block_size: int) -> list[bytes]:
+        with monkeypatch.context() as patched:
+            _take(products, patched)
+            result = nearest_neighbors(
+                features[:500],
+                features,
+                num_neighbors=10,
+                query_ids=ids[:500],
+                candidate_ids=ids,
+                block_size=block_size,
+            )
+        return [part.tobytes() for part in result]
+
+    expected = found("faiss", 1024)
+    assert found("bfloat16", 1024) == found("torch", 500) == found("faiss", 77) == found("faiss", 7) == expected
+
+
 def test_the_group_shortcut_finds_the_largest_values() -> None:
     values = points(20, width=1003)
     found, columns = largest(torch.from_numpy(values), 9)
@@ -104,8 +135,10 @@ def test_the_group_shortcut_finds_the_largest_values() -> None:
     np.testing.assert_array_equal(np.take_along_axis(values, columns.numpy(), 1), found.numpy())
 
 
-def test_memory_is_of_the_size_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of a block are the largest array: torch is asked for none larger, and numpy holds the results only."""
+def test_memory_is_of_the_size_of_a_block(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of a block are the largest array: torch is asked for none larger, and numpy holds the results only.
+
+    faiss is asked for the queries of a block, and holds the products of 1,024 candidates at once."""
     seen: list[int] = []
     product = torch.mm
 
@@ -119,7 +152,7 @@ def test_memory_is_of_the_size_of_a_block(monkeypatch: pytest.MonkeyPatch) -> No
     nearest_neighbors(features, features, num_neighbors=3, query_ids=ids, candidate_ids=ids, block_size=100)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert max(seen) <= 100 * 4000
+    assert max(seen, default=0) <= 100 * 4000 and bool(seen) == (products != "faiss")
     assert peak < 4000 * 4000
 
 

@@ -90,7 +90,7 @@ def test_only_train_rows_count_for_the_number_of_clusters(desk: Desk) -> None:
     table.write_text("\n".join(["path,domain,split", *rows]))
     config = desk.init(images=[str(table)])
     assert config.clusters.num_clusters == (2,)
-    assert desk.said[0] == "10 images of 1 domains, 5 train and 4 test: cars 10"
+    assert desk.said[0] == "10 images of 1 domain, 6 train (1 without a split) and 4 test: cars 10"
 
 
 @pytest.mark.parametrize("again", ["copy of {}", "much longer copy of {}"])
@@ -173,9 +173,8 @@ def test_a_file_replaces_what_a_preset_said(desk: Desk) -> None:
     own = desk.folder / "own.yaml"
     own.write_text("fusion: {seed: 5}\n")
     config = desk.init(config=str(own))
-    assert config.model_dump(exclude={"images", "clusters", "fusion"}) == Config().model_dump(
-        exclude={"images", "clusters", "fusion"}
-    )
+    settled = {"images", "clusters", "neighbors", "fusion"}
+    assert config.model_dump(exclude=settled) == Config().model_dump(exclude=settled)
     assert config.fusion.seed == 5
 
 
@@ -320,6 +319,24 @@ def test_auto_is_resolved_again_when_asked(desk: Desk) -> None:
     assert desk.init(assignments=["clusters.num_clusters=auto"]).clusters.num_clusters == (2, 3)
 
 
+def test_a_bound_of_automatic_granularities_is_said_where_it_changes_them(desk: Desk) -> None:
+    def said() -> list[str]:
+        return [line for line in desk.said if "clusters.max_clusters" in line]
+
+    assert desk.new().clusters.num_clusters == (2, 3) and not said()
+    again = ["clusters.num_clusters=auto", "clusters.max_clusters=2"]
+    assert desk.init(assignments=again).clusters.num_clusters == (2,)
+    (line,) = said()
+    assert line.startswith("the finest granularity has 2 clusters, without the bound clusters.max_clusters=2 it would ")
+    assert line.endswith(
+        "have 3; for another bound: --set clusters.num_clusters=auto --set clusters.max_clusters=NUMBER"
+    )
+    assert desk.init().clusters.num_clusters == (2,) and not said(), "numbers that are settled stay"
+    assert desk.init(assignments=["clusters.num_clusters=[2, 3]"]).clusters.num_clusters == (2, 3) and not said()
+    assert desk.init(assignments=["clusters.num_clusters=auto", "clusters.max_clusters=null"]) and not said()
+    assert desk.config.clusters.num_clusters == (2, 3)
+
+
 def test_a_moved_root_changes_the_provenance_only(desk: Desk) -> None:
     desk.new()
     before = desk.digest
@@ -436,7 +453,7 @@ def test_the_layout_is_recognised_said_and_kept(desk: Desk) -> None:
     assert any(line.startswith("warning: images of test are learned from; if it is a split") for line in desk.said)
     assert not any("is read as" in line for line in desk.said)
     assert desk.init(layout="flat").images.layout == "flat"
-    assert desk.said[0] == "22 images of 1 domains, no split: images 22"
+    assert desk.said[0] == "22 images of 1 domain, no split: images 22"
 
 
 def test_images_of_a_test_folder_are_not_learned_from(desk: Desk) -> None:
@@ -446,7 +463,7 @@ def test_images_of_a_test_folder_are_not_learned_from(desk: Desk) -> None:
             desk.add(f"../split/{name}/{number}.png")
     config = desk.init(images=[str(root)])
     assert config.images.layout == "split/class"
-    assert desk.said[0] == "16 images of 1 domains, 8 train and 8 test: split 16"
+    assert desk.said[0] == "16 images of 1 domain, 8 train and 8 test: split 16"
     assert config.clusters.num_clusters == (2,)
     assert not any("are learned from" in line for line in desk.said)
     for layout in ("domain/class", "class", "flat"):
@@ -474,7 +491,7 @@ def test_an_edited_layout_asks_for_init(desk: Desk) -> None:
     path.write_text(path.read_text().replace("layout: domain/class", "layout: flat"))
     assert desk.states()["images"].startswith("missing")
     desk.init()
-    assert desk.said[0] == "16 images of 1 domains, no split: images 16"
+    assert desk.said[0] == "16 images of 1 domain, no split: images 16"
 
 
 def test_a_run_from_before_layouts_is_read_as_it_was(desk: Desk) -> None:

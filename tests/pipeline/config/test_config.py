@@ -86,6 +86,17 @@ def test_of_few_images_the_finest_clusters_hold_more_of_them(num_train: int, fin
     assert automatic_num_clusters(num_train)[-1] == finest
 
 
+def test_automatic_granularities_have_a_bound_and_keep_their_ratios() -> None:
+    bounded = automatic_num_clusters(1_000_000, "auto", 65_536)
+    assert bounded == automatic_num_clusters(10**9, "auto", 65_536) == automatic_num_clusters(3 * 65_536)
+    assert bounded[-1] == 65_536 and bounded[0] == 3072
+    assert set(bounded) < set(automatic_num_clusters(1_000_000, "auto:7", 65_536))
+    assert automatic_num_clusters(5884, "auto", 65_536) == automatic_num_clusters(5884), "few images: as without it"
+    assert automatic_num_clusters(100, "auto", 2) == (2,)
+    with pytest.raises(ValidationError, match="greater than or equal to 2"):
+        Clusters(max_clusters=1)
+
+
 @pytest.mark.parametrize("num_train", [200, 5884, 59551, 1_000_000])
 def test_more_automatic_granularities_hold_the_fewer(num_train: int) -> None:
     two, four, seven = (automatic_num_clusters(num_train, how) for how in ("auto:2", "auto", "auto:7"))

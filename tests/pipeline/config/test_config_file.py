@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import yaml
 
-from grappa.pipeline.config.schema import Config, Evaluation, Features, Images, SampledViews, Selection
+from grappa.pipeline.config.schema import (
+    Clusters,
+    Config,
+    Evaluation,
+    Features,
+    Images,
+    Neighbors,
+    SampledViews,
+    Selection,
+)
+from grappa.pipeline.config.trainings import Student
 from grappa.pipeline.config.yaml_file import (
     ConfigError,
     Settings,
@@ -56,9 +66,12 @@ def test_missing_and_empty_sections_have_the_defaults(tmp_path: Path) -> None:
     former = Config(  # as runs had them then
         images=Images(cache_size=256, cache="raw"),
         features=Features(whitening_power=0.0),
+        neighbors=Neighbors(engine="exact"),
+        clusters=Clusters(max_clusters=None),
         views=SampledViews(num_judged=None),
         evaluation=Evaluation(max_queries=None),
         selection=Selection(sets="all"),
+        student=Student(whitening_power=0.0),
     )
     assert load_config(written(tmp_path, "clusters:\n")) == former
     assert load_config(written(tmp_path, "")) == former

@@ -27,11 +27,12 @@ from grappa.pipeline.engine.team import Team, joined, place
 from grappa.pipeline.store.artifacts import RunFolder
 from grappa.pipeline.store.checkpoints import FileCheckpoint
 from grappa.pipeline.store.locks import LockedError
+from grappa.search import shared_points
 from grappa.training.batches import BatchOrder
 from tests.helpers.rounding import assert_same_sums, assert_same_training, sum_error, training_error
 from tests.helpers.tiny import digests, draw_images, make_run, run_all, write_table, write_weights
 from tests.helpers.together import ROOT, start
-from tests.helpers.together_library import PATH, TERMS, results
+from tests.helpers.together_library import PART_ROWS, PATH, TERMS, results
 
 ROUNDINGS = 16  # of an embedding on its way through two blocks: norms, products, attention, MLP and sums of each
 EXACT = ("backbone", "images", "features", "neighbors", "clusters")
@@ -100,7 +101,9 @@ def alone(material: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """A folder of its own for the library's results of a single process, and its run."""
     folder = tmp_path_factory.mktemp("alone")
     run = _make(folder / "run", material)
-    run_all(run, until="attention")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_points, "PART_ROWS", PART_ROWS)
+        run_all(run, until="attention")
     return folder, run
 
 
@@ -169,7 +172,8 @@ def test_a_run_equals_that_of_one_process(
         elif name.endswith(("embeddings.npy", "attention.npy")) and not name.startswith("heads"):
             whole = np.load(alone[1].root / name)
             assert_same_sums(np.load(together.root / name), whole, terms=ROUNDINGS, dtype=torch.bfloat16, name=name)
-    for stage, number in (("features", len(ranks)), ("neighbors", len(ranks)), ("evaluation", 1)):
+    numbers = {"features": len(ranks), "neighbors": len(ranks), "clusters/k00004": len(ranks), "evaluation": 1}
+    for stage, number in numbers.items():
         manifest = together.artifact(stage).manifest()
         assert manifest is None or manifest.provenance["processes"] == number
 

@@ -246,10 +246,10 @@ def test_only_the_file_that_the_run_was_made_from_is_shown(client: TestClient, r
     kept = file.read_bytes()
     try:
         file.unlink()
-        refused(client.get("/originals/9"), 404, "is not there any more")
+        refused(client.get("/originals/9"), 404, "cannot be read now (No such file or directory): bring it back")
         assert client.get("/pictures/9").status_code == 200, "the decoded image is still there"
         file.symlink_to(Path(grappa.open_run(run.root).images()["file"].iloc[10]))
-        refused(client.get("/originals/9"), 404, "is not the file any more from which the run was made")
+        refused(client.get("/originals/9"), 404, "has other bytes than were decoded: bring it back")
     finally:
         file.unlink(missing_ok=True)
         file.write_bytes(kept)

@@ -1,8 +1,12 @@
-"""A collection for other tools: one Parquet file with the vectors, folders of links by cluster."""
+"""A collection for other tools: one Parquet file with the vectors, a data set for FiftyOne, folders of links."""
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +52,60 @@ def test_the_table_has_the_images_with_clusters_and_vectors(
     assert all(Path(file).is_file() for file in found["file"])
 
 
+def test_a_data_set_for_fiftyone_has_every_image_with_its_neighbours(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hand_over, "BLOCK_ROWS", 7)
+    code, output = call("vectors", run.root, "--format", "fiftyone", "--out", tmp_path / "all")
+    assert code == 0 and output.startswith("wrote 30 samples for FiftyOne, vectors by zero_shot, to ")
+    data_set = json.loads((tmp_path / "all" / "metadata.json").read_bytes())
+    samples = json.loads((tmp_path / "all" / "samples.json").read_bytes())["samples"]
+    opened = grappa.open_run(run.root)
+    images, vectors, clusters = opened.images(), opened.embeddings()[0], opened.assignments()
+    fields = {field["name"]: field["ftype"].rpartition(".")[2] for field in data_set["sample_fields"]}
+    assert set(samples[0]) - {"_id"} <= set(fields) and fields["embedding"] == "VectorField"
+    assert [sample["image_id"] for sample in samples] == [*images.index]
+    numbers = {sample["_id"]["$oid"]: row for row, sample in enumerate(samples)}
+    assert len(numbers) == 30 and all(len(number) == 24 for number in numbers)
+    for row, sample in enumerate(samples):
+        packed = base64.b64decode(sample["embedding"]["$binary"]["base64"])
+        np.testing.assert_array_equal(np.load(io.BytesIO(zlib.decompress(packed)), allow_pickle=False), vectors[row])
+        wanted = opened.neighbors(images.index[row], 10)
+        assert [images.index[numbers[each]] for each in sample["neighbors"]] == [*wanted.index]
+        np.testing.assert_allclose(sample["similarities"], wanted["similarity"], atol=1e-5)
+        assert Path(sample["filepath"]).is_file() and sample["domain"] == images["domain"].iloc[row]
+        assert sample["label"]["label"] == images["label"].iloc[row]
+        assert sample["k00004"]["label"] == str(clusters["k00004"].iloc[row])
+    call("vectors", run.root, "--format", "fiftyone", "--out", tmp_path / "again")
+    assert (tmp_path / "again" / "samples.json").read_bytes() == (tmp_path / "all" / "samples.json").read_bytes()
+
+
+def test_fiftyone_loads_the_data_set(run: RunFolder, tmp_path: Path) -> None:
+    fiftyone = pytest.importorskip("fiftyone", reason="the package fiftyone is not installed")
+    assert call("vectors", run.root, "--format", "fiftyone", "--out", tmp_path / "all")[0] == 0
+    try:
+        fiftyone.list_datasets()
+    except (OSError, fiftyone.core.config.FiftyOneConfigError) as error:
+        pytest.skip(f"FiftyOne has no database here ({str(error).splitlines()[0]})")
+    loaded = fiftyone.Dataset.from_dir(str(tmp_path / "all"), dataset_type=fiftyone.types.FiftyOneDataset)
+    try:
+        opened = grappa.open_run(run.root)
+        assert len(loaded) == 30 and loaded.media_type == "image"
+        assert set(loaded.distinct("domain")) == set(opened.images()["domain"])
+        assert loaded.count_values("k00004.label") == {
+            str(cluster): number for cluster, number in opened.assignments()["k00004"].value_counts().items() if number
+        }
+        for row, sample in enumerate(loaded):
+            np.testing.assert_array_equal(sample["embedding"], opened.embeddings()[0][row])
+            assert Path(sample.filepath).is_file() and sample["label"].label == opened.images()["label"].iloc[row]
+            nearest = loaded.select(sample["neighbors"], ordered=True).values("image_id")
+            assert nearest == [*opened.neighbors(sample["image_id"], 10).index]
+        loaded.add_sample(fiftyone.Sample(filepath="/new.png", domain="new"))  # the fields are those of any data set
+        assert loaded.match(fiftyone.ViewField("label.label") == "class_0").count() == 15
+    finally:
+        loaded.delete()
+
+
 def test_links_lead_to_the_images_of_each_cluster(run: RunFolder, tmp_path: Path) -> None:
     code, output = call("links", run.root, tmp_path / "clusters", "--granularity", "k00004")
     assert code == 0 and output.startswith("linked 30 images by k00004 in ")
@@ -78,6 +136,7 @@ def test_new_images_can_be_embedded_into_one_table(run: RunFolder, tmp_path: Pat
     ("words", "sentence"),
     [
         (["vectors", "--out", "x.csv"], "give a name that ends in .parquet"),
+        (["vectors", "--out", "x", "--format", "fiftyone", "--model", "nobody"], "there are no embeddings of a model"),
         (["vectors", "--out", "x.parquet", "--model", "nobody"], "there are no embeddings of a model 'nobody'"),
         (["links", "x", "--granularity", "k7"], "there is no granularity 'k7'; the run has k00004, k00008"),
     ],
@@ -102,6 +161,8 @@ def test_names_that_parquet_cannot_hold_are_one_sentence_and_links_lead_to_them(
         code, output = call(words[0], made.root, *words[1:], "--out", tmp_path / "out.parquet")
         assert code == 1 and "is no UTF-8 name, which Parquet cannot hold" in output and "\\udcff" in output
         assert len(output.strip().splitlines()) == 1
+    with pytest.raises(ValueError, match=r"udcff.* is no UTF-8 name, which JSON cannot hold; rename the file"):
+        hand_over.check_text(os.fsdecode(odd))
     assert call("duplicates", made.root, "--out", tmp_path / "pairs.parquet")[0] == 0
     assert call("links", made.root, tmp_path / "clusters", "--granularity", "k00004")[0] == 0
     linked = {os.path.realpath(os.fsencode(link)) for link in (tmp_path / "clusters").rglob("*.png")}

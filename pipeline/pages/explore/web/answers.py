@@ -216,11 +216,7 @@ def picture(request: Request) -> Response:
 
 
 def original(request: Request) -> Response:
-    def make(workspace: Workspace, row: int) -> bytes:
-        collection = workspace.collection
-        return large(collection.files[row], collection.sha256[row], collection.config.images.max_pixels)
-
-    return _picture(request, "l", make)
+    return _picture(request, "l", lambda workspace, row: large(workspace.collection.originals, row))
 
 
 def _picture(request: Request, size: str, make: Callable[[Workspace, int], bytes]) -> Response:

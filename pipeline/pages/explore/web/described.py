@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from grappa.images.originals import is_there
 from grappa.pipeline.graph.models import find_entry
 from grappa.pipeline.pages.explore.collection import Collection, Column
 from grappa.pipeline.pages.explore.groups import NUM_MEDOIDS
@@ -76,7 +76,7 @@ def image_details(workspace: Workspace, row: int) -> dict[str, Any]:
         row,
         width=width,
         height=height,
-        original=Path(collection.files[row]).is_file(),
+        original=is_there(collection.files[row]),
         indexed=bool(collection.indexed[row]),
         clusters=clusters,
         same=[each for each in collection.rows_of_file[collection.sha256[row]] if each != row],
