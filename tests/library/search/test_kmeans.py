@@ -247,7 +247,7 @@ def test_a_sample_makes_the_first_iterations_of_many_images(monkeypatch: pytest.
     np.testing.assert_array_equal((features @ found.centroids.T).argmax(1), found.pseudo_labels)
     monkeypatch.setattr(cluster_steps, "MIN_SAMPLE", 9000)
     whole = cluster(features, num_clusters=40, ids=ids)
-    assert found.objective > 0.995 * whole.objective
+    assert found.objective > 0.985 * whole.objective  # over eight seeds .987 to 1.004, and .9965 in the mean
 
 
 def test_a_sample_is_a_quarter_at_most_and_large_enough_for_its_clusters() -> None:
