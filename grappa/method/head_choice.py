@@ -88,17 +88,16 @@ def standout_behind_head(
     images: NDArray[np.float32],
     views: NDArray[np.float32],
     *,
-    rows: NDArray[np.int64] | None = None,
     device: str = "cpu",
 ) -> NDArray[np.float64]:
     """Return ``neighborhood_standout`` of images, (m,), behind a head that was fitted on others.
 
-    fitted: embeddings (n, D) with unique ids (n,); images, views and ``rows`` as there; all L2-normalised. Whatever is
-    compared is judged behind a head of the same weight, ``DEFAULT_WEIGHT``.
+    fitted: embeddings (n, D) with unique ids (n,); images and views as there; all L2-normalised. Whatever is compared
+    is judged behind a head of the same weight, ``DEFAULT_WEIGHT``.
     """
     head = fit_whitened_neighborhood_head(fitted, ids, neighborhood_weight=DEFAULT_WEIGHT, device=device)
     made = (apply_head(head, each, device=device) for each in (images, views))
-    return neighborhood_standout(*made, rows=rows)
+    return neighborhood_standout(*made)
 
 
 def region_halves(embeddings: NDArray[np.float32], ids: NDArray[np.uint64], *, seed: int) -> NDArray[np.bool_]:

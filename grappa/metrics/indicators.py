@@ -1,8 +1,8 @@
 """Label-free indicators of retrieval quality.
 
 ``reciprocity`` tells how often two images choose each other as neighbours; ``neighborhood_standout`` how far an image's
-neighbours stand out for another view of it, ``neighbor_agreement`` how many of them the view has too. Heads are chosen
-by these two, the deployed model by the former.
+neighbours stand out for another view of it, among all images or among those of its own domain; ``neighbor_agreement``
+how many of them the view has too. Heads are chosen by these two, the deployed model by the former.
 
 Where neighbourhoods agree, most of an image's K nearest neighbours have the image among their K nearest; hubs, images
 that are near to everything, break this. The indicator needs no label, so it can rank configurations where no image has
@@ -25,6 +25,7 @@ NUM_NEIGHBORS = 10
 BLOCK_ROWS = 65536
 STANDOUT_ROWS, MIN_DEVIATION = 1024, 1e-9
 IMAGES_PER_STANDING, MIN_STANDING = 40, 3
+MIN_OF_DOMAIN, SMALL = 20, -1  # images of a domain whose mean and deviation are taken; the number of a smaller domain
 
 
 def reciprocity(
@@ -104,6 +105,7 @@ def neighborhood_standout(
     views: NDArray[np.float32],
     *,
     rows: NDArray[np.int64] | None = None,
+    domains: NDArray[np.object_] | None = None,
     num_neighbors: int | None = None,
 ) -> NDArray[np.float64]:
     """Return for images how far their neighbours stand out for another view of them, in standard deviations: (n,).
@@ -116,11 +118,16 @@ def neighborhood_standout(
 
     K is a 40th of the images (at least 3), so that the same collection gives the same picture whatever the size of the
     sample; it is at most a third of the other images. ValueError for fewer than 4 images or shapes that do not fit.
+
+    A space that tells domains apart lets neighbours stand out, which helps nobody who searches within a domain. With
+    ``domains`` (m,) the neighbours are the same, but the mean and the deviation are those over the other images of the
+    image's own domain; over all where the domain has fewer than ``MIN_OF_DOMAIN`` images.
     """
     judged = np.arange(len(embeddings)) if rows is None else rows
     if len(judged) != len(views):
         raise ValueError(f"found {len(views)} views of {len(judged)} images; expected one of each")
     nearest = _num_compared(embeddings, views, num_neighbors)
+    codes = np.zeros(len(embeddings), dtype=np.int64) if domains is None else _codes(domains)
     found = np.empty(len(views))
     for start in range(0, len(views), STANDOUT_ROWS):
         part = slice(start, start + STANDOUT_ROWS)
@@ -129,9 +136,17 @@ def neighborhood_standout(
         around = np.argpartition(-own, nearest, axis=1)[:, :nearest]
         near = np.take_along_axis(seen, around, axis=1).mean(axis=1, dtype=np.float64)
         seen[np.arange(len(seen)), judged[part]] = np.nan
+        own_code = codes[judged[part], None]
+        seen[(own_code != codes) & (own_code != SMALL)] = np.nan
         deviation = np.nanstd(seen, axis=1, dtype=np.float64)
         found[part] = (near - np.nanmean(seen, axis=1, dtype=np.float64)) / np.maximum(deviation, MIN_DEVIATION)
     return found
+
+
+def _codes(domains: NDArray[np.object_]) -> NDArray[np.int64]:
+    """Return a number for each image's domain, (m,): ``SMALL`` for those of few images."""
+    codes = pd.factorize(domains)[0].astype(np.int64)
+    return np.where(np.bincount(codes)[codes] < MIN_OF_DOMAIN, SMALL, codes)
 
 
 def neighbor_agreement(

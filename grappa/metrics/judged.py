@@ -13,8 +13,10 @@ class Judged:
     """A model that the verdict compares.
 
     ``indicator``: its mean neighbourhood standout, label-free, in standard deviations, higher is better.
-    ``difference``: to the indicator of the frozen backbone, both behind heads of one weight; ``low``, ``high``: the
+    ``difference``: to the indicator of the frozen backbone, both behind their own heads; ``low``, ``high``: the
     95 % interval of the difference, by paired bootstrap over images (all three are 0 for the frozen backbone itself).
+    ``low_within``: the lower end among the images of an image's own domain; None where there is one domain, and in a
+    verdict of an earlier version.
     """
 
     model: str
@@ -22,3 +24,4 @@ class Judged:
     difference: float
     low: float
     high: float
+    low_within: float | None = None

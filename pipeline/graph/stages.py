@@ -269,9 +269,8 @@ def _head_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
 
 def _verdict_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     models = candidate_models(config)
-    views = (_views(model) for model in models)
-    embeddings = (Input("embeddings", ("embeddings.npy",), model) for model in models)
-    return (Input("images", ("images.parquet",)), *embeddings, *views)
+    finals = (each for model in models for each in (_final(config, model), *_head_of(config, model)))
+    return (Input("images", ("images.parquet",)), *finals, *(_views(model) for model in models))
 
 
 def _attention_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
@@ -371,8 +370,8 @@ STAGES: tuple[Stage, ...] = (
         parallel=True,
         function="embeddings.run_on_views",
     ),
-    Stage("verdict", 1, _settings(), _verdict_inputs),
     Stage("heads", 3, _settings("heads"), _head_inputs, head_models),
+    Stage("verdict", 2, _settings(), _verdict_inputs),
     Stage(
         "model",
         1,

@@ -69,7 +69,7 @@ def test_the_whole_graph_as_jobs(fakes: FakeStages) -> None:
         "student",
         "embeddings (array of 7)",
         "views (array of 5)",
-        "verdict+heads+model+evaluation+index",
+        "heads+verdict+model+evaluation+index",
         "attention",
     ]
     needs = {job.title: job.needs for job in jobs}
@@ -95,7 +95,7 @@ def test_only_what_is_not_fresh_is_planned_and_its_inputs_are_pinned(fakes: Fake
         "student",
         "embeddings",
         "views",
-        "verdict",
+        "heads",
         "attention",
     ]
     (first, *_), (fusion,) = jobs[0].tasks, jobs[1].tasks

@@ -43,9 +43,65 @@ def test_few_images_give_no_verdict() -> None:
 
 
 def test_the_cheapest_of_equals_is_chosen_and_a_certainly_better_one_before_it() -> None:
-    close = {"zero_shot": FROZEN, "mean": _better(0.5), "student": _better(0.49), "fused": _better(0.51)}
+    fused = _better(0.51)
+    near = {name: fused - 0.01 + 0.3 * np.random.default_rng(5).normal(size=400) for name in ("mean", "student")}
+    close = {"zero_shot": FROZEN, "fused": fused, **near}
     assert judge(close, by_cost=ORDER).choice == "student"
     assert judge(close | {"student": _better(0.2)}, by_cost=ORDER).choice == "mean"
+    noise = 0.3 * np.random.default_rng(5).normal(size=400)
+    little = {"zero_shot": FROZEN, "fused": _better(0.07, 0.1), "student": FROZEN + 0.055 + noise - noise.mean()}
+    assert judge(little, by_cost=ORDER).choice == "fused"  # what the student gains counts as none
+    certainly_below = dict.fromkeys(near, fused - 0.01)
+    assert judge(close | certainly_below, by_cost=ORDER).choice == "fused"
+
+
+def _space(*, classes: float, domains: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return images of 30 classes in three domains, their views and their domains: how far both lie apart is given."""
+    rng = np.random.default_rng(0)
+    label = np.arange(300) // 10
+    lie = classes * rng.normal(size=(30, 32))[label] + 0.8 * rng.normal(size=(300, 32))
+    lie += domains * rng.normal(size=(3, 32))[label % 3]
+    seen = lie + 0.8 * rng.normal(size=(300, 32))
+    images, views = (normalized(each.astype(np.float32)) for each in (lie, seen))
+    return images, views, (label % 3).astype(str).astype(object)
+
+
+def test_a_model_that_only_draws_domains_apart_is_not_said_to_help() -> None:
+    spaces = {"zero_shot": _space(classes=0.5, domains=0.0), "apart": _space(classes=0.5, domains=0.7)}
+    spaces["better"] = _space(classes=0.7, domains=0.0)
+    whole = {name: neighborhood_standout(images, views) for name, (images, views, _) in spaces.items()}
+    within = {name: neighborhood_standout(*space[:2], domains=space[2]) for name, space in spaces.items()}
+
+    def said(*models: str) -> tuple[str, str]:
+        found = judge(
+            {name: whole[name] for name in models}, within={name: within[name] for name in models}, by_cost=models[1:]
+        )
+        return found.word, found.choice
+
+    lone = judge({name: whole[name] for name in ("zero_shot", "apart")}, by_cost=["apart"])
+    assert lone.word == "helped"  # by all images alone it would be
+    assert said("zero_shot", "apart") == ("no certain difference", "zero_shot")
+    assert said("zero_shot", "better") == said("zero_shot", "apart", "better") == ("helped", "better")
+
+
+def test_in_one_domain_and_in_small_ones_images_stand_out_among_all() -> None:
+    images, views, domains = _space(classes=0.5, domains=0.3)
+    whole = neighborhood_standout(images, views)
+    one = np.full(len(images), "a", dtype=object)
+    many = np.array([str(row // 10) for row in range(len(images))], dtype=object)
+    for each in (one, many):
+        np.testing.assert_array_equal(neighborhood_standout(images, views, domains=each), whole)
+    rows = np.array([3, 50, 200])
+    found = neighborhood_standout(images, views[rows], rows=rows, domains=domains)
+    np.testing.assert_allclose(found, neighborhood_standout(images, views, domains=domains)[rows], rtol=1e-5)
+    assert (found != whole[rows]).all()
+
+
+def test_where_all_models_are_certainly_worse_adaptation_hurt() -> None:
+    models = {"zero_shot": FROZEN, "mean": _better(-0.3), "fused": _better(-0.6)}
+    within = {"zero_shot": FROZEN, "mean": _better(-0.3), "fused": _better(0.2)}
+    assert judge(models, within=within, by_cost=ORDER).word == "hurt"
+    assert judge(models | {"mean": _better(0.3)}, within=within, by_cost=ORDER).word == "no certain difference"
 
 
 def test_neighbours_stand_out_where_views_keep_them() -> None:

@@ -34,6 +34,13 @@ def test_a_verdict_is_read_as_it_was_written(run: RunFolder) -> None:
     pd.testing.assert_frame_equal(pd.DataFrame(found.models), pd.DataFrame(VERDICT["models"]))
 
 
+def test_a_verdict_of_an_earlier_version_says_nothing_within_domains(run: RunFolder) -> None:
+    models = [{key: value for key, value in each.items() if key != "low_within"} for each in VERDICT["models"]]
+    publish_verdict(run, VERDICT | {"models": models})
+    found = read_verdict(run)
+    assert found is not None and [each.low_within for each in found.models] == [None] * 3
+
+
 def test_a_run_without_a_verdict_has_none(run: RunFolder) -> None:
     assert read_verdict(run) is None
     with pytest.raises(ValueError, match="verdict is (missing|no part of the run)"):

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 import grappa
 from grappa.images import splits
+from grappa.method.head import apply_head
 from grappa.metrics import verdict as rule
+from grappa.metrics.indicators import neighborhood_standout
 from grappa.pipeline.commands.search import search
 from grappa.pipeline.config.yaml_file import ConfigError
 from grappa.pipeline.engine.status import read_config, states
-from grappa.pipeline.opening import read_images
+from grappa.pipeline.opening import head_in, read_images
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import draw_images, make_run, run_all, split_of, with_other_bytes, write_table, write_weights
 
@@ -90,6 +92,19 @@ def test_views_of_all_images_give_the_verdict_of_the_judged_ones(
         assert one["indicator"] == pytest.approx(other["indicator"], abs=1e-4)
 
 
+def test_every_model_is_judged_as_it_is_searched(chosen: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "MIN_IMAGES", 1)
+    tested, _ = splits.test_rows(read_images(chosen.root / "images"))
+    for each in json.loads((chosen.root / "verdict" / "verdict.json").read_text())["models"]:
+        folder, seen_by = chosen.root / "heads" / each["model"], chosen.root / "views" / each["model"]
+        seen_by = seen_by if seen_by.exists() else chosen.root / "frozen_views"
+        rows, seen = (np.load(seen_by / name) for name in ("rows.npy", "views.npy"))
+        rows, seen = rows[np.isin(rows, tested)], seen[np.isin(rows, tested)]
+        images, views = np.load(folder / "embeddings.npy")[rows], apply_head(head_in(folder), seen)
+        assert each["indicator"] == pytest.approx(float(neighborhood_standout(images, views).mean()), abs=1e-4)
+        assert each["low_within"] is not None  # the images are of two domains
+
+
 def test_another_choice_is_deployed_everywhere(
     chosen: RunFolder, material: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,9 +136,7 @@ def test_a_model_that_the_run_does_not_have_is_refused(material: Path, tmp_path:
         _make(tmp_path / "run", material, model__source="best")
 
 
-def test_without_a_split_train_images_are_judged_on_other_regions_and_only_whitened(
-    material: Path, tmp_path: Path
-) -> None:
+def test_without_a_split_train_images_are_judged_and_only_whitened(material: Path, tmp_path: Path) -> None:
     run = _make(tmp_path / "run", material, "whole", model__source="auto")
     run_all(run, until="verdict")
     record = json.loads((run.root / "verdict" / "verdict.json").read_text())
@@ -131,7 +144,6 @@ def test_without_a_split_train_images_are_judged_on_other_regions_and_only_white
     assert record["num_images"] == len(np.load(run.root / "frozen_views" / "rows.npy"))
     fresh = {each.name: each.state.kind for each in states(run, read_config(run))}
     assert fresh["verdict"] == "fresh"
-    run_all(run, until="heads")
     for model in ("zero_shot", "fused"):
         assert json.loads((run.root / "heads" / model / "head.json").read_text()) == {"kind": "whitening"}
 
