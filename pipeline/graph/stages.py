@@ -341,7 +341,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("adaptors", 1, _settings("adaptors"), _set_inputs, adaptor_sets, parallel=True),
     Stage(
         "selection",
-        1,
+        2,
         lambda instance: ("selection", *_frozen_view_settings(instance)),
         _selection_inputs,
         _selection,
