@@ -209,10 +209,11 @@ class Run:
         """Return whether adaptation helped, told without labels.
 
         Its attributes: verdict ("helped", "no certain difference", "hurt", "too few images"), evidence (two sentences),
-        sentence (both in one line), deployed (the model that was chosen), images ("test" or "train") and num_images (on
+        sentence (both in one line), choice (the model that was chosen), images ("test" or "train") and num_images (on
         which it rests), models. ``pandas.DataFrame(run.verdict().models)`` is a row for each compared model: model,
         indicator (its neighbourhood standout, higher is better), difference (to the frozen backbone with its head),
-        low, high (the 95 % interval of the difference).
+        low, high (the 95 % interval of the difference), low_within (its lower end among the images of an image's own
+        domain; None where there is one domain, or in an older verdict).
         """
         self._published(VERDICT.name)
         found = read_verdict(self._folder)

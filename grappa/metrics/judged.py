@@ -25,3 +25,8 @@ class Judged:
     low: float
     high: float
     low_within: float | None = None
+
+    @property
+    def holds_within(self) -> bool:
+        """Whether it is certainly better within domains, or there is one domain only."""
+        return self.low_within is None or self.low_within > 0

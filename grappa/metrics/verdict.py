@@ -71,17 +71,12 @@ def _as_good(
 
 
 def _gains(model: Judged, frozen: Judged) -> bool:
-    return model.low > 0 and model.difference > MIN_SHARE * abs(frozen.indicator) and holds_within(model)
+    return model.low > 0 and model.difference > MIN_SHARE * abs(frozen.indicator) and model.holds_within
 
 
 def best_adapted(judged: Sequence[Judged]) -> Judged:
     """Return the adapted model with the largest indicator, of those that hold within domains where there are some."""
-    return max(judged[1:], key=lambda each: (holds_within(each), each.indicator))
-
-
-def holds_within(model: Judged) -> bool:
-    """Tell whether a model is certainly better within domains, or there is one domain only."""
-    return model.low_within is None or model.low_within > 0
+    return max(judged[1:], key=lambda each: (each.holds_within, each.indicator))
 
 
 def _judged(

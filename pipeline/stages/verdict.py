@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from grappa.images.splits import test_rows
 from grappa.method.head import apply_head
 from grappa.metrics.indicators import neighborhood_standout
-from grappa.metrics.verdict import Verdict, best_adapted, holds_within, judge
+from grappa.metrics.verdict import Verdict, best_adapted, judge
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import candidate_models, final_node, head_models
 from grappa.pipeline.graph.stages import views_node
@@ -97,10 +97,11 @@ def _evidence(verdict: Verdict, judged: str) -> str:
     last = f"The choice is {verdict.choice}."
     if verdict.word == "too few images":
         return f"Only {verdict.num_images} images could be judged, too few to tell a gain from chance. {last}"
-    frozen, best = verdict.models[0], best_adapted(verdict.models)
+    frozen, highest = verdict.models[0], max(verdict.models[1:], key=lambda each: each.indicator)
+    best = best_adapted(verdict.models) if verdict.word == "helped" else highest
     share, low, high = (value / abs(frozen.indicator) for value in (best.difference, best.low, best.high))
     where = f"on {verdict.num_images:,} {judged} images, without labels"
-    only = ", but not certainly within its domain" if best.low > 0 and not holds_within(best) else ""
+    only = ", but not certainly within its domain" if best.low > 0 and not best.holds_within else ""
     return (
         f"The neighbours of an image stand out {share:+.1%} [{low:+.1%}, {high:+.1%}] against the frozen backbone with "
         f"{best.model}, the best adapted model{only} ({where}). {last}"

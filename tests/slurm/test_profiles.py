@@ -58,8 +58,8 @@ def test_a_name_that_is_none() -> None:
         ),
         ("shared: [[model, evaluation], [evaluation, index]]", "shared: evaluation is in two groups"),
         (
-            "{shared: [[heads, model]], stages: {model: {partition: cpu}}}",
-            "shared: heads, model share a job but differ in partition",
+            "{shared: [[model, evaluation]], stages: {evaluation: {partition: cpu}}}",
+            "shared: model, evaluation share a job but differ in partition",
         ),
         ("sbatch: {dependency: afterok:1}", "sbatch: dependency is set by grappa"),
         ("stages: {evaluation: {tasks: 2}}", "stages.evaluation.tasks: found 2, expected 1: evaluation is computed by"),
@@ -90,7 +90,7 @@ def test_no_times(text: str) -> None:
 def test_stages_that_share_a_job_get_the_most_that_any_of_them_asks_for(tmp_path: Path) -> None:
     profile = written(
         tmp_path,
-        "{cpus: 2, memory: 900M, time: 1h, shared: [[heads, model, evaluation]],"
+        "{cpus: 2, memory: 900M, time: 1h, shared: [[heads, verdict, model, evaluation]],"
         " stages: {heads: {cpus: 8}, model: {memory: 2G, time: 30m}, evaluation: {time: 2h}}}",
     )
     found = profile.resources(profile.group_of("model"))
@@ -99,7 +99,7 @@ def test_stages_that_share_a_job_get_the_most_that_any_of_them_asks_for(tmp_path
 
 
 def test_several_processes_go_only_to_stages_that_can_use_them(tmp_path: Path) -> None:
-    profile = written(tmp_path, "{nodes: 2, tasks: 4, shared: [[backbone, images], [heads, model]]}")
+    profile = written(tmp_path, "{nodes: 2, tasks: 4, shared: [[backbone, images], [heads, verdict, model]]}")
     asked = {
         stage: profile.resources(profile.group_of(stage)) for stage in ("images", "clusters", "whitening", "heads")
     }

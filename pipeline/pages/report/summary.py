@@ -98,7 +98,7 @@ def verdict_table(found: Verdict) -> Table:
     for each in found.models:
         reference = each.difference == each.low == each.high == 0
         rows.append([each.model, number(each.indicator), "-" if reference else gain_text(asdict(each))])
-    strong = frozenset((row, 2) for row, each in enumerate(found.models) if each.low > 0)
+    strong = frozenset((row, 2) for row, each in enumerate(found.models) if each.low > 0 and each.holds_within)
     return Table("verdict", ["", "neighbourhood standout", "difference"], rows, strong)
 
 

@@ -13,12 +13,16 @@ from numpy.typing import NDArray
 import grappa
 from grappa.images import splits
 from grappa.method.head import apply_head
+from grappa.metrics import indicators
 from grappa.metrics import verdict as rule
 from grappa.metrics.indicators import neighborhood_standout
+from grappa.metrics.retrieval import paired_bootstrap
+from grappa.metrics.verdict import judge
 from grappa.pipeline.commands.search import search
 from grappa.pipeline.config.yaml_file import ConfigError
 from grappa.pipeline.engine.status import read_config, states
 from grappa.pipeline.opening import head_in, read_images
+from grappa.pipeline.stages.verdict import _evidence
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import draw_images, make_run, run_all, split_of, with_other_bytes, write_table, write_weights
 
@@ -92,17 +96,43 @@ def test_views_of_all_images_give_the_verdict_of_the_judged_ones(
         assert one["indicator"] == pytest.approx(other["indicator"], abs=1e-4)
 
 
-def test_every_model_is_judged_as_it_is_searched(chosen: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rule, "MIN_IMAGES", 1)
-    tested, _ = splits.test_rows(read_images(chosen.root / "images"))
-    for each in json.loads((chosen.root / "verdict" / "verdict.json").read_text())["models"]:
-        folder, seen_by = chosen.root / "heads" / each["model"], chosen.root / "views" / each["model"]
-        seen_by = seen_by if seen_by.exists() else chosen.root / "frozen_views"
+def test_every_model_is_judged_as_it_is_searched(
+    chosen: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indicators, "MIN_OF_DOMAIN", 2)  # else three domains of ten images count as one
+    copy = RunFolder.open(shutil.copytree(chosen.root, tmp_path / "copy"))
+    run_all(copy, stage="verdict", force=True)
+    table = read_images(copy.root / "images")
+    tested, domains = splits.test_rows(table)[0], table["domain"].to_numpy(dtype=object)
+    frozen_within, lows = None, []
+    for each in json.loads((copy.root / "verdict" / "verdict.json").read_text())["models"]:
+        folder, seen_by = copy.root / "heads" / each["model"], copy.root / "views" / each["model"]
+        seen_by = seen_by if seen_by.exists() else copy.root / "frozen_views"
         rows, seen = (np.load(seen_by / name) for name in ("rows.npy", "views.npy"))
         rows, seen = rows[np.isin(rows, tested)], seen[np.isin(rows, tested)]
         images, views = np.load(folder / "embeddings.npy")[rows], apply_head(head_in(folder), seen)
         assert each["indicator"] == pytest.approx(float(neighborhood_standout(images, views).mean()), abs=1e-4)
-        assert each["low_within"] is not None  # the images are of two domains
+        within = neighborhood_standout(images, views, domains=domains[rows])
+        frozen_within = within if frozen_within is None else frozen_within
+        low, _ = paired_bootstrap(within - frozen_within, seed=read_config(copy).views.seed)
+        assert each["low_within"] == pytest.approx(low, abs=1e-4)
+        lows.append(each["low_within"] - each["low"])
+    assert np.ptp(lows) > 1e-3, "within domains it is another number"
+
+
+def _verdict(**within: tuple[float, float]) -> str:
+    """Return the evidence for models that are better by so much, among all images and within domains."""
+    frozen, noise = np.linspace(2, 3, 200), 0.01 * np.random.default_rng(0).normal(size=200)
+    among = {"zero_shot": frozen} | {name: frozen + by + noise for name, (by, _) in within.items()}
+    inside = {"zero_shot": frozen} | {name: frozen + by + noise for name, (_, by) in within.items()}
+    return _evidence(judge(among, within=inside, by_cost=list(within)), "test")
+
+
+def test_the_evidence_names_the_best_model_also_where_it_holds_among_all_images_only() -> None:
+    among_all_only = _verdict(k00004=(0.5, -0.1), mean=(-0.1, 0.2))
+    assert "with k00004, the best adapted model, but not certainly within its domain" in among_all_only
+    assert "with k00004, the best adapted model (" in _verdict(k00004=(-0.3, -0.1), mean=(-0.6, 0.2))
+    assert "with mean, the best adapted model (" in _verdict(k00004=(0.6, -0.1), mean=(0.5, 0.2))
 
 
 def test_another_choice_is_deployed_everywhere(
