@@ -45,9 +45,7 @@ def neighborhood(z: np.ndarray, centroids: np.ndarray, temperature: float) -> tu
 def test_directions_that_few_images_do_not_know_are_not_blown_up() -> None:
     head = fit_neighborhood_head(embeddings(9), ids(9), deviation_power=0.5)
     scales = torch.linalg.eigvalsh(head.deviation_matrix.double())
-    assert float(scales.max() / scales.min()) <= (1 / 0.03) ** 0.25 + 1e-5, (
-        "they span eight of twelve"
-    )
+    assert float(scales.max() / scales.min()) <= (1 / 0.03) ** 0.25 + 1e-5, "they span eight of twelve"
 
 
 @pytest.mark.parametrize(("power", "weight"), [(0.5, 1.0), (1.0, 0.3), (0.0, 2.0)])
