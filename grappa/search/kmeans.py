@@ -362,10 +362,10 @@ def _distances(cosines: torch.Tensor) -> NDArray[np.float32]:
 
 
 def fill_empty(points: SharedPoints, found: Assignment, centroids_CD: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Re-seed empty clusters on the worst-served points until none is empty (or every point is its own centroid).
+    """Re-seed empty clusters on the worst-served points until none is empty, or no point gets nearer by that.
 
-    ``found`` is brought up to date in place. No point gets further from its centroid and at least one gets nearer in
-    each round, so it ends. Returns the centroids and how many were re-seeded.
+    ``found`` is brought up to date in place. No point gets further from its centroid, so it ends. A point need not be
+    nearest to itself: lengths differ by up to 1 %. Returns the centroids and how many were re-seeded.
     """
     num_reseeded = 0
     while True:
@@ -376,7 +376,10 @@ def fill_empty(points: SharedPoints, found: Assignment, centroids_CD: torch.Tens
             return centroids_CD, num_reseeded
         empty, seeds_SD = empty[: len(seeds)], points.take(points.own_ND, seeds)
         centroids_CD = centroids_CD.index_copy(0, empty, seeds_SD)
+        before = found.cosines.clone()
         points.improve(found, seeds_SD, names=empty)
+        if not points.total((found.cosines > before).sum()):
+            return centroids_CD, num_reseeded
         num_reseeded += len(seeds)
 
 

@@ -29,18 +29,24 @@ TAKEN_ROWS = 4096  # rows that are exchanged at a time
 def own_parts(number: int, processes: Processes = ALONE) -> list[slice]:
     """Return the parts of ``number`` rows that this process holds: they follow one another, of PART_ROWS at most.
 
-    Where there are fewer parts than processes, some processes hold none.
+    Where there are fewer parts than processes, the last processes hold none.
     """
     total = -(-number // PART_ROWS)
-    mine = processes.own_slice(total)
+    mine = _mine(total, processes)
     return [slice(part * number // total, (part + 1) * number // total) for part in range(mine.start, mine.stop)]
 
 
 def own_rows(number: int, processes: Processes = ALONE) -> slice:
     """Return the rows of all parts of this process."""
     total = max(1, -(-number // PART_ROWS))
-    mine = processes.own_slice(total)
+    mine = _mine(total, processes)
     return slice(mine.start * number // total, mine.stop * number // total)
+
+
+def _mine(total: int, processes: Processes) -> slice:
+    """Return which of ``total`` parts a process holds; the first process, which shows progress, always holds some."""
+    first, stop = (-(-rank * total // processes.world_size) for rank in (processes.rank, processes.rank + 1))
+    return slice(first, stop)
 
 
 def most_rows(number: int, world_size: int) -> int:

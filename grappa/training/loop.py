@@ -201,7 +201,8 @@ def _resume(
     tensors, record = loaded
     if record["num_steps"] != num_steps:
         raise ValueError(f"the checkpoint is of a training of {record['num_steps']} steps, this one has {num_steps}")
-    tensors = {**tensors, **{name: tensors[name][processes.own_slice(rows)] for name, rows in sharded.items()}}
+    own = {name: tensors[name][processes.own_slice(rows)].clone() for name, rows in sharded.items()}  # a view keeps all
+    tensors = {**tensors, **own}
     module.load_state_dict(below(tensors, "module."))
     _load_moments(optimizer, below(tensors, "optimizer."))
     device = next(module.parameters()).device

@@ -58,8 +58,9 @@ def add(run: Path, sources: Sequence[Path | str], *, layout: str | None, progres
     config = read_config(folder)
     refuse_missing_packages(config, ["index"])
     _check_finished(folder, config)
-    with _locked(folder), changed_means_again():
-        made = _decode(folder, config, sources, layout, progress, say) if sources else None
+    with _locked(folder):
+        with changed_means_again():
+            made = _decode(folder, config, sources, layout, progress, say) if sources else None
         for number in additions.numbers(folder):
             published(folder, additions.pictures(number), "images.parquet", "labels.parquet")
             if additions.state_of(folder, config, number, verify=True).kind != "fresh":

@@ -195,6 +195,7 @@ def _publish(shards: Shards, kept: int, out: Path) -> None:
             refuse_existing(ids)
         refuse_existing(out)
         os.rename(draft / ID_FILE, ids)
+        fsync_folder(out.parent)
         os.rename(draft / ARRAY_FILE, out)
     else:
         written = _written_table if out.suffix.lower() == ".parquet" else _written_folder

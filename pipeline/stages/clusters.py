@@ -11,9 +11,8 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from grappa.core.randomness import id_numbers
 from grappa.core.vectors import read_rows
-from grappa.images.splits import train_rows
+from grappa.images.splits import train_rows_by_id
 from grappa.pipeline.config.schema import num_clusters_of
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.stages import clustered_node
@@ -27,7 +26,7 @@ def run(context: StageContext) -> str:
     node = clustered_node(context.config)
     file = context.input(node.stage, node.instance) / "features.npy"
     features = np.load(file, mmap_mode="r", allow_pickle=False)
-    rows, ids = _in_order(images)
+    rows, ids = train_rows_by_id(images)
     num_clusters = num_clusters_of(str(context.instance))
     context.need_memory(memory_needed(len(rows), features.shape[1], num_clusters, context.team.size))
     device = str(settle_device(context))
@@ -52,14 +51,6 @@ def run(context: StageContext) -> str:
     _write(context, images["image_id"].tolist(), labels, distances)
     np.save(context.path / "centroids.npy", found.centroids, allow_pickle=False)
     return _summary(found, len(rows))
-
-
-def _in_order(images: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """Return the train rows sorted by id number, and these numbers; k-means copies features in any other order."""
-    rows = train_rows(images)
-    ids = id_numbers(images["image_id"].iloc[rows].tolist())
-    order = np.argsort(ids, kind="stable")
-    return rows[order], ids[order]
 
 
 def _all_rows(

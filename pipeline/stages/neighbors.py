@@ -76,7 +76,9 @@ def run(context: StageContext) -> str:
         with context.task("searching", len(own)) as advance:
             found = candidates.exact(features[own], own, advance)
     else:
-        index = context.processes.broadcast(trained_index(engine, candidates.features) if context.leads else b"")
+        index = trained_index(engine, candidates.features) if context.leads else b""
+        context.team.wait_for_all("lists")  # a collective would not wait for hours
+        index = context.processes.broadcast(index)
         with context.task("searching", len(own)) as advance:
             found = candidates.found_by(index, features[own], own, advance)
         recall = _recall(context, candidates, features, found[1], recall_rows(images["image_id"].tolist()))

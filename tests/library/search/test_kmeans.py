@@ -121,6 +121,15 @@ def test_empty_clusters_are_seeded_on_the_worst_served_points() -> None:
     assert (found.cosines >= cosines).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_points_that_are_not_nearest_to_themselves_end_too(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    few = np.repeat(unit(random.normal(size=(4, 4))), 13, axis=0)
+    points = (few + 1e-4 * random.normal(size=few.shape)) * random.uniform(0.991, 1.009, (52, 1))
+    found = cluster(points.astype(np.float32), num_clusters=26, ids=names(52), num_iterations=5)
+    assert len(found.pseudo_labels) == 52 and found.pseudo_labels.max() < 26
+
+
 def test_an_empty_cluster_is_not_seeded_by_emptying_another() -> None:
     """The worst-served image of all is alone in its cluster, and stays there."""
     alone, group = (

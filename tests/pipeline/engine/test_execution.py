@@ -39,8 +39,8 @@ ALL = [
         "student",
         *EMBEDDINGS,
         *(name.replace("heads/", "views/") for name in HEADS[1:]),
-        "verdict",
         *HEADS,
+        "verdict",
         "model",
         "evaluation",
         "index",
@@ -100,7 +100,7 @@ def test_an_edited_setting_runs_its_stage_and_all_that_hangs_on_it(complete: Fak
         [f"{stage}/{row}" for row in ("fused", "student")] for stage in ("embeddings", "views", "heads")
     )
     end = ["model", "evaluation", "index", "attention/neighbors"]
-    assert complete.ran == ["fusion/neighbors", "student", *made, *seen, "verdict", *last, *end]
+    assert complete.ran == ["fusion/neighbors", "student", *made, *seen, *last, "verdict", *end]
 
 
 def test_upstream_run_again_with_the_same_bytes_leaves_downstream_fresh(complete: FakeStages) -> None:
