@@ -64,7 +64,7 @@ def test_parts_do_not_depend_on_the_number_of_processes(monkeypatch: pytest.Monk
         team = [Processes(rank, size) for rank in range(size)]
         assert [part for each in team for part in own_parts(95, each)] == whole
         assert most_rows(95, size) == max(len(range(95)[own_rows(95, each)]) for each in team)
-    assert own_parts(0) == [] and own_rows(3, Processes(0, 2)) == slice(0, 0)
+    assert own_parts(0) == [] and own_rows(3, Processes(0, 2)) == slice(0, 3), "the first process has some"
 
 
 def test_the_smallest_values_are_ordered_by_value_then_row() -> None:
@@ -83,8 +83,8 @@ def test_each_process_needs_memory_for_its_own_rows() -> None:
 def test_several_processes_give_ids_in_order_and_their_own_rows() -> None:
     points, ids = np.eye(40, dtype=np.float32), np.arange(40, dtype=np.uint64)
     for ranks, given, sentence in (
-        (Processes(1, 2), ids[::-1], "give ids, and the rows, in ascending order"),
-        (Processes(0, 2), ids, "found 40 features, expected those of the rows 0 to 0"),
+        (Processes(0, 2), ids[::-1], "give ids, and the rows, in ascending order"),
+        (Processes(1, 2), ids, "found 40 features, expected those of the rows 40 to 40"),
     ):
         with pytest.raises(ValueError, match=sentence):
             cluster(points, num_clusters=3, ids=given, processes=ranks)
