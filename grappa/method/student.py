@@ -29,7 +29,7 @@ from grappa.images.transforms import eval_batch, normalize
 from grappa.method import losses
 from grappa.method.adaptors import AdaptorSet
 from grappa.method.head import MIN_WHITENED_SHARE
-from grappa.metrics.whitening import MIN_VARIANCE
+from grappa.metrics.whitening import MIN_VARIANCE, principal_axes
 from grappa.training.batches import BatchOrder, Runtime, Views
 from grappa.training.loop import FitResult, Group, Optimization, fit
 
@@ -51,18 +51,17 @@ class Transfer:
 
 
 class Compared:
-    """From embeddings (..., D) to where the loss compares them: whitened by what the bank varies in.
+    """From embeddings (B, D) to where the loss compares them, (B, D) float32: whitened by what the bank varies in.
 
     Directions in which the bank hardly varies, or not at all because it is small, count as if they had
     ``MIN_WHITENED_SHARE`` of the largest variance: else nothing would hold the student there.
     """
 
     def __init__(self, bank_MD: Tensor, power: float) -> None:
-        units = F.normalize(bank_MD.double(), dim=-1)
-        mean = units.mean(0)
-        variances, axes = torch.linalg.eigh((units - mean).T @ (units - mean) / len(units))
-        raised = variances.clamp_min(MIN_WHITENED_SHARE * float(variances[-1]) + MIN_VARIANCE)
-        self._mean, self._matrix = mean.float(), (axes * raised ** (-power / 2)).float()
+        mean, variances, axes = principal_axes(F.normalize(bank_MD.float(), dim=-1).cpu().numpy())
+        raised = np.maximum(variances, MIN_WHITENED_SHARE * variances[-1] + MIN_VARIANCE)
+        made = (torch.from_numpy(each).float() for each in (mean, axes * raised ** (-power / 2)))
+        self._mean, self._matrix = (each.to(bank_MD.device) for each in made)
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         return (F.normalize(embeddings.float(), dim=-1) - self._mean) @ self._matrix

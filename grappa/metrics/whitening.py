@@ -50,8 +50,7 @@ def fit_whitening(features: NDArray[np.float32], *, power: float = 0.5, min_shar
     features = check_vectors("features", features)
     if not 0.0 <= power <= 1.0:
         raise ValueError(f"power is {power}; expected a number between 0 (rotation only) and 1 (full whitening)")
-    mean = features.mean(axis=0, dtype=np.float64)
-    eigenvalues, axes = np.linalg.eigh(_covariance(features, mean))
+    mean, eigenvalues, axes = principal_axes(features)
     if len(features) < 2 or eigenvalues[-1] <= MIN_VARIANCE:
         raise ValueError(
             f"the {len(features)} rows of features do not differ; whitening needs at least two different ones"
@@ -60,6 +59,17 @@ def fit_whitening(features: NDArray[np.float32], *, power: float = 0.5, min_shar
     raised = np.maximum(np.where(kept, eigenvalues, 1.0), min_share * eigenvalues[-1])
     scales = np.where(kept, raised ** (-power / 2.0), 0.0)
     return Whitening(mean=mean, matrix=axes * scales)
+
+
+def principal_axes(
+    features: NDArray[np.float32],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the mean (D,) of features (N, D), their variances (D,) along the principal axes, ascending, and these, the
+    columns of (D, D).
+    """
+    mean = features.mean(axis=0, dtype=np.float64)
+    variances, axes = np.linalg.eigh(_covariance(features, mean))
+    return mean, variances, axes
 
 
 def _covariance(features: NDArray[np.float32], mean: NDArray[np.float64]) -> NDArray[np.float64]:

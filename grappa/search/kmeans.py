@@ -264,7 +264,7 @@ def _cluster(
     centroids = _first_centroids(points.subset(first), ids[first], num_clusters, num_iterations, keys)
     found = Assignment.none(points.own_ND)
     points.improve(found, centroids, progress=progress)
-    return _iterated(points, found, centroids, num_iterations, TOLERANCE, progress)
+    return _iterated(points, found, centroids, num_iterations, progress)
 
 
 def _num_first(num_images: int, num_clusters: int) -> int:
@@ -298,7 +298,7 @@ def _from_start(
 ) -> Clustering:
     centroids, found = start(points, ids, num_clusters, start_key)
     progress(len(points.own_ND))
-    return _iterated(points, found, centroids, num_iterations, TOLERANCE, progress)
+    return _iterated(points, found, centroids, num_iterations, progress)
 
 
 def _iterated(
@@ -306,10 +306,9 @@ def _iterated(
     found: Assignment,
     centroids_CD: torch.Tensor,
     num_iterations: int,
-    tolerance: float,
     progress: Progress,
 ) -> Clustering:
-    centroids, num_reseeded, objective = _iterate(points, found, centroids_CD, num_iterations, tolerance, progress)
+    centroids, num_reseeded, objective = _iterate(points, found, centroids_CD, num_iterations, TOLERANCE, progress)
     sizes = points.sizes(found, len(centroids))
     arrays = found.labels.cpu().numpy(), centroids.cpu().numpy(), _distances(found.cosines), sizes.cpu().numpy()
     return Clustering(*arrays, objective=objective, num_reseeded=num_reseeded)
