@@ -197,7 +197,9 @@ def _stopping(tell: Callable[[], None]) -> Iterator[None]:
     """At a signal, let the stage save its state, then requeue the job by submitit's own handler.
 
     SIGUSR2 announces a preemption or the time limit. SIGTERM comes from scancel, or from a preemption on a cluster that
-    sends no other signal: the state is saved, and Slurm decides whether the job starts again.
+    sends no other signal: the state is saved, and Slurm decides whether the job starts again. While the job asks to be
+    put back, it ignores SIGTERM, and so does the ``scontrol`` it calls: Slurm answers by this signal to all processes
+    of the job, often before scontrol has ended, and a scontrol that ends by it looks like a refusal.
     """
     requeue = signal.getsignal(signal.SIGUSR2)
     if not callable(requeue):  # the call runs in the user's process: there is no job to requeue
@@ -210,6 +212,7 @@ def _stopping(tell: Callable[[], None]) -> Iterator[None]:
         tell()
         number, frame = received[0]
         if number == signal.SIGUSR2:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             requeue(number, frame)
         raise SystemExit(128 + number)
 

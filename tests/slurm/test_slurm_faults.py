@@ -123,6 +123,22 @@ def test_a_job_is_put_back_a_bounded_number_of_times(desk: Desk, tmp_path: Path)
         scene.assert_undisturbed(SETS[0])
 
 
+def test_the_request_to_be_put_back_outlives_the_signal_that_answers_it(desk: Desk, tmp_path: Path) -> None:
+    slow = tmp_path / "bin" / "scontrol"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\n{shutil.which("scontrol")} "$@" || exit\nsleep 2\n')
+    slow.chmod(0o755)
+    for scene in staged(desk, tmp_path / "run", tmp_path):
+        scene.profile.write_text(scene.profile.read_text().replace("export ", f"export PATH={slow.parent}:$PATH "))
+        scene.submit("--stage", "adaptors", "--instance", "k00004")
+        scene.wait_for_step(SETS[0])
+        scene.preempt()
+        scene.wait_for_restart(scene.job_of(SETS[0]))
+        scene.open_gate()
+        scene.wait_until_idle()
+        scene.assert_undisturbed(SETS[0])
+
+
 def test_two_time_limits_lose_nothing(desk: Desk, tmp_path: Path) -> None:
     for scene in staged(desk, tmp_path / "run", tmp_path, stages="{adaptors: {time: 1m}}", signal_seconds="10"):
         scene.submit("--until", "adaptors")
