@@ -21,6 +21,7 @@ from grappa.backbone.own_module import Maker
 from grappa.backbone.spec import BackboneSpec
 from grappa.backbone.tensors import fill, give_memory, saved, tables_of
 from grappa.core.arrays import below
+from grappa.core.devices import usable_device
 from grappa.core.printing import sentence, shown
 from grappa.deploy.encoding import (
     BATCH,
@@ -147,10 +148,10 @@ class GrappaModel(nn.Module):
             max_pixels: a larger image is not decoded.
 
         Raises:
-            ItemError: an item is no image, or a broken one. A ValueError.
+            ItemError: an item is no image, or a broken one. A ValueError, as for a device that is not there.
         """
         if device is not None:
-            self.to(device)
+            self.to(usable_device(device))
         several: Any = [items] if is_single(items) else items
         options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "max_pixels": max_pixels}
         embeddings, mask = encode(self, several, errors=errors, **options)

@@ -19,6 +19,15 @@ def resolve_device(requested: str) -> torch.device:
     return torch.device(requested)
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return a device; ValueError for one that torch does not know, or that this machine does not have."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # an AssertionError, where torch was built without CUDA
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"the device is {str(device)!r}, which torch cannot use here ({why}); give cpu") from error
+
+
 def resolve_precision(requested: str, device: torch.device) -> str:
     """Return ``float32`` or ``bfloat16``; ``auto`` is decided by what the hardware has, never by timing."""
     if requested != "auto":

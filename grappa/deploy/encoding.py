@@ -174,7 +174,9 @@ def encode(
 
     ``GrappaModel.encode`` says what the arguments are.
     """
-    if batch_size < 1 or errors not in ("raise", "mask"):
+    if not isinstance(items, Iterable):
+        raise ItemError(f"found {type(items).__name__}, expected images: paths, PIL images, arrays, tensors")
+    if not isinstance(batch_size, int) or batch_size < 1 or errors not in ("raise", "mask"):
         raise ValueError(f"batch_size is {batch_size}, errors is {errors!r}; expected 1 or more, and raise or mask")
     total = len(items) if isinstance(items, Sequence | np.ndarray | Tensor) else None
     rows = [np.empty((0, model.embedding_dim), np.float32)]

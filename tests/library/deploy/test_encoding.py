@@ -112,7 +112,20 @@ def test_an_image_of_too_many_pixels_is_not_decoded(model: GrappaModel, photos: 
             model.encode([item], max_pixels=100)
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"errors": "skip"}])
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": 1.5}, {"errors": "skip"}])
 def test_an_option_of_no_meaning_is_refused(model: GrappaModel, options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="expected 1 or more, and raise or mask"):
         model.encode([], **options)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda"])
+def test_a_device_that_is_not_there_is_refused_in_one_sentence(model: GrappaModel, device: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match=f"the device is '{device}', which torch cannot use here .*; give cpu$"):
+        model.encode([], device=device)
+
+
+def test_what_is_no_list_of_images_is_named(model: GrappaModel) -> None:
+    with pytest.raises(ItemError, match="found int, expected images"):
+        model.encode(5)  # type: ignore[call-overload]
