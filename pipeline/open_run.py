@@ -371,8 +371,10 @@ class Run:
         partitions = [clusters[name].iloc[chosen].to_numpy(dtype="int64") for name in names]
         return sampled(images.iloc[chosen], partitions, n, seed=seed)
 
-    def outliers(self) -> pd.DataFrame:
+    def outliers(self, *, live: bool = False) -> pd.DataFrame:
         """Return the images of the run, those that are farthest from others first: index image_id.
+
+        ``live``: without those that were removed; images that were added are not ranked.
 
         Columns: distance (float32: mean 1 - cosine to the nearest train images, by the frozen backbone), ratio
         (float32: how much farther that is than these images are from theirs, about 1 for most;
@@ -390,6 +392,8 @@ class Run:
         table = self.images()
         table.insert(0, "distance", distances.mean(axis=1))
         table.insert(1, "ratio", ratios)
+        if live:
+            table = table[table.index.isin(self.images(live=True).index)]
         return table.sort_values("distance", ascending=False, kind="stable")
 
     # ---------------------------------------------------------------- inside

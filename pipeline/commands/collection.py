@@ -81,7 +81,8 @@ def duplicates(
 def outliers(run: Run, out: Out = None) -> None:
     """Find images that are like no others.
 
-    Print the first ones, and write all images as a table, those farthest from others first.
+    Print the first ones, and write all images as a table, those farthest from others first. Images that were removed
+    are left out, images that were added are not ranked.
     """
     from grappa.pipeline.commands.curate import outliers as find
 

@@ -35,10 +35,10 @@ def duplicates(run: Path, out: Path | None, *, threshold: float | None, model: s
 
 
 def outliers(run: Path, out: Path | None, *, say: Say) -> None:
-    """Rank the images of a run by how far they lie from others; say the first ones, write all into ``out``."""
+    """Rank the images of a run that were not removed by how far they lie from others; say the first, write all."""
     if out is not None:
         check_parquet_name(out)
-    found = open_run(run).outliers()
+    found = open_run(run).outliers(live=True)
     for row in found.head(MOST_LINES).itertuples():
         say(f"{row.distance:.3f}  {row.domain}  {row.path}  {row.Index}")
     table = found.drop(columns="file").reset_index()

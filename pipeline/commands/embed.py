@@ -32,6 +32,7 @@ BATCH = 64
 NO_BOX = (float("nan"),) * 4
 COLUMNS = ["path", "domain"]
 ARRAY_FILE, ID_FILE, REJECTED_FILE = "embeddings.npy", "ids.parquet", "rejected.parquet"
+OTHER_FORMATS = (".csv", ".feather", ".h5", ".hdf5", ".json", ".jsonl", ".npz", ".pkl", ".pt", ".safetensors", ".tsv")
 REMOTE_THREADS = 16  # that wait for a network
 
 
@@ -171,9 +172,14 @@ def _counts(shards: Shards) -> _Counts:
 
 
 def _refuse_used(out: Path) -> None:
-    """Refuse names that exist; the ids of an array may have been published by a call that was killed just then."""
+    """Refuse names of other formats, and names that exist.
+
+    The ids of an array may have been published by a call that was killed just then.
+    """
     from grappa.pipeline.commands.embedded_shards import work_of
 
+    if out.suffix.lower() in OTHER_FORMATS:
+        raise ValueError(f"{out} is to be one file in .npy or .parquet, or a new folder; give such a name")
     refuse_existing(out)
     if _is_array(out) and not work_of(out).is_dir():
         refuse_existing(_ids_of(out))

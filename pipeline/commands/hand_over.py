@@ -60,7 +60,8 @@ def write_vectors(out: Path, table: pd.DataFrame, embeddings: NDArray[np.float32
     try:
         plain = pa.Table.from_pandas(table, preserve_index=False)
     except UnicodeEncodeError as error:
-        raise ValueError(f"{ascii(error.object)[:200]} is no UTF-8 name, which Parquet cannot hold") from error
+        name = ascii(error.object)[:200]
+        raise ValueError(f"{name} is no UTF-8 name, which Parquet cannot hold; rename the file") from error
     kind = pa.list_(pa.float32(), embeddings.shape[1])
     schema = plain.schema.append(pa.field(VECTOR, kind)).remove_metadata()
 

@@ -49,8 +49,8 @@ def load_run_model(run: str | Path, module: Maker | None = None) -> GrappaModel:
 
 
 def search(run: Path, image: Path | str, k: int) -> list[dict[str, Any]]:
-    """Return the ``k`` most similar images of the collection as it is now, nearest first; the image itself, the same
-    bytes, is left out.
+    """Return the ``k`` most similar images of the collection as it is now, nearest first, or all where there are
+    fewer; the image itself, the same bytes, is left out.
 
     Images that were added are among them once the deployed model has embedded them, removed ones never are. An image
     is a dict of image_id, file (the absolute path), path (relative to its image root), domain and similarity (cosine,
@@ -64,7 +64,7 @@ def search(run: Path, image: Path | str, k: int) -> list[dict[str, Any]]:
     check_deployed(folder)
     images, index = _images(folder), index_now(folder)
     same = _ids_of(images, hashlib.sha256(data).hexdigest()) & set(index.ids)
-    more = min(k + len(same), max(len(index), k))  # k that is larger than the index is the index's own error
+    more = min(k + len(same), len(index))
     found = zip(*(each[0] for each in index.search(_embedded(folder, picture), more)), strict=True)
     nearest = [(image_id, similarity) for image_id, similarity in found if image_id not in same][:k]
     rows = _rows_of(images, [image_id for image_id, _ in nearest])

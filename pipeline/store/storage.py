@@ -94,7 +94,7 @@ def _is_alive(process: int) -> bool:
 def refuse_existing(folder: Path) -> None:
     """Raise ValueError when a file or folder of this name exists, before long work begins in vain."""
     if os.path.lexists(folder):
-        raise ValueError(f"{folder} exists already; give a new folder")
+        raise ValueError(f"{folder} exists already; give a new name")
 
 
 @contextmanager

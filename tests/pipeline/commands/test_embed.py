@@ -299,6 +299,13 @@ def test_two_commands_do_not_write_the_same_result(model: Path, images: Path, tm
         embed(model, images, tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["vectors.csv", "vectors.NPZ"])
+def test_a_file_that_is_not_written_is_no_folder(model: Path, images: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"is to be one file in \.npy or \.parquet, or a new folder"):
+        embed(model, images, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_of_which_none_can_be_used_leave_nothing(model: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")

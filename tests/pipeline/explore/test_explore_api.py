@@ -322,6 +322,12 @@ def test_duplicates_and_outliers(client: TestClient) -> None:
     assert {each["domain"] for each in client.get("/api/outliers?domain=discs").json()["items"]} == {"discs"}
 
 
+@pytest.mark.parametrize("path", ["duplicates?kind=nearly", "clusters/k00004/0/images?order=rarest"])
+def test_a_word_that_is_not_known_is_refused(client: TestClient, path: str) -> None:
+    answer = client.get(f"/api/{path}")
+    assert answer.status_code == 400 and "it is one of" in answer.json()["error"]
+
+
 def test_near_duplicates_are_chains() -> None:
     neighbors = np.array([[1], [2], [1], [4], [3], [0]])
     similarities = np.array([[0.99], [0.97], [0.97], [0.999], [0.999], [0.5]], dtype=np.float32)

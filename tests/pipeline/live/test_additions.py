@@ -140,6 +140,22 @@ def test_removed_images_are_not_found_until_they_are_added_again(material: Path,
     assert nearest(run, image)["image_id"] == image_id
 
 
+def test_removed_images_are_no_outliers(run: RunFolder, tmp_path: Path) -> None:
+    ranked = grappa.open_run(run.root).outliers().index
+    assert call("remove", run.root, ranked[0])[0] == 0
+    code, lines = call("outliers", run.root, "--out", tmp_path / "outliers.parquet")
+    assert code == 0 and lines[0].endswith(ranked[1]) and lines[-1].startswith("59 images, ")
+    assert [*pd.read_parquet(tmp_path / "outliers.parquet")["image_id"]] == [*ranked[1:]]
+    assert [*grappa.open_run(run.root).outliers().index] == [*ranked]
+
+
+def test_a_collection_with_fewer_images_than_are_asked_for_gives_all(material: Path, run: RunFolder) -> None:
+    kept = grappa.open_run(run.root).images().index[:4]
+    assert call("remove", run.root, *grappa.open_run(run.root).images().index[4:])[0] == 0
+    code, lines = call("search", run.root, material / "more" / "discs" / "class_0" / "0.png")
+    assert code == 0 and {line.split()[-1] for line in lines} == {*kept}
+
+
 def test_a_table_of_duplicates_names_what_is_removed(material: Path, run: RunFolder, tmp_path: Path) -> None:
     code, lines = call("duplicates", run.root, "--threshold", 0.99, "--out", tmp_path / "pairs.parquet")
     assert code == 0, lines

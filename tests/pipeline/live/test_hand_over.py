@@ -159,7 +159,8 @@ def test_names_that_parquet_cannot_hold_are_one_sentence_and_links_lead_to_them(
     run_all(made, stage="embeddings", instance="zero_shot")
     for words in (["vectors", "--model", "zero_shot"], ["sample", "-n", "30"]):
         code, output = call(words[0], made.root, *words[1:], "--out", tmp_path / "out.parquet")
-        assert code == 1 and "is no UTF-8 name, which Parquet cannot hold" in output and "\\udcff" in output
+        sentence = "is no UTF-8 name, which Parquet cannot hold; rename the file"
+        assert code == 1 and sentence in output and "\\udcff" in output
         assert len(output.strip().splitlines()) == 1
     with pytest.raises(ValueError, match=r"udcff.* is no UTF-8 name, which JSON cannot hold; rename the file"):
         hand_over.check_text(os.fsdecode(odd))

@@ -295,7 +295,7 @@ def test_what_cannot_be_reported_is_one_sentence(copy: RunFolder, material: Path
         write_report(copy.root, folder, folder=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"], "nothing half-written stays"
     folder.mkdir()
-    with pytest.raises(ValueError, match="report exists already; give a new folder"):
+    with pytest.raises(ValueError, match="report exists already; give a new name"):
         write_report(copy.root, folder, folder=True)
     with pytest.raises(ValueError, match=r"the report is one page: .*/report does not end in \.html"):
         write_report(copy.root, folder)

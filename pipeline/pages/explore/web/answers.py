@@ -104,7 +104,7 @@ def cluster_images(request: Request) -> Response:
     workspace, given = workspace_of(request), {**request.query_params, **request.path_params}
     found = workspace.described(asked.granularity_in(workspace, given))
     rows = found.groups.rows(asked.group_in(found, given))
-    if given.get("order") == "atypical":
+    if asked.one_of(given, "order", ("typical", "atypical")) == "atypical":
         rows = rows[::-1]
     distances = found.groups.distances
     return _page(
@@ -296,7 +296,7 @@ def _numbers(values: Any) -> Response:
 def duplicates(request: Request) -> Response:
     """Groups of images that are the same, by their bytes (``kind=files``) or by similarity (``kind=near``)."""
     workspace, given = workspace_of(request), dict(request.query_params)
-    if given.get("kind", "files") == "files":
+    if asked.one_of(given, "kind", ("files", "near")) == "files":
         found = [(rows, 1.0) for rows in same_files(workspace.collection.sha256)]
     else:
         near = _near(workspace)

@@ -43,6 +43,14 @@ def share(given: Mapping[str, Any], name: str, default: float) -> float:
     return value
 
 
+def one_of(given: Mapping[str, Any], name: str, known: tuple[str, ...]) -> str:
+    """Return one of the known words; without any the first."""
+    found = given.get(name, known[0])
+    if found not in known:
+        raise ApiError(400, f"{name} is {str(found)[:40]!r}; it is one of {', '.join(known)}")
+    return str(found)
+
+
 def row_in(workspace: Workspace, given: Mapping[str, Any], name: str = "row") -> int:
     """Return the number of an image of the run; 404 for any other."""
     row = whole_number(given, name, -1, -1, 2**40)
