@@ -1,6 +1,7 @@
-"""The command line `grappa`: arguments, help texts, calls. A heavy package is imported when a command needs it."""
+"""The command line `grappa`: arguments, help texts, calls. A heavy package is imported when a command needs it.
 
-from __future__ import annotations
+Annotations are no texts in the modules of commands: typer would compile each of them again at every start.
+"""
 
 import json
 import os

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import gc
 import os
 import resource
 import sys
@@ -31,6 +32,9 @@ def one_sentence_errors(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
         interrupts.begin()
+        if not gc.isenabled():  # what was made before is no garbage
+            gc.freeze()
+            gc.enable()
         try:
             command(*args, **kwargs)
             sys.stdout.flush()

@@ -31,52 +31,61 @@ class _Place(NamedTuple):
     size: int
 
 
-def count_distinct_files(listing: pd.DataFrame, roots: Sequence[str], *, enough: int | None = None) -> int:
+def count_distinct_files(
+    listing: pd.DataFrame,
+    roots: Sequence[str],
+    *,
+    among: NDArray[np.bool_] | None = None,
+    enough: int | None = None,
+) -> int:
     """Count the different contents of listed images; missing files have none.
 
     A file is opened only if another one has its size, and read as a whole only if their ends agree too. What cannot be
-    read counts as one of its own, and so do images behind URLs and those whose size is not known before. Eight bytes
-    of memory are kept of an image, and a tar is opened once for thousands of its images.
+    read counts as one of its own, and so do images behind URLs and those whose size is not known before. No copy of the
+    listing is made, some numbers are kept of an image, and a tar is opened once for thousands of its images.
 
     Args:
         listing, roots: what ``grappa.images.table.list_images`` gave (rows of the frame, and its ``attrs["roots"]``).
+        among: (n,), the rows that are counted; None: all.
         enough: read no file if so many are certain by their sizes; the number returned is then a lower bound.
     """
-    present = listing[listing["size"] != MISSING]
-    sizes = present["size"].to_numpy()
-    different, place, counts = np.unique(sizes[sizes >= 0], return_inverse=True, return_counts=True)
-    if enough is not None and len(different) + int((sizes < 0).sum()) >= enough:
-        return len(different) + int((sizes < 0).sum())
-    local = np.array([not is_url(root) for root in roots], bool)[present["root"].to_numpy()]
-    repeated = np.zeros(len(sizes), bool)
-    repeated[sizes >= 0] = counts[place] > 1
-    rows = present[repeated & local]
+    sizes = listing["size"].to_numpy()
+    present = (sizes != MISSING) if among is None else among & (sizes != MISSING)
+    known = present & (sizes >= 0)
+    different, counts = np.unique(sizes[known], return_counts=True)
+    certain = len(different) + int((present & ~known).sum())
+    if enough is not None and certain >= enough:
+        return certain
+    local = np.array([not is_url(root) for root in roots], bool)[listing["root"].to_numpy()]
+    rows = np.flatnonzero(known & local & np.isin(sizes, different[counts > 1]))
     with ThreadPoolExecutor(_NUM_THREADS, "compare") as pool:
-        ends = list(pool.map(partial(_ends, roots), _blocks(rows)))
+        ends = list(pool.map(partial(_ends, listing, roots), _blocks(rows)))
         equal = rows[_is_shared(np.concatenate(ends))] if ends else rows
-        contents = list(chain.from_iterable(pool.map(partial(_contents, roots), _blocks(equal))))
-    return len(present) - len(equal) + len(set(contents) - {None}) + contents.count(None)
+        contents = list(chain.from_iterable(pool.map(partial(_contents, listing, roots), _blocks(equal))))
+    return int(present.sum()) - len(equal) + len(set(contents) - {None}) + contents.count(None)
 
 
-def _blocks(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    return (rows.iloc[start : start + _ROWS] for start in range(0, len(rows), _ROWS))
+def _blocks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    return (rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS))
 
 
-def _ends(roots: Sequence[str], rows: pd.DataFrame) -> NDArray[np.uint64]:
+def _ends(listing: pd.DataFrame, roots: Sequence[str], rows: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Return a number of the size and the end of each image, (n,); 0: cannot be read."""
-    found = (b"" if end is None else end for end in _read(_places(rows, roots), _end))
+    found = (b"" if end is None else end for end in _read(_places(listing.iloc[rows], roots), _end))
     return np.fromiter((int.from_bytes(end, "little") for end in found), np.uint64, len(rows))
 
 
-def _contents(roots: Sequence[str], rows: pd.DataFrame) -> list[bytes | None]:
+def _contents(listing: pd.DataFrame, roots: Sequence[str], rows: NDArray[np.int64]) -> list[bytes | None]:
     """Return the digest of each image; None: cannot be read."""
-    return _read(_places(rows, roots), _content)
+    return _read(_places(listing.iloc[rows], roots), _content)
 
 
 def _is_shared(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Tell of each key whether another one equals it, (n,); 0 equals none."""
-    _, place, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    return np.asarray((counts[place] > 1) & (keys > 0))
+    ordered = np.sort(keys)
+    shared = np.append(ordered[1:][ordered[1:] == ordered[:-1]], np.uint64(0))  # never empty
+    place = np.searchsorted(shared[:-1], keys)
+    return np.asarray((shared[place] == keys) & (keys > 0))
 
 
 def _places(rows: pd.DataFrame, roots: Sequence[str]) -> list[_Place]:

@@ -1,7 +1,5 @@
 """The commands for a collection that lives: it grows and shrinks, is kept clean, and is handed over to other tools."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

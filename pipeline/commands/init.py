@@ -320,13 +320,14 @@ def count_train(config: Config, listing: pd.DataFrame) -> int:
     from grappa.images.copies import count_distinct_files
     from grappa.images.table import MISSING
 
-    values, learned = config.clusters.num_clusters, listing[(listing["split"] != "test") & (listing["size"] != MISSING)]
+    values = config.clusters.num_clusters
+    learned = ((listing["split"] != "test") & (listing["size"] != MISSING)).to_numpy()
     needed = None if isinstance(values, str) else 2 * max(values)
     enough = None if needed is None else max(needed, FEW_IMAGES)
-    number = count_distinct_files(learned, listing.attrs["roots"], enough=enough)
-    if number < (needed or 4) <= len(learned):
+    number = count_distinct_files(listing, listing.attrs["roots"], among=learned, enough=enough)
+    if number < (needed or 4) <= learned.sum():
         raise ConfigError(
-            f"only {number} of {len(learned)} train images differ, the others are copies; give at least "
+            f"only {number} of {learned.sum()} train images differ, the others are copies; give at least "
             f"{needed or 4} different ones" + ("" if needed is None else ", or fewer clusters (clusters.num_clusters)")
         )
     return number

@@ -112,10 +112,10 @@ def _learned_splits(listing: pd.DataFrame) -> Iterator[str]:
     """Warn of images that are learned from although their folder or their domain has the name of a tested split."""
     from grappa.images.folders import is_split, split_of
 
-    learned = listing[listing["split"] != "test"]
+    learned = listing["split"] != "test"
     given = {root for root, folder in enumerate(listing.attrs["roots"]) if folder[-1:] != "/"}  # else of absolute paths
-    paths = learned["path"][learned["root"].isin(given)]
-    names = set(learned["domain"].unique())
+    paths = listing["path"][learned & listing["root"].isin(given)]
+    names = set(listing["domain"][learned].unique())
     for block in _blocks(paths):
         names.update(name for path in block for name in path.split("/", 2)[:-1][:2])
     tested = sorted(name for name in names if is_split(name) and split_of(name) == "test")

@@ -1,7 +1,5 @@
 """What the commands share: the argument of a run, lines that are printed at once, warnings on stderr."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated

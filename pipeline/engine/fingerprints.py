@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from grappa.pipeline.config.schema import Config, identity_settings
@@ -13,6 +14,7 @@ from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import Input, find_stage
 from grappa.pipeline.store.artifacts import CorruptManifest, Manifest, RunFolder, quoted
 
+Read = Callable[[Node], Manifest | None]
 RANGE = "range"  # in the fingerprint of a range of rows: which one it is
 SOURCES, SOURCES_FILE = Node("sources"), "sources.parquet"
 SOURCES_FINGERPRINT: dict[str, Any] = {"stage": "sources", "instance": None, "version": 1, "config": {}, "inputs": {}}
@@ -26,23 +28,25 @@ class Expected:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def expected_fingerprint(run: RunFolder, config: Config, node: Node) -> Expected:
+def expected_fingerprint(run: RunFolder, config: Config, node: Node, read: Read | None = None) -> Expected:
     """Return the fingerprint that a node should have now.
 
     Only manifests are read, and weights that changed since they were hashed. Raises MissingInputError when an input is
-    missing, with a line such as ``upstream features is missing``.
+    missing, with a line such as ``upstream features is missing``. ``read``: gives the manifests, as ``read_manifest``
+    of the run does, which is the default.
     """
+    read = read or partial(read_manifest, run)
     stage = find_stage(node.stage)
     inputs: dict[str, dict[str, str]] = {}
     notes: dict[str, Any] = {}
     for each in stage.inputs(config, node.instance):
-        inputs.setdefault(each.node.name, {}).update(_input_digests(run, each))
+        inputs.setdefault(each.node.name, {}).update(_input_digests(each, read))
     if "sources" in stage.externals:
-        inputs["sources"] = {SOURCES_FILE: sources_manifest(run).outputs[SOURCES_FILE]["sha256"]}
+        inputs["sources"] = {SOURCES_FILE: sources_manifest(run, read).outputs[SOURCES_FILE]["sha256"]}
     if "weights" in stage.externals:
-        inputs["weights"], notes = _weights(run, config, node)
+        inputs["weights"], notes = _weights(config, read(node))
     if "detector" in stage.externals and config.objects.provider == "grounding_dino":
-        manifest = read_manifest(run, node)
+        manifest = read(node)
         inputs["detector"], found = detector_digests(config, manifest.provenance.get("detector") if manifest else None)
         notes = {"detector": found}
     fingerprint = {"stage": node.stage, "instance": node.instance, "version": stage.version}
@@ -60,9 +64,9 @@ def read_manifest(run: RunFolder, node: Node | str) -> Manifest | None:
         return None
 
 
-def sources_manifest(run: RunFolder) -> Manifest:
+def sources_manifest(run: RunFolder, read: Read | None = None) -> Manifest:
     """Return the manifest of the listed images; MissingInputError when there is none."""
-    manifest = read_manifest(run, SOURCES)
+    manifest = read(SOURCES) if read else read_manifest(run, SOURCES)
     if manifest is None or SOURCES_FILE not in manifest.outputs:
         raise MissingInputError(f"upstream sources is missing: run `grappa init {quoted(run.root)}`")
     return manifest
@@ -84,8 +88,8 @@ def digest_of(outputs: Mapping[str, Any], name: str) -> str | None:
     return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
 
 
-def _input_digests(run: RunFolder, source: Input) -> dict[str, str]:
-    manifest = read_manifest(run, source.node)
+def _input_digests(source: Input, read: Read) -> dict[str, str]:
+    manifest = read(source.node)
     if manifest is None:
         raise MissingInputError(f"upstream {source.node} is missing")
     digests = {name: digest_of(manifest.outputs, name) for name in source.files}
@@ -95,7 +99,6 @@ def _input_digests(run: RunFolder, source: Input) -> dict[str, str]:
     return {name: digest for name, digest in digests.items() if digest is not None}
 
 
-def _weights(run: RunFolder, config: Config, node: Node) -> tuple[dict[str, str], dict[str, Any]]:
+def _weights(config: Config, manifest: Manifest | None) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the digests of the backbone's weights for the fingerprint, and their provenance."""
-    manifest = read_manifest(run, node)
     return backbone_digests(config, manifest.provenance.get("weights") if manifest else None)

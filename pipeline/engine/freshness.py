@@ -95,7 +95,7 @@ def artifact_state(
         return State("corrupt", [str(error)])
     if manifest is None:
         return State("missing", [])
-    problems = artifact.check(verify)
+    problems = artifact.check(verify, manifest=manifest)
     if problems:
         return State("corrupt", problems)
     reasons = [] if expected is None else compare_fingerprints(manifest.fingerprint, expected)

@@ -13,7 +13,7 @@ from grappa.pipeline.engine.fingerprints import SOURCES, expected_fingerprint, r
 from grappa.pipeline.engine.freshness import Problem, State, artifact_state
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import find_stage, nodes, upstream
-from grappa.pipeline.store.artifacts import RunFolder, quoted, repair_command
+from grappa.pipeline.store.artifacts import Manifest, RunFolder, quoted, repair_command
 from grappa.pipeline.store.digests import forget_digests
 
 
@@ -50,11 +50,12 @@ def read_config(run: RunFolder) -> Config:
 
 
 class Judge:
-    """Judges nodes on demand and remembers their states: every artifact is read once, however many nodes read it."""
+    """Judges nodes on demand and remembers their states: every manifest is read once, however many nodes ask for it."""
 
     def __init__(self, run: RunFolder, config: Config, *, verify: bool = False) -> None:
         self._run, self._config, self._verify = run, config, verify
         self._states: dict[Node, State] = {}
+        self._manifests: dict[Node, Manifest | None] = {}
 
     def state(self, node: Node) -> State:
         """Return the state of a node; the nodes that it reads are judged first."""
@@ -65,6 +66,7 @@ class Judge:
     def forget(self, node: Node) -> None:
         """Judge a node again at the next call of ``state``; no node that reads it may have been judged yet."""
         self._states.pop(node, None)
+        self._manifests.clear()
 
     def upstream_problems(self, node: Node) -> list[Problem]:
         """Return a problem for every artifact that a node reads and that is not fresh."""
@@ -72,12 +74,17 @@ class Judge:
         kinds = {each: self.state(each).kind for each in upstream(node, self._config)}
         return problems + [Problem(each, kind) for each, kind in kinds.items() if kind != "fresh"]
 
+    def _manifest(self, node: Node) -> Manifest | None:
+        if node not in self._manifests:
+            self._manifests[node] = read_manifest(self._run, node)
+        return self._manifests[node]
+
     def _judge(self, node: Node) -> State:
         found = self.upstream_problems(node)
         problems, above = [str(each) for each in found], {str(each) for each in found if not each.text}
         fingerprint = None
         try:
-            fingerprint = expected_fingerprint(self._run, self._config, node).fingerprint
+            fingerprint = expected_fingerprint(self._run, self._config, node, self._manifest).fingerprint
         except MissingInputError as error:
             problems = problems or [str(error)]
         state = artifact_state(self._run.artifact(node), fingerprint, problems, self._verify)
@@ -86,7 +93,7 @@ class Judge:
     def _sources_problems(self) -> list[Problem]:
         """Return the problems of the listed images; `grappa init` solves them."""
         advice = f"run `grappa init {quoted(self._run.root)}`"
-        manifest, sources = read_manifest(self._run, SOURCES), self._run.artifact(SOURCES)
+        manifest, sources = self._manifest(SOURCES), self._run.artifact(SOURCES)
         if not sources.home.exists():
             return [Problem(SOURCES, "missing", f"upstream sources is missing: {advice}")]
         problems = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from grappa.pipeline.config.schema import Config, SampledViews
 from grappa.pipeline.graph.models import (
@@ -42,7 +43,7 @@ class Input:
     files: tuple[str, ...]
     instance: str | None = None
 
-    @property
+    @cached_property
     def node(self) -> Node:
         return Node(self.stage, self.instance)
 

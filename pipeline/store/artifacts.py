@@ -79,7 +79,8 @@ class Manifest:
     def read(cls, path: Path) -> Manifest:
         """Return the manifest in the file `path`; CorruptManifest says what is wrong with the file."""
         try:
-            return _parsed(path.read_bytes())
+            with open(path, "rb") as file:
+                return _parsed(file.read())
         except FileNotFoundError:
             raise CorruptManifest(f"{path.name}: missing") from None
         except CorruptManifest as error:
@@ -196,27 +197,31 @@ class Artifact:
     @property
     def home(self) -> Path:
         """The folder that holds the result now: `path`, or `old` between the two renames of a publication."""
-        lone_old = not self.path.exists() and (self.old / MANIFEST_FILE).exists()
-        return self.old if lone_old else self.path
+        path = self.path
+        if os.path.exists(path):
+            return path
+        return self.old if (self.old / MANIFEST_FILE).exists() else path
 
     def manifest(self) -> Manifest | None:
         """Return the manifest, or None when nothing was published; CorruptManifest when it cannot be used."""
         home = self.home
-        return Manifest.read(home / MANIFEST_FILE) if home.exists() else None
+        return Manifest.read(home / MANIFEST_FILE) if os.path.exists(home) else None
 
-    def check(self, verify: bool = False, read: Sequence[str] = ()) -> list[str]:
+    def check(self, verify: bool = False, read: Sequence[str] = (), manifest: Manifest | None = None) -> list[str]:
         """Return problems such as `features.npy: 10 bytes, manifest says 20`.
 
         The sizes of all files are compared, and the digests of the files that are to be `read`: names, or folders that
-        end in `/`. `verify`: the digests of all files.
+        end in `/`. `verify`: the digests of all files. `manifest`: what `manifest()` returned, where it was just read.
         """
-        return folder_problems(self.home, verify=verify, read=read)
+        return folder_problems(self.home, verify=verify, read=read, manifest=manifest)
 
 
-def folder_problems(folder: Path, *, verify: bool, read: Sequence[str] = ()) -> list[str]:
+def folder_problems(
+    folder: Path, *, verify: bool, read: Sequence[str] = (), manifest: Manifest | None = None
+) -> list[str]:
     """Return a line for each file in which a folder and its manifest differ; the arguments are `Artifact.check`'s."""
     try:
-        outputs = Manifest.read(folder / MANIFEST_FILE).outputs
+        outputs = (manifest or Manifest.read(folder / MANIFEST_FILE)).outputs
     except CorruptManifest as error:
         return [str(error)]
     unknown = [name for name in read if not any(_is_in(each, name) for each in outputs)]
@@ -233,9 +238,9 @@ def _is_in(file: str, name: str) -> bool:
 
 
 def _file_problem(path: Path, entry: FileDigest, verify: bool) -> str | None:
-    if not path.is_file():
+    if not os.path.isfile(path):
         return "missing"
-    size = path.stat().st_size
+    size = os.stat(path).st_size
     if size != entry["bytes"]:
         return f"{size} bytes, manifest says {entry['bytes']}"
     return "sha256 differs" if verify and known_digest(path) != entry["sha256"] else None

@@ -450,6 +450,13 @@ def test_submit_and_status_load_nothing_slow() -> None:
     assert done.stdout == "\n"
 
 
+def test_status_of_jobs_loads_nothing_that_only_submit_needs() -> None:
+    late = {"submitit", "asyncio", "logging", "rich", "numpy", "grappa.slurm.submit"}
+    code = f"import sys, grappa.slurm.commands; print(*{late!r} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
 def test_records_survive_the_way_to_the_disk(fakes: FakeStages) -> None:
     submission = submitted(fakes, [])
     record = JobRecord(

@@ -103,7 +103,7 @@ def list_parquet(file: pq.ParquetFile, name: str) -> pa.Table:
     return pa.table(
         {
             "path": pc.binary_join_element_wise(before, digits, pa.scalar("", TEXT)),
-            "folder": constant(escaped([os.path.dirname(name)])[0].as_py(), number, TEXT),
+            "folder": constant(escaped([os.path.dirname(name)])[0].as_py(), number, TEXT).dictionary_encode(),
             "size": constant(UNKNOWN, number, pa.int64()),
             "offset": rows,
             "version": constant(version_of(file), number, TEXT),

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -33,9 +35,25 @@ _IMAGES = frozenset(
 _SAYING = (".cls", ".json")  # endings of the members that say something
 _LARGEST_NOTE = 2**20  # bytes of a member that says something
 _BLOCK = 2**20  # bytes that are read at a time of what lies behind the last member
+_OCTAL = re.compile(rb"([0-7]+)[ \0]+")  # how most tars write a number
 _FIELDS = ("label", "domain", "split")
 
 Said = dict[str, str]
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose header is read in a third of the time where it is a regular file: only name and size are."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> Self:
+        regular = len(buf) == HEADER and buf[156:157] == tarfile.REGTYPE and not buf[345]  # with a name in one part
+        size, checksum = _OCTAL.fullmatch(buf, 124, 136), _OCTAL.fullmatch(buf, 148, 156)
+        told = int(checksum[1], 8) if regular and size and checksum else None
+        if told is None or size is None or told != sum(buf) - sum(buf[148:156]) + 8 * ord(" "):
+            return super().frombuf(buf, encoding or tarfile.ENCODING, errors)
+        found = cls(bytes(buf[:100]).partition(b"\0")[0].decode(encoding or tarfile.ENCODING, errors))
+        found.size = int(size[1], 8)
+        return found
 
 
 @dataclass
@@ -43,9 +61,8 @@ class _Members:
     """The images of a tar, column by column, and what is said by key."""
 
     names: list[str] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
+    sizes: array[int] = field(default_factory=lambda: array("q"))
+    offsets: array[int] = field(default_factory=lambda: array("q"))
     said: dict[str, Said] = field(default_factory=dict)
     passed: Counter[str] = field(default_factory=Counter)
 
@@ -57,9 +74,9 @@ def list_tar(opened: IO[bytes], name: str) -> tuple[pa.Table, Counter[str]]:
         opened: the tar, from its beginning. name: its path below its root (``os.fsdecode`` form).
 
     Returns:
-        columns ``path`` (``name::member``), ``folder`` (that of the tar, and within it that of the member), ``label``,
-        ``domain``, ``split``, ``size`` and ``offset``; how many members of which ending were passed over,
-        and how many ``links`` where an image or a label was expected.
+        columns ``path`` (``name::member``), ``folder`` (that of the tar, and within it that of the member; a
+        dictionary), ``size`` and ``offset``, and those of ``label``, ``domain`` and ``split`` that members say; how
+        many members of which ending were passed over, and how many ``links`` where an image or a label was expected.
 
     Raises:
         ImageTableError: it is no tar, is compressed, is cut off or broken, goes on behind its end, or has a member
@@ -67,7 +84,7 @@ def list_tar(opened: IO[bytes], name: str) -> tuple[pa.Table, Counter[str]]:
     """
     found = _Members()
     try:
-        with tarfile.open(fileobj=opened, mode="r:", errorlevel=1) as archive:
+        with tarfile.open(fileobj=opened, mode="r:", errorlevel=1, tarinfo=_Member) as archive:
             for member in archive:
                 vars(archive)["members"] = []  # else it keeps them all
                 _take(archive, member, found, name)
@@ -105,8 +122,7 @@ def short(name: str, size: int) -> ImagesChangedError:
 
 def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, found: _Members, name: str) -> None:
     path = _tidy(member.name)
-    folder, _, base = path.rpartition("/")
-    key = f"{folder}/{base.partition('.')[0]}"
+    base = path.rpartition("/")[2]
     ending = os.path.splitext(base)[1].lower()
     if _is_hidden(path):
         return
@@ -118,14 +134,19 @@ def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, found: _Members, na
     elif member.issparse():
         raise ImageTableError(f"the tar {tell(name)} holds {tell(path)} as a sparse file: pack it without --sparse")
     elif ending in _SAYING:
-        _note(archive, member, found.said.setdefault(key, {}), f"{name}{SEPARATOR}{path}")
+        _note(archive, member, found.said.setdefault(_key(path), {}), f"{name}{SEPARATOR}{path}")
     elif ending not in _IMAGES:
         found.passed[ending or base] += 1
     else:
         found.names.append(path)
-        found.keys.append(key)
         found.sizes.append(member.size)
         found.offsets.append(member.offset_data)
+
+
+def _key(path: str) -> str:
+    """Return what the members that belong together have in common."""
+    folder, _, base = path.rpartition("/")
+    return f"{folder}/{base.partition('.')[0]}"
 
 
 def _note(archive: tarfile.TarFile, member: tarfile.TarInfo, said: Said, name: str) -> None:
@@ -169,20 +190,27 @@ def _check_end(opened: IO[bytes], archive: tarfile.TarFile, name: str, found: _M
 
 
 def _table(found: _Members, name: str) -> pa.Table:
-    twice = next((each for each, number in Counter(found.names).items() if number > 1), None)
-    if twice is not None:
+    if len(set(found.names)) < len(found.names):
+        twice = next(each for each, number in Counter(found.names).items() if number > 1)
         raise ImageTableError(f"the tar {tell(name)} has the member {tell(twice)} twice: pack every image once")
     above = os.path.dirname(name)
     columns: dict[str, Any] = {
         "path": escaped([f"{name}{SEPARATOR}{each}" for each in found.names]),
-        "folder": escaped([os.path.join(above, os.path.dirname(each)).rstrip("/") for each in found.names]),
-        "size": pa.array(found.sizes, pa.int64()),
+        "folder": escaped([_folder(above, each) for each in found.names]).dictionary_encode(),
+        "size": pa.array(np.array(found.sizes, np.int64)),
         "offset": pa.array(np.array(found.offsets, np.int64)),
     }
+    said = [found.said.get(_key(each), {}) for each in found.names] if found.said else []
     for each in _FIELDS:
-        columns[each] = escaped([found.said.get(key, {}).get(each) for key in found.keys])
-    columns["split"] = pa.array(list(_splits(columns["split"].to_pylist(), name)), TEXT)
+        if any(each in one for one in said):
+            columns[each] = escaped([one.get(each) for one in said])
+    if "split" in columns:
+        columns["split"] = pa.array(list(_splits(columns["split"].to_pylist(), name)), TEXT)
     return pa.table(columns)
+
+
+def _folder(above: str, member: str) -> str:
+    return os.path.join(above, os.path.dirname(member)).rstrip("/")
 
 
 def _splits(texts: list[str | None], name: str) -> Iterator[str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -166,6 +168,26 @@ def test_nothing_heavy_is_loaded(fakes: FakeStages, arguments: list[str]) -> Non
     done = process(*(str(fakes.root) if argument == "RUN" else argument for argument in arguments), code=code)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "loaded\n"
+
+
+def test_typer_compiles_no_annotation_at_the_start() -> None:
+    commands: list[Callable[..., object]] = [each.callback for each in app.registered_commands if each.callback]
+    assert len(commands) > 20
+    texts = [each.__name__ for each in commands if str in map(type, inspect.unwrap(each).__annotations__.values())]
+    assert not texts, f"typer would compile the annotations of {', '.join(texts)} at every start"
+
+
+def test_garbage_is_collected_while_a_command_runs_and_not_at_the_end(fakes: FakeStages) -> None:
+    entry = (
+        "import atexit, gc, sys\n"
+        "from grappa.pipeline.engine import glance\n"
+        "glance.short_lines = lambda found: [f'in the command: {gc.isenabled()}']\n"
+        "atexit.register(lambda: print('kept at the end:', gc.get_freeze_count() > len(gc.get_objects())))\n"
+        "from grappa.__main__ import main; main()"
+    )
+    command = [sys.executable, "-c", entry, "status", str(fakes.root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "in the command: True\nkept at the end: True\n"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from grappa.pipeline.config.yaml_file import ConfigError
 from grappa.pipeline.engine.sources import list_sources, publish_listing
 from grappa.pipeline.engine.status import read_config, states, status_lines
 from grappa.pipeline.graph.stages import nodes
+from grappa.pipeline.store.artifacts import Manifest
 from tests.helpers.fake_stages import FakeStages, fake_stages
 
 ADVICE = "run `grappa init"
@@ -72,6 +74,14 @@ def test_killed_midway_stays_what_it_was(complete: FakeStages) -> None:
     assert complete.states()["fusion/neighbors"] == "stale: config fusion.seed: 0 -> 1"
     complete.configure(fusion={"seed": 0})
     assert complete.not_fresh() == {}
+
+
+def test_each_manifest_is_read_twice_at_most(complete: FakeStages, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, counts = Manifest.read, Counter[Path]()
+    monkeypatch.setattr(Manifest, "read", lambda path: counts.update([path]) or read(path))
+    assert {each.state.kind for each in states(complete.run, complete.config)} == {"fresh"}
+    assert len(counts) > 20
+    assert max(counts.values()) == 2  # once as the artifact that is judged, once as an input
 
 
 def test_a_flipped_byte_is_found_by_verify(complete: FakeStages) -> None:
