@@ -8,7 +8,6 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +65,17 @@ def parse_settings(settings: Mapping[str, Any], where: str) -> Config:
     return config
 
 
-class _Checked(yaml.composer.Composer, yaml.constructor.SafeConstructor):
+class _Loader(yaml.SafeLoader):
     """YAML's safe loader for settings: texts, numbers, truth values, null, lists, and mappings whose keys are texts.
 
     A key that is written twice is refused (else the last value would win in silence), and so is a file that is nested
     too deep or stands for too much, which a few lines can do by references.
     """
 
-    peek_event: Any  # what reads the text has it
-    check_event: Any
-    yaml_implicit_resolvers: Any
-
-    def get_single_data(self) -> Any:
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
         self._depth = 0
         self._extent: dict[int, tuple[int, int]] = {}  # of each finished node: its values and depth, written out
-        return super().get_single_data()
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         mark, is_reference = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
@@ -119,31 +114,15 @@ class _Checked(yaml.composer.Composer, yaml.constructor.SafeConstructor):
 _TEXT = "tag:yaml.org,2002:str"
 # A date stays a text, since no setting is one, and what is neither text, number, list nor mapping has no constructor.
 _KEPT = ("null", "bool", "int", "float", "seq", "map", "str")
-_Checked.yaml_implicit_resolvers = {
+_Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Checked.yaml_constructors = {
+_Loader.yaml_constructors = {
     tag: make
     for tag, make in yaml.SafeLoader.yaml_constructors.items()
     if tag is None or tag.rpartition(":")[2] in _KEPT
 }
-
-
-class _Loader(_Checked, yaml.SafeLoader):
-    """The loader in Python, which is always there, takes escaped bytes of file names, and says best what is wrong."""
-
-
-_APART = re.compile("[\t\ufeff!]")  # what the two loaders may read as different values
-_Read: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
-
-
-class _FastLoader(_Checked, _Read):
-    """The loader that reads the text by libyaml, in a tenth of the time, where PyYAML was built with it."""
-
-    def __init__(self, text: str) -> None:
-        _Read.__init__(self, text)
-        yaml.composer.Composer.__init__(self)
 
 
 def read_settings(path: Path) -> Settings:
@@ -169,9 +148,6 @@ def read_yaml(path: Path) -> Any:
 
 def _parsed(text: str, where: str, advice: str) -> Any:
     """Return the value that a YAML text stands for; ConfigError with ``where`` and ``advice`` around the reason."""
-    if not _APART.search(text):
-        with suppress(yaml.YAMLError, ValueError, AttributeError, LookupError):
-            return _FastLoader(text).get_single_data()
     try:
         return _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, AttributeError, LookupError) as error:  # the last three: `!!int x`, `!!bool x`

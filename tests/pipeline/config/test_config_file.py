@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import yaml
 
-from grappa.pipeline.config import yaml_file
 from grappa.pipeline.config.schema import (
     Clusters,
     Config,
@@ -33,7 +32,6 @@ from grappa.pipeline.config.yaml_file import (
     read_settings,
 )
 
-LIBYAML = pytest.mark.skipif(not yaml.__with_libyaml__, reason="this PyYAML has no libyaml")
 UNUSUAL: dict[str, dict[str, Any]] = {
     "images": {"sources": ['/a b/it\'s "quoted": #1', "/byte\udcff/", "/new\nline/x", "/日本/x", "/" + 800 * "l"]},
     "backbone": {"weights": "/w: {x}.safetensors", "mean": [0.5, 0.25, 1e-5], "options": {"depth": 6, "act": "gelu"}},
@@ -46,30 +44,6 @@ def written(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-@LIBYAML
-def test_libyaml_reads_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.yaml").write_text(dump_config(Config()))
-    monkeypatch.setattr(yaml_file, "_Loader", None)
-    assert load_config(tmp_path / "config.yaml") == Config()
-
-
-@LIBYAML
-@pytest.mark.parametrize("text", ["a: !", "a: b\tc", "\u2028\ufeffb", '"\\udcff"', "a: [1", "a: 1\na: 2"])
-def test_what_the_two_loaders_read_differently_is_read_by_one_of_them(tmp_path: Path, text: str) -> None:
-    def found(loader: Any) -> Any:
-        try:
-            return loader(text).get_single_data()
-        except yaml.YAMLError as error:
-            return str(error)
-
-    (tmp_path / "file.yaml").write_text(text, encoding="utf-8")
-    try:
-        read = yaml_file.read_yaml(tmp_path / "file.yaml")
-    except ConfigError:
-        read = found(yaml_file._Loader)
-    assert read == found(yaml_file._Loader)
 
 
 @pytest.mark.parametrize("settings", [{}, UNUSUAL], ids=["defaults", "unusual"])
