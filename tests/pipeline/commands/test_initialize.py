@@ -383,6 +383,7 @@ def test_artifacts_with_the_same_fingerprint_are_taken_over(desk: Desk, monkeypa
     assert {name for name, state in found.items() if state != "fresh"} == {
         *("fusion/neighbors", "student", "embeddings/fused", "embeddings/student", "heads/fused", "heads/student"),
         *("views/fused", "views/student", "verdict", "model", "evaluation", "index", "attention/neighbors"),
+        *("retrieval/fused", "retrieval/fused_raw", "retrieval/student"),
     }
     manifest = RunFolder.open(other).artifact("features").manifest()
     assert manifest and manifest.provenance["taken_from"] == str(desk.root / "features")
@@ -615,7 +616,7 @@ def test_labels_are_no_part_of_what_is_trained_on() -> None:
         for each in stage.inputs(config, instance)
         if "labels.parquet" in each.files
     }
-    assert readers == {"evaluation"}
+    assert readers == {"retrieval", "evaluation"}
 
 
 @pytest.mark.parametrize("assignments", [[], ["clusters.num_clusters=[4, 8]"]])
