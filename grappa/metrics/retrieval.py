@@ -153,20 +153,21 @@ def sampled_queries(
     return scored[even_sample(domains[scored], ids[scored], max_queries, seed=key(seed, "queries"))]
 
 
-def memory_needed(
-    num_images: int, width: int, num_models: int, *, num_queries: int | None = None, num_threads: int = 1
-) -> int:
-    """Return the bytes that the evaluation of ``num_models`` models takes at its peak.
+def memory_needed(num_images: int, width: int, *, num_queries: int | None = None, num_threads: int = 1) -> int:
+    """Return the bytes that the evaluation of one model takes at its peak.
 
-    Counted are one model's embeddings in their file, as given and in order, two tables of ``num_queries`` rows (by
-    default one an image) of every model, each twice while they are put together, and a block of products with what is
-    compared at once.
+    Counted are its embeddings in their file, as given and in order, the tables of ``num_queries`` queries (by default
+    one an image), and a block of products with what is compared at once.
     """
-    num_columns = len(["row", "domain", "num_positives", *METRICS, "model", "gallery"])
     embeddings = 3 * num_images * width * FLOAT
-    asked = num_images if num_queries is None else num_queries
-    tables = 2 * len(GALLERIES) * num_models * asked * num_columns * INTEGER
+    tables = memory_of_tables(num_images if num_queries is None else num_queries)
     return embeddings + tables + ranking.memory_needed(num_images, num_threads) + WORK // 4
+
+
+def memory_of_tables(num_queries: int, num_models: int = 1) -> int:
+    """Return the bytes of a table in each gallery of every model, each twice while they are put together."""
+    num_columns = len(["row", "domain", "num_positives", *METRICS, "model", "gallery"])
+    return 2 * len(GALLERIES) * num_models * num_queries * num_columns * INTEGER
 
 
 def _check(

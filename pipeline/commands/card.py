@@ -21,6 +21,7 @@ from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import dump_config
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.verdict_file import Verdict, made_of, read_verdict
+from grappa.pipeline.graph.models import evaluated_models
 from grappa.pipeline.store.artifacts import DamagedError, RunFolder, check_same_origin, published, readable_manifest
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def read_facts(run: RunFolder) -> Facts:
     images = published(run, "images", "images.parquet") / "images.parquet"
     listing = pd.read_parquet(images, columns=["domain", "split"])
     learned = listing["domain"].iloc[train_rows(listing)]
-    scores, gains, unknown = _numbers_of(run, model)
+    scores, gains, unknown = _numbers_of(run, config, model)
     return Facts(
         model=model,
         base=_base_model(config),
@@ -113,12 +114,13 @@ def _verdict_of(run: RunFolder) -> Verdict | None:
     return read_verdict(run)
 
 
-def _numbers_of(run: RunFolder, model: str) -> tuple[pd.DataFrame | None, pd.DataFrame | None, str]:
+def _numbers_of(run: RunFolder, config: Config, model: str) -> tuple[pd.DataFrame | None, pd.DataFrame | None, str]:
     """Return the result table, the gains of the model, and why there are none; damage is an error."""
     from grappa.pipeline import tables
 
     try:
-        check_same_origin(run, "model", "images", "evaluation", f"heads/{model}", f"embeddings/{model}")
+        own = [f"retrieval/{name}" for name, node in evaluated_models(config).items() if node.instance == model]
+        check_same_origin(run, "model", "images", "evaluation", *own, f"heads/{model}", f"embeddings/{model}")
         scores = tables.load_metrics(run.root)
         gains = _gains(scores, tables.load_per_query(run.root), model)
     except DamagedError:

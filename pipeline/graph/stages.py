@@ -30,6 +30,7 @@ from grappa.pipeline.graph.models import (
 from grappa.pipeline.graph.node import Node
 
 PIXELS = ("images.parquet", "pixels/")
+LABELS = ("images.parquet", "labels.parquet")
 WEIGHTS = ("weights.safetensors", "backbone.json")
 VIEWS = ("views.npy", "rows.npy")
 MIN_KEPT = 2  # sets that are fused in any case (grappa.method.set_choice, which takes longer to import)
@@ -278,11 +279,16 @@ def _attention_inputs(config: Config, instance: str | None) -> tuple[Input, ...]
     return (Input("images", PIXELS), *_fused_inputs(config, instance))
 
 
+def _retrieval_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
+    node = evaluated_models(config)[str(instance)]
+    return (Input("images", LABELS), Input(node.stage, ("embeddings.npy",), node.instance))
+
+
 def _evaluation_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
-    nodes = evaluated_models(config).values()
-    embeddings = tuple(Input(node.stage, ("embeddings.npy",), node.instance) for node in nodes)
-    clusters = tuple(Input("clusters", ("assignments.parquet",), name) for name in config.granularities)
-    return (Input("images", ("images.parquet", "labels.parquet")), *clusters, *embeddings)
+    clusters = (Input("clusters", ("assignments.parquet",), name) for name in config.granularities)
+    files = ("per_query.parquet", "reciprocity.parquet")
+    models = (Input("retrieval", files, name) for name in evaluated_models(config))
+    return (Input("images", LABELS), *clusters, *models)
 
 
 STAGES: tuple[Stage, ...] = (
@@ -378,6 +384,14 @@ STAGES: tuple[Stage, ...] = (
         1,
         _settings("images.cache_size"),
         _model_inputs,
+    ),
+    Stage(
+        "retrieval",
+        1,
+        _settings("evaluation"),
+        _retrieval_inputs,
+        lambda config: tuple(evaluated_models(config)),
+        function="evaluation.run_on_model",
     ),
     Stage("evaluation", 3, _settings("evaluation"), _evaluation_inputs),
     Stage(

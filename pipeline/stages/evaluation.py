@@ -1,8 +1,10 @@
-"""Stage ``evaluation``: retrieval metrics of every model on the test rows, per domain and over the merged gallery.
+"""Stage ``retrieval``: the queries of one model on the test rows; stage ``evaluation``: the metrics of all models.
+
+``run_on_model`` is the stage ``retrieval``: for one model a row for each query, per domain and over the merged
+gallery, and its ``reciprocity`` (``grappa.metrics.indicators``), which reads no label. ``run`` joins the tables of all
+models, adds the oracle, and averages; where no test image has a label, reciprocity is the only metric.
 
 ``clusters.csv`` says how well the clusters agree with the labels of the train rows, which were clustered.
-
-``reciprocity`` (``grappa.metrics.indicators``) reads no label; where no test image has a label, it is the only metric.
 
 With ``evaluation.max_queries`` a sample of the test images queries all of them, and ``metrics.csv`` has two more
 columns: ``num_possible_queries``, of which ``num_queries`` were drawn, and ``num_reciprocity_images``, over which the
@@ -27,6 +29,7 @@ from grappa.metrics.retrieval import (
     SUMMARY_COLUMNS,
     evaluate_galleries,
     memory_needed,
+    memory_of_tables,
     oracle,
     sampled_queries,
     summarize,
@@ -36,29 +39,49 @@ from grappa.metrics.samples import even_sample
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import FREE, deployed_model, evaluated_models
-from grappa.pipeline.graph.node import Node
 from grappa.pipeline.opening import read_images, settle_device
 from grappa.pipeline.store.csv_cells import csv_bytes
 
 AUTOMATIC_QUERIES = 10_000
 MIN_RECIPROCITY_IMAGES = 1000
+NO_LABEL = "no test image has a label: only the reciprocity of neighbours is known"
+
+
+def run_on_model(context: StageContext) -> str:
+    images, labels = read_images(context.input("images")), _read_labels(context)
+    rows, _ = test_rows(images)
+    tested, known = images.iloc[rows], labels.iloc[rows]
+    embeddings, num_queries = _embeddings(context), _num_queries(context.config, tested, known)
+    width, threads = embeddings.shape[1], context.num_threads
+    context.need_memory(memory_needed(len(rows), width, num_queries=num_queries, num_threads=threads))
+    chosen = np.asarray(embeddings[rows])
+    per_query = _per_query(context, chosen, tested, known, num_queries)
+    # The image table has ids and domains: the join puts them back, and the same texts are not kept for every model.
+    per_query = per_query.assign(row=rows[per_query["row"].to_numpy(dtype=np.int64)]).drop(columns="domain")
+    per_query.to_parquet(context.path / "per_query.parquet", index=False, compression="zstd")
+    _reciprocity(context, chosen, tested).to_parquet(context.path / "reciprocity.parquet", index=False)
+    return f"{num_queries} queries among {int(known.notna().sum())} labeled test images" if num_queries else NO_LABEL
 
 
 def run(context: StageContext) -> str:
-    images, device = read_images(context.input("images")), str(settle_device(context))
-    labels = pd.read_parquet(context.input("images") / "labels.parquet")["label"]
+    images, labels = read_images(context.input("images")), _read_labels(context)
     rows, transductive = test_rows(images)
     tested, known = images.iloc[rows], labels.iloc[rows]
-    num_labeled = int(known.notna().sum())
-    per_query = _evaluate_all(context, tested, known, rows, device) if num_labeled else _nothing()
-    metrics = _with_sizes(context, _metrics(per_query, _reciprocity(context, tested, rows, device)), tested, known)
+    num_labeled, num_models = int(known.notna().sum()), len(evaluated_models(context.config))
+    context.need_memory(memory_of_tables(_num_queries(context.config, tested, known), num_models))
+    per_query = _all_queries(context, images) if num_labeled else _nothing()
+    metrics = _with_sizes(context, _metrics(per_query, _all_reciprocities(context)), tested, known)
     per_query.to_parquet(context.path / "per_query.parquet", index=False)
     (context.path / "metrics.csv").write_bytes(csv_bytes(metrics))
     (context.path / "clusters.csv").write_bytes(csv_bytes(_clusters(context, images, labels)))
     if not num_labeled:
-        return "no test image has a label: only the reciprocity of neighbours is known (model and index are complete)"
+        return f"{NO_LABEL} (model and index are complete)"
     where = "transductive: no image is split, all rows are both" if transductive else "test rows"
     return f"{_headline(metrics, _deployed(context.config))} ({where}, {num_labeled} of {len(rows)} labeled)"
+
+
+def _read_labels(context: StageContext) -> pd.Series:
+    return pd.read_parquet(context.input("images") / "labels.parquet")["label"]
 
 
 def _most_queries(config: Config) -> int | None:
@@ -66,63 +89,50 @@ def _most_queries(config: Config) -> int | None:
     return AUTOMATIC_QUERIES if asked == "auto" else asked
 
 
-def _evaluate_all(
-    context: StageContext, images: pd.DataFrame, labels: pd.Series, rows: NDArray[np.int64], device: str
-) -> pd.DataFrame:
-    nodes, settings = evaluated_models(context.config), context.config.evaluation
-    names, known, domains = images["image_id"].to_numpy(), labels.to_numpy(), images["domain"].to_numpy()
-    ids, most = id_numbers(names.tolist()), _most_queries(context.config)
-    width = max(_embeddings(context, node).shape[1] for node in nodes.values())
-    asked = len(sampled_queries(known, domains, ids, most, seed=settings.seed))
-    context.need_memory(memory_needed(len(rows), width, len(nodes), num_queries=asked, num_threads=context.num_threads))
-    parts = []
-    with context.task("evaluating", len(nodes) * asked, unit="queries") as advance:
-        for name, node in nodes.items():
-            tables = evaluate_galleries(
-                np.asarray(_embeddings(context, node)[rows]),
-                labels=known,
-                domains=domains,
-                ids=ids,
-                seed=settings.seed,
-                max_queries=most,
-                device=device,
-                num_threads=context.num_threads,
-                progress=advance,
-            )
-            for gallery, table in tables.items():
-                table.insert(0, "image_id", names[table.pop("row").to_numpy()])
-                parts.append(table.assign(model=name, gallery=gallery))
-    per_query = pd.concat(parts, ignore_index=True)
-    if context.config.model.source == "single":
-        return per_query
-    return pd.concat([per_query, oracle(per_query, list(context.config.granularities))], ignore_index=True)
+def _num_queries(config: Config, images: pd.DataFrame, labels: pd.Series) -> int:
+    ids, domains = id_numbers(images["image_id"].tolist()), images["domain"].to_numpy()
+    most, seed = _most_queries(config), config.evaluation.seed
+    return len(sampled_queries(labels.to_numpy(), domains, ids, most, seed=seed))
 
 
-def _embeddings(context: StageContext, node: Node) -> NDArray[np.float32]:
+def _embeddings(context: StageContext) -> NDArray[np.float32]:
+    """Return the final embeddings of the model that is evaluated, of all images, mapped."""
+    node = evaluated_models(context.config)[str(context.instance)]
     mapped: NDArray[np.float32] = np.load(
         context.input(node.stage, node.instance) / "embeddings.npy", mmap_mode="r", allow_pickle=False
     )
     return mapped
 
 
-def _nothing() -> pd.DataFrame:
-    return pd.DataFrame(
-        {"image_id": pd.Series(dtype=str), "model": pd.Series(dtype=str), "gallery": pd.Series(dtype=str)}
-    )
+def _per_query(
+    context: StageContext, embeddings: NDArray[np.float32], images: pd.DataFrame, labels: pd.Series, num_queries: int
+) -> pd.DataFrame:
+    """Return the queries of one model in both galleries; ``row`` counts the test images."""
+    with context.task("evaluating", num_queries, unit="queries") as advance:
+        tables = evaluate_galleries(
+            embeddings,
+            labels=labels.to_numpy(),
+            domains=images["domain"].to_numpy(),
+            ids=id_numbers(images["image_id"].tolist()),
+            seed=context.config.evaluation.seed,
+            max_queries=_most_queries(context.config),
+            device=str(settle_device(context)),
+            num_threads=context.num_threads,
+            progress=advance,
+        )
+    return pd.concat([table.assign(gallery=gallery) for gallery, table in tables.items()], ignore_index=True)
 
 
-def _reciprocity(context: StageContext, images: pd.DataFrame, rows: NDArray[np.int64], device: str) -> pd.DataFrame:
-    """Return model, domain, gallery and reciprocity of every model except the oracle; no label is read."""
-    nodes, domains = evaluated_models(context.config), images["domain"].to_numpy()
-    sample, parts = _reciprocity_sample(context.config, images), []
-    with context.task("reciprocity", len(nodes) * len(GALLERIES), unit="tables") as advance:
-        for name, node in nodes.items():
-            chosen = np.asarray(_embeddings(context, node)[rows])
-            for gallery in GALLERIES:
-                found = reciprocity_table(chosen, domains, gallery=gallery, rows=sample, device=device)
-                parts.append(found.assign(model=name, gallery=gallery))
-                advance(1)
-    return pd.concat(parts, ignore_index=True)[["model", "domain", "gallery", "reciprocity"]]
+def _reciprocity(context: StageContext, embeddings: NDArray[np.float32], images: pd.DataFrame) -> pd.DataFrame:
+    """Return domain, gallery and reciprocity of one model; no label is read."""
+    domains, sample = images["domain"].to_numpy(), _reciprocity_sample(context.config, images)
+    device, parts = str(settle_device(context)), []
+    with context.task("reciprocity", len(GALLERIES), unit="tables") as advance:
+        for gallery in GALLERIES:
+            found = reciprocity_table(embeddings, domains, gallery=gallery, rows=sample, device=device)
+            parts.append(found.assign(gallery=gallery))
+            advance(1)
+    return pd.concat(parts, ignore_index=True)
 
 
 def _reciprocity_sample(config: Config, images: pd.DataFrame) -> NDArray[np.int64]:
@@ -134,6 +144,36 @@ def _reciprocity_sample(config: Config, images: pd.DataFrame) -> NDArray[np.int6
     number = min(most, max(MIN_RECIPROCITY_IMAGES, most // (NUM_NEIGHBORS + 1)))
     drawn = key(config.evaluation.seed, "reciprocity")
     return even_sample(images["domain"].to_numpy(), id_numbers(images["image_id"].tolist()), number, seed=drawn)
+
+
+def _all_queries(context: StageContext, images: pd.DataFrame) -> pd.DataFrame:
+    """Return the queries of all models, with the ids and domains of the images, and those of the oracle."""
+    names, domains, parts = images["image_id"].to_numpy(), images["domain"].to_numpy(), []
+    for name in evaluated_models(context.config):
+        table = pd.read_parquet(context.input("retrieval", name) / "per_query.parquet")
+        rows, gallery = table.pop("row").to_numpy(), table.pop("gallery")
+        table.insert(0, "image_id", names[rows])
+        table.insert(1, "domain", domains[rows])
+        parts.append(table.assign(model=name, gallery=gallery))
+    per_query = pd.concat(parts, ignore_index=True)
+    if context.config.model.source == "single":
+        return per_query
+    return pd.concat([per_query, oracle(per_query, list(context.config.granularities))], ignore_index=True)
+
+
+def _nothing() -> pd.DataFrame:
+    return pd.DataFrame(
+        {"image_id": pd.Series(dtype=str), "model": pd.Series(dtype=str), "gallery": pd.Series(dtype=str)}
+    )
+
+
+def _all_reciprocities(context: StageContext) -> pd.DataFrame:
+    """Return model, domain, gallery and reciprocity of every model except the oracle."""
+    parts = [
+        pd.read_parquet(context.input("retrieval", name) / "reciprocity.parquet").assign(model=name)
+        for name in evaluated_models(context.config)
+    ]
+    return pd.concat(parts, ignore_index=True)[["model", "domain", "gallery", "reciprocity"]]
 
 
 def _metrics(per_query: pd.DataFrame, reciprocity: pd.DataFrame) -> pd.DataFrame:

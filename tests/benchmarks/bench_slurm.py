@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = ("sbatch", "squeue", "sacct", "scontrol")
 PROFILE = """
 cpus: 1
-shared: [[backbone, images], [heads, verdict, model, evaluation, index]]
+shared: [[backbone, images], [heads, verdict, model, retrieval, evaluation, index]]
 sbatch: {hold: true}
 """
 

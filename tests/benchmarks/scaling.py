@@ -190,7 +190,7 @@ CURVES = (
         "images",
         (2_000, 4_000, 8_000, 16_000),
         evaluation,
-        lambda number: retrieval.memory_needed(number, WIDTH, 1),
+        lambda number: retrieval.memory_needed(number, WIDTH),
     ),
 )
 

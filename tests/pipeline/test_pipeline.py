@@ -302,7 +302,8 @@ def test_one_value_changed_makes_stale_exactly_what_reads_it(copy: RunFolder, ma
     stale = {name for name, kind in _kinds(copy).items() if kind == "stale"}
     rows = {f"{stage}/{row}" for stage in ("embeddings", "views", "heads") for row in ("fused", "student")}
     ends = {"verdict", "model", "evaluation", "index", "attention/neighbors"}
-    assert stale == {"fusion/neighbors", "student", *rows, *ends}
+    asked = {f"retrieval/{row}" for row in ("fused", "fused_raw", "student")}
+    assert stale == {"fusion/neighbors", "student", *rows, *asked, *ends}
     before = digests(copy)
     lines = run_all(copy, stage="fusion")
     assert [line.split(":")[0] for line in lines] == ["fusion/neighbors"]
@@ -328,7 +329,7 @@ def test_a_corrected_label_reruns_the_evaluation_only(copy: RunFolder, material:
     )
     make_run(copy.root, [table], material / "weights.safetensors")
     lines = run_all(copy)
-    assert [line.split(":")[0] for line in lines] == ["images", "evaluation"]
+    assert {line.partition(":")[0].partition("/")[0] for line in lines} == {"images", "retrieval", "evaluation"}
 
 
 def test_search_refuses_a_model_and_an_index_of_different_generations(copy: RunFolder, material: Path) -> None:

@@ -56,10 +56,11 @@ def test_a_name_that_is_none() -> None:
             "shared: [[images, adaptors]]",
             "shared: found ['images', 'adaptors'], expected stages that follow one another",
         ),
-        ("shared: [[model, evaluation], [evaluation, index]]", "shared: evaluation is in two groups"),
+        ("shared: [[]]", "shared: found [], expected stages that follow one another"),
+        ("shared: [[retrieval, evaluation], [evaluation, index]]", "shared: evaluation is in two groups"),
         (
-            "{shared: [[model, evaluation]], stages: {evaluation: {partition: cpu}}}",
-            "shared: model, evaluation share a job but differ in partition",
+            "{shared: [[evaluation, index]], stages: {evaluation: {partition: cpu}}}",
+            "shared: evaluation, index share a job but differ in partition",
         ),
         ("sbatch: {dependency: afterok:1}", "sbatch: dependency is set by grappa"),
         ("stages: {evaluation: {tasks: 2}}", "stages.evaluation.tasks: found 2, expected 1: evaluation is computed by"),
@@ -71,6 +72,11 @@ def test_a_name_that_is_none() -> None:
 )
 def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     assert refused(tmp_path, text).startswith(sentence)
+
+
+def test_a_group_that_leaves_a_stage_out_is_told_which(tmp_path: Path) -> None:
+    sentence = refused(tmp_path, "shared: [[heads, verdict, model, evaluation, index]]")
+    assert sentence.endswith("'attention']; retrieval left out in between")
 
 
 @pytest.mark.parametrize(
@@ -90,8 +96,8 @@ def test_no_times(text: str) -> None:
 def test_stages_that_share_a_job_get_the_most_that_any_of_them_asks_for(tmp_path: Path) -> None:
     profile = written(
         tmp_path,
-        "{cpus: 2, memory: 900M, time: 1h, shared: [[heads, verdict, model, evaluation]],"
-        " stages: {heads: {cpus: 8}, model: {memory: 2G, time: 30m}, evaluation: {time: 2h}}}",
+        "{cpus: 2, memory: 900M, time: 1h, shared: [[heads, verdict, model, retrieval]],"
+        " stages: {heads: {cpus: 8}, model: {memory: 2G, time: 30m}, retrieval: {time: 2h}}}",
     )
     found = profile.resources(profile.group_of("model"))
     assert (found.cpus, found.memory, found.time) == (8, "2G", 120)

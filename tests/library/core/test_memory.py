@@ -69,7 +69,7 @@ def index(features: np.ndarray, ids: np.ndarray) -> object:
 STEPS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], object], int]] = {
     "clustering": (clustering, kmeans.memory_needed(NUM, WIDTH, NUM_CLUSTERS)),
     "neighbors": (neighbors, neighborhoods.memory_needed(NUM, NUM, WIDTH, NUM_NEIGHBORS)),
-    "evaluation": (evaluation, retrieval.memory_needed(NUM, WIDTH, 1)),
+    "evaluation": (evaluation, retrieval.memory_needed(NUM, WIDTH)),
     "head": (head, heads.memory_needed(NUM, NUM, WIDTH, NUM_CLUSTERS)),
     "index": (index, indexes.memory_needed(NUM, WIDTH)),
 }

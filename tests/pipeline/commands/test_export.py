@@ -129,6 +129,14 @@ def test_without_an_evaluation_the_card_says_so(run: RunFolder, tmp_path: Path) 
     assert "No numbers on the card: evaluation is missing" in (tmp_path / "model" / "README.md").read_text()
 
 
+def test_numbers_of_a_former_head_are_not_on_the_card(run: RunFolder, material: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run.root, tmp_path / "run", symlinks=True)
+    run_all(make_run(copy, [], material / "weights.safetensors", heads__deviation_power=0.3), until="model")
+    done = CliRunner().invoke(app, ["export", str(copy), str(tmp_path / "model")])
+    said = " ".join(done.output.split())
+    assert done.exit_code == 0 and "no numbers on the card" in said and "heads/fused was made again in between" in said
+
+
 def test_onnx_comes_with_its_preprocessing_and_a_card(run: RunFolder, folder: Path, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} (extra onnx) is not installed")

@@ -73,7 +73,7 @@ def test_a_new_run_has_a_listing_and_an_explicit_configuration(desk: Desk) -> No
     assert config.images.sources == (str(desk.images),)
     assert len(desk.listing()) == 16
     assert desk.said[0] == "16 images of 2 domains, no split: birds 6, cars 10"
-    assert desk.said[-1].startswith("35 artifacts: 35 missing; next: grappa run ")
+    assert desk.said[-1].startswith("44 artifacts: 44 missing; next: grappa run ")
 
 
 def test_relative_paths_become_absolute(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +356,7 @@ def test_it_says_what_becomes_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "fusion/neighbors is stale: config fusion.seed: 0 -> 1" in desk.said
     (following,) = (line for line in desk.said if "follow" in line)
     assert following.startswith(
-        "12 artifacts follow (`grappa status --long` names all): student, embeddings 2, views 2"
+        "15 artifacts follow (`grappa status --long` names all): student, embeddings 2, views 2"
     )
     assert not any(line.startswith("index") for line in desk.said)
     assert fakes.root == desk.root
@@ -383,6 +383,7 @@ def test_artifacts_with_the_same_fingerprint_are_taken_over(desk: Desk, monkeypa
     assert {name for name, state in found.items() if state != "fresh"} == {
         *("fusion/neighbors", "student", "embeddings/fused", "embeddings/student", "heads/fused", "heads/student"),
         *("views/fused", "views/student", "verdict", "model", "evaluation", "index", "attention/neighbors"),
+        *("retrieval/fused", "retrieval/fused_raw", "retrieval/student"),
     }
     manifest = RunFolder.open(other).artifact("features").manifest()
     assert manifest and manifest.provenance["taken_from"] == str(desk.root / "features")
@@ -615,7 +616,7 @@ def test_labels_are_no_part_of_what_is_trained_on() -> None:
         for each in stage.inputs(config, instance)
         if "labels.parquet" in each.files
     }
-    assert readers == {"evaluation"}
+    assert readers == {"retrieval", "evaluation"}
 
 
 @pytest.mark.parametrize("assignments", [[], ["clusters.num_clusters=[4, 8]"]])

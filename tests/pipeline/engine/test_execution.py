@@ -21,6 +21,8 @@ EMBEDDINGS = [
     f"embeddings/{row}" for row in ("zero_shot", "zero_shot_whitened", "k00002", "k00004", "mean", "fused", "student")
 ]
 HEADS = [f"heads/{row}" for row in ("zero_shot", "k00002", "k00004", "mean", "fused", "student")]
+FREE = ("zero_shot", "zero_shot_whitened", "zero_shot_head")
+RETRIEVAL = [f"retrieval/{row}" for row in (*FREE, "k00002", "k00004", "mean", "fused", "fused_raw", "student")]
 ALL = [
     *(
         "backbone",
@@ -42,6 +44,7 @@ ALL = [
         *HEADS,
         "verdict",
         "model",
+        *RETRIEVAL,
         "evaluation",
         "index",
         "attention/neighbors",
@@ -99,7 +102,7 @@ def test_an_edited_setting_runs_its_stage_and_all_that_hangs_on_it(complete: Fak
     made, seen, last = (
         [f"{stage}/{row}" for row in ("fused", "student")] for stage in ("embeddings", "views", "heads")
     )
-    end = ["model", "evaluation", "index", "attention/neighbors"]
+    end = ["model", *RETRIEVAL[-3:], "evaluation", "index", "attention/neighbors"]
     assert complete.ran == ["fusion/neighbors", "student", *made, *seen, *last, "verdict", *end]
 
 
@@ -163,7 +166,7 @@ def test_a_plan_changes_nothing(complete: FakeStages) -> None:
     assert steps["fusion/neighbors"] == "stale: config fusion.seed: 0 -> 1"
     stale = ("verdict", "heads/fused", "heads/student")
     assert steps["index"] == f"stale: {'; '.join(f'upstream {name} is stale' for name in stale)}"
-    assert len(steps) == 13
+    assert len(steps) == 16
     assert sorted(str(path) for path in complete.root.rglob("*")) == before
     forced = planned(complete.run, complete.config, Selection(stage="clusters", force=True))
     assert [name for name, _ in forced] == ["clusters/k00002", "clusters/k00004"]

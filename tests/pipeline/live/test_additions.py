@@ -322,7 +322,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(material: Path, run: RunF
         code, lines = call(*words)
         assert code == 1 and sentence in lines[-1], (words, lines)
     assert len(grappa.open_run(run.root).images(live=True)) == 60
-    assert call("status", run.root)[1] == ["35 artifacts: 35 fresh"]
+    assert call("status", run.root)[1] == ["44 artifacts: 44 fresh"]
 
 
 def test_two_processes_do_not_add_at_the_same_time(material: Path, run: RunFolder) -> None:

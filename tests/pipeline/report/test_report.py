@@ -276,10 +276,11 @@ def test_odd_names_and_a_run_without_labels(material: Path, tmp_path: Path) -> N
 def test_an_edited_setting_is_said(copy: RunFolder, material: Path, tmp_path: Path) -> None:
     make_run(copy.root, [], material / "weights.safetensors", evaluation__seed=5)
     write_report(copy.root, tmp_path / "report", folder=True)
-    line = "evaluation stale: config evaluation.seed: 0 -> 5"
+    line = "retrieval/fused stale: config evaluation.seed: 0 -> 5"
     assert f"- {line}\n" in (tmp_path / "report" / "results.md").read_text(encoding="utf-8")
     page = Page(tmp_path / "report" / "index.html").text
     assert "Not up to date with the run's configuration:" in page and line in page
+    assert "evaluation stale: config evaluation.seed: 0 -> 5; upstream retrieval/zero_shot is stale" in page
 
 
 def test_what_cannot_be_reported_is_one_sentence(copy: RunFolder, material: Path, tmp_path: Path) -> None:

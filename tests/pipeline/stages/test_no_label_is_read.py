@@ -1,6 +1,7 @@
 """No label is read: defaults, training, sampling and stopping are the same with labels true, scrambled or absent.
 
-Only the evaluation reads labels, and the supervised set of the ablation, which is there to say what they would buy.
+Only the evaluation (stages ``retrieval`` and ``evaluation``) reads labels, and the supervised set of the ablation,
+which is there to say what they would buy.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import pytest
 from grappa.pipeline import tables
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import parse_settings
+from grappa.pipeline.graph.models import evaluated_models
 from grappa.pipeline.graph.stages import STAGES, inputs_of, nodes, upstream
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import digests, draw_images, make_run, run_all, split_of, write_table, write_weights
 
 READERS = {"adaptors/supervised", "evaluation"}
+LABELLED = ("adaptors/supervised", "embeddings/supervised", "heads/supervised", "retrieval/supervised")
 LABELS = "images/labels.parquet"
 UNSUPERVISED = "[concat, multi_head, zero_shot_objects]"
 EVERYTHING = "[concat, multi_head, supervised, zero_shot_objects]"
@@ -63,17 +66,28 @@ def _config() -> Config:
     return parse_settings(settings, "test")
 
 
-def test_two_artifacts_declare_that_they_read_labels() -> None:
+def _readers(config: Config) -> set[str]:
+    return READERS | {f"retrieval/{name}" for name in evaluated_models(config)}
+
+
+def test_three_stages_declare_that_they_read_labels() -> None:
     config = _config()
     readers = {
         node.name for node in nodes(config) for source in inputs_of(node, config) if "labels.parquet" in source.files
     }
-    assert readers == READERS
+    assert readers == _readers(config)
+
+
+def test_nothing_but_the_evaluation_reads_the_models_tables() -> None:
+    config = _config()
+    readers = {node.name for node in nodes(config) if any(each.stage == "retrieval" for each in upstream(node, config))}
+    assert readers == {"evaluation"}
+    assert not any(each.stage == "evaluation" for node in nodes(config) for each in upstream(node, config))
 
 
 def _below_readers(config: Config) -> set[str]:
     """The artifacts that read labels, or are made from what does."""
-    found = set(READERS)
+    found = _readers(config)
     for node in nodes(config):
         if any(source.name in found for source in upstream(node, config)):
             found.add(node.name)
@@ -90,6 +104,8 @@ def test_scrambled_labels_change_nothing_but_what_declares_them(run: RunFolder, 
     assert differing >= {LABELS, "evaluation/metrics.csv", *supervised}, "what reads labels does see them"
     allowed = _below_readers(_config())
     assert {name for name in differing - {LABELS} if name.rpartition("/")[0] not in allowed} == set()
+    reciprocity = {name for name in differing if name.endswith("reciprocity.parquet")}
+    assert reciprocity <= {"retrieval/supervised/reciprocity.parquet"}, "this table of a model reads no label"
 
 
 def test_absent_labels_change_nothing_at_all_of_the_rest(run: RunFolder, material: Path, tmp_path: Path) -> None:
@@ -106,11 +122,12 @@ def test_absent_labels_change_nothing_at_all_of_the_rest(run: RunFolder, materia
     mine, theirs = digests(run), digests(other)
     differing = {name for name in theirs if mine[name] != theirs[name]}
     tables_with_labels = {f"evaluation/{file}" for file in ("metrics.csv", "per_query.parquet", "clusters.csv")}
+    tables_with_labels |= {name for name in theirs if name.endswith("/per_query.parquet")}
     assert differing == {LABELS, *tables_with_labels}
     agreement = tables.cluster_metrics(other.root)
     assert agreement[["purity", "nmi", "ami"]].isna().all(axis=None) and not agreement["num_images"].any()
     missing = {name.rpartition("/")[0] for name in mine.keys() - theirs.keys()}
-    assert missing == _below_readers(_config()) - {"evaluation"}
+    assert missing == set(LABELLED)
 
 
 @pytest.mark.parametrize("labels", ["scrambled", "absent"])
@@ -129,9 +146,9 @@ def test_every_other_stage_runs_where_the_labels_cannot_be_read(run: RunFolder, 
     file = other.root / LABELS
     file.write_bytes(bytes(file.stat().st_size))
     for stage in STAGES:
-        if stage.name != "evaluation":
+        if stage.name not in ("retrieval", "evaluation"):
             run_all(other, stage=stage.name)
     mine, theirs = digests(run), digests(other)
     assert all(theirs[name] == mine[name] for name in theirs)
-    with pytest.raises(ValueError, match="evaluation cannot run: images in .* is damaged .labels.parquet"):
-        run_all(other, stage="evaluation")
+    with pytest.raises(ValueError, match="retrieval/zero_shot cannot run: images in .* is damaged .labels.parquet"):
+        run_all(other, stage="retrieval")

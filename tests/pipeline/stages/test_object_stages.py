@@ -124,7 +124,7 @@ def test_the_gate_makes_nothing_else_stale(material: Path, seen: RunFolder, tmp_
     _make(run.root, material, "backbone", evaluation__extra_rows=GATE)
     kinds = {each.name: each.state.kind for each in states(run, read_config(run))}
     assert {name for name, kind in kinds.items() if kind != "fresh"} == {
-        *("objects", "object_features", "embeddings/zero_shot_objects", "evaluation")
+        *("objects", "object_features", "embeddings/zero_shot_objects", "retrieval/zero_shot_objects", "evaluation")
     }
     run_all(run)
     after = digests(run)

@@ -39,6 +39,7 @@ fused,_mean,merged,8,0.25
 
 BELOW_FUSION = {f"{stage}/{row}" for stage in ("embeddings", "views", "heads") for row in ("fused", "student")}
 BELOW_FUSION |= {"fusion/neighbors", "student", "verdict", "model", "evaluation"}
+BELOW_FUSION |= {"retrieval/fused", "retrieval/fused_raw", "retrieval/student"}
 
 
 class Desk:
