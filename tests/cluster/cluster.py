@@ -52,6 +52,7 @@ class Cluster:
     num_nodes: int = 2
     cpus: int = 4
     accounting: bool = True
+    cpu_times: bool = False  # whether accounting knows the jobs' CPU time
 
     @property
     def conf(self) -> Path:
@@ -153,6 +154,7 @@ class Cluster:
             "host": host,
             "folder": str(self.folder),
             "controller_port": str(controller),
+            "gather": "linux" if self.cpu_times else "none",
             "accounting": self._accounting_lines(accounting),
             "nodes": "\n".join(
                 f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} RealMemory=8000"
