@@ -165,7 +165,8 @@ class Profile(Resources):
         start = names.index(group[0]) if group else 0
         if not group or list(group) != names[start : start + len(group)]:
             left_out = [name for name in names[start : names.index(group[-1])] if name not in group] if group else []
-            hint = f"; {', '.join(left_out)} left out in between" if left_out else ""
+            ordered = left_out and list(group) == sorted(group, key=names.index)
+            hint = f"; {', '.join(left_out)} left out in between" if ordered else ""
             raise ValueError(f"shared: found {list(group)}, expected stages that follow one another in {names}{hint}")
         if sum(group[0] in other for other in self.shared) > 1 or len(set(group)) != len(group):
             raise ValueError(f"shared: {group[0]} is in two groups; a stage runs in one job")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from grappa.core.printing import sentence
+
 
 def resolve_device(requested: str) -> torch.device:
     """Return the torch device for ``auto``, ``cpu`` or ``cuda``; ValueError when there is no GPU for ``cuda``."""
@@ -20,11 +22,13 @@ def resolve_device(requested: str) -> torch.device:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Return a device; ValueError for one that torch does not know, or that this machine does not have."""
+    """Return a device that holds numbers; ValueError for one that torch does not know or this machine does not have."""
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # an AssertionError, where torch was built without CUDA
-        why = str(error).partition("\n")[0]
+        found = torch.zeros(1, device=device)
+        found.cpu()  # what lies on `meta` has no numbers
+        return found.device
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:  # each is some device's own
+        why = sentence(error, limit=200)
         raise ValueError(f"the device is {str(device)!r}, which torch cannot use here ({why}); give cpu") from error
 
 

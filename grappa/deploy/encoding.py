@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
+from numbers import Integral
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -174,10 +175,13 @@ def encode(
 
     ``GrappaModel.encode`` says what the arguments are.
     """
-    if not isinstance(items, Iterable):
-        raise ItemError(f"found {type(items).__name__}, expected images: paths, PIL images, arrays, tensors")
-    if not isinstance(batch_size, int) or batch_size < 1 or errors not in ("raise", "mask"):
-        raise ValueError(f"batch_size is {batch_size}, errors is {errors!r}; expected 1 or more, and raise or mask")
+    try:
+        iter(items)
+    except TypeError:
+        raise ItemError(f"found {type(items).__name__}, expected images: paths, PIL images, arrays, tensors") from None
+    if not isinstance(batch_size, Integral) or batch_size < 1 or errors not in ("raise", "mask"):
+        wanted = "expected a whole number of 1 or more, and raise or mask"
+        raise ValueError(f"batch_size is {batch_size!r}, errors is {errors!r}; {wanted}")
     total = len(items) if isinstance(items, Sequence | np.ndarray | Tensor) else None
     rows = [np.empty((0, model.embedding_dim), np.float32)]
     usable = [np.empty(0, np.bool_)]

@@ -49,7 +49,7 @@ from grappa.images.sources.columns import (
 )
 from grappa.images.sources.parquet_shards import splits_of_names
 from grappa.images.sources.path_table import read_table
-from grappa.images.sources.shards import list_shards, with_images
+from grappa.images.sources.shards import is_tar, list_shards, with_images
 from grappa.images.sources.urls import as_source, find_urls, is_url
 
 __all__ = [
@@ -240,9 +240,9 @@ def _found(root: str) -> Found:
 
 def _rows_of_shards(root: str, names: list[str], found: Found) -> pa.Table:
     tables = []
-    for split, (rows, passed) in zip(splits_of_names(names), list_shards(root, names), strict=True):
+    for name, split, (rows, passed) in zip(names, splits_of_names(names), list_shards(root, names), strict=True):
         found.passed_files += passed
-        if split is not None and "split" not in rows.column_names:
+        if split is not None and not is_tar(name) and "split" not in rows.column_names:
             rows = rows.append_column("split", constant(split, len(rows), TEXT))
         tables.append(rows)
     joint = pa.concat_tables(tables, promote_options="default")

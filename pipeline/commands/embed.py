@@ -32,7 +32,8 @@ BATCH = 64
 NO_BOX = (float("nan"),) * 4
 COLUMNS = ["path", "domain"]
 ARRAY_FILE, ID_FILE, REJECTED_FILE = "embeddings.npy", "ids.parquet", "rejected.parquet"
-OTHER_FORMATS = (".csv", ".feather", ".h5", ".hdf5", ".json", ".jsonl", ".npz", ".pkl", ".pt", ".safetensors", ".tsv")
+_NOT_WRITTEN = "arrow bin csv feather h5 hdf5 json jsonl npz pickle pkl pt safetensors tar tsv txt xlsx zip"
+OTHER_FORMATS = tuple(f".{each}" for each in _NOT_WRITTEN.split())
 REMOTE_THREADS = 16  # that wait for a network
 
 

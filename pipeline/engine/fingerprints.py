@@ -66,7 +66,7 @@ def read_manifest(run: RunFolder, node: Node | str) -> Manifest | None:
 
 def sources_manifest(run: RunFolder, read: Read | None = None) -> Manifest:
     """Return the manifest of the listed images; MissingInputError when there is none."""
-    manifest = read(SOURCES) if read else read_manifest(run, SOURCES)
+    manifest = (read or partial(read_manifest, run))(SOURCES)
     if manifest is None or SOURCES_FILE not in manifest.outputs:
         raise MissingInputError(f"upstream sources is missing: run `grappa init {quoted(run.root)}`")
     return manifest

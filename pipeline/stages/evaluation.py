@@ -54,12 +54,12 @@ def run_on_model(context: StageContext) -> str:
     embeddings, num_queries = _embeddings(context), _num_queries(context.config, tested, known)
     width, threads = embeddings.shape[1], context.num_threads
     context.need_memory(memory_needed(len(rows), width, num_queries=num_queries, num_threads=threads))
-    chosen = np.asarray(embeddings[rows])
-    per_query = _per_query(context, chosen, tested, known, num_queries)
+    chosen, device = np.asarray(embeddings[rows]), str(settle_device(context))
+    per_query = _per_query(context, chosen, tested, known, num_queries, device)
     # The image table has ids and domains: the join puts them back, and the same texts are not kept for every model.
     per_query = per_query.assign(row=rows[per_query["row"].to_numpy(dtype=np.int64)]).drop(columns="domain")
     per_query.to_parquet(context.path / "per_query.parquet", index=False, compression="zstd")
-    _reciprocity(context, chosen, tested).to_parquet(context.path / "reciprocity.parquet", index=False)
+    _reciprocity(context, chosen, tested, device).to_parquet(context.path / "reciprocity.parquet", index=False)
     return f"{num_queries} queries among {int(known.notna().sum())} labeled test images" if num_queries else NO_LABEL
 
 
@@ -105,7 +105,12 @@ def _embeddings(context: StageContext) -> NDArray[np.float32]:
 
 
 def _per_query(
-    context: StageContext, embeddings: NDArray[np.float32], images: pd.DataFrame, labels: pd.Series, num_queries: int
+    context: StageContext,
+    embeddings: NDArray[np.float32],
+    images: pd.DataFrame,
+    labels: pd.Series,
+    num_queries: int,
+    device: str,
 ) -> pd.DataFrame:
     """Return the queries of one model in both galleries; ``row`` counts the test images."""
     with context.task("evaluating", num_queries, unit="queries") as advance:
@@ -116,17 +121,18 @@ def _per_query(
             ids=id_numbers(images["image_id"].tolist()),
             seed=context.config.evaluation.seed,
             max_queries=_most_queries(context.config),
-            device=str(settle_device(context)),
+            device=device,
             num_threads=context.num_threads,
             progress=advance,
         )
     return pd.concat([table.assign(gallery=gallery) for gallery, table in tables.items()], ignore_index=True)
 
 
-def _reciprocity(context: StageContext, embeddings: NDArray[np.float32], images: pd.DataFrame) -> pd.DataFrame:
+def _reciprocity(
+    context: StageContext, embeddings: NDArray[np.float32], images: pd.DataFrame, device: str
+) -> pd.DataFrame:
     """Return domain, gallery and reciprocity of one model; no label is read."""
-    domains, sample = images["domain"].to_numpy(), _reciprocity_sample(context.config, images)
-    device, parts = str(settle_device(context)), []
+    domains, sample, parts = images["domain"].to_numpy(), _reciprocity_sample(context.config, images), []
     with context.task("reciprocity", len(GALLERIES), unit="tables") as advance:
         for gallery in GALLERIES:
             found = reciprocity_table(embeddings, domains, gallery=gallery, rows=sample, device=device)

@@ -114,16 +114,25 @@ def test_an_image_of_too_many_pixels_is_not_decoded(model: GrappaModel, photos: 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": 1.5}, {"errors": "skip"}])
 def test_an_option_of_no_meaning_is_refused(model: GrappaModel, options: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="expected 1 or more, and raise or mask"):
+    with pytest.raises(ValueError, match="expected a whole number of 1 or more, and raise or mask"):
         model.encode([], **options)  # type: ignore[call-overload]
 
 
-@pytest.mark.parametrize("device", ["abacus", "cuda"])
+@pytest.mark.parametrize("device", ["abacus", "meta", "cuda"])
 def test_a_device_that_is_not_there_is_refused_in_one_sentence(model: GrappaModel, device: str) -> None:
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ValueError, match=f"the device is '{device}', which torch cannot use here .*; give cpu$"):
         model.encode([], device=device)
+
+
+def test_numbers_of_numpy_and_what_is_only_indexed_are_taken(model: GrappaModel, photos: list[Path]) -> None:
+    class Photos:
+        def __getitem__(self, place: int) -> Path:
+            return photos[place]
+
+    found = model.encode(Photos(), batch_size=np.int64(2))  # type: ignore[call-overload]
+    assert np.array_equal(found, model.encode(photos, batch_size=2))
 
 
 def test_what_is_no_list_of_images_is_named(model: GrappaModel) -> None:

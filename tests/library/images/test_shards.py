@@ -18,7 +18,7 @@ from grappa.images.copies import count_distinct_files
 from grappa.images.files import ImagesChangedError, RejectedFileError, UnansweredError
 from grappa.images.ingest import decode_all
 from grappa.images.originals import open_rows
-from grappa.images.sources import parquet_shards, tar_shards, urls
+from grappa.images.sources import parquet_shards, urls
 from grappa.images.table import ImageTableError, list_images
 from tests.helpers.shards import write_images, write_tar
 from tests.helpers.tiny import draw_images
@@ -184,48 +184,10 @@ def test_a_header_may_shorten_a_long_name(tmp_path: Path) -> None:
     assert list(listing["path"]) == [f"0.tar::{long}"] and bytes_of(listing) == [b"1"]
 
 
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_headers_are_read_as_tarfile_reads_them(form: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [
-        "a/plain.jpg",
-        "./b//tidy.png",
-        "é/日本.jpg",
-        f"{'long/' * 30}name.jpg",
-        "x/" + 90 * "n" + ".jpg",
-        "c/d.cls",
-    ]
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w", format=form) as archive:
-        for number, name in enumerate(names):
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime = number * 300, 1.5
-            archive.addfile(info, io.BytesIO(bytes(info.size)))
-    damaged = [(None, 0), *((at, value) for at in (*range(0, 512, 9), *range(120, 158)) for value in (0, 55, 57, 255))]
-
-    def listed(at: int | None, value: int) -> object:
-        data = bytearray(packed.getvalue())
-        if at is not None:
-            data[at] = value
-        try:
-            rows, passed = tar_shards.list_tar(io.BytesIO(data), "a.tar")
-        except ImageTableError as error:
-            return str(error)
-        return rows.to_pylist(), passed
-
-    quick = [listed(*each) for each in damaged]
-    assert isinstance(quick[0], tuple) and len(quick[0][0]) == 5
-    monkeypatch.setattr(tar_shards, "_Member", tarfile.TarInfo)
-    assert quick == [listed(*each) for each in damaged]
-
-
-def test_a_regular_header_is_read_without_the_rest_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "a.tar", {f"{number}.jpg": b"x" for number in range(50)})
-    read = tarfile.nti
-    numbers: list[bytes] = []
-    monkeypatch.setattr(tarfile, "nti", lambda text: numbers.append(text) or read(text))
-    with tar.open("rb") as opened:
-        assert len(tar_shards.list_tar(opened, "a.tar")[0]) == 50
-    assert not numbers
+def test_a_tars_name_says_no_split(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write_tar(tmp_path / f"{name}-00000-of-00001.tar", {f"a/{name}.png": b"x"})
+    assert list_images([tmp_path])["split"].isna().all()
 
 
 def test_a_member_twice_and_a_tar_twice_are_refused(tmp_path: Path) -> None:
