@@ -56,7 +56,7 @@ def with_images(root: str, names: Sequence[str]) -> list[str]:
 def list_shards(root: str, names: Sequence[str]) -> list[tuple[pa.Table, Counter[str]]]:
     """List the images of shards below a folder or a URL: for each its rows and what was passed over in it.
 
-    The columns are those of ``list_tar`` and ``list_parquet``, and ``version`` of a tar behind a URL.
+    The columns are those of ``list_tar`` and ``list_parquet``, and ``version``.
 
     Raises:
         ImageTableError: one of them cannot be read, is cut off or broken, or breaks a rule.
@@ -71,9 +71,8 @@ def _listed(root: str, name: str) -> tuple[pa.Table, Counter[str]]:
         if not is_tar(name):
             return list_parquet(open_parquet(opened, name), name), Counter()
         rows, passed = list_tar(opened, name)
-        if urls.is_url(place):
-            rows = rows.append_column("version", constant(urls.look_at(place).version, len(rows), TEXT))
-    return rows, passed
+        version = urls.look_at(place).version if urls.is_url(place) else ""
+    return rows.append_column("version", constant(version, len(rows), TEXT)), passed
 
 
 @contextmanager

@@ -140,7 +140,7 @@ def test_too_few_different_images_for_the_clusters_are_refused(desk: Path) -> No
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("mounting a small disk needs root")
     yield folder
@@ -150,7 +150,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_said_in_a_sentence_and_room_lets_the_same_command_finish(desk: Path, small_disk: Path) -> None:
     run = make_run(small_disk / "run", [desk / "images"], desk / "weights.safetensors")
     filler = small_disk / "filler"
-    names = "backbone images features clusters adaptors fusion model evaluation index attention"
+    names = "backbone images features clusters adaptors fusion model retrieval evaluation index attention"
     for stage in names.split():
         _fill(filler, small_disk)
         assert "The disk is full" in _fails(run, "--until", stage), stage
