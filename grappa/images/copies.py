@@ -42,7 +42,7 @@ def count_distinct_files(
 
     A file is opened only if another one has its size, and read as a whole only if their ends agree too. What cannot be
     read counts as one of its own, and so do images behind URLs and those whose size is not known before. No copy of the
-    listing is made, some numbers are kept of an image, and a tar is opened once for thousands of its images.
+    listing is made, and a tar is opened once for thousands of its images.
 
     Args:
         listing, roots: what ``grappa.images.table.list_images`` gave (rows of the frame, and its ``attrs["roots"]``).
