@@ -41,11 +41,10 @@ def resolve_precision(requested: str, device: torch.device) -> str:
     return "bfloat16" if has_bfloat16_products() else "float32"
 
 
-@cache
 def has_bfloat16_products() -> bool:
     """Tell whether this machine's CPU multiplies bfloat16 numbers in hardware.
 
-    With the environment variable GRAPPA_BFLOAT16=0 it is taken for one that does not, to measure what others get.
+    While the environment variable GRAPPA_BFLOAT16 is 0 it is taken for one that does not, to measure what others get.
     """
     return os.environ.get("GRAPPA_BFLOAT16") != "0" and bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
@@ -72,9 +71,10 @@ def set_num_threads(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
-def _cpu_flags() -> set[str]:
+@cache
+def _cpu_flags() -> frozenset[str]:
     path = Path("/proc/cpuinfo")
     if not path.exists():
-        return set()
+        return frozenset()
     lines = (line for line in path.read_text().splitlines() if line.startswith("flags"))
-    return set(next(lines, "").split())
+    return frozenset(next(lines, "").split())
