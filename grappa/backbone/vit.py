@@ -18,12 +18,12 @@ from torch.nn import functional as F
 class FusedWhereFaster:
     """A CPU's choice of the fused attention kernel; modules of timm ask their ``fused_attn`` in each pass.
 
-    True in float32 without gradients. The kernel's backward pass takes most of a training step, and in bfloat16
-    explicit products are faster too (tests/benchmarks: R10, R1). The two differ in the order of their sums only.
+    True in float32; in bfloat16 explicit products are faster (tests/benchmarks: R10, R1). The two differ in the order
+    of their sums only.
     """
 
     def __bool__(self) -> bool:
-        return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        return not torch.is_autocast_enabled("cpu")
 
 
 def reads_class_token(model: Any) -> bool:

@@ -25,7 +25,7 @@ class Shape(Protocol):
     """The sizes of a model that its need depends on.
 
     width: of an embedding. passing: numbers that it holds of an image at once where no gradient is asked for, in a
-    precision. kept: numbers that it holds of an image where one is. trained: numbers of its adaptors.
+    precision. kept: the same where one is. trained: numbers of its adaptors.
     """
 
     @property
@@ -36,8 +36,7 @@ class Shape(Protocol):
 
     def passing(self, precision: str) -> int: ...
 
-    @property
-    def kept(self) -> int: ...
+    def kept(self, precision: str) -> int: ...
 
     @property
     def trained(self) -> int: ...
@@ -45,15 +44,21 @@ class Shape(Protocol):
 
 @dataclass(frozen=True)
 class MeasuredShape:
-    """The sizes of a model as a pass of one image has shown them: see ``Shape``. held: ``passing`` in any precision."""
+    """The sizes of a model as a pass of one image has shown them, equal in any precision: see ``Shape``.
+
+    passed: ``passing``. held: ``kept``.
+    """
 
     image_size: int
     width: int
+    passed: int
     held: int
-    kept: int
     trained: int
 
     def passing(self, precision: str) -> int:
+        return self.passed
+
+    def kept(self, precision: str) -> int:
         return self.held
 
 
@@ -74,13 +79,16 @@ class VitShape:
 
     def passing(self, precision: str) -> int:
         """What one block holds of an image at once."""
-        weights = 0 if precision == "float32" else 2 * self.heads * self.tokens
+        weights = 2 * self._weights(precision)
         return self.tokens * (PASSING_COPIES * self.width + weights + 4 * self.adapted)
 
-    @property
-    def kept(self) -> int:
+    def kept(self, precision: str) -> int:
         """What every block keeps of an image for gradients."""
-        return self.blocks * self.tokens * (KEPT_COPIES * self.width + self.heads * self.tokens + 4 * self.adapted)
+        of_token = KEPT_COPIES * self.width + self._weights(precision) + 4 * self.adapted
+        return self.blocks * self.tokens * of_token
+
+    def _weights(self, precision: str) -> int:
+        return 0 if precision == "float32" else self.heads * self.tokens
 
     @property
     def trained(self) -> int:
@@ -100,7 +108,7 @@ def training(shape: Shape, batch_size: int, precision: str, num_classes: int = 0
     num_classes: proxies of all targets together, of several processes those that each of them holds.
     """
     trained = 4 * FLOAT * (shape.trained + shape.width * num_classes)
-    return trained + batch_size * (_pixels(shape) + shape.kept * _bytes(precision)) + BATCH_WORK
+    return trained + batch_size * (_pixels(shape) + shape.kept(precision) * _bytes(precision)) + BATCH_WORK
 
 
 def originals(largest: int, num_workers: int) -> int:
