@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from grappa.backbone.files.hub import is_hub_name as is_hub_weights
 from grappa.backbone.files.places import absolute, files_of, hint
 from grappa.backbone.unusable import BackboneError
+from grappa.core.home import expanded
 from grappa.pipeline.commands.listed import say_images, say_lone_classes
 from grappa.pipeline.commands.model_input import check_input, same_backbone, say_input, settle_cache, settle_cache_size
 from grappa.pipeline.config.schema import Config, Images, automatic_num_clusters
@@ -238,7 +239,7 @@ def _absolute(settings: Settings) -> Settings:
         changed["backbone"] = {"weights": absolute(weights)}
     model: Any = settings.get("objects", {}).get("model")
     if isinstance(model, str) and not is_hub_name(model):
-        changed["objects"] = {"model": os.path.abspath(model)}
+        changed["objects"] = {"model": os.path.abspath(expanded(model))}
     sources: Any = settings.get("images", {}).get("sources")
     if isinstance(sources, list) and all(isinstance(source, str) for source in sources):
         changed["images"] = {"sources": [_absolute_source(source) for source in sources]}
@@ -255,7 +256,7 @@ def _absolute_domain(text: str) -> str:
 
 def _absolute_source(source: str) -> str:
     """Return a folder or file as an absolute path; a URL stays as it is."""
-    return source if "://" in source else os.path.abspath(source)
+    return source if "://" in source else os.path.abspath(expanded(source))
 
 
 def check_backbone(config: Config, known: RunFolder | None) -> None:

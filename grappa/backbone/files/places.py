@@ -19,13 +19,14 @@ from grappa.backbone.files.hub import (
     weight_names,
 )
 from grappa.backbone.unusable import BackboneError
+from grappa.core.home import expanded
 
 LOCAL = "local-dir:"
 
 
 def absolute(weights: str) -> str:
     """Return ``backbone.weights`` with an absolute path: ``~`` and ``local-dir:`` are taken off; a hub's name stays."""
-    return weights if is_hub_name(weights) else os.path.abspath(os.path.expanduser(weights.removeprefix(LOCAL)))
+    return weights if is_hub_name(weights) else os.path.abspath(expanded(weights.removeprefix(LOCAL)))
 
 
 def files_of(weights: str | Path) -> list[Path]:
