@@ -28,7 +28,7 @@ from grappa.pipeline.config.yaml_file import (
     preset_path,
     read_settings,
 )
-from grappa.pipeline.engine.externals import detector_digests, hub_problems, is_hub_name
+from grappa.pipeline.engine.externals import detector_digests, hub_problems, is_hub_name, lost_weights
 from grappa.pipeline.engine.fingerprints import read_manifest
 from grappa.pipeline.engine.glance import cause_lines
 from grappa.pipeline.engine.packages import missing_packages
@@ -353,9 +353,9 @@ def _say_states(run: RunFolder, config: Config, say: Say) -> None:
     for line in cause_lines(found):
         say(line)
     made = {each.node.stage for each in found if each.state.kind == "fresh"}
-    for stage, sentence in hub_problems(config).items():
-        if stage not in made:
-            say(f"warning: {sentence}")
+    sentences = [sentence for stage, sentence in hub_problems(config).items() if stage not in made]
+    for sentence in filter(None, [*sentences, lost_weights(config, made="backbone" in made)]):
+        say(f"warning: {sentence}")
     kinds = [each.state.kind for each in found]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     next_step = f"{len(found)} artifacts: {counts}; next: grappa run {quoted(run.root)}"

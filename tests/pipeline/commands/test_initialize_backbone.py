@@ -7,7 +7,7 @@ import pytest
 from grappa.pipeline.config.yaml_file import ConfigError
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.store.artifacts import RunFolder
-from tests.pipeline.commands.desk import Desk
+from tests.pipeline.commands.desk import Desk, made
 
 
 def test_a_hub_out_of_reach_is_said_with_the_way_out(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +46,46 @@ def test_weights_may_be_a_folder_or_lie_in_the_home_folder(desk: Desk, monkeypat
     (desk.folder / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"backbone\.weights: .*empty holds no weight file"):
         desk.init(assignments=["backbone.weights=~/empty/"])
+
+
+@pytest.mark.parametrize("place", ["weights.safetensors", "folder"])
+def test_weights_that_are_gone_leave_a_finished_run_fresh_and_are_said(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def warnings() -> list[str]:
+        return [line for line in desk.said if line.startswith("warning: ") and "weight" in line]
+
+    fakes, given = made(desk, monkeypatch), desk.folder / place
+    file = given if given.suffix else given / "model.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(place.encode())
+    desk.init(assignments=[f"backbone.weights={given}"])
+    fakes.settings = desk.config.model_dump(mode="json")
+    fakes.execute()
+    assert not warnings()
+    file.unlink()
+    assert set(desk.states().values()) == {"fresh"}
+    desk.init()
+    (line,) = warnings()
+    what = "which is no file" if given.suffix else "holds no weight file, expected model.safetensors"
+    assert str(given) in line and what in line and "; the run has a copy, so it is needed only" in line
+    assert desk.said[-1] == "all is fresh"
+    desk.init(assignments=["backbone.mean=[0.5, 0.5, 0.5]"])
+    (line,) = warnings()
+    assert what in line and "has a copy" not in line
+
+
+def test_other_weights_in_a_folder_are_others(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes, given = made(desk, monkeypatch), desk.folder / "folder"
+    given.mkdir()
+    (given / "a.pth").write_bytes(b"weights")
+    desk.init(assignments=[f"backbone.weights={given}"])
+    fakes.settings = desk.config.model_dump(mode="json")
+    fakes.execute()
+    (given / "a.pth").unlink()
+    for name in ("b.pth", "c.pth"):
+        (given / name).write_bytes(b"weights")
+    assert "stale: backbone.weights: " in desk.states()["backbone"]
 
 
 def test_a_name_of_the_hub_given_as_a_file_is_answered_by_how_to_write_it(desk: Desk) -> None:
