@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grappa.backbone.files.hub import HUB, file_names, hub_problem, is_cached, weight_names
+from grappa.backbone.files.hub import HUB, file_names, hub_problem, is_cached, out_of_reach, weight_names
 from grappa.backbone.files.hub import is_hub_name as is_hub_weights
 from grappa.backbone.files.places import files_of
 from grappa.backbone.unusable import BackboneError
@@ -87,14 +87,16 @@ def _weight_files(weights: str, known: Mapping[str, Any]) -> list[Path]:
 def lost_weights(config: Config, *, made: bool) -> str:
     """Return a sentence where ``backbone.weights`` leads to no weights on this machine, "" where it does.
 
-    made: the run has a copy of them, the artifact ``backbone``.
+    Of what lies in no cache of the hub, `hub_problems` tells. made: the run has a copy, the artifact ``backbone``.
     """
     weights = config.backbone.weights
-    if weights is None or is_hub_weights(weights):
+    if weights is None or (is_hub_weights(weights) and (made or not is_cached(weights.removeprefix(HUB)))):
         return ""
+    if is_hub_weights(weights):
+        return out_of_reach(weights)
     try:
         files_of(weights)
-    except BackboneError as error:
+    except (BackboneError, OSError) as error:  # also what lies in another user's folder that may not be read
         copied = "; the run has a copy, so it is needed only where the backbone is made in another way"
         return f"{str(error).partition(';')[0]}{copied}" if made else str(error)
     return ""

@@ -92,19 +92,35 @@ def fetched(weights: str) -> Path:
     Raises:
         BackboneError: no such name, no such model, or the hub cannot be reached; within ``HUB_SECONDS``.
     """
+    reason = out_of_reach(weights)
+    if reason:
+        raise BackboneError(reason)
+    repo, revision = _repository(weights)
+    cached = _cached_folder(repo, revision)
+    return _downloaded(repo, revision) if cached is None or _lack(cached) else cached
+
+
+def out_of_reach(weights: str) -> str:
+    """Return why ``hf-hub:owner/name`` can be had neither from the hub's cache nor from the hub, "" where it may be.
+
+    Raises:
+        BackboneError: no such name.
+    """
+    repo, revision = _repository(weights)
+    cached = _cached_folder(repo, revision)
+    lack = "" if cached is None else _lack(cached)
+    problem = hub_problem() if cached is None or lack else ""
+    found = f" (its cache, {cached}, holds {lack})" if lack else ""
+    return f"the weights of {repo} would come from the hub, but {problem}{found}; {_ADVICE}" if problem else ""
+
+
+def _repository(weights: str) -> tuple[str, str]:
+    """Return owner/name and revision, "" where none is given."""
     name = weights.removeprefix(HUB)
     if not _NAME.fullmatch(name):
         raise BackboneError(f"backbone.weights is {weights!r}; expected hf-hub:OWNER/NAME, with @REVISION or without")
     repo, _, revision = name.partition("@")
-    cached = _cached_folder(repo, revision)
-    lack = "" if cached is None else _lack(cached)
-    if cached is not None and not lack:
-        return cached
-    problem = hub_problem()
-    if problem:
-        found = f" (its cache, {cached}, holds {lack})" if lack else ""
-        raise BackboneError(f"the weights of {repo} would come from the hub, but {problem}{found}; {_ADVICE}")
-    return _downloaded(repo, revision)
+    return repo, revision
 
 
 def _cached_folder(repo: str, revision: str) -> Path | None:

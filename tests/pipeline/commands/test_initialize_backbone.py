@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from grappa.pipeline.config.yaml_file import ConfigError
@@ -35,6 +37,24 @@ def test_weights_named_on_the_hub_are_kept_as_they_are_named(desk: Desk, monkeyp
     (line,) = (line for line in desk.said if "come from the hub" in line)
     assert line.startswith("warning: backbone.weights is hf-hub:somebody/some-model")
     assert line.endswith("HF_HUB_OFFLINE forbids it; give a file by --set backbone.weights=FILE")
+
+
+def test_a_cached_model_that_does_not_do_is_said_with_the_reason(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = desk.folder / "cache" / "models--somebody--some-model"
+    (cache / "snapshots" / "abc").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache.parent))
+    for name in ("a.safetensors", "b.safetensors"):
+        (cache / "snapshots" / "abc" / name).touch()
+    desk.new("backbone.weights=hf-hub:somebody/some-model")
+    (line,) = (line for line in desk.said if "come from the hub" in line)
+    assert "HF_HUB_OFFLINE forbids it (its cache, " in line
+    assert "holds several weight files (a.safetensors, b.safetensors)" in line
+    (cache / "snapshots" / "abc" / "b.safetensors").unlink()
+    desk.init()
+    assert not any("come from the hub" in line for line in desk.said)
 
 
 def test_weights_may_be_a_folder_or_lie_in_the_home_folder(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +93,18 @@ def test_weights_that_are_gone_leave_a_finished_run_fresh_and_are_said(
     desk.init(assignments=["backbone.mean=[0.5, 0.5, 0.5]"])
     (line,) = warnings()
     assert what in line and "has a copy" not in line
+
+
+def test_weights_that_may_not_be_read_any_more_are_said(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(desk, monkeypatch)
+
+    def files_of(weights: str) -> list[Path]:
+        raise PermissionError(13, "Permission denied", weights)
+
+    monkeypatch.setattr("grappa.pipeline.engine.externals.files_of", files_of)
+    desk.init()
+    assert any("Permission denied" in line and "the run has a copy" in line for line in desk.said)
+    assert desk.said[-1] == "all is fresh"
 
 
 def test_other_weights_in_a_folder_are_others(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
