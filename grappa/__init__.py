@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grappa.core.extras import missing_sentence
+from grappa.core.home import expanded
 
 if TYPE_CHECKING:
     from grappa.model import GrappaModel
@@ -40,7 +41,7 @@ def load_model(folder: str | Path, module: Callable[[], Any] | str | None = None
     if isinstance(folder, str) and folder.startswith("hf-hub:"):
         path: Path = _imported("grappa.deploy.hub_model", "fetched_model", asked="load_model")(folder)
     else:
-        path = Path(folder)
+        path = Path(expanded(folder))
     if os.path.exists(path / "run.json"):  # False for a path that no file can have
         loaded: GrappaModel = _imported("grappa.pipeline.commands.search", "load_run_model", asked="load_model")(
             path, module

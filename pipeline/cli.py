@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from grappa import __version__
+from grappa.core.home import expanded
 from grappa.pipeline.commands.collection import COMMANDS
 from grappa.pipeline.commands.output import Run, say, warn, warn_if_stale, warn_of_additions
 from grappa.pipeline.errors import one_sentence_errors
@@ -435,8 +436,15 @@ def _say_json(value: object) -> None:
     print(json.dumps(value, indent=2), flush=True)
 
 
+def _from_home(argument: str) -> str:
+    """Return an argument with its ``~`` expanded where shells leave it: ``--out=~/x``, or quoted."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{expanded(value)}"
+
+
 def main() -> None:
     """Run the command line."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    app(prog_name="grappa")  # also as `python -m grappa`: completion is installed for this name
+    arguments = [_from_home(text) for text in sys.argv[1:]]
+    app(arguments, prog_name="grappa")  # also as `python -m grappa`: completion is installed for this name

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
+from grappa.core.home import expanded
 from grappa.images.splits import chosen_rows
 from grappa.pipeline.config.schema import Config, num_clusters_of
 from grappa.pipeline.engine.live.collection import live_assignments, live_embeddings, live_images
@@ -58,7 +59,7 @@ ASKING = {
 
 def open_run(folder: str | Path) -> Run:
     """Open a run folder, finished or not; ValueError for a folder that is no run."""
-    return Run(RunFolder.open(Path(folder)).root)
+    return Run(RunFolder.open(Path(expanded(folder))).root)
 
 
 @dataclass(frozen=True)

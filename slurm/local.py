@@ -5,12 +5,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
+from grappa.core.printing import sentence
 from grappa.pipeline.engine.execution import Say
 from grappa.slurm.jobs_table import write_jobs_table
 from grappa.slurm.launch import run_here, start_local
 from grappa.slurm.plan import PlannedJob
-from grappa.slurm.records import JobRecord, Pin, read_events
+from grappa.slurm.records import JobRecord, Pin, append_event, read_events
 from grappa.slurm.submission import Submission
 
 
@@ -53,6 +55,7 @@ def _run_processes(submission: Submission, job: PlannedJob, records: list[JobRec
         submission.write(records)
         for each, pins in zip(started, some, strict=True):
             each.wait()
+            _note_end(submission, each.job_id)
             failed |= _not_made(submission, each.job_id, pins)
     return failed
 
@@ -70,10 +73,38 @@ def _run_here(submission: Submission, job: PlannedJob, records: list[JobRecord])
     return failed
 
 
+def _note_end(submission: Submission, task: str) -> None:
+    """Write the end of a process that could not do so itself, with what is known of the reason."""
+    file = _events_file(submission, task)
+    events = list(read_events(file))
+    if events and events[-1]["event"] == "end":
+        return
+    when = "while it worked" if events else "before it began"
+    append_event(file, "end", exit=1, error=f"its process ended {when}{_last_words(_log(submission, task))}")
+
+
+def _last_words(log: Path) -> str:
+    """Return what the log of a process that ended tells of the reason, as the end of a sentence."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return " and left no log: a command of the profile's `setup` failed, and printed why"
+    last = next((line for line in reversed(lines) if line.strip() and not line.startswith("submitit ")), "")
+    return f"; the last line of its log: {sentence(last)}" if last else " without a word (killed?)"
+
+
 def _not_made(submission: Submission, task: str, pins: Sequence[Pin]) -> dict[str, str]:
-    """Return the artifacts that a task did not make, with the error of its last event."""
-    events = list(read_events(submission.folder / "events" / f"{task}.jsonl"))
+    """Return the artifacts that a task did not make, with the error of its last event and the place of its log."""
+    events = list(read_events(_events_file(submission, task)))
     made = {each["artifact"] for each in events if each["event"] == "made"}
-    words = events[-1].get("error") if events else None
-    log = submission.folder / f"{task}_0_log.out"
-    return {pin.name: words or f"see {log}" for pin in pins if pin.name not in made}
+    words, log = events[-1].get("error", "") if events else "", _log(submission, task)
+    where = f"; log: {log}" if log.exists() else ""
+    return {pin.name: f"{words}{where}" for pin in pins if pin.name not in made}
+
+
+def _events_file(submission: Submission, task: str) -> Path:
+    return submission.folder / "events" / f"{task}.jsonl"
+
+
+def _log(submission: Submission, task: str) -> Path:
+    return submission.folder / f"{task}_0_log.out"

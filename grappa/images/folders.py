@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -40,6 +40,7 @@ _SYSTEM_FOLDERS = frozenset(
     ]
 )
 SHARDS = (".tar", ".parquet")  # files that may hold many images each
+_LINKS = ("link to a folder that is listed already", "links to folders that are listed already")
 _RUN, _MODEL, _REPORT = "run.json", {"model.json", "weights.safetensors"}, {"index.html", "results.md"}
 
 
@@ -52,6 +53,7 @@ class Found:
 
     passed_files: Counter[str] = field(default_factory=Counter)
     passed_folders: Counter[str] = field(default_factory=Counter)
+    passed_links: Counter[str] = field(default_factory=Counter)
     shards: list[str] = field(default_factory=list)
     _tables: list[pa.Table] = field(default_factory=list)
     _waiting: dict[str, list[Any]] = field(default_factory=lambda: {"path": [], "size": [], "version": []})
@@ -103,34 +105,52 @@ class Place(NamedTuple):
 
 
 def find_files(root: str) -> Found:
-    """Find every visible file of a folder, through links too; a link to a folder that we are in leads no further.
+    """Find every visible file of a folder, through links too; each folder is listed once, however many ways lead to it.
 
-    Passed over, and counted by ending or name: files that are evidently no images, folders of the operating system or
-    the storage device, and folders that hold a run, a model or a report of Grappa. An entry that cannot be followed (a
-    dangling link, a link to itself) is a file of the size ``MISSING``.
+    Links are followed after all else, in the order in which they are found, so that a folder is listed where it truly
+    lies if that is in ``root``. Passed over, and counted by ending or name: files that are evidently no images, folders
+    of the operating system or the storage device, folders that hold a run, a model or a report of Grappa, and links to
+    folders that are listed already. An entry that cannot be followed (a dangling link, a link to itself) is a file of
+    the size ``MISSING``.
     """
-    found = Found()
-    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
-    while waiting:
-        folder, above = waiting.pop()
-        identity, entries = _entries(os.path.join(root, folder))
-        if identity in above:
+    found, seen = Found(), set[tuple[int, int]]()
+    waiting, links = [(root, "")], deque[str]()
+    linked = False  # whether the folders that wait were reached by a link, so that they may be known
+    while waiting or links:
+        if not waiting:
+            path, linked = links.popleft(), True
+            waiting.append((os.path.join(root, path), path))
+        place, folder = waiting.pop()
+        identity = _identity(place)
+        if linked and identity in seen:
+            found.passed_links[folder] += 1
             continue
-        if _made_by_grappa(os.path.join(root, folder), {entry.name for entry in entries}):
-            found.passed_folders[folder or "."] += 1
-            continue
-        for entry in entries:
+        seen.add(identity)
+        for entry in _entries_to_list(place, folder, found):
             path = os.path.join(folder, entry.name)
-            if _is_folder(entry):
-                if is_system_folder(entry.name):
-                    found.passed_folders[entry.name] += 1
-                else:
-                    waiting.append((path, above | {identity}))
-            elif evidently_no_image(entry.name):
-                found.add(path, MISSING)
-            elif entry.is_symlink() or entry.is_file():
-                found.add(path, size_of(entry.path))
+            if entry.is_symlink():
+                links.append(path)
+            else:
+                waiting.append((entry.path, path))
     return found
+
+
+def _entries_to_list(place: str, folder: str, found: Found) -> Iterator[os.DirEntry[str]]:
+    """Add the files of a folder to ``found``, and yield the folders in it."""
+    entries = _entries(place)
+    if _made_by_grappa(place, {entry.name for entry in entries}):
+        found.passed_folders[folder or "."] += 1
+        return
+    for entry in entries:
+        if _is_folder(entry):
+            if is_system_folder(entry.name):
+                found.passed_folders[entry.name] += 1
+            else:
+                yield entry
+        elif evidently_no_image(entry.name):
+            found.add(os.path.join(folder, entry.name), MISSING)
+        elif entry.is_symlink() or entry.is_file():
+            found.add(os.path.join(folder, entry.name), size_of(entry.path))
 
 
 def is_system_folder(name: str) -> bool:
@@ -192,15 +212,26 @@ def _are_splits(names: Sequence[str]) -> bool:
     return all(map(is_split, names)) and any(split_of(name) == "train" for name in names)
 
 
-def _entries(folder: str) -> tuple[tuple[int, int], list[os.DirEntry[str]]]:
-    """Return a folder's identity and its visible entries by name."""
+def _identity(folder: str) -> tuple[int, int]:
+    """Return what tells a folder from all others, by whatever path it is reached."""
     try:
         status = os.stat(folder)
-        with os.scandir(folder) as entries:
-            visible = sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
     except OSError as error:
-        raise ImageTableError(f"cannot read the folder {tell(folder)}: {error.strerror}; make it readable") from error
-    return (status.st_dev, status.st_ino), visible
+        raise _unreadable(folder, error) from error
+    return status.st_dev, status.st_ino
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """Return a folder's visible entries by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: str, error: OSError) -> ImageTableError:
+    return ImageTableError(f"cannot read the folder {tell(folder)}: {error.strerror}; make it readable")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -238,11 +269,13 @@ def passed_over(found: Sequence[Found]) -> Iterator[str]:
     """Yield what was passed over, in words: ``8 files (.db 8)``, ``2 folders (@eaDir 2)``."""
     files = sum((each.passed_files for each in found), Counter[str]())
     folders = sum((each.passed_folders for each in found), Counter[str]())
-    yield from (_counted(noun, counts) for noun, counts in (("file", files), ("folder", folders)) if counts)
+    links = sum((each.passed_links for each in found), Counter[str]())
+    kinds = (("file", "files", files), ("folder", "folders", folders), (*_LINKS, links))
+    yield from (_counted(one, several, counts) for one, several, counts in kinds if counts)
 
 
-def _counted(noun: str, counts: Counter[str]) -> str:
+def _counted(one: str, several: str, counts: Counter[str]) -> str:
     ordered = sorted(counts.items(), key=lambda each: (-each[1], each[0]))
     names = [f"{tell(name)} {count}" for name, count in ordered[:3]]
     more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
-    return f"{counts.total()} {noun}{'s' if counts.total() > 1 else ''} ({', '.join(names)}{more})"
+    return f"{counts.total()} {several if counts.total() > 1 else one} ({', '.join(names)}{more})"

@@ -100,11 +100,11 @@ def list_images(
 ) -> pd.DataFrame:
     """List the images of all sources, one row an image, sorted by (domain, path, root).
 
-    In folders hidden files and folders are skipped, links are followed, and what is evidently no image is passed over
-    (``grappa.images.folders.find_files``). The tars and Parquet files of a folder are read where it holds no other
+    In folders what is hidden is skipped, links are followed, each folder once, and what is evidently no image is passed
+    over (``grappa.images.folders.find_files``). The tars and Parquet files of a folder are read where it holds no other
     images; else they are taken for packed copies. A table (``.csv``, ``.tsv``, ``.parquet``) has the columns ``path``
     (relative to the table's folder, absolute, or a URL), ``domain`` and optionally ``label``, ``split``, ``box_x0,
-    box_y0, box_x1, box_y1``; other columns are ignored, every CSV cell is text, an empty cell is "not given".
+    box_y0, box_x1, box_y1``; other columns are ignored, CSV cells are text, an empty one is "not given".
 
     Args:
         sources: folders, tables, tars and Parquet files with a column of images (``grappa.images.sources.tar_shards``

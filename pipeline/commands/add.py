@@ -77,7 +77,8 @@ def remove(run: Path, names: Sequence[str], *, say: Say) -> None:
     """Take images out of a run: they are found no more. A name is an image id, or a file of the collection.
 
     The artifacts of the run keep them; to learn without them, take the files away, then `grappa init` and `grappa run`.
-    ValueError for an unknown image, and where none would be left.
+    An image that was removed before stays removed. ValueError for an unknown image, and where none would be left;
+    nothing is removed then.
     """
     if not names:
         raise ValueError("no image is named; give ids, as `grappa search` prints them, files, or --table FILE")
@@ -87,13 +88,15 @@ def remove(run: Path, names: Sequence[str], *, say: Say) -> None:
     _check_finished(folder, config)
     with _locked(folder):
         before = additions.removed_ids(folder)
-        asked, left = _named_images(folder.root, names, before)
+        asked, left = _named_images(folder, names, before)
         if not left:
-            raise ValueError(f"these are all images of {folder.root}; at least one must stay")
-        _publish_removed(folder, sorted(before | asked))
+            raise ValueError(f"these are all images of {folder.root}; at least one must stay, so nothing was removed")
+        if asked - before:
+            _publish_removed(folder, sorted(before | asked))
         _index(folder, config, say)
-    again = f" ({len(asked & before)} of them had been removed before)" if asked & before else ""
-    say(f"{_images(len(asked))} removed{again}; {left} left")
+    again = f", {_images(len(asked & before))} had been removed before" if asked & before else ""
+    new = f"{_images(len(asked - before))} removed" if asked - before else "nothing to remove"
+    say(f"{new}{again}; {left} left")
 
 
 def ids_of_table(table: Path) -> list[str]:
@@ -323,26 +326,38 @@ def _say_drift(folder: RunFolder, number: int, say: Say) -> None:
 # ---------------------------------------------------------------- removing, and the index
 
 
-def _named_images(root: Path, names: Sequence[str], removed: frozenset[str]) -> tuple[set[str], int]:
+def _named_images(folder: RunFolder, names: Sequence[str], removed: frozenset[str]) -> tuple[set[str], int]:
     """Return the ids of the named images, and how many images are left without them."""
     from grappa.pipeline.open_run import open_run
 
-    images = open_run(root).images(live=True)
-    files: dict[str, list[str]] = {}
-    for column in ("file", "path"):
-        for name, image_id in zip(images[column], images.index, strict=True):
-            files.setdefault(str(name), []).append(image_id)
+    there = set(open_run(folder.root).images(live=True).index)
+    files = _ids_by_file(folder)
     asked: set[str] = set()
+    unknown = []
     for name in names:
-        found = (
-            [name]
-            if name in images.index or name in removed
-            else files.get(str(Path(name).absolute()), files.get(name, []))
-        )
-        if not found:
-            raise ValueError(f"there is no image {name!r} in {root}; give ids as `grappa search` prints them, or files")
-        asked |= set(found)
-    return asked, len(images) - len(asked & set(images.index))
+        found = {name} if name in there or name in removed else files.get(str(Path(name).absolute()), files.get(name))
+        known = (found or set()) & there or (found or set()) & removed
+        unknown += [] if known else [name]
+        asked |= known
+    if unknown:
+        more = f" (and {len(unknown) - 1} more)" if unknown[1:] else ""
+        advice = "so nothing was removed; give ids as `grappa search` prints them, or files"
+        raise ValueError(f"there is no image {unknown[0]!r}{more} in {folder.root}, {advice}")
+    return asked, len(there - asked)
+
+
+def _ids_by_file(folder: RunFolder) -> dict[str, set[str]]:
+    """Return the ids of all images, removed or not, by their files and by their paths."""
+    from grappa.pipeline.engine.live.collection import read_pictures
+    from grappa.pipeline.open_run import open_run
+
+    files: dict[str, set[str]] = {}
+    added = (read_pictures(folder, number) for number in additions.numbers(folder))
+    for table in (open_run(folder.root).images(), *added):
+        for column in ("file", "path"):
+            for name, image_id in zip(table[column], table.index, strict=True):
+                files.setdefault(str(name), set()).add(image_id)
+    return files
 
 
 def _publish_removed(folder: RunFolder, ids: list[str]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from grappa import __version__
 from grappa.core.names import MEAN
 from grappa.core.printing import printable, sentence
+from grappa.images.paths import bare
 from grappa.images.splits import train_rows
 from grappa.pipeline.commands.run import caption
 from grappa.pipeline.config.schema import Config
@@ -22,7 +23,14 @@ from grappa.pipeline.config.yaml_file import dump_config
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.engine.verdict_file import Verdict, made_of, read_verdict
 from grappa.pipeline.graph.models import evaluated_models
-from grappa.pipeline.store.artifacts import DamagedError, RunFolder, check_same_origin, published, readable_manifest
+from grappa.pipeline.store.artifacts import (
+    DamagedError,
+    RunFolder,
+    check_same_origin,
+    published,
+    readable_manifest,
+    repair_command,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +38,7 @@ if TYPE_CHECKING:
     from grappa.model_folder import ModelRecord
 
 CARD = "README.md"
+METRICS, PER_QUERY = "metrics.csv", "per_query.parquet"
 # The hub's identifiers of licences among those that timm states; any other one is "other", with its name.
 _OF_THE_HUB = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-ascl", "apple-amlr", "gemma")
 _TAGS = ["image-retrieval", "image-feature-extraction", "embeddings", "adapters", "domain-adaptation", "timm"]
@@ -48,7 +57,12 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run knows of its model; ``unknown`` says in words what it should know and does not."""
+    """What a run knows of its model.
+
+    ``unknown`` says in words what it should know and does not, and how to mend that; it may name the run's folder,
+    which is for the user and not for the card. scores: the result table, if there is one. gains: None where the results
+    of the single queries are not known.
+    """
 
     model: str
     base: BaseModel
@@ -99,7 +113,7 @@ def read_facts(run: RunFolder) -> Facts:
         gains=gains,
         scores=scores,
         unknown=unknown,
-        sampled=caption(run.artifact("evaluation").home / "metrics.csv") if scores is not None else "",
+        sampled=caption(run.artifact("evaluation").home / METRICS) if scores is not None else "",
     )
 
 
@@ -115,30 +129,37 @@ def _verdict_of(run: RunFolder) -> Verdict | None:
 
 
 def _numbers_of(run: RunFolder, config: Config, model: str) -> tuple[pd.DataFrame | None, pd.DataFrame | None, str]:
-    """Return the result table, the gains of the model, and why there are none; damage is an error."""
+    """Return the result table, the gains of the model, and why one of them is None; damage is an error.
+
+    Only the results of the single queries may be gone: the gains and their intervals are left out then.
+    """
     from grappa.pipeline import tables
+    from grappa.pipeline.open_run import read_metrics
 
     try:
         own = [f"retrieval/{name}" for name, node in evaluated_models(config).items() if node.instance == model]
         check_same_origin(run, "model", "images", "evaluation", *own, f"heads/{model}", f"embeddings/{model}")
-        scores = tables.load_metrics(run.root)
-        gains = _gains(scores, tables.load_per_query(run.root), model)
+        gone = run.artifact("evaluation").check(read=[METRICS]) == [f"{PER_QUERY}: missing"]
+        scores = read_metrics(run.artifact("evaluation").home / METRICS) if gone else tables.load_metrics(run.root)
+        if not scores["map"].notna().any():
+            return None, None, "no numbers on the card: no image has a label"
+        if gone:
+            how = f"`{repair_command(run, 'evaluation')}` makes it again"
+            return scores, None, f"no gains and intervals on the card: evaluation/{PER_QUERY} is gone; {how}"
+        return scores, _gains(scores, tables.load_per_query(run.root), model), ""
     except DamagedError:
         raise
     except ValueError as error:
         return None, None, f"no numbers on the card: {sentence(error)}"
-    return scores, gains, "" if gains is not None else "no numbers on the card: no image has a label"
 
 
-def _gains(scores: pd.DataFrame, per_query: pd.DataFrame, model: str) -> pd.DataFrame | None:
-    """Return the gain of the deployed model over the best zero-shot model by domain; None where nothing is labelled.
+def _gains(scores: pd.DataFrame, per_query: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Return the gain of the deployed model over the best zero-shot model by domain.
 
     The frozen backbone has none: its table is empty.
     """
     from grappa.pipeline.pages.report.summary import comparisons
 
-    if not scores["map"].notna().any():
-        return None
     found = comparisons(scores, per_query, "domain", deployed=model)
     return found[(found["candidate"] == model) & (found["against"] == "zero-shot")]
 
@@ -230,12 +251,14 @@ def _verdict(facts: Facts) -> str:
 def _numbers(facts: Facts) -> str:
     from grappa.pipeline.pages.report.summary import domain_name, gain_text, result_table
 
-    if facts.scores is None or facts.gains is None:
-        return f"{_plain(facts.unknown.capitalize())}."
+    if facts.scores is None:
+        return "None: the run had no labelled test images, or no evaluation of this very model."
     own = facts.scores[facts.scores["model"].isin(["zero_shot", facts.model])]
     lines = ["Mean average precision of test images, in each domain's own gallery (± the standard error over queries):"]
     lines += ["", result_table(own, "domain").markdown()]
     lines += ["", f"{facts.sampled}."] if facts.sampled else []
+    if facts.gains is None:
+        return "\n".join([*lines, "", "Gains and intervals are not told: the results of single queries are gone."])
     if not len(facts.gains):
         return "\n".join([*lines, "", "The deployed model is the frozen one: there is no gain to tell of."])
     lines += ["", "The gain over the best model without training, with its 95 % interval (paired bootstrap):", ""]
@@ -293,21 +316,24 @@ def _made(facts: Facts, file: str, digest: str) -> str:
 
 def _without_paths(config: Config) -> Config:
     """Return the settings with the last part of each path only: the rest is nobody's business."""
-    backbone, images = config.backbone, config.images
+    backbone, images, objects = config.backbone, config.images, config.objects
     weights = backbone.weights
     if weights and not weights.startswith("hf-hub:"):
         weights = os.path.basename(os.path.normpath(weights))
+    detector = os.path.basename(objects.model) if objects.model and os.path.isabs(objects.model) else objects.model
     short: dict[str, Any] = {name: tuple(map(_last, getattr(images, name))) for name in ("sources", "domains")}
     return config.model_copy(
         update={
             "backbone": backbone.model_copy(update={"weights": weights}),
             "images": images.model_copy(update=short),
+            "objects": objects.model_copy(update={"model": detector}),
         }
     )
 
 
 def _last(source: str) -> str:
-    """Return ``DIR`` or ``NAME=DIR`` with the last part of the path."""
+    """Return ``DIR`` or ``NAME=DIR`` with the last part of the path, of a URL without what may be secret."""
+    source = bare(source) if "://" in source else source
     name, sign, path = source.rpartition("=")
     return f"{name}{sign}{os.path.basename(os.path.normpath(path))}" if "/" not in name else os.path.basename(source)
 

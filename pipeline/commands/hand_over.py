@@ -98,6 +98,8 @@ def fiftyone(root: Path, out: Path, *, model: str | None, say: Say) -> None:
     """
     from grappa.images.originals import refuse_packed
 
+    if out.suffix.lower() == ".parquet":
+        raise ValueError(f"{out} is to be a folder for FiftyOne; give another name, or leave out --format fiftyone")
     refuse_existing(out)
     run = open_run(root)
     embeddings, _ = run.embeddings(model, live=True)

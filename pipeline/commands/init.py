@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from grappa.backbone.files.hub import is_hub_name as is_hub_weights
 from grappa.backbone.files.places import absolute, files_of, hint
 from grappa.backbone.unusable import BackboneError
+from grappa.core.home import expanded
 from grappa.pipeline.commands.listed import say_images, say_lone_classes
 from grappa.pipeline.commands.model_input import check_input, same_backbone, say_input, settle_cache, settle_cache_size
 from grappa.pipeline.config.schema import Config, Images, automatic_num_clusters
@@ -27,7 +28,7 @@ from grappa.pipeline.config.yaml_file import (
     preset_path,
     read_settings,
 )
-from grappa.pipeline.engine.externals import detector_digests, hub_problems, is_hub_name
+from grappa.pipeline.engine.externals import detector_digests, hub_problems, is_hub_name, lost_weights
 from grappa.pipeline.engine.fingerprints import read_manifest
 from grappa.pipeline.engine.glance import cause_lines
 from grappa.pipeline.engine.packages import missing_packages
@@ -238,7 +239,7 @@ def _absolute(settings: Settings) -> Settings:
         changed["backbone"] = {"weights": absolute(weights)}
     model: Any = settings.get("objects", {}).get("model")
     if isinstance(model, str) and not is_hub_name(model):
-        changed["objects"] = {"model": os.path.abspath(model)}
+        changed["objects"] = {"model": os.path.abspath(expanded(model))}
     sources: Any = settings.get("images", {}).get("sources")
     if isinstance(sources, list) and all(isinstance(source, str) for source in sources):
         changed["images"] = {"sources": [_absolute_source(source) for source in sources]}
@@ -255,7 +256,7 @@ def _absolute_domain(text: str) -> str:
 
 def _absolute_source(source: str) -> str:
     """Return a folder or file as an absolute path; a URL stays as it is."""
-    return source if "://" in source else os.path.abspath(source)
+    return source if "://" in source else os.path.abspath(expanded(source))
 
 
 def check_backbone(config: Config, known: RunFolder | None) -> None:
@@ -352,9 +353,9 @@ def _say_states(run: RunFolder, config: Config, say: Say) -> None:
     for line in cause_lines(found):
         say(line)
     made = {each.node.stage for each in found if each.state.kind == "fresh"}
-    for stage, sentence in hub_problems(config).items():
-        if stage not in made:
-            say(f"warning: {sentence}")
+    sentences = [sentence for stage, sentence in hub_problems(config).items() if stage not in made]
+    for sentence in filter(None, [*sentences, lost_weights(config, made="backbone" in made)]):
+        say(f"warning: {sentence}")
     kinds = [each.state.kind for each in found]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     next_step = f"{len(found)} artifacts: {counts}; next: grappa run {quoted(run.root)}"

@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from grappa.core.home import expanded
 from grappa.core.printing import printable
 from grappa.pipeline.commands.init import Request, initialize
 from grappa.pipeline.commands.run import run_and_report
@@ -47,7 +48,7 @@ def run(
     Raises:
         ValueError: wrong images, settings or names; the message is the sentence that the command line prints.
     """
-    root = Path(folder)
+    root = Path(expanded(folder))
     say = _print if progress else _silent
     changes = Request(_sources(images), None if config is None else os.fspath(config), assignments(settings))
     if changes != Request() or not (root / RUN_FILE).exists():

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
+from grappa.core.home import expanded
 from grappa.pipeline.config.section import (
     LARGEST,
     CropFraction,
@@ -59,14 +60,19 @@ class Images(Section):
     max_pixels: PositiveInt = Field(100_000_000, description="a larger image is refused as a decompression bomb")
     shard_size: PositiveInt = Field(1024, description="images a file of the pixel cache; the unit of resuming")
 
+    @field_validator("sources")
+    @classmethod
+    def _from_home(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(expanded, value))
+
     @field_validator("domains")
     @classmethod
     def _with_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for text in value:
-            name, equals, folder = text.partition("=")
+        parts = [text.partition("=") for text in value]
+        for text, (name, equals, folder) in zip(value, parts, strict=True):
             if not (name and equals and folder):
                 raise ValueError(f"found {text!r}; give NAME=DIR, such as birds=/data/birds")
-        return value
+        return tuple(f"{name}={expanded(folder)}" for name, _, folder in parts)
 
     @property
     def shorter_side(self) -> int:
@@ -106,6 +112,11 @@ class Backbone(Section):
         default_factory=dict,
         description="further arguments of the architecture, such as {depth: 6}; not its classes, colors or pooling",
     )
+
+    @field_validator("weights")
+    @classmethod
+    def _from_home(cls, value: str | None) -> str | None:
+        return value and expanded(value)
 
 
 class Features(Section):
@@ -176,6 +187,11 @@ class Objects(Section):
     )
     prompt: str = Field("an object.", description="grounding_dino: what to look for, phrases that end in a full stop")
     seed: NonNegativeInt = Field(0, description="random: seed of the boxes")
+
+    @field_validator("model")
+    @classmethod
+    def _from_home(cls, value: str | None) -> str | None:
+        return value and expanded(value)
 
     @model_validator(mode="after")
     def _leaves_room(self) -> Objects:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from grappa.core.home import expanded
 from grappa.core.printing import sentence, shown
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.section import Section
@@ -167,8 +168,8 @@ def shipped_or_file(name_or_file: str, folder: Path, where: str, kind: str) -> P
     names = sorted(path.stem for path in folder.glob("*.yaml"))
     if name_or_file in names:
         return folder / f"{name_or_file}.yaml"
-    if Path(name_or_file).is_file():
-        return Path(name_or_file)
+    if Path(expanded(name_or_file)).is_file():
+        return Path(expanded(name_or_file))
     raise ConfigError(f"{where}: no such file, and no {kind} of that name ({', '.join(names)})")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grappa.backbone.files.hub import HUB, hub_problem, is_cached
+from grappa.backbone.files.hub import HUB, file_names, hub_problem, is_cached, out_of_reach, weight_names
 from grappa.backbone.files.hub import is_hub_name as is_hub_weights
 from grappa.backbone.files.places import files_of
 from grappa.backbone.unusable import BackboneError
@@ -70,18 +70,36 @@ def _of_own_module(place: str, weights: str | None, known: Any) -> tuple[dict[st
 
 
 def _weight_files(weights: str, known: Mapping[str, Any]) -> list[Path]:
-    """Return the files of a path; of a folder that is gone those that were known, since the run has their content."""
+    """Return the files of a path; of a folder that has lost some those that were known: the run has their content."""
+    before = [Path(each["path"]) for each in ([known] if "path" in known else known.values())]
+    folder = Path(os.path.dirname(weights) if weights.endswith(".index.json") else weights)
+    was_there = {file.parent for file in before} == {folder}
     if os.path.isdir(weights) or (weights.endswith(".index.json") and os.path.isfile(weights)):
         try:
             return files_of(weights)
         except BackboneError as error:
+            if was_there and {*weight_names(file_names(folder))} <= {file.name for file in before}:
+                return before
             raise MissingInputError(f"backbone.weights: {error}") from error
-    before = [known] if "path" in known else list(known.values())
-    folders = {os.path.dirname(each["path"]) for each in before}
-    folder = os.path.dirname(weights) if weights.endswith(".index.json") else weights
-    if not os.path.isfile(weights) and folders == {folder}:
-        return [Path(each["path"]) for each in before]
-    return [Path(weights)]
+    return before if was_there and not os.path.isfile(weights) else [Path(weights)]
+
+
+def lost_weights(config: Config, *, made: bool) -> str:
+    """Return a sentence where ``backbone.weights`` leads to no weights on this machine, "" where it does.
+
+    Of what lies in no cache of the hub, `hub_problems` tells. made: the run has a copy, the artifact ``backbone``.
+    """
+    weights = config.backbone.weights
+    if weights is None or (is_hub_weights(weights) and (made or not is_cached(weights.removeprefix(HUB)))):
+        return ""
+    if is_hub_weights(weights):
+        return out_of_reach(weights)
+    try:
+        files_of(weights)
+    except (BackboneError, OSError) as error:  # also what lies in another user's folder that may not be read
+        copied = "; the run has a copy, so it is needed only where the backbone is made in another way"
+        return f"{str(error).partition(';')[0]}{copied}" if made else str(error)
+    return ""
 
 
 def is_hub_name(model: str) -> bool:

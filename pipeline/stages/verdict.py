@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from grappa.images.splits import test_rows
 from grappa.method.head import apply_head
 from grappa.metrics.indicators import neighborhood_standout
+from grappa.metrics.judged import Judged
 from grappa.metrics.verdict import Verdict, best_adapted, judge
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import candidate_models, final_node, head_models
@@ -99,10 +100,17 @@ def _evidence(verdict: Verdict, judged: str) -> str:
         return f"Only {verdict.num_images} images could be judged, too few to tell a gain from chance. {last}"
     frozen, highest = verdict.models[0], max(verdict.models[1:], key=lambda each: each.indicator)
     best = best_adapted(verdict.models) if verdict.word == "helped" else highest
-    share, low, high = (value / abs(frozen.indicator) for value in (best.difference, best.low, best.high))
+    gain = _gain(best, abs(frozen.indicator))
     where = f"on {verdict.num_images:,} {judged} images, without labels"
     only = ", but not certainly within its domain" if best.low > 0 and not best.holds_within else ""
     return (
-        f"The neighbours of an image stand out {share:+.1%} [{low:+.1%}, {high:+.1%}] against the frozen backbone with "
+        f"The neighbours of an image stand out {gain} against the frozen backbone with "
         f"{best.model}, the best adapted model{only} ({where}). {last}"
     )
+
+
+def _gain(model: Judged, reference: float) -> str:
+    """Return a difference with its interval, as shares of the frozen indicator; as they are where that is 0."""
+    shares = [value / reference if reference else value for value in (model.difference, model.low, model.high)]
+    difference, low, high = (f"{each:+.1%}" if reference else f"{each:+.3f}" for each in shares)
+    return f"{difference} [{low}, {high}]"

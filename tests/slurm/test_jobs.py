@@ -35,6 +35,8 @@ from grappa.slurm.submission import Submission
 from tests.helpers.fake_stages import FakeStages, fake_stages
 from tests.helpers.tiny import digests, draw_images, make_run, run_all, write_weights
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStages:
@@ -212,6 +214,38 @@ def test_jobs_as_processes_of_this_machine(tmp_path: Path) -> None:
     result = grappa("submit", run.root, "--cluster", "local", "--stage", "images", "--force")
     assert result.exit_code == 1
     assert "not made: images (images changed: " in result.stderr
+    assert f"; log: {_newest_log(run.root)})" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("setup", "reason"),
+    [
+        ("exit 3", "its process ended before it began and left no log: a command of the profile's `setup` failed"),
+        ("export PYTHONPATH={}", "its process ended before it began; the last line of its log: SystemExit: no"),
+        ("export PYTHONPATH={} KILL=1", "its process ended before it began without a word (killed?)"),
+    ],
+)
+def test_a_process_that_ends_at_once_is_told_with_the_reason_and_its_log(
+    fakes: FakeStages, tmp_path: Path, setup: str, reason: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'grappa.slurm.entry' in sys.orig_argv and 'KILL' in os.environ:\n    os.kill(os.getpid(), 9)\n"
+        "if 'grappa.slurm.entry' in sys.orig_argv:\n    raise SystemExit('no such device')\n"
+    )
+    path = f"{tmp_path}:{ROOT}"
+    (tmp_path / "own.yaml").write_text(json.dumps({"cluster": "local", "setup": [setup.format(path)]}))
+    result = grappa("submit", fakes.root, "--cluster", tmp_path / "own.yaml", "--stage", "backbone")
+    assert result.exit_code == 1
+    log = _newest_log(fakes.root)
+    where = f"; log: {log}" if log else ""
+    assert f"grappa: not made: backbone ({reason}" in result.stderr and f"{where})" in result.stderr
+    (line,) = (line for line in grappa("status", fakes.root).stdout.splitlines() if line.startswith("backbone"))
+    assert f"failed: {reason}" in line
+
+
+def _newest_log(root: Path) -> Path | None:
+    return max((root / "jobs").glob("*/*_0_log.out"), default=None)
 
 
 def test_a_job_of_two_processes_on_this_machine(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
@@ -30,6 +30,7 @@ _PREFERRED = (
     "open_clip_pytorch_model.bin",
 )
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+_SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
 _ADVICE = "give a local file with --set backbone.weights=FILE"
 
 
@@ -41,16 +42,37 @@ def is_hub_name(weights: str) -> bool:
 def chosen_file(names: Sequence[str]) -> str:
     """Return the file (or the index of several) that holds the weights of a model's folder; "" where none is known.
 
-    Preferred are safetensors to torch files, and the usual names to any other name, which must be the only one.
+    Preferred are safetensors to torch files, and the usual names to any other name, which must be the only one of its
+    kind.
     """
     for name in _PREFERRED:
         if name in names:
             return name
-    for suffix in SUFFIXES:
-        found = [name for name in names if name.endswith(suffix) and "/" not in name]
-        if len(found) == 1:
-            return found[0]
-    return ""
+    found = weight_names(names)
+    first = [name for name in found if name.endswith(found[0][found[0].rindex(".") :])] if found else []
+    return first[0] if len(first) == 1 else ""
+
+
+def weight_names(names: Iterable[str]) -> list[str]:
+    """Return the names of weight files among the names of a model's folder, those of the preferred kind first."""
+    plain = sorted(name for name in names if "/" not in name)
+    return [name for suffix in SUFFIXES for name in plain if name.endswith(suffix)]
+
+
+def not_one(names: Iterable[str]) -> str:
+    """Return what a model's folder holds in which no weight file can be chosen, and what was expected, in words."""
+    found = weight_names(names)
+    shown = f"{', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
+    if found and all(_SHARD.search(name) for name in found):
+        return f"parts of a model ({shown}) without {_PREFERRED[0]}, which has to list them (download it too)"
+    if found:
+        return f"several weight files ({shown}), expected one, or one that is called {_PREFERRED[1]}"
+    return f"no weight file, expected {_PREFERRED[1]}, or one that ends in {', '.join(SUFFIXES)}"
+
+
+def file_names(folder: Path) -> list[str]:
+    """Return the names of the files in a folder, in order; a folder is none, whatever its name."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
 def shard_names(index: Path) -> list[str]:
@@ -70,41 +92,64 @@ def fetched(weights: str) -> Path:
     Raises:
         BackboneError: no such name, no such model, or the hub cannot be reached; within ``HUB_SECONDS``.
     """
+    reason = out_of_reach(weights)
+    if reason:
+        raise BackboneError(reason)
+    repo, revision = _repository(weights)
+    cached = _cached_folder(repo, revision)
+    return _downloaded(repo, revision) if cached is None or _lack(cached) else cached
+
+
+def out_of_reach(weights: str) -> str:
+    """Return why ``hf-hub:owner/name`` can be had neither from the hub's cache nor from the hub, "" where it may be.
+
+    Raises:
+        BackboneError: no such name.
+    """
+    repo, revision = _repository(weights)
+    cached = _cached_folder(repo, revision)
+    lack = "" if cached is None else _lack(cached)
+    problem = hub_problem() if cached is None or lack else ""
+    found = f" (its cache, {cached}, holds {lack})" if lack else ""
+    return f"the weights of {repo} would come from the hub, but {problem}{found}; {_ADVICE}" if problem else ""
+
+
+def _repository(weights: str) -> tuple[str, str]:
+    """Return owner/name and revision, "" where none is given."""
     name = weights.removeprefix(HUB)
     if not _NAME.fullmatch(name):
         raise BackboneError(f"backbone.weights is {weights!r}; expected hf-hub:OWNER/NAME, with @REVISION or without")
     repo, _, revision = name.partition("@")
-    cached = _cached_folder(repo, revision)
-    if cached is not None:
-        return cached
-    problem = hub_problem()
-    if problem:
-        raise BackboneError(f"the weights of {repo} would come from the hub, but {problem}; {_ADVICE}")
-    return _downloaded(repo, revision)
+    return repo, revision
 
 
 def _cached_folder(repo: str, revision: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
+        return Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
     except (OSError, ValueError):  # the client's kinds of "not there"
         return None
-    file = chosen_file([path.name for path in folder.iterdir()])
-    if not file or (
-        file.endswith(".json") and not all((folder / name).exists() for name in shard_names(folder / file))
-    ):
-        return None
-    return folder
+
+
+def _lack(folder: Path) -> str:
+    """Return why a folder of the hub's cache does not do, "" where it holds the weights."""
+    names = file_names(folder)
+    file = chosen_file(names)
+    if not file:
+        return not_one(names)
+    lost = sorted({*shard_names(folder / file)} - {*names}) if file.endswith(".json") else []
+    return f"{file} and not {lost[0]}, which it lists" if lost else ""
 
 
 def _downloaded(repo: str, revision: str) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
-        file = chosen_file(HfApi().list_repo_files(repo, revision=revision or None))
+        names = HfApi().list_repo_files(repo, revision=revision or None)
+        file = chosen_file(names)
         if not file:
-            raise BackboneError(f"{repo} on the hub holds no one weight file; {_ADVICE}")
+            raise BackboneError(f"{repo} on the hub holds {not_one(names)}; {_ADVICE}")
         path = Path(hf_hub_download(repo, file, revision=revision or None))
         for name in shard_names(path) if file.endswith(".json") else ():
             hf_hub_download(repo, name, revision=revision or None)

@@ -8,15 +8,25 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from grappa.backbone.files.hub import SUFFIXES, chosen_file, fetched, is_hub_name, shard_names
+from grappa.backbone.files.hub import (
+    SUFFIXES,
+    chosen_file,
+    fetched,
+    file_names,
+    is_hub_name,
+    not_one,
+    shard_names,
+    weight_names,
+)
 from grappa.backbone.unusable import BackboneError
+from grappa.core.home import expanded
 
 LOCAL = "local-dir:"
 
 
 def absolute(weights: str) -> str:
     """Return ``backbone.weights`` with an absolute path: ``~`` and ``local-dir:`` are taken off; a hub's name stays."""
-    return weights if is_hub_name(weights) else os.path.abspath(os.path.expanduser(weights.removeprefix(LOCAL)))
+    return weights if is_hub_name(weights) else os.path.abspath(expanded(weights.removeprefix(LOCAL)))
 
 
 def files_of(weights: str | Path) -> list[Path]:
@@ -27,7 +37,7 @@ def files_of(weights: str | Path) -> list[Path]:
             folder, or ``hf-hub:`` and a name, which is downloaded where the hub's cache does not hold it.
 
     Raises:
-        BackboneError: no such file, a folder without weights or with several, a hub that cannot be reached.
+        BackboneError: no such file, no one weight file in a folder, a hub that cannot be reached.
     """
     text = str(weights)
     path = fetched(text) if is_hub_name(text) else Path(absolute(text))
@@ -50,12 +60,14 @@ def _files_in(folder: Path) -> list[Path]:
     snapshots = sorted(folder.glob("snapshots/*/"))
     if len(snapshots) == 1:  # a model's folder of the hub's cache
         return _files_in(snapshots[0])
-    name = chosen_file(sorted(path.name for path in folder.iterdir()))
+    names = file_names(folder)
+    name = chosen_file(names)
     if name:
         return _shards(folder / name) if name.endswith(".index.json") else [folder / name]
-    several = sorted(path.name for path in folder.iterdir() if path.name.endswith(SUFFIXES))
-    found = f"several weight files ({', '.join(several[:3])} ...)" if several else "no weight file"
-    raise BackboneError(f"{folder} holds {found}; name the file by --set backbone.weights=FILE")
+    found = not_one(names) if not snapshots else f"several snapshots ({snapshots[0]}, ...), expected one"
+    inside = weight_names(path.name for path in folder.iterdir() if path.is_dir())
+    beside = f", beside folders that are called so ({'/, '.join(inside[:3])}/)" if inside else ""
+    raise BackboneError(f"{folder} holds {found}{beside}; name the file or its folder by --set backbone.weights=FILE")
 
 
 def _shards(index: Path) -> list[Path]:

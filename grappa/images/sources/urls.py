@@ -20,6 +20,7 @@ from threading import Lock
 from typing import IO, Any, NamedTuple, TypeVar
 
 from grappa.core.extras import is_installed, missing_sentence
+from grappa.core.home import expanded
 from grappa.images.paths import UNKNOWN, ImageTableError, bare, tell
 
 TIMEOUT = 60.0  # seconds that one answer may take
@@ -58,14 +59,17 @@ def is_url(text: str | Path) -> bool:
 
 
 def as_source(text: str | Path) -> str | Path:
-    """Return a source as it is opened: a URL as text (also one of which a path has eaten a slash), else a path."""
+    """Return a source as it is opened: a URL as text (also one of which a path has eaten a slash), else a path.
+
+    The home folder is put in place of ``~``.
+    """
     found = os.fspath(text)
     eaten = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", found)
     if eaten and not os.path.exists(found):
         found = f"{eaten[1]}://{found[eaten.end() :]}"
     if found.lower().startswith("file://"):
         return Path("/" + found[len("file://") :].lstrip("/"))
-    return found.rstrip("/") if is_url(found) else Path(text)
+    return found.rstrip("/") if is_url(found) else Path(expanded(text))
 
 
 def find_urls(folder: str) -> Iterator[Remote]:

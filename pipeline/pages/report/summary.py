@@ -269,7 +269,9 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("0.", ".", 1)
+    """Return ``+.011`` or ``-12.000``; what rounds to nothing is ``+.000``."""
+    rounded = round(value, 3) + 0.0
+    return f"{rounded:+.3f}".replace("0.", ".", 1) if abs(rounded) < 1 else f"{rounded:+.3f}"
 
 
 def _cell(value: Any, error: Any = None) -> str:

@@ -64,6 +64,26 @@ def test_a_name_of_the_hub_is_read_from_its_cache(cache: Path) -> None:
     assert torch.equal(read_state_dict("hf-hub:somebody/some-model")["a"], torch.ones(2))
 
 
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        (["a.safetensors", "b.safetensors"], r"abc, holds several weight files \(a.safetensors, b.safetensors\)"),
+        (["config.json"], "abc, holds no weight file"),
+        (["model.safetensors.index.json"], "abc, holds model.safetensors.index.json and not part, which it lists"),
+    ],
+)
+def test_what_a_cached_folder_lacks_is_said_where_the_hub_is_out_of_reach(
+    cache: Path, files: list[str], sentence: str
+) -> None:
+    keep(cache, "somebody/some-model", {"a": torch.ones(2)})
+    folder = cache / "models--somebody--some-model" / "snapshots" / "abc"
+    (folder / "model.safetensors").unlink()
+    for name in files:
+        (folder / name).write_text('{"weight_map": {"a": "part"}}')
+    with pytest.raises(BackboneError, match=rf"localhost cannot be reached from here \(its cache, .*{sentence}"):
+        read_state_dict("hf-hub:somebody/some-model")
+
+
 @pytest.mark.parametrize("name", ["hf-hub:", "hf-hub:x", "hf-hub:../x", "hf-hub:a/b/c", "hf-hub:a/b@", "hf-hub: a/b"])
 def test_names_that_the_hub_cannot_have_are_refused(cache: Path, name: str) -> None:
     with pytest.raises(BackboneError, match="expected hf-hub:OWNER/NAME"):

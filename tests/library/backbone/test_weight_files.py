@@ -175,9 +175,39 @@ def test_a_folder_of_the_hubs_cache_is_read(tmp_path: Path) -> None:
 def test_folders_without_one_weight_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match="holds no weight file"):
         read_state_dict(tmp_path)
-    for name in ("one.pth", "two.pth"):
+    for name in ("one.pth", "two.pth", "other.ckpt"):
         torch.save(STATE, tmp_path / name)
-    with pytest.raises(BackboneError, match=r"several weight files \(one.pth, two.pth"):
+    with pytest.raises(BackboneError, match=r"several weight files \(one.pth, two.pth, other.ckpt\), expected one"):
+        read_state_dict(tmp_path)
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file(STATE, tmp_path / name)
+    (tmp_path / "one.pth").unlink()
+    with pytest.raises(BackboneError, match=r"several weight files \(a.safetensors, b.safetensors, two.pth, ...\)"):
+        read_state_dict(tmp_path)  # the one file of another kind is not taken for them
+
+
+def test_shards_without_their_index_are_named_as_such(tmp_path: Path) -> None:
+    for number in (1, 2):
+        save_file(STATE, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    with pytest.raises(BackboneError, match="parts of a model .* without model.safetensors.index.json"):
+        read_state_dict(tmp_path)
+
+
+def test_folders_that_are_called_as_weight_files_are_none(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "x.pth"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(BackboneError, match=r"no weight file, .*that are called so \(model.safetensors/, x.pth/\)"):
+        read_state_dict(tmp_path)
+    torch.save(STATE, tmp_path / "y.pth")
+    assert_read(tmp_path)
+    torch.save(STATE, tmp_path / "x.pth" / "inner.pth")
+    assert_read(tmp_path / "x.pth")
+
+
+def test_several_snapshots_of_the_hubs_cache_are_no_choice(tmp_path: Path) -> None:
+    for name in ("abc", "def"):
+        (tmp_path / "snapshots" / name).mkdir(parents=True)
+    with pytest.raises(BackboneError, match=r"several snapshots .*snapshots/abc, ...\), expected one; name"):
         read_state_dict(tmp_path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from grappa.images.folders import LAYOUTS, find_files, recognize
+from grappa.images.folders import LAYOUTS, find_files, passed_over, recognize
 from grappa.images.table import ImageTableError, list_images
 
 
@@ -92,6 +92,43 @@ def test_a_link_to_itself_is_one_missing_file(tmp_path: Path) -> None:
     sizes = dict(zip(listing["path"], listing["size"], strict=True))
     assert sizes == {"birds/a.jpg": 1, "birds/loop.jpg": -1, "one": -1, "two": -1}
     assert listing.attrs["missing"] == "3 of 4 files are missing, first 'one'"
+
+
+def test_folders_that_link_to_each_other_are_listed_once(tmp_path: Path) -> None:
+    names = [f"d{number}" for number in range(9)]
+    for name in names:
+        put(tmp_path, f"{name}/{name}.jpg")
+        for other in names:
+            (tmp_path / name / f"to_{other}").symlink_to(tmp_path / other)
+    found = find_files(str(tmp_path))
+    assert found.files["path"].to_pylist() == [f"{name}/{name}.jpg" for name in reversed(names)]
+    words = "81 links to folders that are listed already (d0/to_d0 1, d0/to_d1 1, d0/to_d2 1 and 78 more)"
+    assert list(passed_over([found])) == [words]
+
+
+def test_many_links_to_one_folder_open_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "data", "inner/x.jpg")
+    (tmp_path / "images").mkdir()
+    for number in range(1000):
+        (tmp_path / "images" / f"{number:03d}").symlink_to(tmp_path / "data")
+    opened: list[str] = []
+    scan = os.scandir
+
+    def counted(folder: str) -> object:
+        opened.append(folder)
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    (tmp_path / "way").symlink_to(tmp_path / "images")
+    found = find_files(str(tmp_path / "way"))
+    assert found.files["path"].to_pylist() == ["000/inner/x.jpg"] and len(opened) == 3
+    assert found.passed_links.total() == 999
+
+
+def test_a_folder_is_listed_where_it_lies_and_not_by_a_link(tmp_path: Path) -> None:
+    put(tmp_path, "z/birds/a.jpg")
+    (tmp_path / "a").symlink_to("z/birds")
+    assert find_files(str(tmp_path)).files["path"].to_pylist() == ["z/birds/a.jpg"]
 
 
 def test_folders_in_folders_without_end_are_walked(tmp_path: Path) -> None:

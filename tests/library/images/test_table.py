@@ -70,6 +70,7 @@ def test_links_are_followed_loops_end_and_dangling_links_are_listed_as_missing(t
     listing = list_images([tmp_path / "images"])
     assert listing["path"].tolist() == ["cars/x.jpg", "pets/gone.jpg", "pets/y.jpg"]
     assert listing["size"].tolist() == [1, -1, 1]
+    assert listing.attrs["passed_over"] == ["1 link to a folder that is listed already (pets/loop 1)"]
 
 
 def test_csv_cells_stay_text(tmp_path: Path) -> None:

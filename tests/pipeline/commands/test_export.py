@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 import grappa
 from grappa.model import ModelError
 from grappa.pipeline.cli import app
-from grappa.pipeline.commands.card import _base_model
+from grappa.pipeline.commands.card import _base_model, _without_paths
 from grappa.pipeline.commands.export import export
 from grappa.pipeline.commands.search import onnx_notice, search
 from grappa.pipeline.config.schema import Backbone, Config
+from grappa.pipeline.config.yaml_file import dump_config
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import draw_images, make_run, run_all, split_of, write_table, write_weights
 
@@ -126,7 +127,36 @@ def test_without_an_evaluation_the_card_says_so(run: RunFolder, tmp_path: Path) 
     shutil.rmtree(copy / "evaluation")
     done = CliRunner().invoke(app, ["export", str(copy), str(tmp_path / "model")])
     assert done.exit_code == 0 and "no numbers on the card: evaluation is missing" in " ".join(done.output.split())
-    assert "No numbers on the card: evaluation is missing" in (tmp_path / "model" / "README.md").read_text()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "None: the run had no labelled test images, or no evaluation of this very model." in card
+    assert str(tmp_path) not in card
+
+
+def test_without_results_of_single_queries_the_card_leaves_intervals_out(run: RunFolder, tmp_path: Path) -> None:
+    copy = shutil.copytree(run.root, tmp_path / "run", symlinks=True)
+    (copy / "evaluation" / "per_query.parquet").unlink()
+    done = CliRunner().invoke(app, ["export", str(copy), str(tmp_path / "model")])
+    assert done.exit_code == 0, done.output
+    assert "no gains and intervals on the card: evaluation/per_query.parquet is gone" in " ".join(done.output.split())
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| `fused` |" in card or "| fused |" in card
+    assert "Gains and intervals are not told" in card and "95 % interval (" not in card
+    assert str(tmp_path) not in card
+    (copy / "evaluation" / "metrics.csv").write_text("model\n")
+    done = CliRunner().invoke(app, ["export", str(copy), str(tmp_path / "other")])
+    assert done.exit_code == 1 and "is damaged (metrics.csv: 6 bytes" in " ".join(done.output.split())
+
+
+def test_settings_on_the_card_name_no_folder_of_this_machine() -> None:
+    sources = ["/home/me/photos", "https://me:word@host/a.tar?key=secret"]
+    settings = {
+        "images": {"sources": sources, "domains": ["birds=/home/me/birds"]},
+        "objects": {"provider": "grounding_dino", "model": "/home/me/detector"},
+        "backbone": {"weights": "/home/me/w.bin"},
+    }
+    text = dump_config(_without_paths(Config.model_validate(settings)))
+    assert not any(each in text for each in ("/home", "secret", "word@")) and "a.tar" in text
+    assert "birds=birds" in text and "model: detector" in text
 
 
 def test_numbers_of_a_former_head_are_not_on_the_card(run: RunFolder, material: Path, tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ GAPS = (
 )
 
 
+PLACES = ("birds,domain", "_mean,domain", "birds,merged", "_mean,merged")
+
+
 class Terminal(StringIO):
     def isatty(self) -> bool:
         return True
@@ -48,6 +51,13 @@ def test_rows_are_models_and_columns_domains_then_the_means(metrics: Path) -> No
         ["zero_shot", "0.250", "-", "0.250", "-", "0.200"],
         ["fused", "0.512", "0.125", "0.318", "+27.2%", "0.300"],
     ]
+
+
+def test_a_perfect_collection_has_a_table(tmp_path: Path) -> None:
+    rows = [f"{model},{place},1,1.0,0.0" for model in ("zero_shot", "fused", "supervised") for place in PLACES]
+    (tmp_path / "metrics.csv").write_text("\n".join(["model,domain,gallery,num_queries,map,map_se", *rows, ""]))
+    _, found = read_table(tmp_path / "metrics.csv")
+    assert found[1] == ["fused", "1.000", "1.000", "-", "1.000"] and found[-1] == ["gap closed", "-", "-", "", "-"]
 
 
 def test_plain_columns_without_a_terminal(metrics: Path) -> None:

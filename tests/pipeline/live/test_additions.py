@@ -134,10 +134,24 @@ def test_removed_images_are_not_found_until_they_are_added_again(material: Path,
     code, lines = call("remove", run.root, image)
     assert code == 0 and lines[-1] == "1 image removed; 59 left"
     assert nearest(run, image)["image_id"] != image_id
-    assert call("remove", run.root, image_id)[1][-1] == "1 image removed (1 of them had been removed before); 59 left"
+    for named in (image_id, image):
+        told = (0, ["nothing to remove, 1 image had been removed before; 59 left"])
+        assert call("remove", run.root, named) == told
+    code, lines = call("remove", run.root, image, image.with_name("1.png"))
+    assert code == 0 and lines[-1] == "1 image removed, 1 image had been removed before; 58 left"
+    code, lines = call("remove", run.root, image.with_name("2.png"), "nobody", "nothing.png")
+    told = f"grappa: there is no image 'nobody' (and 1 more) in {run.root}, so nothing was removed; "
+    assert code == 1 and lines[-1].startswith(told)
     code, lines = call("add", run.root, "--images", image.parent, "--layout", "flat")
-    assert code == 0 and "brought back: 1 image that had been removed" in lines
+    assert code == 0 and "brought back: 2 images that had been removed" in lines
     assert nearest(run, image)["image_id"] == image_id
+
+
+def test_an_added_image_that_was_removed_is_known_by_its_file(material: Path, run: RunFolder) -> None:
+    added(run, material / "more")
+    image = material / "more" / "stripes" / "class_1" / "1.png"
+    assert call("remove", run.root, image)[1][-1] == "1 image removed; 83 left"
+    assert call("remove", run.root, image) == (0, ["nothing to remove, 1 image had been removed before; 83 left"])
 
 
 def test_removed_images_are_no_outliers(run: RunFolder, tmp_path: Path) -> None:
@@ -313,7 +327,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(material: Path, run: RunF
         (["add", tmp_path, "--images", material / "more"], "is not a run folder"),
         (["remove", run.root], "no image is named"),
         (["remove", run.root, "nobody"], "there is no image 'nobody'"),
-        (["remove", run.root, *every_id], "at least one must stay"),
+        (["remove", run.root, *every_id], "at least one must stay, so nothing was removed"),
         (["remove", run.root, "--table", tmp_path / "ids.csv"], "has no column image_id; found name"),
         (["remove", run.root, "--table", tmp_path / "ids.txt"], "is no table"),
         (["remove", run.root, "--table", tmp_path / "gone.csv"], "there is no table"),

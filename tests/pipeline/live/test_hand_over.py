@@ -137,6 +137,8 @@ def test_new_images_can_be_embedded_into_one_table(run: RunFolder, tmp_path: Pat
     [
         (["vectors", "--out", "x.csv"], "give a name that ends in .parquet"),
         (["vectors", "--out", "x", "--format", "fiftyone", "--model", "nobody"], "there are no embeddings of a model"),
+        (["vectors", "--out", "x.parquet", "--format", "fiftyone"], "is to be a folder for FiftyOne; give another"),
+        (["vectors", "--out", ".", "--format", "fiftyone"], "exists already; give a new name"),
         (["vectors", "--out", "x.parquet", "--model", "nobody"], "there are no embeddings of a model 'nobody'"),
         (["links", "x", "--granularity", "k7"], "there is no granularity 'k7'; the run has k00004, k00008"),
     ],

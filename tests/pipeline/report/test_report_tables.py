@@ -102,6 +102,27 @@ def test_numbers_are_short() -> None:
     assert summary.number(float("nan")) == "-"
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_models_that_are_all_perfect_or_all_useless_read_well(value: float) -> None:
+    metrics, per_query = _frames()
+    metrics["map"], per_query["average_precision"] = value, value
+    found = summary.comparisons(metrics, per_query, "domain")
+    shown = "1.000" if value else ".000"
+    assert summary.result_table(metrics, "domain").rows[0] == ["zero_shot", shown, shown, shown]
+    same = "+.000 [+.000,\u00a0+.000]"
+    table = summary.gain_table(found)
+    assert {*table.rows[0][1:]} == {same} and not table.strong
+    share = "+0.0%, " if value else ""
+    assert summary.gain_sentence(found.iloc[0]) == f"mean is not to be told apart from zero_shot ({share}{same})"
+    main = summary.before_after_table(metrics, {"domain": found}, "fused")
+    assert main.rows[0] == ["birds", shown, shown, shown, same] and not main.strong
+
+
+def test_differences_of_any_size_are_told_whole() -> None:
+    row = {"difference": 10.0, "low": -12.3456, "high": -0.0001}
+    assert summary.gain_text(row) == "+10.000 [-12.346,\u00a0+.000]"
+
+
 def test_shares_of_domains_in_clusters() -> None:
     mix = pd.DataFrame(
         {"pseudo_label": [0, 0, 1], "domain": ["a", "b", "a"], "num_images": [1, 3, 1], "share": [0.25, 0.75, 1.0]}

@@ -128,6 +128,13 @@ def _verdict(**within: tuple[float, float]) -> str:
     return _evidence(judge(among, within=inside, by_cost=list(within)), "test")
 
 
+def test_a_backbone_without_any_standout_can_be_compared_with() -> None:
+    same = {"zero_shot": np.zeros(200), "mean": np.zeros(200)}
+    assert "stand out +0.000 [+0.000, +0.000] against" in _evidence(judge(same, by_cost=[]), "test")
+    better = {"zero_shot": np.zeros(200), "mean": np.full(200, 0.5)}
+    assert "stand out +0.500 [+0.500, +0.500] against" in _evidence(judge(better, by_cost=[]), "test")
+
+
 def test_the_evidence_names_the_best_model_also_where_it_holds_among_all_images_only() -> None:
     among_all_only = _verdict(k00004=(0.5, -0.1), mean=(-0.1, 0.2))
     assert "with k00004, the best adapted model, but not certainly within its domain" in among_all_only
