@@ -181,7 +181,8 @@ class Run:
         """Return the L2-normalised centroids (k, D) of a granularity such as ``k00256``; row c is pseudo-label c.
 
         They lie in the space that was clustered: that of ``whitening/features/features.npy``, unless
-        ``features.whitening_power`` is 0.
+        ``features.whitening_power`` is 0, or other features were clustered (``clusters.view``,
+        ``clusters.embeddings``).
         """
         import numpy as np
 

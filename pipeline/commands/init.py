@@ -28,7 +28,7 @@ from grappa.pipeline.config.yaml_file import (
     preset_path,
     read_settings,
 )
-from grappa.pipeline.engine.externals import detector_digests, hub_problems, is_hub_name, lost_weights
+from grappa.pipeline.engine.externals import detector_digests, given_digests, hub_problems, is_hub_name, lost_weights
 from grappa.pipeline.engine.fingerprints import read_manifest
 from grappa.pipeline.engine.glance import cause_lines
 from grappa.pipeline.engine.packages import missing_packages
@@ -240,6 +240,9 @@ def _absolute(settings: Settings) -> Settings:
     model: Any = settings.get("objects", {}).get("model")
     if isinstance(model, str) and not is_hub_name(model):
         changed["objects"] = {"model": os.path.abspath(expanded(model))}
+    given: Any = settings.get("clusters", {}).get("embeddings")
+    if isinstance(given, str):
+        changed["clusters"] = {"embeddings": os.path.abspath(expanded(given))}
     sources: Any = settings.get("images", {}).get("sources")
     if isinstance(sources, list) and all(isinstance(source, str) for source in sources):
         changed["images"] = {"sources": [_absolute_source(source) for source in sources]}
@@ -260,8 +263,9 @@ def _absolute_source(source: str) -> str:
 
 
 def check_backbone(config: Config, known: RunFolder | None) -> None:
-    """Refuse an unsuitable backbone, missing weights and a missing detector, unless the run has read them already."""
-    detector_digests(config, None if known is None else _known_detector(known))
+    """Refuse an unsuitable backbone, and missing weights, detector or embeddings that the run has not read already."""
+    detector_digests(config, _known(known, "objects", "detector"))
+    given_digests(config, known, _known(known, "given_features", "embeddings"))
     weights = config.backbone.weights
     former = former_config(known)
     before = former.backbone if former else None
@@ -281,9 +285,10 @@ def _check_weights(path: str) -> None:
         raise ConfigError(f"backbone.weights: {error}") from error
 
 
-def _known_detector(run: RunFolder) -> dict[str, Any]:
-    manifest = read_manifest(run, "objects")
-    return manifest.provenance.get("detector", {}) if manifest else {}
+def _known(run: RunFolder | None, artifact: str, note: str) -> dict[str, Any] | None:
+    """Return a note of an artifact's provenance; None where there is none."""
+    manifest = read_manifest(run, artifact) if run else None
+    return manifest.provenance.get(note) if manifest else None
 
 
 _ASKED = "evaluation.extra_rows asks for `supervised`"

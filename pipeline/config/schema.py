@@ -153,6 +153,10 @@ class Clusters(Section):
     view: Literal["images", "objects"] = provenance(
         "images", "whose features are clustered: the images', or those of their object views (see objects)"
     )
+    embeddings: str | None = provenance(
+        None,
+        "a run whose model's embeddings are clustered; RUN/embeddings/MODEL: that model's; null: features",
+    )
     num_iterations: PositiveInt = Field(20, description="iterations of spherical k-means")
     seed: NonNegativeInt = Field(0, description="seed of the initial centroids")
 
@@ -385,6 +389,15 @@ class Config(Section):
             raise ValueError(
                 f"{asking[0]} needs object views, but objects.provider is none; set it to backbone (or columns, "
                 f"grounding_dino, random), or leave {asking[0]} out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _clusters_one_kind(self) -> Config:
+        if self.clusters.embeddings is not None and self.clusters.view == "objects":
+            raise ValueError(
+                "clusters.embeddings names another run, whose embeddings are of images, but clusters.view is objects; "
+                "leave one of them out"
             )
         return self
 

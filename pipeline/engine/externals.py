@@ -1,4 +1,5 @@
-"""Digests of the files that a run reads but does not hold: the backbone's weights and the object detector."""
+"""Digests of the files that a run reads but does not hold: the backbone's weights, the object detector, and another
+run's embeddings."""
 
 from __future__ import annotations
 
@@ -12,8 +13,13 @@ from grappa.backbone.files.hub import is_hub_name as is_hub_weights
 from grappa.backbone.files.places import files_of
 from grappa.backbone.unusable import BackboneError
 from grappa.pipeline.config.schema import Config
+from grappa.pipeline.config.yaml_file import load_config
+from grappa.pipeline.graph.models import model_before_head
+from grappa.pipeline.graph.node import Node
+from grappa.pipeline.store.artifacts import RUN_FILE, Manifest, RunFolder, quoted
 from grappa.pipeline.store.storage import file_digest
 
+GIVEN_FILE = "embeddings.npy"
 SUFFIXES = (".json", ".safetensors", ".txt")  # of the files that are read from a detector's folder
 
 
@@ -125,6 +131,48 @@ def detector_digests(config: Config, known: Mapping[str, Any] | None) -> tuple[d
         )
     found = {name: weights_digest(Path(model) / name, known.get(name)) for name in names}
     return {name: each["sha256"] for name, each in found.items()}, found
+
+
+def given_embeddings(config: Config) -> tuple[RunFolder, Node]:
+    """Return the run and the node of the embeddings that ``clusters.embeddings`` names; ValueError where no run is."""
+    place = Path(str(config.clusters.embeddings))
+    named = place.parent.name == "embeddings" and (place.parents[1] / RUN_FILE).is_file()
+    root = place.parents[1] if named else place
+    if not (root / RUN_FILE).is_file():
+        raise MissingInputError(f"clusters.embeddings: {root} is no run folder; give that of a finished run")
+    run = RunFolder.open(root)
+    return run, Node("embeddings", place.name if named else model_before_head(load_config(run.config_path)))
+
+
+def given_digests(config: Config, run: RunFolder | None, known: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the digest of the embeddings of ``clusters.embeddings`` for the fingerprint, and their provenance.
+
+    Only the manifest of the other run is read. ``known`` is the provenance of an earlier call, or None. Known
+    embeddings that are no longer there count as unchanged: ``run`` has a copy of them.
+    """
+    place = config.clusters.embeddings
+    if place is None:
+        return {}, {}
+    known = known if isinstance(known, dict) and known.get("path") == place else None
+    try:
+        found = {"path": place, "sha256": _given_digest(config, run)}
+    except (OSError, ValueError) as error:
+        if known is None:
+            text = str(error)
+            raise MissingInputError(text if text.startswith("clusters.") else f"clusters.embeddings: {text}") from error
+        found = known
+    return {"sha256": found["sha256"]}, {"embeddings": found}
+
+
+def _given_digest(config: Config, run: RunFolder | None) -> str:
+    other, node = given_embeddings(config)
+    if run is not None and os.path.realpath(other.root) == os.path.realpath(run.root):
+        raise MissingInputError(f"clusters.embeddings: {other.root} is this run itself; name the run of a first round")
+    manifest: Manifest | None = other.artifact(node).manifest()
+    if manifest is None or GIVEN_FILE not in manifest.outputs:
+        command = f"grappa run {quoted(other.root)}"
+        raise MissingInputError(f"clusters.embeddings: {node} is missing in {other.root}; run `{command}`")
+    return str(manifest.outputs[GIVEN_FILE]["sha256"])
 
 
 def _files(model: str) -> list[str]:

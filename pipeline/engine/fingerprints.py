@@ -9,7 +9,12 @@ from functools import partial
 from typing import Any
 
 from grappa.pipeline.config.schema import Config, identity_settings
-from grappa.pipeline.engine.externals import MissingInputError, backbone_digests, detector_digests
+from grappa.pipeline.engine.externals import (
+    MissingInputError,
+    backbone_digests,
+    detector_digests,
+    given_digests,
+)
 from grappa.pipeline.graph.node import Node
 from grappa.pipeline.graph.stages import Input, find_stage
 from grappa.pipeline.store.artifacts import CorruptManifest, Manifest, RunFolder, quoted
@@ -49,6 +54,10 @@ def expected_fingerprint(run: RunFolder, config: Config, node: Node, read: Read 
         manifest = read(node)
         inputs["detector"], found = detector_digests(config, manifest.provenance.get("detector") if manifest else None)
         notes = {"detector": found}
+    if "embeddings" in stage.externals:
+        manifest = read(node)
+        known = manifest.provenance.get("embeddings") if manifest else None
+        inputs["embeddings"], notes = given_digests(config, run, known)
     fingerprint = {"stage": node.stage, "instance": node.instance, "version": stage.version}
     settings = identity_settings(config, stage.settings(node.instance))
     if node.rows:  # which rows they are depends on the batches

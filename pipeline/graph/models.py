@@ -38,6 +38,11 @@ def _has_several_sets(config: Config) -> bool:
     return config.model.source != "single"
 
 
+def model_before_head(config: Config) -> str:
+    """Return the adapted model that is also looked at without its head: fused, or the only set."""
+    return "fused" if _has_several_sets(config) else deployed_model(config)
+
+
 def _asked(extra: ExtraModel) -> Callable[[Config], bool]:
     return lambda config: extra in config.evaluation.extra_rows
 
@@ -138,7 +143,7 @@ VARIANTS = (
     Variant("zero_shot_head", "the unadapted backbone with an embedding head: free too",
             "heads", lambda config: "zero_shot", after="zero_shot_whitened", free=True),
     Variant("*_raw", "the same without its embedding head",
-            "embeddings", lambda config: "fused" if _has_several_sets(config) else deployed_model(config)),
+            "embeddings", model_before_head),
 )
 # fmt: on
 ENTRIES: tuple[Entry, ...] = (

@@ -55,10 +55,10 @@ class Stage:
 
     ``settings`` returns the sections or single fields of the configuration that an instance reads. ``externals`` names
     the inputs that no stage makes (``sources``: the list of images; ``weights``: the backbone's file; ``originals``:
-    the image files, whose digests the image table holds; ``detector``: the model of ``objects.model``). ``parallel``:
-    whether several processes can compute the stage together; otherwise the first process computes it. ``by_rows``:
-    whether ranges of the rows can be computed apart from each other (see ``by_ranges``). ``function``: what computes
-    it, by default ``run`` of the module of its name.
+    the image files, whose digests the image table holds; ``detector``: the model of ``objects.model``; ``embeddings``:
+    those of ``clusters.embeddings``). ``parallel``: whether several processes can compute the stage together; otherwise
+    the first process computes it. ``by_rows``: whether ranges of the rows can be computed apart from each other (see
+    ``by_ranges``). ``function``: what computes it, by default ``run`` of the module of its name.
     """
 
     name: str
@@ -100,7 +100,10 @@ def searched_node(config: Config, stage: str = "features") -> Node:
 
 
 def clustered_node(config: Config) -> Node:
-    """Return the node whose features are clustered: those of images, or with ``clusters.view`` of object views."""
+    """Return the node whose features are clustered: those of images, with ``clusters.view`` of object views, or with
+    ``clusters.embeddings`` what a model of another run made of the images."""
+    if config.clusters.embeddings is not None:
+        return searched_node(config, "given_features")
     return searched_node(config, "object_features" if config.clusters.view == "objects" else "features")
 
 
@@ -136,6 +139,15 @@ def _cluster_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     return (Input("images", ("images.parquet",)), Input(node.stage, ("features.npy",), node.instance))
 
 
+def centroids_are_features(config: Config) -> bool:
+    """Tell whether the centroids of clusters are mean features of the backbone, by which proxies begin."""
+    return not config.features.whitening_power and config.clusters.embeddings is None
+
+
+def _given(config: Config) -> tuple[str | None, ...]:
+    return () if config.clusters.embeddings is None else (None,)
+
+
 def _object_instances(config: Config) -> tuple[str | None, ...]:
     return () if config.objects.provider == "none" else (None,)
 
@@ -160,7 +172,7 @@ def _target_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     known, features = Input("backbone", WEIGHTS), Input("features", ("features.npy",))
     if not granularities:
         return (Input("images", (*PIXELS, "labels.parquet")), known, features)
-    raw = not config.features.whitening_power  # then the centroids are the clusters' mean features
+    raw = centroids_are_features(config)
     files = ("assignments.parquet", "centroids.npy") if raw else ("assignments.parquet",)
     clusters = (Input("clusters", files, name) for name in granularities)
     return (Input("images", PIXELS), known, *(() if raw else (features,)), *clusters)
@@ -301,6 +313,15 @@ STAGES: tuple[Stage, ...] = (
         lambda config, instance: (Input("images", PIXELS), Input("backbone", WEIGHTS)),
         parallel=True,
         by_rows=True,
+    ),
+    Stage(
+        "given_features",
+        1,
+        _settings(),
+        lambda config, instance: (Input("images", ("images.parquet",)),),
+        _given,
+        externals=("embeddings",),
+        function="features.run_on_given",
     ),
     Stage(
         "objects",

@@ -41,6 +41,7 @@ from grappa.method.set_choice import MIN_JUDGED, JudgedSet, choose_sets
 from grappa.pipeline.config.trainings import Adaptors
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.models import taught_by
+from grappa.pipeline.graph.stages import centroids_are_features
 from grappa.pipeline.learning import open_views, optimization, sizes_of_set, training_task, write_metrics
 from grappa.pipeline.opening import (
     open_backbone,
@@ -134,7 +135,7 @@ def _targets(context: StageContext) -> tuple[NDArray[np.int64], list[Targets], s
 def _pseudo_labels(context: StageContext, granularity: str, images: pd.DataFrame, rows: NDArray[np.int64]) -> Targets:
     clusters = context.input("clusters", granularity)
     labels = pd.read_parquet(clusters / "assignments.parquet")["pseudo_label"].to_numpy()[rows]
-    if not context.config.features.whitening_power:
+    if centroids_are_features(context.config):
         return Targets(labels, np.load(clusters / "centroids.npy", mmap_mode="r", allow_pickle=False))
     features = np.load(context.input("features") / "features.npy", mmap_mode="r", allow_pickle=False)
     ids = id_numbers(images["image_id"].iloc[rows].tolist())

@@ -1,7 +1,7 @@
 """Stages ``features`` and ``object_features``: the frozen backbone's L2-normalised embeddings of all images, and of
-all object views, (N, D) float32.
+all object views, (N, D) float32; and stage ``given_features``: those that a model of another run made of the images.
 
-These, and the stage ``embeddings``, can be computed by ranges of their rows, each on a machine of its own
+The first two, and the stage ``embeddings``, can be computed by ranges of their rows, each on a machine of its own
 (``own_rows``); the stage then joins the rows that the ranges hold (``join_rows``). The bytes are those of one pass.
 """
 
@@ -13,26 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
 from grappa.backbone.features import Batch, Read, extract_features
 from grappa.backbone.frozen import Adaptation, Backbone, embed
+from grappa.core.memory import FLOAT, WORK
 from grappa.images.pixels import ChosenRows, ImageRows, repeated_rows
 from grappa.pipeline.engine.context import StageContext
+from grappa.pipeline.engine.externals import GIVEN_FILE, given_embeddings
 from grappa.pipeline.engine.live.row_reuse import DIGESTS_FILE, Reuse, plan_reuse, row_digests
+from grappa.pipeline.engine.status import Judge, read_config
 from grappa.pipeline.opening import (
     open_backbone,
     open_objects,
     open_pixels,
+    read_images,
     settle_device,
     settle_passes,
     settle_precision,
 )
-from grappa.pipeline.store.artifacts import SCRATCH_FOLDER
+from grappa.pipeline.store.artifacts import SCRATCH_FOLDER, published, quoted
 from grappa.pipeline.store.checkpoints import RowCheckpoint
 
 FILE = "features.npy"
 BLOCK_ROWS = 4096
+ID_BYTES = 256  # of an image id, as it is looked up
 
 
 def run(context: StageContext) -> str:
@@ -44,6 +50,33 @@ def run_on_objects(context: StageContext) -> str:
     """Run the stage ``object_features``."""
     number, width, note = _features(context, open_objects(context))
     return f"{number} features of object views, of {width} dimensions{note}"
+
+
+def run_on_given(context: StageContext) -> str:
+    """Run the stage ``given_features``: a copy, by image id, of the embeddings that ``clusters.embeddings`` names.
+
+    ValueError where they are not fresh in their run, or where that run lacks images of this one.
+    """
+    run, node = given_embeddings(context.config)
+    kind = Judge(run, read_config(run)).state(node).kind
+    if kind != "fresh":
+        raise ValueError(f"clusters.embeddings: {node} in {run.root} is {kind}; run `grappa run {quoted(run.root)}`")
+    vectors = np.load(published(run, node, GIVEN_FILE) / GIVEN_FILE, mmap_mode="r", allow_pickle=False)
+    number, width = vectors.shape
+    context.need_memory(2 * number * ID_BYTES + BLOCK_ROWS * width * FLOAT + WORK)
+    known = pd.Index(read_images(published(run, "images", "images.parquet"))["image_id"])
+    rows = known.get_indexer(read_images(context.input("images"))["image_id"])
+    lacking = int((rows < 0).sum())
+    if lacking:
+        raise ValueError(
+            f"clusters.embeddings: {run.root} has {number} images and lacks {lacking} of the {len(rows)} of this run; "
+            "name a run of the same images"
+        )
+    out = new_array(context.path / FILE, (len(rows), width))
+    for start in range(0, len(rows), BLOCK_ROWS):
+        out[start : start + BLOCK_ROWS] = vectors[rows[start : start + BLOCK_ROWS]]
+    out.flush()
+    return f"{len(rows)} embeddings of {width} dimensions, by {node.instance} of {run.root}"
 
 
 def _features(context: StageContext, pixels: ImageRows) -> tuple[int, int, str]:
