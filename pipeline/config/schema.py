@@ -18,6 +18,7 @@ from grappa.pipeline.config.section import (
     CropFraction,
     Fraction,
     NonNegativeInt,
+    Place,
     PositiveInt,
     PositiveTriple,
     Precision,
@@ -36,7 +37,7 @@ Layout = Literal[
 
 
 class Images(Section):
-    sources: tuple[str, ...] = provenance((), "folders, tables (.csv, .parquet), tars, or URLs of these")
+    sources: tuple[Place, ...] = provenance((), "folders, tables (.csv, .parquet), tars, or URLs of these")
     domains: tuple[str, ...] = provenance((), "further folders as NAME=DIR: all their images are the domain NAME's")
     layout: Layout = provenance(
         "auto",
@@ -59,11 +60,6 @@ class Images(Section):
     max_rejected: Fraction = provenance(0.05, "share of unreadable files above which the stage stops")
     max_pixels: PositiveInt = Field(100_000_000, description="a larger image is refused as a decompression bomb")
     shard_size: PositiveInt = Field(1024, description="images a file of the pixel cache; the unit of resuming")
-
-    @field_validator("sources")
-    @classmethod
-    def _from_home(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(expanded, value))
 
     @field_validator("domains")
     @classmethod
@@ -99,7 +95,7 @@ class Backbone(Section):
     module: str | None = provenance(
         None, "package.module:function that makes a torch module of your own, which is then adapted; null: timm's name"
     )
-    weights: str | None = provenance(None, "a weight file or folder, or hf-hub:OWNER/NAME; null: the hub's weights")
+    weights: Place | None = provenance(None, "a weight file or folder, or hf-hub:OWNER/NAME; null: the hub's weights")
     image_size: PositiveInt | None = Field(
         None, description="pixels of the square input, a multiple of the model's patch; null: the model's own"
     )
@@ -112,11 +108,6 @@ class Backbone(Section):
         default_factory=dict,
         description="further arguments of the architecture, such as {depth: 6}; not its classes, colors or pooling",
     )
-
-    @field_validator("weights")
-    @classmethod
-    def _from_home(cls, value: str | None) -> str | None:
-        return value and expanded(value)
 
 
 class Features(Section):
@@ -153,7 +144,7 @@ class Clusters(Section):
     view: Literal["images", "objects"] = provenance(
         "images", "whose features are clustered: the images', or those of their object views (see objects)"
     )
-    embeddings: str | None = provenance(
+    embeddings: Place | None = provenance(
         None,
         "a run whose model's embeddings are clustered; RUN/embeddings/MODEL: that model's; null: features",
     )
@@ -186,16 +177,11 @@ class Objects(Section):
     max_aspect: Annotated[float, Field(ge=1.0)] = Field(
         4 / 3, description="a view's longer side over its shorter one, at most; the shorter one grows"
     )
-    model: str | None = provenance(
+    model: Place | None = provenance(
         None, "grounding_dino: a name on the hub, or a folder with config.json and model.safetensors"
     )
     prompt: str = Field("an object.", description="grounding_dino: what to look for, phrases that end in a full stop")
     seed: NonNegativeInt = Field(0, description="random: seed of the boxes")
-
-    @field_validator("model")
-    @classmethod
-    def _from_home(cls, value: str | None) -> str | None:
-        return value and expanded(value)
 
     @model_validator(mode="after")
     def _leaves_room(self) -> Objects:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
+
+from grappa.core.home import expanded
 
 UNCHANGED = object()
+Place = Annotated[str, AfterValidator(expanded)]  # of a file, a folder, a URL or a name on the hub
 LARGEST = 2**53  # an integer that every reader of JSON holds exactly
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]

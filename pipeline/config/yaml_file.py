@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from grappa.core.home import expanded
 from grappa.core.printing import sentence, shown
 from grappa.pipeline.config.schema import Config
-from grappa.pipeline.config.section import Section
+from grappa.pipeline.config.section import Place, Section
 
 HEADER = """\
 # The resolved configuration of this run, every value with its meaning. Edit it, or change values by
@@ -225,7 +225,7 @@ def _holds_text(section: str, field: str) -> bool:
     model = getattr(Config(), section, None)
     if not isinstance(model, Section) or field not in type(model).model_fields:
         return False
-    return type(model).model_fields[field].annotation in (str, str | None)
+    return type(model).model_fields[field].annotation in (str, str | None, Place | None)
 
 
 def _section_text(name: str, section: Section) -> str:

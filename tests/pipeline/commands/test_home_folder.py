@@ -12,7 +12,7 @@ import grappa
 from grappa.core.home import expanded
 from grappa.images.table import list_images
 from grappa.pipeline.cli import main
-from grappa.pipeline.config.yaml_file import preset_path
+from grappa.pipeline.config.yaml_file import parse_settings, preset_path
 from grappa.pipeline.engine.status import read_config
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.pipeline.commands.desk import Desk, made
@@ -87,3 +87,7 @@ def test_python_takes_the_home_folder_in_texts(desk: Desk) -> None:
     with pytest.raises(ValueError, match="no model called 'nothing'"):
         grappa.run("~/run", settings={"backbone.name": "nothing"}, progress=False)
     assert "~" not in os.listdir(desk.folder)
+
+
+def test_another_run_may_lie_in_the_home_folder(desk: Desk) -> None:
+    assert parse_settings({"clusters": {"embeddings": "~/first"}}, "here").clusters.embeddings == f"{desk.folder}/first"
