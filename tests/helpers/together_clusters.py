@@ -68,7 +68,7 @@ def _seeded(processes: Processes) -> dict[str, np.ndarray[Any, Any]]:
     own = whole[own_rows(len(whole), processes)]
     shared, centroids = SharedPoints(own, len(whole), processes), (-whole[:1]).repeat(NUM_SEEDED + 1, 1)
     found = Assignment.none(own)
-    shared.improve(found, centroids)
+    shared.improve(found, centroids[:1])  # equal columns of a product need not have equal bits
     seeded, number = fill_empty(shared, found, centroids)
     return {"centroids": seeded.numpy(), "pseudo_labels": found.labels.numpy(), "num_reseeded": np.array(number)}
 
