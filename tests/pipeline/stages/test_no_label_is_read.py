@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -23,6 +24,7 @@ from tests.helpers.tiny import digests, draw_images, make_run, run_all, split_of
 READERS = {"adaptors/supervised", "evaluation"}
 LABELLED = ("adaptors/supervised", "embeddings/supervised", "heads/supervised", "retrieval/supervised")
 LABELS = "images/labels.parquet"
+GIVEN, FUSED = "given_features/features.npy", "embeddings/fused/embeddings.npy"
 UNSUPERVISED = "[concat, multi_head, zero_shot_objects]"
 EVERYTHING = "[concat, multi_head, supervised, zero_shot_objects]"
 
@@ -142,13 +144,26 @@ def test_the_defaults_of_a_new_run_are_the_same(material: Path, tmp_path: Path, 
 
 def test_every_other_stage_runs_where_the_labels_cannot_be_read(run: RunFolder, material: Path, tmp_path: Path) -> None:
     other = _make(tmp_path / "other", material, "true", evaluation__extra_rows=UNSUPERVISED)
-    run_all(other, until="images")
-    file = other.root / LABELS
-    file.write_bytes(bytes(file.stat().st_size))
+    _make_labels_unreadable(other)
     for stage in STAGES:
-        if stage.name not in ("retrieval", "evaluation"):
+        if stage.name not in ("retrieval", "evaluation", "given_features"):
             run_all(other, stage=stage.name)
     mine, theirs = digests(run), digests(other)
     assert all(theirs[name] == mine[name] for name in theirs)
     with pytest.raises(ValueError, match="retrieval/zero_shot cannot run: images in .* is damaged .labels.parquet"):
         run_all(other, stage="retrieval")
+
+
+def test_a_second_round_runs_where_the_labels_cannot_be_read(run: RunFolder, material: Path, tmp_path: Path) -> None:
+    given = str(run.root)
+    other = _make(tmp_path / "other", material, "true", evaluation__extra_rows="[]", clusters__embeddings=given)
+    _make_labels_unreadable(other)
+    run_all(other, until="clusters")
+    copied, fused = (np.load(each, allow_pickle=False) for each in (other.root / GIVEN, run.root / FUSED))
+    assert np.array_equal(copied, fused)
+
+
+def _make_labels_unreadable(run: RunFolder) -> None:
+    run_all(run, until="images")
+    file = run.root / LABELS
+    file.write_bytes(bytes(file.stat().st_size))
