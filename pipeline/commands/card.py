@@ -316,19 +316,24 @@ def _made(facts: Facts, file: str, digest: str) -> str:
 
 def _without_paths(config: Config) -> Config:
     """Return the settings with the last part of each path only: the rest is nobody's business."""
-    backbone, images, objects = config.backbone, config.images, config.objects
+    backbone, images, clusters, objects = config.backbone, config.images, config.clusters, config.objects
     weights = backbone.weights
     if weights and not weights.startswith("hf-hub:"):
         weights = os.path.basename(os.path.normpath(weights))
-    detector = os.path.basename(objects.model) if objects.model and os.path.isabs(objects.model) else objects.model
     short: dict[str, Any] = {name: tuple(map(_last, getattr(images, name))) for name in ("sources", "domains")}
     return config.model_copy(
         update={
             "backbone": backbone.model_copy(update={"weights": weights}),
             "images": images.model_copy(update=short),
-            "objects": objects.model_copy(update={"model": detector}),
+            "clusters": clusters.model_copy(update={"embeddings": _short(clusters.embeddings)}),
+            "objects": objects.model_copy(update={"model": _short(objects.model)}),
         }
     )
+
+
+def _short(place: str | None) -> str | None:
+    """Return the last part of a path; a name on the hub stays as it is."""
+    return os.path.basename(os.path.normpath(place)) if place and os.path.isabs(place) else place
 
 
 def _last(source: str) -> str:

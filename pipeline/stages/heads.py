@@ -123,27 +123,33 @@ def _fit(context: StageContext, file: Path, images: pd.DataFrame, device: str) -
     most = automatic_most(len(rows)) if settings.num_centroids == "auto" else settings.num_centroids
     train = _train(context, file, rows, 0 if alone else most)
     if settings.kind == "auto":
-        return _fit_chosen(context, train, ids, rows, alone)
+        return _fit_all(context, train, ids) if alone else _fit_chosen(context, train, ids, rows)
     if settings.kind == "whitening":
         return fit_whitening_head(train, ids, power=settings.deviation_power)
     return _fit_neighborhood(context, train, ids, device)
 
 
-def _fit_chosen(
-    context: StageContext, train: NDArray[np.float32], ids: NDArray[np.uint64], rows: NDArray[np.int64], alone: bool
-) -> Head:
-    """Return a head whose weight was chosen by views of train images; without a test split, whitening ``alone``.
+def _fit_all(context: StageContext, train: NDArray[np.float32], ids: NDArray[np.uint64]) -> Head:
+    """Return the head of a run without a test split, where the images that it is fitted on are searched: whitening.
 
     A neighbourhood's head serves images that it was not fitted on. Among those that it was, each has a centroid beside
     it, which takes away what it has in common with its class.
     """
+    _write_choice(context, None, {})
+    if count_distinct(train, 4) < 4:
+        return IdentityHead()
+    power = context.config.heads.deviation_power
+    return fit_whitening_head(train, ids, power=power, min_share=MIN_WHITENED_SHARE)
+
+
+def _fit_chosen(
+    context: StageContext, train: NDArray[np.float32], ids: NDArray[np.uint64], rows: NDArray[np.int64]
+) -> Head:
+    """Return a neighbourhood's head whose weight was chosen by views of train images."""
     settings, device = context.config.heads, str(settle_device(context))
     if count_distinct(train, 4) < 4:
         _write_choice(context, None, {})
         return IdentityHead()
-    if alone:
-        _write_choice(context, None, {})
-        return fit_whitening_head(train, ids, power=settings.deviation_power, min_share=MIN_WHITENED_SHARE)
     centroids = settings.num_centroids
     number = automatic_num_centroids(train) if centroids == "auto" else centroids
 

@@ -49,7 +49,8 @@ def chosen_file(names: Sequence[str]) -> str:
         if name in names:
             return name
     found = weight_names(names)
-    first = [name for name in found if name.endswith(found[0][found[0].rindex(".") :])] if found else []
+    kinds = ([name for name in found if name.endswith(suffix)] for suffix in SUFFIXES)
+    first = next(filter(None, kinds), [])
     return first[0] if len(first) == 1 else ""
 
 

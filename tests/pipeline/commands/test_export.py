@@ -20,6 +20,7 @@ from grappa.pipeline.commands.card import _base_model, _without_paths
 from grappa.pipeline.commands.export import export
 from grappa.pipeline.commands.search import onnx_notice, search
 from grappa.pipeline.config.schema import Backbone, Config
+from grappa.pipeline.config.section import Place
 from grappa.pipeline.config.yaml_file import dump_config
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import draw_images, make_run, run_all, split_of, write_table, write_weights
@@ -157,6 +158,17 @@ def test_settings_on_the_card_name_no_folder_of_this_machine() -> None:
     text = dump_config(_without_paths(Config.model_validate(settings)))
     assert not any(each in text for each in ("/home", "secret", "word@")) and "a.tar" in text
     assert "birds=birds" in text and "model: detector" in text
+
+
+def test_no_setting_that_is_a_path_is_on_the_card_as_it_is() -> None:
+    given = {
+        name: {field: "/home/me/x"}
+        for name, section in Config()
+        for field, info in type(section).model_fields.items()
+        if info.annotation == Place | None
+    }
+    assert given.keys() == {"backbone", "clusters", "objects"}
+    assert "/home" not in dump_config(_without_paths(Config.model_validate(given)))
 
 
 def test_numbers_of_a_former_head_are_not_on_the_card(run: RunFolder, material: Path, tmp_path: Path) -> None:
