@@ -163,49 +163,61 @@ def _decode(
     folder: RunFolder, config: Config, sources: Sequence[Path | str], layout: str | None, progress: Progress, say: Say
 ) -> Node | None:
     """Publish the images of ``sources`` that the run does not have as the next addition; None where there are none."""
-    from grappa.images.ingest import decode_all
-    from grappa.images.table import list_images
-
-    listing = list_images(list(sources), layout=layout or config.images.layout)
-    for root, found in listing.attrs["layouts"].items():
-        say(f"{root} is read as {found} (else give --layout)")
-    listed = len(listing)
-    listing = _new_files(folder, listing, progress, say)
+    every = _listed(config, sources, layout, say)
+    listing = _new_files(folder, every, progress, say)
     if listing.empty:
         return None
-    num_passed = listed - len(listing)
-    known = additions.numbers(folder)
-    number = known[-1] + 1 if known else 1
-    node, started, roots = additions.pictures(number), datetime.now(UTC), list(listing.attrs["roots"])
+    number, started = max(additions.numbers(folder), default=0) + 1, datetime.now(UTC)
+    node, roots = additions.pictures(number), list(listing.attrs["roots"])
     digest = hashlib.sha256(listing.to_json().encode() + json.dumps(roots).encode()).hexdigest()
-    settings = config.images
     with open_work(folder.artifact(node), additions.pictures_fingerprint(number, config, digest)) as work:
         if work.finished:
             return node
-        with progress.task("decoding", len(listing), artifact=node.name) as (advance, _):
-            images, labels, rejected = decode_all(
-                listing,
-                roots,
-                work.path / "pixels",
-                cache=settings.form,
-                cache_size=settings.shorter_side,
-                max_pixels=settings.max_pixels,
-                shard_size=settings.shard_size,
-                manifests=work.path / SCRATCH_FOLDER,
-                num_workers=config.compute.num_workers or 1,
-                progress=advance,
-                written=work.written,
-            )
+        images, labels, rejected = _pictures(listing, config, work, node, progress)
         if images.empty:
             shutil.rmtree(work.path)
-            _say_unusable(rejected, num_passed, say)
+            _say_unusable(rejected, len(every) - len(listing), say)
             return None
-        images.attrs = {}
         for name, table in (("images", images), ("labels", labels), ("rejected", rejected)):
             table.to_parquet(work.path / f"{name}.parquet", index=False)
         _publish(work, started, roots=roots, num_images=len(images))
     _say_decoded(node, images, rejected, say)
     return node
+
+
+def _listed(config: Config, sources: Sequence[Path | str], layout: str | None, say: Say) -> pd.DataFrame:
+    """Return the listing of ``sources``, and say how folders were read."""
+    from grappa.images.table import list_images
+
+    listing = list_images(list(sources), layout=layout or config.images.layout)
+    for root, found in listing.attrs["layouts"].items():
+        say(f"{root} is read as {found} (else give --layout)")
+    return listing
+
+
+def _pictures(
+    listing: pd.DataFrame, config: Config, work: Work, node: Node, progress: Progress
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Decode the listed files as the run's own; return the tables of images, labels and rejected files."""
+    from grappa.images.ingest import decode_all
+
+    settings = config.images
+    with progress.task("decoding", len(listing), artifact=node.name) as (advance, _):
+        images, labels, rejected = decode_all(
+            listing,
+            list(listing.attrs["roots"]),
+            work.path / "pixels",
+            cache=settings.form,
+            cache_size=settings.shorter_side,
+            max_pixels=settings.max_pixels,
+            shard_size=settings.shard_size,
+            manifests=work.path / SCRATCH_FOLDER,
+            num_workers=config.compute.num_workers or 1,
+            progress=advance,
+            written=work.written,
+        )
+    images.attrs = {}
+    return images, labels, rejected
 
 
 def _new_files(folder: RunFolder, listing: pd.DataFrame, progress: Progress, say: Say) -> pd.DataFrame:

@@ -239,26 +239,46 @@ def execute(
         joined = _made_ranges(run, config, node, progress, say) if joins else Joined()
         if joins and not joined.folders:
             _refuse_damaged_inputs(run, config, node)
+        context = _context(run, config, node, work, progress, team=team, plan=plan, joined=joined)
         begun = time.monotonic()
-        team = team if find_stage(node.stage).parallel and not node.rows else ALONE
-        step = {"node": node.name, "folder": work.path.name, "resumed": work.resumed}
-        team.announce({**step, "config": config.model_dump(mode="json")})
-        context = StageContext(run, config, node, work, progress, team=team, plan=plan, ranges=joined.folders)
-        context.resolved.update(joined.resolved)
         sentence = _compute(context)
-        seconds = joined.seconds + time.monotonic() - begun
+        taken = round(joined.seconds + time.monotonic() - begun, 3)
         _refuse_changed_inputs(run, config, node, work)
-        for record in joined.log_lines():
-            work.log(record)
-        work.log({"result": sentence, "seconds": round(seconds, 3), "resumed": work.resumed})
+        _log_result(work, joined, sentence, taken)
         origin = provenance(started=started, device=context.resolved.get("device", "cpu"), job=job)
-        origin["processes"] = team.size
-        work.publish({**origin, "seconds": round(seconds, 3), "resolved": context.resolved, **expected.notes})
+        origin |= {"processes": context.team.size, "seconds": taken, "resolved": context.resolved}
+        work.publish({**origin, **expected.notes})
         if not node.rows:
             remove_ranges(ranges_folder(run, node))
     seconds = time.monotonic() - start
     say(f"{node}: {sentence} ({spent(seconds)})")
     return seconds
+
+
+def _context(
+    run: RunFolder,
+    config: Config,
+    node: Node,
+    work: Work,
+    progress: Progress,
+    *,
+    team: Team,
+    plan: RangePlan | None,
+    joined: Joined,
+) -> StageContext:
+    """Return what a stage gets, and tell the processes of the team that compute it too to begin."""
+    team = team if find_stage(node.stage).parallel and not node.rows else ALONE
+    step = {"node": node.name, "folder": work.path.name, "resumed": work.resumed}
+    team.announce({**step, "config": config.model_dump(mode="json")})
+    context = StageContext(run, config, node, work, progress, team=team, plan=plan, ranges=joined.folders)
+    context.resolved.update(joined.resolved)
+    return context
+
+
+def _log_result(work: Work, joined: Joined, sentence: str, seconds: float) -> None:
+    for record in joined.log_lines():
+        work.log(record)
+    work.log({"result": sentence, "seconds": seconds, "resumed": work.resumed})
 
 
 def _plan(run: RunFolder, node: Node, fingerprint: Fingerprint) -> RangePlan | None:
