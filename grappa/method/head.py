@@ -49,7 +49,8 @@ from grappa.search.kmeans import cluster, count_distinct
 
 IMAGES_PER_CENTROID, MAX_CENTROIDS = 3, 4096
 MIN_EIGENVALUE_SHARE, MIN_WHITENED_SHARE = 3e-2, 3e-3
-MAX_SAMPLE, NUM_HALVINGS = 2048, 40  # embeddings on which the temperature is fitted, and steps of its bisection
+MAX_SAMPLE, MAX_STEPS = 2048, 60  # embeddings on which the temperature is fitted, and steps to it at most
+TEMPERATURE_TOLERANCE, MIN_SLOPE = 1e-10, 1e-12  # of its logarithm, and of the entropy along it
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-8, 1e2
 MEAN_ROWS = 65536  # rows of a block whose sum is made at once
 
@@ -260,8 +261,19 @@ def closeness(centered_BD: Tensor, centroids_MD: Tensor, biases_M: Tensor) -> Te
 
 def mean_perplexity(closeness_BM: Tensor, temperature: float) -> float:
     """Return the geometric mean over rows of exp(entropy of softmax(closeness / temperature)), in [1, M]."""
-    log_BM = (closeness_BM / temperature).log_softmax(-1)
-    return math.exp(float(-(log_BM.exp() * log_BM).sum(-1).mean()))
+    return math.exp(_mean_entropy(closeness_BM, temperature)[0])
+
+
+def _mean_entropy(closeness_BM: Tensor, temperature: float) -> tuple[float, float]:
+    """Return the entropy (nats, mean over rows) of softmax(x), x = closeness / temperature, and its derivative by the
+    temperature's logarithm, which is the variance of x under that softmax."""
+    x_BM = closeness_BM / temperature
+    x_BM -= x_BM.amax(-1, keepdim=True)
+    weights_BM = x_BM.exp()
+    total_B = weights_BM.sum(-1)
+    mean_B = weights_BM.mul_(x_BM).sum(-1) / total_B
+    square_B = weights_BM.mul_(x_BM).sum(-1) / total_B
+    return float((total_B.log() - mean_B).mean()), float((square_B - mean_B.square()).mean())
 
 
 def block_rows(num_columns: int, device: str) -> int:
@@ -398,14 +410,21 @@ def _mean(points_nD: Tensor) -> Tensor:
 def _fit_temperature(centered_BD: Tensor, centroids_MD: Tensor, biases_M: Tensor, wanted: float) -> tuple[float, float]:
     """Return the temperature at which the embeddings have the wanted perplexity, and the perplexity reached.
 
-    Entropy grows with the temperature, whose logarithm is bisected.
+    Entropy grows with the temperature, whose logarithm is sought by Newton's steps; where one leaves the range that is
+    left, this is halved.
     """
     near_BM = closeness(centered_BD, centroids_MD, biases_M)
     low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
-    for _ in range(NUM_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean_perplexity(near_BM, math.exp(middle)) < wanted else (low, middle)
-    temperature = math.exp((low + high) / 2)
+    place = math.log(min(max(float(near_BM.std(-1).mean()), MIN_TEMPERATURE), MAX_TEMPERATURE))
+    for _ in range(MAX_STEPS):
+        entropy, slope = _mean_entropy(near_BM, math.exp(place))
+        missing = math.log(wanted) - entropy
+        step = missing / max(slope, MIN_SLOPE)
+        if abs(step) < TEMPERATURE_TOLERANCE or high - low < TEMPERATURE_TOLERANCE:
+            break
+        low, high = (place, high) if missing > 0 else (low, place)
+        place = place + step if low < place + step < high else (low + high) / 2
+    temperature = math.exp(place)
     return temperature, mean_perplexity(near_BM, temperature)
 
 

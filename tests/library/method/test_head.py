@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from grappa.method import head as head_module
 from grappa.method.head import (
     Head,
     IdentityHead,
@@ -73,6 +76,23 @@ def test_perplexity_is_reached_and_recorded_and_lowered_for_few_centroids() -> N
     few = fit_neighborhood_head(embeddings(), ids(), num_centroids=4, perplexity=10.0)
     np.testing.assert_allclose(few.perplexity, 2.5, rtol=1e-6)
     assert few.form()["num_centroids"] == 4
+
+
+def test_the_temperature_is_found_in_few_passes_over_the_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = 0
+
+    def counted(*arguments: Any) -> tuple[float, float]:
+        nonlocal passes
+        passes += 1
+        return entropy(*arguments)
+
+    entropy = head_module._mean_entropy
+    monkeypatch.setattr(head_module, "_mean_entropy", counted)
+    for perplexity in (1.01, 2.0, 30.0, 39.9):
+        passes = 0
+        head = fit_neighborhood_head(embeddings(), ids(), perplexity=perplexity)
+        np.testing.assert_allclose(head.perplexity, perplexity, rtol=1e-9)
+        assert passes < 20
 
 
 def test_perplexity_is_between_one_and_the_number_of_centroids() -> None:
