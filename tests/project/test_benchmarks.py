@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from grappa.images.table import list_images
+from grappa.pipeline.demo.dataset import write_demo_images
 from tests.benchmarks.core import Gate, Options, Pair, interval, measured
 from tests.benchmarks.memory import peak_growth
 from tests.benchmarks.output import machine, write
+from tests.benchmarks.scaling.made_images import write_images
+from tests.benchmarks.scaling.whole_runs import stage_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,3 +104,25 @@ def test_the_command_lists_the_gates_it_knows() -> None:
     command = [sys.executable, "-m", "tests.benchmarks", "--only", "R99"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "no gate is called R99; there are R1, R2" in done.stderr
+
+
+def test_images_of_a_run_at_scale_are_made_from_few_and_listed_with_those_for_testing(tmp_path: Path) -> None:
+    table = write_demo_images(tmp_path / "drawn", num_images_per_class=2)
+    for name in ("one", "two"):
+        write_images(tmp_path / name, 2_003, table)
+    listing = list_images([str(tmp_path / "one")])
+    assert (listing["split"] == "test").sum() == 96 and (listing["split"] != "test").sum() == 2_003
+    assert set(listing["domain"][listing["split"] == "test"]) == {"digits", "glyphs", "objects", "textures"}
+    tars = sorted(file.relative_to(tmp_path / "one") for file in (tmp_path / "one").rglob("*.tar"))
+    assert len(tars) == 3 and all(
+        (tmp_path / "one" / t).read_bytes() == (tmp_path / "two" / t).read_bytes() for t in tars
+    )
+
+
+def test_the_stages_of_runs_of_two_sizes_are_lines_with_their_growth() -> None:
+    common = {"run": "r", "stage": "clusters", "wall_seconds": 1.0, "peak_mb": 300.0, "own_mb": 200.0, "disk_mb": 1.0}
+    found = [(1_000, "k00002", 1.0), (1_000, "k00004", 1.0), (10_000, "k00002", 8.0), (10_000, "k00004", 12.0)]
+    rows = [common | {"images": float(n), "instance": name, "cpu_seconds": cpu} for n, name, cpu in found]
+    (line,) = stage_table(rows)
+    assert line[2:4] == ["1,000 in 2.00 s ... 10,000 in 20.00 s", "1.00"]
+    assert line[5] == "0.6 h"

@@ -1,37 +1,19 @@
-"""How time and memory grow with images, clusters and adaptor sets: measured, fitted, drawn, extrapolated.
-
-    python -m tests.benchmarks.scaling [--only neighbors] [--out FOLDER]
-
-Each point is a fresh process with one thread, of which the CPU time is counted: a busy machine changes little. Written
-are scaling.csv (measured), scaling.svg and scaling.md: the fitted exponents, and what 10^6 to 10^8 images would take by
-them: hours of one core of this CPU, and memory as the steps state it (both computed, not measured).
-
-    python -m tests.benchmarks.scaling --runs RUN RUN [--out FOLDER]
-
-takes run folders of different sizes, made by `grappa init`, through every stage that is missing, and adds what each
-took to stages.csv (CPU seconds with all threads; memory with and without mapped files; disk). stages.md has lines for
-the same table. Interrupted, the same command goes on with the next stage.
-"""
+"""How time and memory of the single steps grow with images, clusters and adaptor sets: measured, fitted, drawn."""
 
 from __future__ import annotations
 
-import argparse
 import csv
-import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import linear_regression
-from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib import pyplot
-from pyarrow import parquet
 
 from grappa.backbone.features import extract_features
 from grappa.core import memory
@@ -40,12 +22,6 @@ from grappa.images.pixels import PixelCache, write_index, write_shard
 from grappa.images.transforms import Augmentation
 from grappa.method.adaptor_training import AdaptorLoss, new_adaptor_set, train_adaptor_set
 from grappa.metrics import retrieval
-from grappa.pipeline.engine.execution import Selection, run_stages
-from grappa.pipeline.engine.progress import Progress
-from grappa.pipeline.engine.status import read_config
-from grappa.pipeline.graph.node import Node
-from grappa.pipeline.graph.stages import nodes
-from grappa.pipeline.store.artifacts import RunFolder
 from grappa.search import kmeans as clustering
 from grappa.search import neighbors as neighborhoods
 from grappa.search.kmeans import cluster
@@ -55,12 +31,19 @@ from grappa.training.loop import Optimization
 from grappa.training.targets import Targets
 from tests.benchmarks import data
 from tests.benchmarks.extraction import CPU
-from tests.benchmarks.memory import cost, measured
+from tests.benchmarks.memory import cost
 from tests.benchmarks.retrieval import evaluate_gallery
+from tests.benchmarks.scaling.growth import (
+    IMAGE_COUNTS,
+    Point,
+    exponent,
+    extrapolated,
+    hours,
+    measured_at,
+    size_of,
+    write_table,
+)
 
-STAGES_FILE = "stages.csv"
-STAGE_NUMBERS = ("images", "cpu_seconds", "wall_seconds", "peak_mb", "own_mb", "disk_mb")
-IMAGE_COUNTS = (10**6, 10**7, 10**8)
 WIDTH, BOTTLENECK, SIZE = 384, 48, 96
 VIT = memory.VitShape(image_size=SIZE, tokens=37, width=192, heads=3, blocks=12, adapted=BOTTLENECK)
 
@@ -76,15 +59,6 @@ class Curve:
     sizes: tuple[int, ...]
     prepare: Callable[[int], Callable[[], object]]
     need: Callable[[int], int] | None = None
-
-
-@dataclass(frozen=True)
-class Point:
-    """CPU seconds and bytes at one size."""
-
-    size: int
-    seconds: float
-    memory: float
 
 
 def kmeans(number: int, num_clusters: int = 256) -> Callable[[], object]:
@@ -195,97 +169,16 @@ CURVES = (
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, fit, draw and extrapolate what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [curve.name for curve in CURVES]
-    parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument("--runs", nargs="+", type=Path, help="run folders to take through their stages")
-    parser.add_argument("--out", type=Path, default=Path("runs/scaling"), help="default: runs/scaling")
-    given = parser.parse_args(arguments)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    if given.runs:
-        measure_runs(given.runs, given.out)
-        return
+def measure_curves(names: Sequence[str], out: Path) -> None:
+    """Measure the curves of these names, and write scaling.csv, scaling.svg and scaling.md."""
     measured: dict[Curve, list[Point]] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TMPDIR"] = folder  # of the fresh processes
         for curve in CURVES:
-            if curve.name in given.only:
+            if curve.name in names:
                 measured[curve] = [_point(curve, size) for size in curve.sizes]
                 print(f"{curve.name}: time ~ {curve.over}^{exponent(measured[curve]):.2f}", flush=True)
-    given.out.mkdir(parents=True, exist_ok=True)
-    write(given.out, measured)
-    print(f"written to {given.out}: scaling.csv, scaling.svg, scaling.md")
-
-
-def measure_runs(folders: list[Path], out: Path) -> None:
-    """Take runs through their stages, add what each took to stages.csv, and write stages.md."""
-    out.mkdir(parents=True, exist_ok=True)
-    for folder in folders:
-        run = RunFolder.open(folder, writable=True)
-        for node in nodes(read_config(run)):
-            if run.artifact(node).manifest() is None:
-                _add_row(out / STAGES_FILE, _measured_stage(run, node))
-    with (out / STAGES_FILE).open(newline="") as file:
-        rows = [{**row, **{name: float(row[name]) for name in STAGE_NUMBERS}} for row in csv.DictReader(file)]
-    _write_table(out / "stages.md", stage_table(rows))
-
-
-def _measured_stage(run: RunFolder, node: Node) -> dict[str, object]:
-    config, selection = read_config(run), Selection(node.stage, node.instance)
-    found = measured(lambda: run_stages(run, config, selection, progress=Progress(), say=print))
-    disk = sum(file.stat().st_size for file in run.artifact(node).home.rglob("*") if file.is_file())
-    images = parquet.read_metadata(run.artifact("sources").home / "sources.parquet").num_rows
-    row = {"run": run.root.name, "images": images, "stage": node.stage, "instance": node.instance or ""}
-    row |= {"cpu_seconds": round(found.cpu_seconds, 1), "wall_seconds": round(found.wall_seconds, 1)}
-    row |= {"peak_mb": found.peak_bytes >> 20, "own_mb": found.own_bytes >> 20, "disk_mb": round(disk / 2**20, 1)}
-    print(*row.values(), flush=True)
-    return row
-
-
-def _add_row(file: Path, row: dict[str, object]) -> None:
-    new = not file.exists()
-    with file.open("a", newline="") as opened:
-        table = csv.DictWriter(opened, list(row))
-        if new:
-            table.writeheader()
-        table.writerow(row)
-
-
-def stage_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Return the lines of the table for the stages of runs, all instances of a stage together: CPU seconds at the
-    smallest and the largest size, the exponent between the two largest, largest memory without files (of the whole
-    process, in which earlier stages ran) and bytes on disk, and the CPU hours of the far sizes; by the number of images
-    where a stage was measured at one size.
-    """
-    found = []
-    for stage in dict.fromkeys(row["stage"] for row in rows):
-        points = [
-            _stage_point(rows, stage, size) for size in sorted({r["images"] for r in rows if r["stage"] == stage})
-        ]
-        disk = sum(row["disk_mb"] for row in rows if (row["stage"], row["images"]) == (stage, points[-1].size))
-        peak = f"{points[-1].memory / 2**20:,.0f} MB; {disk * 2**20 / points[-1].size:,.0f} B an image on disk"
-        power = f"{exponent(points[-2:]):.2f}" if len(points) > 1 else "1, assumed"
-        far = [_far_stage(points, number) for number in IMAGE_COUNTS]
-        found.append([f"stage `{stage}`", "images", _measured_at(points), power, peak, *far])
-    return found
-
-
-def _stage_point(rows: list[dict[str, Any]], stage: str, size: float) -> Point:
-    own = [row for row in rows if (row["images"], row["stage"]) == (size, stage)]
-    seconds, memory = sum(row["cpu_seconds"] for row in own), max(row["own_mb"] for row in own)
-    return Point(int(size), max(seconds, 0.1), memory * 2**20)
-
-
-def _far_stage(points: list[Point], number: int) -> str:
-    power, last = exponent(points[-2:]) if len(points) > 1 else 1.0, points[-1]
-    return _hours(last.seconds * (number / last.size) ** power)
-
-
-def _measured_at(points: list[Point]) -> str:
-    ends = dict.fromkeys((points[0], points[-1]))
-    return " ... ".join(f"{point.size:,} in {point.seconds:.2f} s" for point in ends)
+    _write(out, measured)
 
 
 def _point(curve: Curve, size: int) -> Point:
@@ -294,18 +187,7 @@ def _point(curve: Curve, size: int) -> Point:
     return found
 
 
-def exponent(points: list[Point]) -> float:
-    """Return the slope of the least-squares line through the logarithms of size and seconds."""
-    return linear_regression([math.log(p.size) for p in points], [math.log(p.seconds) for p in points]).slope
-
-
-def extrapolated(points: list[Point], size: int) -> float:
-    """Return the seconds at ``size`` by the fitted exponent, from the largest size measured."""
-    last = points[-1]
-    return last.seconds * (size / last.size) ** exponent(points)
-
-
-def write(folder: Path, measured: dict[Curve, list[Point]]) -> None:
+def _write(folder: Path, measured: dict[Curve, list[Point]]) -> None:
     """Write the three files."""
     with (folder / "scaling.csv").open("w", newline="") as file:
         table = csv.writer(file)
@@ -313,7 +195,7 @@ def write(folder: Path, measured: dict[Curve, list[Point]]) -> None:
         table.writerows(
             (curve.name, curve.over, p.size, p.seconds, p.memory) for curve, points in measured.items() for p in points
         )
-    _write_table(folder / "scaling.md", _table(measured))
+    write_table(folder / "scaling.md", _table(measured))
     _draw(folder / "scaling.svg", measured)
 
 
@@ -322,29 +204,14 @@ def _table(measured: dict[Curve, list[Point]]) -> list[list[str]]:
     for curve, points in measured.items():
         far = [_far(curve, points, number) for number in IMAGE_COUNTS]
         peak = f"{points[-1].memory / 2**20:.0f} MB"
-        lines.append([curve.what, curve.over, _measured_at(points), f"{exponent(points):.2f}", peak, *far])
+        lines.append([curve.what, curve.over, measured_at(points), f"{exponent(points):.2f}", peak, *far])
     return lines
-
-
-def _write_table(file: Path, lines: list[list[str]]) -> None:
-    header = ["step", "over", "measured", "exponent", "peak", *(f"10^{len(str(n)) - 1}" for n in IMAGE_COUNTS)]
-    rows = [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(line)} |" for line in lines)]
-    file.write_text("\n".join(rows) + "\n")
 
 
 def _far(curve: Curve, points: list[Point], number: int) -> str:
     if curve.need is None:
         return ""
-    return f"{_hours(extrapolated(points, number))}, {_size(curve.need(number))}"
-
-
-def _size(number: float) -> str:
-    return f"{number / 1e9:,.1f} GB" if number < 1e11 else f"{number / 1e9:,.0f} GB"
-
-
-def _hours(seconds: float) -> str:
-    hours = seconds / 3600
-    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:,.0f} days"
+    return f"{hours(extrapolated(points, number))}, {size_of(curve.need(number))}"
 
 
 def _draw(file: Path, measured: dict[Curve, list[Point]]) -> None:
@@ -370,7 +237,3 @@ def _drawn_cache(number: int) -> PixelCache:
     images = [random.integers(0, 256, (SIZE, SIZE + 12, 3), dtype=np.uint8) for _ in range(number)]
     write_index(folder, write_shard(folder, 0, images))
     return PixelCache.open(folder)
-
-
-if __name__ == "__main__":
-    main()
