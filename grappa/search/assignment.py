@@ -142,14 +142,17 @@ def _argmax(products_BC: torch.Tensor) -> torch.Tensor:
 def first_largest(
     rows_P: torch.Tensor, columns_P: torch.Tensor, cosines_P: torch.Tensor, num_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the column and the cosine of each row's largest pair, the first of equal ones; -inf for a row without."""
-    largest_B = torch.full((num_rows,), -torch.inf).scatter_reduce_(0, rows_P, cosines_P, "amax")
-    winners = places_of(cosines_P == largest_B.index_select(0, rows_P)).flip(0)
-    labels_B = torch.zeros(num_rows, dtype=torch.int64)
-    labels_B[rows_P[winners]] = columns_P[winners]
+    """Return the column (or name) and cosine of each row's largest pair, the smallest column of equal ones; a row
+    without a pair gets 0 and -inf."""
+    largest_B = cosines_P.new_full((num_rows,), -torch.inf).scatter_reduce_(0, rows_P, cosines_P, "amax")
+    winners = places_of(cosines_P == largest_B.index_select(0, rows_P))
+    labels_B = columns_P.new_zeros(num_rows)
+    labels_B.scatter_reduce_(0, rows_P[winners], columns_P[winners], "amin", include_self=False)
     return labels_B, largest_B
 
 
 def places_of(mask: torch.Tensor) -> torch.Tensor:
-    """Return where a mask (N,) on a CPU is true, (n,) int64; numpy does it eight times faster than torch."""
-    return torch.from_numpy(mask.numpy().nonzero()[0])
+    """Return where a mask (N,) is true, (n,) int64; on a CPU numpy does it eight times faster than torch."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(mask.numpy().nonzero()[0])
+    return torch.nonzero(mask)[:, 0]

@@ -1,8 +1,10 @@
 """The start of k-means: which points are the first centroids."""
 
-# B points of a block, C centroids, D width, L candidates of a round, n points of this process, N points of all
+# B points of a block, C centroids, D width, L candidates of a round, n points of this process, N points of all, P pairs
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,12 +12,24 @@ from numpy.typing import NDArray
 
 from grappa.core.randomness import key, uniforms
 from grappa.search import screening
-from grappa.search.assignment import BLOCK_ELEMENTS, Assignment
+from grappa.search.assignment import BLOCK_ELEMENTS, Assignment, first_largest, improve, places_of
+from grappa.search.cluster_means import SAME_POINT
 from grappa.search.shared_points import SharedPoints
 
 GROWTH, MAX_ROUND = 8, 512  # a round of the start draws an eighth of the centroids so far, at most 512
 NUM_TRIALS = 4  # candidates of a round for each centroid that it keeps
 MIN_SAMPLE, SAMPLE_PER_CENTROID = 4096, 16  # points on which a round compares its candidates
+
+
+@dataclass(frozen=True)
+class Nearer:
+    """The pairs of one of the first ``number`` points of a part and a candidate that is nearer than its centroid: rows,
+    columns and products, (P,) each, by row."""
+
+    number: int
+    rows: torch.Tensor
+    columns: torch.Tensor
+    products: torch.Tensor
 
 
 def start(
@@ -38,11 +52,14 @@ def start(
         drawn = _draw(points, draws, 1.0 - near_N.cpu().numpy(), chosen, num_drawn)
         candidates_LD, near_L = points.take(points.own_ND, drawn), points.take(near_N, drawn)
         sample = max(MIN_SAMPLE, SAMPLE_PER_CENTROID * len(chosen))
-        gains_L = _sampled_gains(points, near_N, candidates_LD, min(sample, points.number))
+        gains_L, nearer = _sampled_gains(points, near_N, candidates_LD, min(sample, points.number))
         kept = points.agreed(_best(gains_L, near_L, candidates_LD, number))
-        names = torch.arange(len(chosen), len(chosen) + number, device=candidates_LD.device)
-        centroids_CD[names] = new_CD = candidates_LD[torch.from_numpy(kept).to(candidates_LD.device)]
-        points.improve(found, new_CD, names=names)
+        new = torch.from_numpy(kept).to(candidates_LD.device)
+        centroids_CD[len(chosen) : len(chosen) + number] = candidates_LD[new]
+        if len(chosen):
+            _adopt(points, found, nearer, candidates_LD, new, len(chosen))
+        else:
+            points.improve(found, candidates_LD[new])
         near_N = found.cosines
         chosen = np.concatenate([chosen, drawn[kept]])
     return centroids_CD, found
@@ -74,30 +91,75 @@ def _best(gains_L: torch.Tensor, near_L: torch.Tensor, candidates_LD: torch.Tens
 
 def _sampled_gains(
     points: SharedPoints, near_N: torch.Tensor, candidates_LD: torch.Tensor, sample: int
-) -> torch.Tensor:
-    """Return the gains (L,), integers, by each candidate for the first points of each part, ``sample`` in all."""
+) -> tuple[torch.Tensor, list[Nearer]]:
+    """Return the gains (L,), integers, by each candidate for the first points of each part, ``sample`` in all: by how
+    much it as a further centroid would raise the sum of the points' cosines. Also return the pairs that they come from.
+    """
     gains_L = torch.zeros(len(candidates_LD), dtype=torch.float64, device=candidates_LD.device)
+    found = []
     for part, points_BD in points.parts(Assignment(near_N, near_N)):
         number = -(-sample * len(points_BD) // points.number)
-        gains_L += (_gains(points_BD[:number], part.cosines[:number], candidates_LD).double() * points.unit).round_()
-    return points.total(gains_L)
+        nearer = _nearer(points_BD[:number], part.cosines[:number], candidates_LD)
+        gains_L.index_add_(0, nearer.columns, points.counted(nearer.products - part.cosines[nearer.rows]))
+        found.append(nearer)
+    return points.total(gains_L), found
 
 
-def _gains(points_ND: torch.Tensor, cosines: torch.Tensor, candidates_LD: torch.Tensor) -> torch.Tensor:
-    """Return by how much each candidate as a further centroid would raise the sum of the points' cosines, (L,)."""
-    gains_L = torch.zeros(len(candidates_LD), device=candidates_LD.device)
-    num_rows = max(1, BLOCK_ELEMENTS[candidates_LD.device.type] // len(candidates_LD))
-    screen = None
-    if screening.worthwhile(candidates_LD.device, len(candidates_LD)):
-        screen = screening.Screen(candidates_LD, num_rows)
-    for rows, near in zip(points_ND.split(num_rows), cosines.split(num_rows), strict=True):
-        pairs = screen.larger(rows, near) if screen else None
+def _nearer(points_BD: torch.Tensor, near_B: torch.Tensor, candidates_LD: torch.Tensor) -> Nearer:
+    """Return the pairs of a point and a candidate whose product is larger than the point's cosine (B,) so far, by more
+    than rounding: copies of a centroid are no pairs."""
+    num_rows = max(1, min(BLOCK_ELEMENTS[candidates_LD.device.type] // len(candidates_LD), len(points_BD)))
+    screened = screening.worthwhile(candidates_LD.device, len(candidates_LD))
+    screen = screening.Screen(candidates_LD, num_rows) if screened else None
+    products = candidates_LD.new_empty(num_rows, len(candidates_LD))
+    found = []
+    for start in range(0, len(points_BD), num_rows):
+        rows_BD, before_B = points_BD[start : start + num_rows], near_B[start : start + num_rows] + SAME_POINT
+        pairs = screen.larger(rows_BD, before_B) if screen else None
         if pairs is None:
-            gains_L += (rows @ candidates_LD.T).sub_(near[:, None]).clamp_min_(0.0).sum(0)
+            products_BL = torch.mm(rows_BD, candidates_LD.T, out=products[: len(rows_BD)])
+            pairs, products_P = _larger(products_BL, before_B)
         else:
-            products_P = screening.pair_products(rows, candidates_LD, pairs)
-            gains_L.index_add_(0, pairs[1], products_P.sub_(near[pairs[0]]).clamp_min_(0.0))
-    return gains_L
+            products_P = screening.pair_products(rows_BD, candidates_LD, pairs)
+            larger = places_of(products_P > before_B[pairs[0]])
+            pairs, products_P = (pairs[0][larger], pairs[1][larger]), products_P[larger]
+        found.append((pairs[0] + start, pairs[1], products_P))
+    return Nearer(len(points_BD), *(torch.cat(each) for each in zip(*found, strict=True)))
+
+
+def _larger(products_BL: torch.Tensor, floors_B: torch.Tensor) -> tuple[screening.Pairs, torch.Tensor]:
+    """Return rows and columns (P,), by row, of all products above their row's floor, and these products (P,)."""
+    if products_BL.device.type == "cpu":  # numpy compares in half of torch's time
+        mask_BL = torch.from_numpy(products_BL.numpy() > floors_B.numpy()[:, None])
+    else:
+        mask_BL = products_BL > floors_B[:, None]
+    places = places_of(mask_BL.view(-1))
+    rows = places // products_BL.shape[1]
+    return (rows, places - rows * products_BL.shape[1]), products_BL.view(-1)[places]
+
+
+def _adopt(
+    points: SharedPoints,
+    found: Assignment,
+    nearer: list[Nearer],
+    candidates_LD: torch.Tensor,
+    kept: torch.Tensor,
+    first_name: int,
+) -> None:
+    """Give each own point, in place, the nearest of the kept candidates if it is nearer than the point's centroid; of
+    the sample's points the products are known. The candidates are called ``first_name`` and so on."""
+    kept_L = torch.full((len(candidates_LD),), -1, device=kept.device)
+    kept_L[kept] = names = torch.arange(first_name, first_name + len(kept), device=kept.device)
+    for (part, points_BD), known in zip(points.parts(found), nearer, strict=True):
+        names_P = kept_L[known.columns]
+        of_kept = places_of(names_P >= 0)
+        pairs = known.rows[of_kept], names_P[of_kept]
+        labels_B, largest_B = first_largest(*pairs, known.products[of_kept], known.number)
+        better = places_of(largest_B > -torch.inf)
+        part.labels[better], part.cosines[better] = labels_B[better], largest_B[better]
+        if known.number < len(points_BD):
+            rest = Assignment(part.labels[known.number :], part.cosines[known.number :])
+            improve(rest, points_BD[known.number :], candidates_LD[kept], names=names)
 
 
 def _apart(ranking: NDArray[np.int64], taken_LL: NDArray[np.bool_], number: int) -> NDArray[np.int64]:

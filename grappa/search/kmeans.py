@@ -331,12 +331,12 @@ def _iterate(
     for iteration in range(num_iterations):
         before, stood, former = found.labels.clone(), centroids, value
         centroids = sums.means(points, found.labels, centroids)
+        changed = (centroids != stood).any(1)
         if iteration and lists:
             for each, (part, points_BD) in zip(lists, points.parts(found), strict=True):
-                each.reassign(part, points_BD, centroids)
+                each.reassign(part, points_BD, centroids, changed)
                 progress(len(points_BD))
         else:
-            changed = (centroids != stood).any(1)
             for part, points_BD in points.parts(found):
                 reassign(part, points_BD, centroids, changed, progress)
         centroids, num_new = fill_empty(points, found, centroids)

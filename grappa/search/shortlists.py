@@ -17,7 +17,15 @@ import torch
 
 from grappa.core.vectors import NORM_TOLERANCE
 from grappa.search import screening
-from grappa.search.assignment import BLOCK_ELEMENTS, MAX_BLOCK_ROWS, Assignment, first_largest, improve, places_of
+from grappa.search.assignment import (
+    BLOCK_ELEMENTS,
+    MAX_BLOCK_ROWS,
+    Assignment,
+    first_largest,
+    improve,
+    places_of,
+    reassign,
+)
 
 MIN_CENTROIDS = 64
 LISTED, LISTED_SHARE = 32, 8  # centroids on a list: 32, for fewer than 256 centroids an eighth of them
@@ -41,8 +49,9 @@ class _Part:
 class Shortlists:
     """Lists of all points, made anew when using the old ones has cost as much as a full search.
 
-    floors (N,): what no centroid off a point's list reached. reference (C, D): the centroids then. spent: the cost of
-    using the lists since, in products.
+    While few centroids move, and the first lists would cost more than what is compared without, there are none. floors
+    (N,): what no centroid off a point's list reached. reference (C, D): the centroids then. spent: the cost of using
+    the lists since, or of doing without, in products.
     """
 
     reference: torch.Tensor | None = None
@@ -50,9 +59,17 @@ class Shortlists:
     parts: list[_Part] = field(default_factory=list)
     spent: float = 0.0
 
-    def reassign(self, found: Assignment, points_ND: torch.Tensor, centroids_CD: torch.Tensor) -> None:
-        """Bring ``found`` up to date in place: the nearest of the centroids for each point."""
+    def reassign(
+        self, found: Assignment, points_ND: torch.Tensor, centroids_CD: torch.Tensor, changed_C: torch.Tensor
+    ) -> None:
+        """Bring ``found`` up to date in place after the centroids ``changed_C`` (C,) bool have moved: the nearest of
+        all for each point."""
         whole = float(len(points_ND) * len(centroids_CD))
+        if self.reference is None:
+            self.spent += len(points_ND) * int(changed_C.sum()) + len(centroids_CD) * int(changed_C[found.labels].sum())
+            if self.spent < MAX_SHARE * whole:
+                reassign(found, points_ND, centroids_CD, changed_C, lambda _: None)
+                return
         if self.reference is None or self.spent >= whole:
             self._search(found, points_ND, centroids_CD)
             return

@@ -175,12 +175,53 @@ def test_screening_misses_no_nearest_centroid_among_near_ties(monkeypatch: pytes
     np.testing.assert_allclose(exact[np.arange(200), labels], exact.max(1), atol=sum_error(48))
 
 
+def gains(points: torch.Tensor, near: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    shared = SharedPoints.alone(points)
+    return cluster_start._sampled_gains(shared, near, candidates, len(points))[0] / shared.unit
+
+
 def test_gains_of_a_further_centroid_are_the_same_by_screening(monkeypatch: pytest.MonkeyPatch) -> None:
     points = torch.from_numpy(DATA["noise"].copy())
     near = (points @ points[:20].T).amax(1)
-    plain = cluster_start._gains(points, near, points[100:300])
+    plain = gains(points, near, points[100:300])
+    by_hand = (points @ points[100:300].T - near[:, None]).clamp_min(0.0).sum(0)
+    torch.testing.assert_close(plain, by_hand.double(), rtol=1e-5, atol=1e-5)
     screen_always(monkeypatch)
-    torch.testing.assert_close(cluster_start._gains(points, near, points[100:300]), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gains(points, near, points[100:300]), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_of_a_centroid_are_no_pairs() -> None:
+    """Rounding makes some of their products larger than others, and there can be a great many of them."""
+    points = torch.from_numpy(np.repeat(DATA["noise"][:7], 301, axis=0))
+    near = torch.cat([(rows * rows).sum(1) for rows in points.split(100)]) - 1e-7
+    assert len(cluster_start._nearer(points, near, points[::301]).products) == 0
+
+
+@pytest.mark.parametrize("screened", [False, True])
+@pytest.mark.parametrize("sample", [300, 1500])
+def test_the_start_knows_the_nearest_centroid_of_each_point(
+    sample: int, screened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the points of the sample and of the others; no product of the sample's points is computed twice."""
+    monkeypatch.setattr(cluster_start, "MIN_SAMPLE", sample)
+    monkeypatch.setattr(cluster_start, "SAMPLE_PER_CENTROID", 0)
+    if screened:
+        screen_always(monkeypatch)
+    compared, product = [], torch.mm
+
+    def spy(left: torch.Tensor, right: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+        compared.append(len(left) * right.shape[1])
+        return product(left, right, **options)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    points = torch.from_numpy(DATA["noise"].copy())
+    centroids, found = cluster_start.start(SharedPoints.alone(points), names(1500), 60, 7)
+    candidates, kept = sample * cluster_start.NUM_TRIALS * 60, (1500 - sample) * 60
+    if not screened:
+        assert sum(compared) == candidates + kept + sample, "those of the first centroid are computed twice"
+    exact = points.double() @ centroids.double().T
+    torch.testing.assert_close(found.cosines.double(), exact.amax(1), atol=sum_error(24), rtol=0)
+    torch.testing.assert_close(exact.gather(1, found.labels[:, None])[:, 0], exact.amax(1), atol=sum_error(24), rtol=0)
 
 
 @pytest.mark.parametrize("name", list(DATA))
@@ -228,20 +269,36 @@ def test_lists_of_near_centroids_give_the_answer_of_a_full_search(name: str, see
     points, random = torch.from_numpy(DATA[name].copy()), np.random.default_rng(seed)
     centroids = torch.from_numpy(unit(DATA[name][random.permutation(len(points))[:90]]))
     found, lists = Assignment.none(points), Shortlists()
-    lists.reassign(found, points, centroids)
+    lists.reassign(found, points, centroids, torch.ones(90, dtype=torch.bool))
     used = 0
     for spread in (0.002, 0.01, 0.05, 0.3, 0.01, 0.002):
         moves = spread * random.normal(size=centroids.shape) / centroids.shape[1] ** 0.5
         moves[random.permutation(90)[:4]] *= 40.0
-        centroids = torch.from_numpy(unit(centroids.numpy() + moves))
+        stood, centroids = centroids, torch.from_numpy(unit(centroids.numpy() + moves))
         before = lists.reference
-        lists.reassign(found, points, centroids)
+        lists.reassign(found, points, centroids, (centroids != stood).any(1))
         used += lists.reference is before
         _, cosines = assignment.nearest(points, centroids, lambda _: None)
         torch.testing.assert_close(found.cosines, cosines, atol=sum_error(points.shape[1]), rtol=0)
         own = (points * centroids[found.labels]).sum(1)
         torch.testing.assert_close(own, cosines, atol=sum_error(points.shape[1]), rtol=0)
     assert used
+
+
+def test_lists_are_first_made_when_more_than_a_few_centroids_have_moved() -> None:
+    """The answer is that of a full search with lists and without."""
+    points, random = torch.from_numpy(DATA["blobs"].copy()), np.random.default_rng(0)
+    centroids = points[:400].clone()
+    found, lists = Assignment(*assignment.nearest(points, centroids, lambda _: None)), Shortlists()
+    for number, made in ((20, False), (20, False), (300, True), (20, True)):
+        stood, moves = centroids, 0.1 * random.normal(size=(number, 32)) / 32**0.5
+        centroids = stood.clone()
+        centroids[:number] = torch.from_numpy(unit(centroids[:number].numpy() + moves))
+        lists.reassign(found, points, centroids, (centroids != stood).any(1))
+        assert (lists.reference is not None) == made
+        labels, cosines = assignment.nearest(points, centroids, lambda _: None)
+        torch.testing.assert_close(found.cosines, cosines, atol=sum_error(32), rtol=0)
+        assert (found.labels == labels).double().mean() > 0.999
 
 
 def test_a_sample_makes_the_first_iterations_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
