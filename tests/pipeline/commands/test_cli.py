@@ -127,6 +127,7 @@ def test_the_table_comes_at_the_end(fakes: FakeStages) -> None:
         (["run", "RUN", "--stage", "indexes"], "no stage is called 'indexes'"),
         (["status", "EMPTY"], "is not a run folder"),
         (["search", "RUN", "NEW"], "new: No such file or directory"),
+        (["search", "RUN", "EMPTY"], "empty is a folder, and one image is searched with; `grappa embed "),
         (["export", "RUN", "NEW"], "model is missing in"),
         (["report", "RUN"], "evaluation is missing in"),
         (["report", "RUN", "NEW"], "new does not end in .html; give a name that does, or --folder"),
