@@ -6,6 +6,7 @@ Annotations are no texts in the modules of commands: typer would compile each of
 import json
 import os
 import sys
+from copy import copy
 from pathlib import Path
 from typing import Annotated
 
@@ -151,7 +152,6 @@ def status(
     when something is corrupt; the last line names the command that repairs it.
     """
     from grappa.pipeline.engine.glance import short_lines
-    from grappa.pipeline.engine.live.additions import addition_lines
     from grappa.pipeline.engine.status import cure_lines, read_config, states, status_lines
     from grappa.pipeline.store.artifacts import RunFolder
 
@@ -166,7 +166,7 @@ def status(
         if as_json:
             _say_json([each.to_json() for each in found])
         else:
-            for line in (status_lines if long else short_lines)(found) + addition_lines(folder) + damaged:
+            for line in (status_lines if long else short_lines)(found) + _additions(folder.root) + damaged:
                 say(line)
     if damaged and verify:
         raise typer.Exit(1)
@@ -431,6 +431,15 @@ def demo(
     say("  grappa run runs/mine && grappa explore runs/mine")
 
 
+def _additions(run: Path) -> list[str]:
+    if not (run / "additions").is_dir():  # most runs have none, and their module need not be loaded
+        return []
+    from grappa.pipeline.engine.live.additions import addition_lines
+    from grappa.pipeline.store.artifacts import RunFolder
+
+    return addition_lines(RunFolder.open(run))
+
+
 def _say_json(value: object) -> None:
     """Print a value as JSON, in which every character of a name that is not ASCII is written out."""
     print(json.dumps(value, indent=2), flush=True)
@@ -442,9 +451,23 @@ def _from_home(argument: str) -> str:
     return f"{option}{equals}{expanded(value)}"
 
 
+def command_for(arguments: list[str]) -> typer.Typer:
+    """Return the app with the command of these arguments alone, or with all where they name none.
+
+    Typer makes the options of all commands that an app has before it reads an argument.
+    """
+    name = next((text for text in arguments if not text.startswith("-")), "")
+    asked = [each for each in app.registered_commands if name == (each.name or getattr(each.callback, "__name__", ""))]
+    found = copy(app)
+    found.registered_commands = asked or app.registered_commands
+    return found
+
+
 def main() -> None:
     """Run the command line."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     arguments = [_from_home(text) for text in sys.argv[1:]]
-    app(arguments, prog_name="grappa")  # also as `python -m grappa`: completion is installed for this name
+    command_for(arguments)(
+        arguments, prog_name="grappa"
+    )  # also as `python -m grappa`: completion is installed for this name

@@ -65,6 +65,7 @@ def _row(run: RunFolder, task: Task, name: str, outcome: str) -> dict[str, Any]:
         [each for each in own if each["event"] == "made"],
     )
     end = task.ended if begun else None
+    said = end or (None if task.last("artifact") else task.ended)  # a job that began none failed for all of them
     return {
         "artifact": name,
         "job_id": task.id,
@@ -79,7 +80,7 @@ def _row(run: RunFolder, task: Task, name: str, outcome: str) -> dict[str, Any]:
         "peak_memory_bytes": end.get("peak_memory_bytes", "") if end else "",
         "exit": (0 if made else end["exit"]) if end else "",
         "recipe": made[-1].get("recipe", "") if made else "",
-        "error": end["error"] if end and not made else "",
+        "error": said["error"] if said and not made else "",
         "outcome": outcome,
         "log": task.log.relative_to(run.root).as_posix(),
     }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain, groupby, repeat
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -90,8 +91,8 @@ def _is_shared(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
 
 def _places(rows: pd.DataFrame, roots: Sequence[str]) -> list[_Place]:
     """Return where the bytes of local images lie: a file of their own, or a part of a tar."""
-    offsets = rows["offset"].clip(lower=0) if "offset" in rows else [0] * len(rows)
-    return [_Place(*each) for each in zip(homes_of(rows, roots), offsets, rows["size"], strict=True)]
+    offsets = rows["offset"].clip(lower=0).to_list() if "offset" in rows else repeat(0)
+    return list(map(_Place, homes_of(rows, roots), offsets, rows["size"].to_list()))
 
 
 def _read(places: Sequence[_Place], of: Callable[[IO[bytes], _Place], bytes]) -> list[bytes | None]:
@@ -115,8 +116,8 @@ def _or_none(of: Callable[[IO[bytes], _Place], bytes], opened: IO[bytes], place:
 
 def _end(opened: IO[bytes], place: _Place) -> bytes:
     length = min(place.size, _END)
-    opened.seek(place.offset + place.size - length)
-    return hashlib.blake2b(opened.read(length), digest_size=8, salt=place.size.to_bytes(8, "little")).digest()
+    end = os.pread(opened.fileno(), length, place.offset + place.size - length)
+    return hashlib.blake2b(end, digest_size=8, salt=place.size.to_bytes(8, "little")).digest()
 
 
 def _content(opened: IO[bytes], place: _Place) -> bytes:

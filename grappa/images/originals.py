@@ -78,9 +78,13 @@ def are_plain_files(rows: pd.DataFrame, roots: Sequence[str]) -> NDArray[np.bool
 def homes_of(rows: pd.DataFrame, roots: Sequence[str]) -> Iterator[str]:
     """Yield the local file that holds each image of a listing, its own or a shard; "" for one behind a URL."""
     offsets = rows["offset"] if "offset" in rows else repeat(-1)
+    before, home = (-1, ""), ""
     for root, path, offset in zip(rows["root"], rows["path"], offsets, strict=False):
         shard = split_shard(path) if offset >= 0 else None
-        yield "" if is_url(roots[root]) else image_file(roots[root], shard[0] if shard else path)
+        place = (root, shard[0] if shard else path)
+        if place != before:  # many images of a shard follow each other
+            before, home = place, "" if is_url(roots[root]) else image_file(roots[root], place[1])
+        yield home
 
 
 def read_image(place: str | Path, *, max_pixels: int) -> bytes:

@@ -59,6 +59,9 @@ def search(run: Path, image: Path | str, k: int) -> list[dict[str, Any]]:
     """
     folder = RunFolder.open(run)
     largest = max_pixels(run)
+    if os.path.isdir(image):
+        how = f"`grappa embed {quoted(run)} --images {quoted(Path(image))} --out OUT`"
+        raise ValueError(f"{tell(image)} is a folder, and one image is searched with; {how} embeds all images of it")
     data = _bytes_of(image, largest)
     picture = decoded(data, largest, tell(image))
     check_deployed(folder)

@@ -4,11 +4,10 @@ A field whose ``identity`` is False (a path, a worker count) never enters a fing
 fingerprints of the stages that list it in ``grappa.pipeline.graph.stages``.
 """
 
-from __future__ import annotations
-
 import math
 import re
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
@@ -26,6 +25,7 @@ from grappa.pipeline.config.section import (
     Triple,
     later,
     provenance,
+    without_plugins,
 )
 from grappa.pipeline.config.trainings import Adaptors, Augmented, Fusion, Student
 
@@ -87,7 +87,8 @@ class Images(Section):
     @property
     def listed_by(self) -> dict[str, Any]:
         """The fields that decide which images are listed, and as what."""
-        return self.model_dump(mode="json", include={"sources", "domains", "layout", "protocol", "protocol_seed"})
+        fields = self.to_json()
+        return {name: fields[name] for name in ("sources", "domains", "layout", "protocol", "protocol_seed")}
 
 
 class Backbone(Section):
@@ -184,7 +185,7 @@ class Objects(Section):
     seed: NonNegativeInt = Field(0, description="random: seed of the boxes")
 
     @model_validator(mode="after")
-    def _leaves_room(self) -> Objects:
+    def _leaves_room(self) -> Self:
         if self.min_area >= self.max_area:
             raise ValueError(f"min_area is {self.min_area:g} and max_area {self.max_area:g}; give a larger max_area")
         return self
@@ -304,26 +305,26 @@ PERCEIVED = ("object_weight", "transfer_weight", "background_weight")
 class Config(Section):
     """The whole configuration of a run."""
 
-    images: Images = Images()
-    backbone: Backbone = Backbone()
-    features: Features = Features()
-    neighbors: Neighbors = Neighbors()
-    objects: Objects = Objects()
-    clusters: Clusters = Clusters()
-    adaptors: Adaptors = Adaptors()
-    selection: Selection = Selection()
-    fusion: Fusion = Fusion()
-    student: Student = Student()
-    embeddings: Embeddings = Embeddings()
-    views: SampledViews = SampledViews()
-    heads: Heads = Heads()
-    model: Model = Model()
-    evaluation: Evaluation = Evaluation()
-    index: Index = Index()
-    compute: Compute = Compute()
+    images: Images = Field(default_factory=Images)
+    backbone: Backbone = Field(default_factory=Backbone)
+    features: Features = Field(default_factory=Features)
+    neighbors: Neighbors = Field(default_factory=Neighbors)
+    objects: Objects = Field(default_factory=Objects)
+    clusters: Clusters = Field(default_factory=Clusters)
+    adaptors: Adaptors = Field(default_factory=Adaptors)
+    selection: Selection = Field(default_factory=Selection)
+    fusion: Fusion = Field(default_factory=Fusion)
+    student: Student = Field(default_factory=Student)
+    embeddings: Embeddings = Field(default_factory=Embeddings)
+    views: SampledViews = Field(default_factory=SampledViews)
+    heads: Heads = Field(default_factory=Heads)
+    model: Model = Field(default_factory=Model)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    index: Index = Field(default_factory=Index)
+    compute: Compute = Field(default_factory=Compute)
 
     @model_validator(mode="after")
-    def _can_train_the_fusion(self) -> Config:
+    def _can_train_the_fusion(self) -> Self:
         if self.fusion.num_neighbors > self.neighbors.num_neighbors:
             raise ValueError(
                 f"fusion.num_neighbors is {self.fusion.num_neighbors} but neighbors.num_neighbors keeps "
@@ -334,7 +335,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _has_one_set(self) -> Config:
+    def _has_one_set(self) -> Self:
         if self.adaptors.supervision == "labels" and self.model.source != "single":
             raise ValueError(
                 f"adaptors.supervision is labels, which makes one adaptor set, and model.source {self.model.source}; "
@@ -352,14 +353,14 @@ class Config(Section):
         raise ValueError(f"model.source is single, but clusters.num_clusters is {values}; give one number, or auto:1")
 
     @model_validator(mode="after")
-    def _deploys_what_there_is(self) -> Config:
+    def _deploys_what_there_is(self) -> Self:
         source, values = self.model.source, self.clusters.num_clusters
         if source.startswith("k") and not isinstance(values, str) and source not in self.granularities:
             raise ValueError(f"model.source is {source}, but the granularities are {', '.join(self.granularities)}")
         return self
 
     @model_validator(mode="after")
-    def _has_objects(self) -> Config:
+    def _has_objects(self) -> Self:
         if self.objects.provider == "grounding_dino" and not self.objects.model:
             raise ValueError("objects.provider is grounding_dino, but objects.model is null; give a hub name or folder")
         weights = [f"adaptors.{name}" for name in PERCEIVED if getattr(self.adaptors, name)]
@@ -379,7 +380,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _clusters_one_kind(self) -> Config:
+    def _clusters_one_kind(self) -> Self:
         if self.clusters.embeddings is not None and self.clusters.view == "objects":
             raise ValueError(
                 "clusters.embeddings names another run, whose embeddings are of images, but clusters.view is objects; "
@@ -396,6 +397,10 @@ class Config(Section):
             found = self.clusters.num_clusters
             raise ValueError(f"clusters.num_clusters is still `{found}`; `grappa init RUN` resolves it")
         return tuple(granularity_name(k) for k in self.clusters.num_clusters)
+
+
+with without_plugins():
+    Config.model_rebuild()
 
 
 def granularity_name(num_clusters: int) -> str:
@@ -439,7 +444,7 @@ def identity_settings(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
     for name in names:
         section_name, _, field_name = name.partition(".")
         section: Section = getattr(config, section_name)
-        dumped = section.model_dump(mode="json")
+        dumped = section.to_json()
         fields = [field_name] if field_name else [field for field in dumped if is_identity(section, field)]
         changed = [field for field in fields if not _as_before(section, field)]
         settings.update({f"{section_name}.{field}": dumped[field] for field in changed})
@@ -448,11 +453,17 @@ def identity_settings(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
 
 def _as_before(section: Section, field: str) -> bool:
     """Tell whether a later field has the value with which everything is as it was without the field."""
-    extra = type(section).model_fields[field].json_schema_extra
-    return isinstance(extra, dict) and extra.get("later") is True and getattr(section, field) == extra["before"]
+    marks = _marks(type(section)).get(field, {})
+    return marks.get("later") is True and getattr(section, field) == marks["before"]
 
 
 def is_identity(section: Section, field: str) -> bool:
     """Tell whether a field may enter a fingerprint."""
-    extra = type(section).model_fields[field].json_schema_extra
-    return not (isinstance(extra, dict) and extra.get("identity") is False)
+    return _marks(type(section)).get(field, {}).get("identity") is not False
+
+
+@cache
+def _marks(kind: type[Section]) -> dict[str, dict[str, Any]]:
+    """Return what `provenance` and `later` say of the fields of a section."""
+    extras = {name: field.json_schema_extra for name, field in kind.model_fields.items()}
+    return {name: dict(extra) for name, extra in extras.items() if isinstance(extra, dict)}

@@ -1,7 +1,8 @@
 """What every section of the configuration is made of: frozen groups of fields, kinds of numbers, kinds of fields."""
 
-from __future__ import annotations
-
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
@@ -9,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 from grappa.core.home import expanded
 
 UNCHANGED = object()
+PLUGINS = "PYDANTIC_DISABLE_PLUGINS"
 Place = Annotated[str, AfterValidator(expanded)]  # of a file, a folder, a URL or a name on the hub
 LARGEST = 2**53  # an integer that every reader of JSON holds exactly
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
@@ -21,9 +23,31 @@ PositiveTriple = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
 class Section(BaseModel):
-    """A frozen group of fields; unknown fields are refused."""
+    """A frozen group of fields; unknown fields are refused.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    What checks a section by itself is built where one is made by itself: a file is checked by the one check of all.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields of a section as JSON has them; ``model_dump`` needs a serializer, which takes as long as
+        the rest of `grappa status`."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self.__dict__.items()}
+
+
+@contextmanager
+def without_plugins() -> Iterator[None]:
+    """Let pydantic build checks without plugins, for which it reads the metadata of all packages that are installed."""
+    before = os.environ.get(PLUGINS)
+    os.environ[PLUGINS] = "__all__"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PLUGINS]
+        else:
+            os.environ[PLUGINS] = before
 
 
 def provenance(default: Any, description: str) -> Any:

@@ -4,8 +4,6 @@ The defaults of views, epochs, batches, rates and temperatures were chosen on de
 see "How the presets were chosen" in RESULTS.md.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator

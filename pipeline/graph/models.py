@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Literal
 
 from grappa.core.names import ORACLE
@@ -154,10 +155,11 @@ ENTRIES: tuple[Entry, ...] = (
 FREE = tuple(entry.name for entry in ENTRIES if entry.free)
 
 
+@cache
 def find_entry(name: str) -> Entry:
     """Return the entry with a name of the result table, such as ``k00256``; ValueError for an unknown name."""
     for entry in ENTRIES:
-        if fnmatchcase(name, entry.name):
+        if name == entry.name or ("*" in entry.name and fnmatchcase(name, entry.name)):
             return entry
     raise ValueError(f"no model is called {name!r}; the models are {', '.join(entry.name for entry in ENTRIES)}")
 

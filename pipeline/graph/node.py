@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 RANGES = ".ranges"  # ends the name of the folder of an artifact's ranges
+_NAME = re.compile("[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Node:
 
     def __post_init__(self) -> None:
         for part in (self.stage, self.instance):
-            if part is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", part):
+            if part is not None and not _NAME.fullmatch(part):
                 raise ValueError(f"Artifact name {part!r} may hold letters, digits, '_' and '-' only.")
 
     @property

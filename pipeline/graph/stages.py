@@ -20,7 +20,6 @@ from grappa.pipeline.graph.models import (
     deployable_models,
     embedding_models,
     evaluated_models,
-    final_node,
     find_model,
     fusions,
     head_models,
@@ -242,20 +241,21 @@ def _choice(config: Config) -> tuple[Input, ...]:
     return (Input("verdict", ("verdict.json",)),) if config.model.source == "auto" else ()
 
 
-def _final(config: Config, model: str) -> Input:
-    """Return the final embeddings of a model that can be deployed."""
-    node = final_node(config, model)
-    return Input(node.stage, ("embeddings.npy",), node.instance)
+def _finals(config: Config, models: Iterable[str]) -> list[Input]:
+    """Return the final embeddings of models that can be deployed."""
+    fitted = head_models(config)
+    return [Input("heads" if model in fitted else "embeddings", ("embeddings.npy",), model) for model in models]
 
 
-def _head_of(config: Config, model: str) -> tuple[Input, ...]:
-    return (Input("heads", ("head.safetensors",), model),) if model in head_models(config) else ()
+def _heads_of(config: Config, models: Iterable[str]) -> list[Input]:
+    fitted = head_models(config)
+    return [Input("heads", ("head.safetensors",), model) for model in models if model in fitted]
 
 
 def _model_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     models = deployable_models(config)
     parts = [each for model in models for each in _parts_of(config, model, but=("pixels", "features"))]
-    heads = [each for model in models for each in _head_of(config, model)]
+    heads = _heads_of(config, models)
     return (*dict.fromkeys([Input("backbone", WEIGHTS), *parts, *heads, *_choice(config)]),)
 
 
@@ -283,8 +283,8 @@ def _head_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
 
 def _verdict_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     models = candidate_models(config)
-    finals = (each for model in models for each in (_final(config, model), *_head_of(config, model)))
-    return (Input("images", ("images.parquet",)), *finals, *(_views(model) for model in models))
+    embedded = (*_finals(config, models), *_heads_of(config, models))
+    return (Input("images", ("images.parquet",)), *embedded, *(_views(model) for model in models))
 
 
 def _attention_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
@@ -422,7 +422,7 @@ STAGES: tuple[Stage, ...] = (
         lambda config, instance: (
             Input("images", ("images.parquet",)),
             *_choice(config),
-            *(_final(config, model) for model in deployable_models(config)),
+            *_finals(config, deployable_models(config)),
         ),
     ),
     Stage(

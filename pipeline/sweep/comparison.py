@@ -69,7 +69,7 @@ def _result_rows(run: SweepRun, file: SweepFile) -> pd.DataFrame | None:
 def setting(config: Config, key: str) -> Any:
     """Return the value of ``section.key`` for a table: numbers, truth values and texts as they are, others as YAML."""
     section, _, field = key.partition(".")
-    value = getattr(config, section).model_dump(mode="json")[field]
+    value = getattr(config, section).to_json()[field]
     return value if isinstance(value, str | int | float | None) else flow(value)
 
 

@@ -242,6 +242,8 @@ def test_a_process_that_ends_at_once_is_told_with_the_reason_and_its_log(
     assert f"grappa: not made: backbone ({reason}" in result.stderr and f"{where})" in result.stderr
     (line,) = (line for line in grappa("status", fakes.root).stdout.splitlines() if line.startswith("backbone"))
     assert f"failed: {reason}" in line
+    (job,) = tables.load_jobs(fakes.root).to_dict("records")
+    assert job["state"] == "not begun" and job["error"].startswith(reason)
 
 
 def _newest_log(root: Path) -> Path | None:

@@ -93,12 +93,14 @@ def fetched(weights: str) -> Path:
     Raises:
         BackboneError: no such name, no such model, or the hub cannot be reached; within ``HUB_SECONDS``.
     """
-    reason = out_of_reach(weights)
+    repo, revision = _repository(weights)
+    cached, lack = _in_cache(repo, revision)
+    if cached is not None and not lack:
+        return cached
+    reason = _why_not(repo, cached, lack)
     if reason:
         raise BackboneError(reason)
-    repo, revision = _repository(weights)
-    cached = _cached_folder(repo, revision)
-    return _downloaded(repo, revision) if cached is None or _lack(cached) else cached
+    return _downloaded(repo, revision)
 
 
 def out_of_reach(weights: str) -> str:
@@ -108,9 +110,13 @@ def out_of_reach(weights: str) -> str:
         BackboneError: no such name.
     """
     repo, revision = _repository(weights)
-    cached = _cached_folder(repo, revision)
-    lack = "" if cached is None else _lack(cached)
-    problem = hub_problem() if cached is None or lack else ""
+    cached, lack = _in_cache(repo, revision)
+    return "" if cached is not None and not lack else _why_not(repo, cached, lack)
+
+
+def _why_not(repo: str, cached: Path | None, lack: str) -> str:
+    """Return why what the hub's cache does not hold cannot be had from the hub either, "" where it may be."""
+    problem = hub_problem()
     found = f" (its cache, {cached}, holds {lack})" if lack else ""
     return f"the weights of {repo} would come from the hub, but {problem}{found}; {_ADVICE}" if problem else ""
 
@@ -124,13 +130,15 @@ def _repository(weights: str) -> tuple[str, str]:
     return repo, revision
 
 
-def _cached_folder(repo: str, revision: str) -> Path | None:
+def _in_cache(repo: str, revision: str) -> tuple[Path | None, str]:
+    """Return the folder of a model in the hub's cache, None where there is none, and why it does not do, or ""."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
+        folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
     except (OSError, ValueError):  # the client's kinds of "not there"
-        return None
+        return None, ""
+    return folder, _lack(folder)
 
 
 def _lack(folder: Path) -> str:

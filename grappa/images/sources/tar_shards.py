@@ -14,6 +14,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import IO, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from grappa.images.files import ImagesChangedError, changed
 from grappa.images.folders import is_split, is_system_folder, split_of
 from grappa.images.paths import ImageTableError, tell
 from grappa.images.sources.columns import TEXT, escaped
+from grappa.images.sources.tar_headers import NotPlainError, PlainTar
 
 HEADER = tarfile.BLOCKSIZE  # bytes before an image
 SEPARATOR = "::"  # between a file and what lies in it
@@ -35,6 +37,7 @@ _SAYING = (".cls", ".json")  # endings of the members that say something
 _LARGEST_NOTE = 2**20  # bytes of a member that says something
 _BLOCK = 2**20  # bytes that are read at a time of what lies behind the last member
 _FIELDS = ("label", "domain", "split")
+_FOLDERS = 4096  # whose names are remembered
 
 Said = dict[str, str]
 
@@ -65,17 +68,38 @@ def list_tar(opened: IO[bytes], name: str) -> tuple[pa.Table, Counter[str]]:
         ImageTableError: it is no tar, is compressed, is cut off or broken, goes on behind its end, or has a member
             twice.
     """
+    found = _plain_members(opened, name) or _members(opened, name)
+    return _table(found, name), found.passed
+
+
+def _plain_members(opened: IO[bytes], name: str) -> _Members | None:
+    """Return the images of a tar all of whose headers are plain, else None."""
+    found, plain = _Members(), PlainTar(opened)
+    try:
+        for file in plain:
+            path = _visible(file.name)
+            if path is not None:
+                _take_file(opened, path, file.size, file.offset, found, name)
+    except (NotPlainError, tarfile.TarError):
+        return None
+    _check_end(opened, plain.end, name, found)
+    return found
+
+
+def _members(opened: IO[bytes], name: str) -> _Members:
+    """Return the images of a tar, or say what is wrong with it."""
     found = _Members()
+    opened.seek(0)
     try:
         with tarfile.open(fileobj=opened, mode="r:", errorlevel=1) as archive:
             for member in archive:
                 vars(archive)["members"] = []  # else it keeps them all
-                _take(archive, member, found, name)
-            _check_end(opened, archive, name, found)
+                _take(opened, member, found, name)
+            _check_end(opened, archive.offset, name, found)
     except (tarfile.TarError, EOFError, OverflowError) as error:
         after = f" after {tell(found.names[-1])}" if found.names else ""
         raise ImageTableError(f"the tar {tell(name)} cannot be read{after}: {error}; {_advice(opened)}") from error
-    return _table(found, name), found.passed
+    return found
 
 
 def check_header(block: bytes, name: str, member: str, size: int) -> None:
@@ -103,27 +127,46 @@ def short(name: str, size: int) -> ImagesChangedError:
     return changed(name, size, "its tar ends before it")
 
 
-def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, found: _Members, name: str) -> None:
-    path = _tidy(member.name)
-    base = path.rpartition("/")[2]
-    ending = os.path.splitext(base)[1].lower()
-    if _is_hidden(path):
+def _take(opened: IO[bytes], member: tarfile.TarInfo, found: _Members, name: str) -> None:
+    path = _visible(member.name)
+    if path is None:
         return
     if member.issym() or member.islnk():
+        ending = _ending(path)
         if ending in _IMAGES or ending in _SAYING:
             found.passed["links"] += 1
     elif not member.isreg():
         return
     elif member.issparse():
         raise ImageTableError(f"the tar {tell(name)} holds {tell(path)} as a sparse file: pack it without --sparse")
-    elif ending in _SAYING:
-        _note(archive, member, found.said.setdefault(_key(path), {}), f"{name}{SEPARATOR}{path}")
-    elif ending not in _IMAGES:
-        found.passed[ending or base] += 1
     else:
+        _take_file(opened, path, member.size, member.offset_data, found, name)
+
+
+def _take_file(opened: IO[bytes], path: str, size: int, offset: int, found: _Members, name: str) -> None:
+    ending = _ending(path)
+    if ending in _IMAGES:
         found.names.append(path)
-        found.sizes.append(member.size)
-        found.offsets.append(member.offset_data)
+        found.sizes.append(size)
+        found.offsets.append(offset)
+    elif ending in _SAYING:
+        data = _start(opened, offset, min(size, _LARGEST_NOTE))
+        _note(data, found.said.setdefault(_key(path), {}), f"{name}{SEPARATOR}{path}")
+    else:
+        found.passed[ending or path.rpartition("/")[2]] += 1
+
+
+def _ending(path: str) -> str:
+    _, dot, ending = path.rpartition("/")[2].rpartition(".")
+    return f".{ending}".lower() if dot else ""
+
+
+def _start(opened: IO[bytes], offset: int, length: int) -> bytes:
+    opened.seek(offset)
+    data = opened.read(length)
+    if len(data) < length:
+        raise tarfile.ReadError("unexpected end of data")
+    return data
 
 
 def _key(path: str) -> str:
@@ -132,11 +175,8 @@ def _key(path: str) -> str:
     return f"{folder}/{base.partition('.')[0]}"
 
 
-def _note(archive: tarfile.TarFile, member: tarfile.TarInfo, said: Said, name: str) -> None:
+def _note(data: bytes, said: Said, name: str) -> None:
     """Add what a member says of its image."""
-    content = archive.extractfile(member)
-    assert content is not None, "it is a regular file"
-    data = content.read(_LARGEST_NOTE)
     try:
         if name.endswith(".cls"):
             said["label"] = data.decode().strip()
@@ -152,9 +192,8 @@ def _note(archive: tarfile.TarFile, member: tarfile.TarInfo, said: Said, name: s
                 said.setdefault(each, str(value))
 
 
-def _check_end(opened: IO[bytes], archive: tarfile.TarFile, name: str, found: _Members) -> None:
-    """Refuse a tar that has no end, or goes on after it: the rest would be lost in silence."""
-    at = archive.offset
+def _check_end(opened: IO[bytes], at: int, name: str, found: _Members) -> None:
+    """Refuse a tar that has no end at this byte, or goes on after it: the rest would be lost in silence."""
     last = f" after {tell(found.names[-1])}" if found.names else ""
     opened.seek(at)
     block = opened.read(HEADER)
@@ -179,7 +218,7 @@ def _table(found: _Members, name: str) -> pa.Table:
     above = os.path.dirname(name)
     columns: dict[str, Any] = {
         "path": escaped([f"{name}{SEPARATOR}{each}" for each in found.names]),
-        "folder": escaped([_folder(above, each) for each in found.names]).dictionary_encode(),
+        "folder": escaped([_folder(above, each.rpartition("/")[0]) for each in found.names]).dictionary_encode(),
         "size": pa.array(np.array(found.sizes, np.int64)),
         "offset": pa.array(np.array(found.offsets, np.int64)),
     }
@@ -192,8 +231,9 @@ def _table(found: _Members, name: str) -> pa.Table:
     return pa.table(columns)
 
 
-def _folder(above: str, member: str) -> str:
-    return os.path.join(above, os.path.dirname(member)).rstrip("/")
+@lru_cache(_FOLDERS)
+def _folder(above: str, within: str) -> str:
+    return os.path.join(above, within).rstrip("/")
 
 
 def _splits(texts: list[str | None], name: str) -> Iterator[str | None]:
@@ -208,9 +248,22 @@ def _tidy(path: str) -> str:
     return "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
-def _is_hidden(path: str) -> bool:
-    *folders, base = path.split("/")
-    return base.startswith(".") or any(part.startswith(".") or is_system_folder(part) for part in folders)
+def _visible(name: str) -> str | None:
+    """Return a member's tidy name, None where it or a folder above it is hidden."""
+    folder, _, base = name.rpartition("/")
+    while folder and base in ("", "."):
+        folder, _, base = folder.rpartition("/")
+    above = _visible_folder(folder)
+    if above is None or (base.startswith(".") and base != "."):
+        return None
+    return f"{above}/{base}" if above else base.removeprefix(".")
+
+
+@lru_cache(_FOLDERS)
+def _visible_folder(folder: str) -> str | None:
+    tidy = _tidy(folder)
+    hidden = any(part.startswith(".") or is_system_folder(part) for part in tidy.split("/"))
+    return None if hidden else tidy
 
 
 def _advice(opened: IO[bytes]) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from grappa.backbone.files.conversions import import_timm
-from grappa.backbone.files.hub import is_cached
+from grappa.backbone.files.hub import fetched, is_cached
 from grappa.backbone.weights import BackboneError, hub_state, load_state, read_state_dict
 
 NAME = "test_vit.r160_in1k"  # timm's own small model
@@ -62,6 +63,14 @@ def test_a_norm_that_the_model_has_no_place_for_is_not_lost_silently(cache: Path
 def test_a_name_of_the_hub_is_read_from_its_cache(cache: Path) -> None:
     keep(cache, "somebody/some-model", {"a": torch.ones(2)})
     assert torch.equal(read_state_dict("hf-hub:somebody/some-model")["a"], torch.ones(2))
+
+
+def test_the_cache_is_looked_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(cache, "somebody/some-model", {"a": torch.ones(2)})
+    looked, look = [], huggingface_hub.snapshot_download
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: looked.append(a) or look(*a, **k))
+    fetched("hf-hub:somebody/some-model")
+    assert len(looked) == 1
 
 
 @pytest.mark.parametrize(

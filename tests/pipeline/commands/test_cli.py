@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from grappa.pipeline.cli import app
+from grappa.pipeline.cli import app, command_for
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.store.locks import LockedError
 from tests.helpers.fake_stages import FakeStages, fake_stages
@@ -52,6 +52,17 @@ def process(*arguments: str | Path, code: str = "") -> subprocess.CompletedProce
     script = f"{code}\nimport sys\nfrom grappa.pipeline.cli import main\nsys.argv[0] = 'grappa'\nmain()"
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_command_is_made_without_the_others_and_is_the_same() -> None:
+    names = [str(each.name or getattr(each.callback, "__name__", "")) for each in app.registered_commands]
+    for name in names:
+        alone = command_for([name, "--help"])
+        assert len(alone.registered_commands) == 1, name
+        assert CliRunner().invoke(alone, [name, "--help"]).output == grappa(name, "--help").output
+    for arguments in ([], ["--help"], ["stats", "run"], ["--version"]):
+        assert len(command_for(arguments).registered_commands) == len(names)
+    assert len(command_for(["--debug", "status", "run"]).registered_commands) == 1
 
 
 def test_run_status_and_run_again(fakes: FakeStages) -> None:
@@ -116,6 +127,7 @@ def test_the_table_comes_at_the_end(fakes: FakeStages) -> None:
         (["run", "RUN", "--stage", "indexes"], "no stage is called 'indexes'"),
         (["status", "EMPTY"], "is not a run folder"),
         (["search", "RUN", "NEW"], "new: No such file or directory"),
+        (["search", "RUN", "EMPTY"], "empty is a folder, and one image is searched with; `grappa embed "),
         (["export", "RUN", "NEW"], "model is missing in"),
         (["report", "RUN"], "evaluation is missing in"),
         (["report", "RUN", "NEW"], "new does not end in .html; give a name that does, or --folder"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from pydantic import ValidationError
 
@@ -144,3 +147,28 @@ def test_auto_has_no_granularities_yet() -> None:
 def test_the_fusion_of_neighbors_is_always_trained(pairs: tuple[str, ...]) -> None:
     with pytest.raises(ValidationError, match="give \\[neighbors\\] or"):
         Fusion.model_validate({"pairs": pairs})
+
+
+def test_a_section_as_json_is_what_pydantic_would_write() -> None:
+    given = {
+        "images": {"sources": ["a", "b"]},
+        "backbone": {"mean": [0.5, 0.25, 1], "std": [1, 1, 2], "options": {"depth": 6, "init_values": 0.5}},
+        "clusters": {"num_clusters": [8, 64]},
+        "evaluation": {"extra_rows": ["concat"], "max_queries": 100},
+    }
+    for config in (Config(), Config.model_validate(given)):
+        whole = config.model_dump(mode="json")
+        for name in Config.model_fields:
+            assert repr(getattr(config, name).to_json()) == repr(whole[name])
+
+
+def test_the_check_of_a_configuration_asks_for_no_plugins_of_pydantic() -> None:
+    code = (
+        "import importlib.metadata as metadata\n"
+        "def asked(**kinds): raise AssertionError(kinds)\n"
+        "metadata.entry_points = asked\n"
+        "from grappa.pipeline.config.schema import Config\n"
+        "Config.model_validate(dict.fromkeys(Config.model_fields, {}))\n"
+        "import os; assert 'PYDANTIC_DISABLE_PLUGINS' not in os.environ\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
