@@ -258,7 +258,10 @@ def test_odd_names_and_a_run_without_labels(material: Path, tmp_path: Path) -> N
     page = Page(tmp_path / "report" / "index.html")
     for name in odd.values():
         assert name in page.text, "the page's text is the name, not a tag"
-    assert "No test image has a label: nothing was evaluated." in page.text
+    assert "No image has a label: nothing was evaluated." in page.text
+    assert "the images nearest to 9 images, by both models" in page.text and "Images, and the nearest" in page.text
+    words = page.text.partition("config.yaml")[0].lower()
+    assert "neighbours before and after" in words and "test image" not in words, "all images are learned from"
     assert "Adaptation hurt: the deployed model is fused" in page.text and "of 1,024 train images" in page.text
     assert "By labels" not in page.text
     assert (
