@@ -392,4 +392,12 @@ def test_clusters_are_shown_with_their_names_sizes_domains_and_purity(copy: RunF
     for each in first.clusters:
         assert sum(share.share for share in each.domains) == pytest.approx(1)
         assert each.purity is not None and 0 < each.purity <= 1 and each.label.startswith("class_")
+        assert each.share == f"{each.purity:.0%}"
         assert 1 <= len(each.medoids) <= medoids.NUM_MEDOIDS
+
+
+def test_where_few_images_have_a_label_the_share_says_of_how_many(copy: RunFolder) -> None:
+    table = tables.load_assignments(copy.root)
+    table["label"] = table["label"].where(table.index == table.index[0])
+    (found,) = medoids.load_clusters(table, ("k00004",))
+    assert sorted(each.share for each in found.clusters) == ["", "", "", "100% of 1 labelled"]
