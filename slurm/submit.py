@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import shutil
 import time
@@ -166,5 +167,5 @@ def _after(waits: Waits) -> str:
 
 
 def _base(task: str) -> str:
-    """Return the job of a task of an array."""
-    return task.partition("_")[0]
+    """Return the job of a task of an array; the name of a stage, in a dry run, is whole."""
+    return re.sub(r"_\d+$", "", task)

@@ -323,18 +323,19 @@ def _with(rows: pa.Table, **columns: pa.Array) -> pa.Table:
 
 def _missing(pieces: Sequence[_Piece]) -> str:
     """Return a sentence about the listed files that are not there, with the likely reason; "" where all are there."""
-    number, first = 0, ""
+    number, first, sought = 0, "", ""
     for root, rows in pieces:
         gone = np.flatnonzero(rows["size"].to_numpy() == MISSING)
         if len(gone) and not number:
             path = rows["path"][int(gone[0])].as_py()
-            first = f"/{path}" if root == "/" else path
+            first, sought = (f"/{path}", "") if root == "/" else (path, f" in {tell(root)}")
         number += len(gone)
     if not number:
         return ""
     hint = next((hint for look, hint in _HINTS.items() if re.match(look, first)), "")
-    shown = f"first {first!r}" + (f" ({hint})" if hint else "")
-    return f"{number} of {sum(len(rows) for _, rows in pieces)} files are missing, {shown}"
+    shown = f"first {first!r}{sought}" + (f" ({hint})" if hint else "")
+    are = "is" if number == 1 else "are"
+    return f"{number} of {sum(len(rows) for _, rows in pieces)} files {are} missing, {shown}"
 
 
 def _refuse_repeats(pieces: Sequence[_Piece]) -> None:

@@ -69,7 +69,10 @@ def add(run: Path, sources: Sequence[Path | str], *, layout: str | None, progres
         _index(folder, config, say)
     if sources and made is None:
         say("nothing was added")
-    for line in additions.addition_lines(folder):
+    lines = additions.addition_lines(folder)
+    if not (sources or lines):
+        say("nothing to do: no image was added before; give new ones by --images")
+    for line in lines:
         say(line)
 
 

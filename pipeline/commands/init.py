@@ -258,8 +258,8 @@ def _absolute_domain(text: str) -> str:
 
 
 def _absolute_source(source: str) -> str:
-    """Return a folder or file as an absolute path; a URL stays as it is."""
-    return source if "://" in source else os.path.abspath(expanded(source))
+    """Return a folder or file as an absolute path; a URL stays as it is, and an empty name, which is refused later."""
+    return source if "://" in source or not source else os.path.abspath(expanded(source))
 
 
 def check_backbone(config: Config, known: RunFolder | None) -> None:

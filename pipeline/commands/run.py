@@ -13,7 +13,7 @@ from grappa.core.printing import printable
 from grappa.pipeline.engine.execution import Say, Selection, planned, run_stages, selected, spent
 from grappa.pipeline.engine.progress import Progress
 from grappa.pipeline.engine.status import read_config
-from grappa.pipeline.engine.verdict_file import read_verdict
+from grappa.pipeline.engine.verdict_file import deployed_in, read_verdict
 from grappa.pipeline.graph.models import FREE, SUPERVISED
 from grappa.pipeline.store.artifacts import RunFolder, published, quoted, readable_manifest
 from grappa.pipeline.store.csv_cells import unguarded
@@ -34,6 +34,8 @@ def run_and_report(run: RunFolder, selection: Selection, *, progress: Progress, 
     verdict = None if selection.stage or selection.until else read_verdict(run)
     if verdict:
         say(f"verdict: {verdict.sentence}")
+        if (deployed := deployed_in(run, config)) != verdict.choice:
+            say(f"deployed is {deployed} all the same, as model.source={config.model.source} says")
     evaluated = readable_manifest(run, "evaluation")
     if (
         evaluated

@@ -232,17 +232,19 @@ def _unknown(name: str) -> str:
 
 
 def _near(section: str, field: str, siblings: list[str]) -> list[str]:
-    """Return known names like an unknown name: its field in another section, a field of its section, or any name."""
+    """Return known names like an unknown name: its field in another section, or a field of its section, which may be
+    meant by its initials (``lr``)."""
     if not field:
         return difflib.get_close_matches(section, list(Config.model_fields))
     elsewhere = [known for known in field_names() if known.partition(".")[2] == field]
-    within = [f"{section}.{near}" for near in difflib.get_close_matches(field, siblings)]
-    return elsewhere or within or difflib.get_close_matches(f"{section}.{field}", field_names(), cutoff=0.75)
+    short = [each for each in siblings if "".join(word[0] for word in each.split("_")) == field]
+    return elsewhere or [f"{section}.{near}" for near in difflib.get_close_matches(field, siblings) or short]
 
 
 def _expected(message: str) -> str:
-    """Turn "Input should be a valid integer, unable to ..." into "a valid integer"."""
+    """Turn "Input should be a valid integer, unable to ..." into "a valid integer", and a tuple into a list of YAML."""
     text = message.removeprefix("Input should be ").split(", unable")[0].split(", got")[0]
+    text = text.replace("a valid tuple", "a list in brackets")
     return text[:1].lower() + text[1:] if text[:2] != text[:2].upper() else text
 
 

@@ -62,16 +62,22 @@ def _check_rejected(rejected: pd.DataFrame, num_listed: int, max_rejected: float
     if len(rejected) <= max_rejected * num_listed and len(rejected) < num_listed:
         return
     reasons = rejected["reason"].value_counts()
+    number = f"{reasons.iloc[0]} file{'' if reasons.iloc[0] == 1 else 's'}"
     first = rejected.iloc[0]
     raise TooManyRejectedError(
         f"{len(rejected)} of {num_listed} files could not be used (images.max_rejected allows {max_rejected:.0%}); "
-        f"most often: {reasons.index[0]} ({reasons.iloc[0]} files); first: {first['path']}: {first['reason']}"
+        f"most often: {reasons.index[0]} ({number}); first: {first['path']}: {first['reason']}"
     )
 
 
 def _summary(images: pd.DataFrame, rejected: pd.DataFrame) -> str:
-    duplicates = int((images["duplicate_of"] != "").sum())
-    return (
-        f"{len(images)} images of {images['domain'].nunique()} domains, {len(rejected)} rejected, "
-        f"{duplicates} exact duplicates"
-    )
+    duplicates, domains = int((images["duplicate_of"] != "").sum()), images["domain"].nunique()
+    of = f"{len(images)} images of {domains} domain{'' if domains == 1 else 's'}"
+    return f"{of}, {len(rejected)} rejected{_first(rejected)}, {duplicates} exact duplicates"
+
+
+def _first(rejected: pd.DataFrame) -> str:
+    if rejected.empty:
+        return ""
+    first = rejected.iloc[0]
+    return f" (first {first['path']}: {first['reason']}; all are in images/rejected.parquet)"

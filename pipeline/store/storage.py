@@ -133,5 +133,7 @@ def storage_sentence(error: OSError, path: Path) -> str:
     """Return the sentence that a user reads when the disk at `path` is full or may not be written."""
     if is_disk_full(error):
         return f"The disk is full at {path}; free some space and give the same command again, nothing finished is lost."
-    place = error.filename or path
-    return f"{place} cannot be written ({error.strerror}); make it writable for this user or use another run folder."
+    place = Path(os.fsdecode(error.filename or path))
+    if place.name.startswith("."):  # a draft: what may not be written is its folder
+        place = place.absolute().parent if place.parent == Path() else place.parent
+    return f"{place} cannot be written ({error.strerror}); make it writable for this user, or choose another folder."

@@ -155,6 +155,13 @@ def test_the_dry_run_shows_ranges(fakes: FakeStages) -> None:
     assert any(line.startswith("    | #SBATCH --job-name=grappa-features-ranges-") for line in lines)
 
 
+def test_the_dry_run_names_whole_the_stages_that_a_job_waits_for(fakes: FakeStages) -> None:
+    profile = profile_of(fakes.root.parent, "cluster: slurm")
+    said = grappa("submit", fakes.root, "--cluster", profile, "--until", "whitening", "--dry-run").stdout
+    (job,) = (line for line in said.splitlines() if line.startswith("job ") and ": whitening" in line)
+    assert job.endswith(": whitening, after <images>, <features>, <frozen_views>")
+
+
 def test_ranges_that_are_made_or_on_their_way_are_not_submitted_again(fakes: FakeStages) -> None:
     fakes.execute(until="images")
     fakes.execute(stage="features", rows=Node.parse("features.ranges/2-of-3").rows)

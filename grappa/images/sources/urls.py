@@ -61,9 +61,11 @@ def is_url(text: str | Path) -> bool:
 def as_source(text: str | Path) -> str | Path:
     """Return a source as it is opened: a URL as text (also one of which a path has eaten a slash), else a path.
 
-    The home folder is put in place of ``~``.
+    The home folder is put in place of ``~``. ValueError for an empty text: a path would be the working folder.
     """
     found = os.fspath(text)
+    if not found:
+        raise ValueError("an empty name of images; give a folder, a table, a tar or a URL")
     eaten = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", found)
     if eaten and not os.path.exists(found):
         found = f"{eaten[1]}://{found[eaten.end() :]}"

@@ -48,6 +48,7 @@ def collect(run: Path) -> dict[str, Any]:
     return {
         "name": printable(source.root.resolve().name),
         "facts": _facts(source, config),
+        "test": "test " if (tables.load_assignments(run)["split"] == "test").any() else "",
         "not_fresh": [f"{each.name} {each.state}" for each in states(source, config) if each.state.kind != "fresh"],
         "deployed": deployed,
         "meaning": find_entry(deployed).meaning,

@@ -30,14 +30,23 @@ class Share:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster: its name, its images' number and domains, the share of the most frequent label (None: no label)."""
+    """A cluster: its name, its images' number and domains, the share of the most frequent label (None: no label) of
+    those that have one."""
 
     title: str
     size: int
     domains: list[Share]
     purity: float | None
+    num_labelled: int
     label: str
     medoids: list[Shown]
+
+    @property
+    def share(self) -> str:
+        """The share of the most frequent label, and of how many images where not all have a label; "" without any."""
+        if self.purity is None:
+            return ""
+        return f"{self.purity:.0%}" + (f" of {self.num_labelled:,} labelled" if self.num_labelled < self.size else "")
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,7 @@ def _cluster(
         size=size,
         domains=[Share(domains.names[code], color_of(code), mix[code] / size) for code in codes],
         purity=None if label < 0 else float(purity.share[place]),
+        num_labelled=int(purity.labelled[place]),
         label="" if label < 0 else labels.names[label].removeprefix(f"{domains.names[codes[0]]}/"),
         medoids=[Shown.of(table, int(row)) for row in groups.rows(place)[:NUM_MEDOIDS]],
     )

@@ -91,7 +91,7 @@ def test_a_link_to_itself_is_one_missing_file(tmp_path: Path) -> None:
     listing = list_images([tmp_path], loose_domain="")
     sizes = dict(zip(listing["path"], listing["size"], strict=True))
     assert sizes == {"birds/a.jpg": 1, "birds/loop.jpg": -1, "one": -1, "two": -1}
-    assert listing.attrs["missing"] == "3 of 4 files are missing, first 'one'"
+    assert listing.attrs["missing"] == f"3 of 4 files are missing, first 'one' in {tmp_path}"
 
 
 def test_folders_that_link_to_each_other_are_listed_once(tmp_path: Path) -> None:

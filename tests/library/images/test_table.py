@@ -153,7 +153,7 @@ def test_files_that_are_not_there_are_counted_with_the_likely_reason(tmp_path: P
     put(tmp_path, "x.jpg", "d/x.jpg")
     listing = list_images([table(tmp_path, f"path,domain\nx.jpg,d\n{path},d\n")])
     assert (listing["size"] == -1).sum() == 1
-    assert listing.attrs["missing"].startswith("1 of 2 files are missing, first ")
+    assert listing.attrs["missing"].startswith("1 of 2 files is missing, first ")
     assert HINTS[path] in listing.attrs["missing"]
     assert list_images([table(tmp_path, "path,domain\nx.jpg,d\n")]).attrs["missing"] == ""
 

@@ -56,7 +56,9 @@ def test_too_many_broken_images_stop_a_few_are_listed(desk: Path) -> None:
     run = _ruin(sorted((desk / "images").rglob("0.png"))[:3], desk)
     assert "3 of 24 files could not be used (images.max_rejected allows 5%)" in _fails(run)
     make_run(run.root, [], desk / "weights.safetensors", images__max_rejected=0.2)
-    run_all(run, until="features")
+    (said,) = (line for line in run_all(run, until="features") if line.startswith("images: "))
+    assert said.startswith("images: 21 images of 3 domains, 3 rejected (first checks/class_0/0.png: not an image in ")
+    assert "; all are in images/rejected.parquet), 0 exact duplicates" in said
     rejected = tables.load_rejected(run.root)
     assert len(rejected) == 3
     assert len(np.load(run.root / "features" / "features.npy")) == 21

@@ -76,6 +76,9 @@ def test_run_status_and_run_again(fakes: FakeStages) -> None:
     how = "sizes were compared, --verify reads every byte"
     assert again[0] == f"{len(fakes.ran)} fresh ({how}); --force runs them again"
     assert len(again) == 2 and again[1].startswith("verdict: helped. ")
+    fakes.configure(model={"source": "mean"})
+    lines = grappa("run", fakes.root).stdout.splitlines()
+    assert "deployed is mean all the same, as model.source=mean says" in lines
 
 
 def test_status_json_is_all_of_stdout(fakes: FakeStages) -> None:

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from grappa.images.table import list_images
 from grappa.pipeline.config.yaml_file import ConfigError
 from tests.pipeline.commands.desk import Desk, made
 
@@ -82,6 +83,15 @@ def test_domains_are_given_their_folders(desk: Desk, monkeypatch: pytest.MonkeyP
         desk.init(domains=["birds"])
 
 
+def test_an_empty_name_is_not_the_working_folder(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk.images)
+    with pytest.raises(ValueError, match="an empty name of images; give a folder, a table"):
+        desk.init(images=[""])
+    with pytest.raises(ValueError, match="an empty name of images"):
+        list_images([""])
+    assert not desk.root.exists()
+
+
 def test_an_edited_layout_asks_for_init(desk: Desk) -> None:
     desk.new()
     path = desk.root / "config.yaml"
@@ -108,11 +118,11 @@ def test_missing_files_are_counted_and_more_than_a_run_allows_are_refused(desk: 
     rows = [f"images/cars/class/{n}.png,cars" for n in range(10)] + ["images\\cars\\class\\1.png,cars"]
     table = desk.folder / "table.csv"
     table.write_text("\n".join(["path,domain", *rows]))
-    with pytest.raises(ValueError, match=r"^1 of 11 files are missing, .* \(it has backslashes.*allows 5%"):
+    with pytest.raises(ValueError, match=r"^1 of 11 files is missing, .* in /.* \(it has backslashes.*allows 5%"):
         desk.init(images=[str(table)])
     assert not desk.root.exists()
     desk.init(images=[str(table)], assignments=["images.max_rejected=0.2"])
-    assert any(line.startswith("warning: 1 of 11 files are missing") for line in desk.said)
+    assert any(line.startswith("warning: 1 of 11 files is missing") for line in desk.said)
 
 
 def test_a_run_within_its_images_is_none_of_them(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

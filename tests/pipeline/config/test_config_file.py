@@ -135,6 +135,8 @@ def test_presets_are_valid_differ_from_the_defaults_and_say_what_they_are(name: 
         ),
         ({"cluster": {"seed": 3}}, "unknown key cluster: did you mean clusters?"),
         ({"compute": {"learning_rate": 3}}, "key compute.learning_rate: did you mean adaptors.learning_rate?"),
+        ({"fusion": {"lr": 3}}, "unknown key fusion.lr: did you mean fusion.learning_rate?"),
+        ({"clusters": {"num_clusters": 5}}, "found 5, expected a valid string or a list in brackets"),
         ({"index": {"zzz": 3}}, "unknown key index.zzz: expected one of rows, kind, ivf_above"),
         ({"clusters": {"num_iterations": "many"}}, "clusters.num_iterations: found 'many', expected a valid integer"),
         ({"clusters": {"num_iterations": True}}, "clusters.num_iterations: found True, expected a number"),

@@ -79,6 +79,10 @@ def test_added_images_are_found_and_have_clusters_and_the_run_stays_as_it_was(ma
     assert call("status", run.root)[1][-1] == "additions: 24 images added, 0 removed"
 
 
+def test_with_nothing_to_do_a_sentence_says_so(run: RunFolder) -> None:
+    assert call("add", run.root) == (0, ["nothing to do: no image was added before; give new ones by --images"])
+
+
 def test_the_collection_as_it_is_now_has_one_row_for_each_image_everywhere(material: Path, run: RunFolder) -> None:
     opened = grappa.open_run(run.root)
     before = opened.images()

@@ -258,7 +258,10 @@ def test_odd_names_and_a_run_without_labels(material: Path, tmp_path: Path) -> N
     page = Page(tmp_path / "report" / "index.html")
     for name in odd.values():
         assert name in page.text, "the page's text is the name, not a tag"
-    assert "No test image has a label: nothing was evaluated." in page.text
+    assert "No image has a label: nothing was evaluated." in page.text
+    assert "the images nearest to 9 images, by both models" in page.text and "Images, and the nearest" in page.text
+    words = page.text.partition("config.yaml")[0].lower()
+    assert "neighbours before and after" in words and "test image" not in words, "all images are learned from"
     assert "Adaptation hurt: the deployed model is fused" in page.text and "of 1,024 train images" in page.text
     assert "By labels" not in page.text
     assert (
@@ -389,4 +392,12 @@ def test_clusters_are_shown_with_their_names_sizes_domains_and_purity(copy: RunF
     for each in first.clusters:
         assert sum(share.share for share in each.domains) == pytest.approx(1)
         assert each.purity is not None and 0 < each.purity <= 1 and each.label.startswith("class_")
+        assert each.share == f"{each.purity:.0%}"
         assert 1 <= len(each.medoids) <= medoids.NUM_MEDOIDS
+
+
+def test_where_few_images_have_a_label_the_share_says_of_how_many(copy: RunFolder) -> None:
+    table = tables.load_assignments(copy.root)
+    table["label"] = table["label"].where(table.index == table.index[0])
+    (found,) = medoids.load_clusters(table, ("k00004",))
+    assert sorted(each.share for each in found.clusters) == ["", "", "", "100% of 1 labelled"]

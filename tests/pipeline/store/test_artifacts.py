@@ -22,6 +22,7 @@ from grappa.pipeline.store.storage import (
     atomic_write_json,
     atomic_write_text,
     file_digest,
+    storage_errors,
 )
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -155,6 +156,17 @@ def test_failed_atomic_write_keeps_the_former_file(tmp_path: Path, monkeypatch: 
     assert caught.value.errno == errno.ENOSPC
     assert (tmp_path / "note").read_bytes() == b"former"
     assert [entry.name for entry in tmp_path.iterdir()] == ["note"]
+
+
+def test_where_nothing_can_be_written_the_folder_is_named_and_no_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for draft in (tmp_path / ".model.7.tmp", ".model.7.tmp", tmp_path):
+        with pytest.raises(StorageError) as caught, storage_errors(tmp_path / "model"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(draft))
+        fix = "make it writable for this user, or choose another folder."
+        assert str(caught.value) == f"{tmp_path} cannot be written (Permission denied); {fix}"
 
 
 def test_provenance_is_json_with_versions_and_times(monkeypatch: pytest.MonkeyPatch) -> None:

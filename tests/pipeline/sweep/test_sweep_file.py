@@ -86,7 +86,7 @@ def test_a_variant_is_the_run_without_its_seed_and_columns_are_what_is_changed(t
         ("runs: {..: {}}", "runs: found the name '..'; it names a folder"),
         ("runs: {sweep.csv: {}}", "runs: found the name 'sweep.csv'; it names a folder"),
         ("runs: {a: {}, a: {}}", "`a` is written twice"),
-        ("grid: {fusion.seed: 1}", "grid.fusion.seed: found 1, expected a valid tuple"),
+        ("grid: {fusion.seed: 1}", "grid.fusion.seed: found 1, expected a list in brackets"),
         ("grid: {fusion.seed: []}", "grid: found [] for fusion.seed; give one or more different values"),
         ("seeds: {fusion.seed: [1, 1]}", "seeds: found [1, 1] for fusion.seed; give one or more different values"),
         (
@@ -102,7 +102,7 @@ def test_a_variant_is_the_run_without_its_seed_and_columns_are_what_is_changed(t
             "base.set: fusion.flip is set by the grid too; drop one of them",
         ),
         ("until: the end", "until: no stage is called 'the end'; the stages are backbone"),
-        ("runs: {a: {}}\nrows: 3", "rows: found 3, expected a valid tuple"),
+        ("runs: {a: {}}\nrows: 3", "rows: found 3, expected a list in brackets"),
     ],
 )
 def test_bad_files_are_refused_in_one_sentence(tmp_path: Path, text: str, message: str) -> None:

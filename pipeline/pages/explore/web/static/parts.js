@@ -56,7 +56,8 @@ export function purityWords(cluster) {
   if (cluster.purity === null) return null;
   const label = cluster.label.split("/").pop();
   const title = `${percent(cluster.purity)} of its ${plural(cluster.labelled, "labelled image")} are ${cluster.label}`;
-  return h("span", { class: "purity", title }, `${percent(cluster.purity)} ${label}`);
+  const of = cluster.labelled < cluster.size ? ` of ${count(cluster.labelled)} labelled:` : "";
+  return h("span", { class: "purity", title }, `${percent(cluster.purity)}${of} ${label}`);
 }
 
 export function mosaic(cluster, most = 6) {
