@@ -125,4 +125,4 @@ def test_the_stages_of_runs_of_two_sizes_are_lines_with_their_growth() -> None:
     rows = [common | {"images": float(n), "instance": name, "cpu_seconds": cpu} for n, name, cpu in found]
     (line,) = stage_table(rows)
     assert line[2:4] == ["1,000 in 2.00 s ... 10,000 in 20.00 s", "1.00"]
-    assert line[5] == "0.6 h"
+    assert line[5] == "33 min"

@@ -46,5 +46,8 @@ def size_of(number: float) -> str:
 
 
 def hours(seconds: float) -> str:
-    hours = seconds / 3600
-    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:,.0f} days"
+    """Return a time as minutes, hours or days, whichever it is read best in."""
+    found = seconds / 3600
+    if found < 1:
+        return f"{max(1, round(seconds / 60))} min"
+    return f"{found:.1f} h" if found < 100 else f"{found / 24:,.0f} days"
