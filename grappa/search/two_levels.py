@@ -217,7 +217,10 @@ class _Second:
         if mine is None:
             return None
         part = int(group[self.points.processes.rank])
-        own = {"ids": self.ids[self.rows[part]], "seed": key(self.seed, "part", self.num_clusters, part)}
+        own: dict[str, Any] = {
+            "ids": self.ids[self.rows[part]],
+            "seed": key(self.seed, "part", self.num_clusters, part),
+        }
         return cluster(mine.cpu().numpy(), num_clusters=int(self.shares[part]), **own, **self.options)
 
     def _tell(self, group: NDArray[np.int64], progress: Progress) -> None:
