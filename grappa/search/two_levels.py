@@ -28,6 +28,7 @@ from grappa.search import kmeans
 from grappa.search.assignment import Assignment, Progress, improve
 from grappa.search.cluster_means import Sums
 from grappa.search.kmeans import Clustering, cluster, count_distinct, distances_of, fill_empty, in_rows
+from grappa.search.screening import without_screening
 from grappa.search.shared_points import TAKEN_ROWS, SharedPoints, most_rows
 
 NEAR_PARTS = 4  # parts with whose centroids an image is compared in the end
@@ -44,6 +45,7 @@ class Parts:
     first: NDArray[np.int64]
 
 
+@without_screening()
 def cluster_in_two_levels(
     features: NDArray[np.float32],
     *,
@@ -87,6 +89,7 @@ def cluster_in_two_levels(
     return replace(found, num_reseeded=coarse.num_reseeded + num_reseeded + found.num_reseeded), parts
 
 
+@without_screening()
 def assign_in_two_levels(
     features: NDArray[np.float32], centroids: NDArray[np.float32], parts: Parts, *, device: str = "cpu"
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from grappa.core.randomness import id_numbers
+from grappa.search import screening
 from grappa.search.kmeans import Clustering, cluster
 from grappa.search.two_levels import (
     Parts,
@@ -136,3 +138,15 @@ def test_refuses_what_makes_no_sense(features: np.ndarray) -> None:
 def test_each_process_needs_memory_for_its_own_images() -> None:
     needs = [memory_needed(10**7, 384, 2 * 10**5, size) for size in (1, 2, 8)]
     assert needs[1] < 0.6 * needs[0] and needs[2] < 0.3 * needs[0] and needs[0] > 10**7 * 384 * 4
+
+
+def test_products_are_never_screened(features: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN would keep a kernel for the bfloat16 products of each part, which are of other shapes in every one."""
+    monkeypatch.setattr(screening, "MIN_COLUMNS", 1)
+    monkeypatch.setattr(screening, "has_bfloat16_products", lambda: True)
+    monkeypatch.setattr(screening, "Screen", None)
+    with pytest.raises(TypeError):
+        cluster(features, num_clusters=NUM_CLUSTERS, ids=names(NUM))
+    clusters, parts = cluster_in_two_levels(features, num_clusters=NUM_CLUSTERS, ids=names(NUM))
+    assign_in_two_levels(features, clusters.centroids, parts)
+    assert screening.worthwhile(torch.device("cpu"), 1)
