@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from grappa.pipeline.config.schema import Config, identity_settings
+from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.yaml_file import load_config
 from grappa.pipeline.engine.execution import NotReadyError, Selection, selected
 from grappa.pipeline.engine.fingerprints import expected_fingerprint
 from grappa.pipeline.engine.packages import refuse_missing_packages
 from grappa.pipeline.engine.status import Judge
 from grappa.pipeline.graph.node import Node
-from grappa.pipeline.graph.stages import by_ranges, find_stage, upstream
+from grappa.pipeline.graph.stages import by_ranges, find_stage, settings_of, upstream
 from grappa.pipeline.store.artifacts import RunFolder, quoted
 from grappa.slurm.profiles import Profile, Resources
 from grappa.slurm.records import PINNED_CONFIG, Pin, Task
@@ -155,8 +155,7 @@ def _refuse_other_settings(config: Config, due: Sequence[Node], live: Mapping[st
         if task is None:
             continue
         pinned = load_config(task.submission / PINNED_CONFIG)
-        names = find_stage(node.stage).settings(node.instance)
-        old, new = identity_settings(pinned, names), identity_settings(config, names)
+        old, new = settings_of(node, pinned), settings_of(node, config)
         keys = dict.fromkeys((*new, *old))  # a setting that is as before it was there has no key
         changed = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
         if changed:

@@ -117,7 +117,7 @@ def cluster_many(
     points = SharedPoints(as_tensor(own if in_order else own[order], device), len(ids), processes)
     with full_float32():
         found = [_cluster(points, ordered, k, num_iterations, seed, progress or _silent) for k in num_clusters]
-    return found if in_order else [_in_rows(result, order) for result in found]
+    return found if in_order else [in_rows(result, order) for result in found]
 
 
 def assign(
@@ -134,7 +134,7 @@ def assign(
         raise ValueError(f"features are {features.shape[1]} wide and centroids {centroids.shape[1]}; cluster again")
     with full_float32():
         labels, cosines = nearest(as_tensor(features, device), as_tensor(centroids, device), progress or _silent)
-    return labels.cpu().numpy(), _distances(cosines)
+    return labels.cpu().numpy(), distances_of(cosines)
 
 
 def cluster_health(sizes: NDArray[np.int64]) -> ClusterHealth:
@@ -230,7 +230,7 @@ def _check_distinct(
         )
 
 
-def _in_rows(result: Clustering, order: NDArray[np.int64]) -> Clustering:
+def in_rows(result: Clustering, order: NDArray[np.int64]) -> Clustering:
     """Bring what was computed in the order of ids back to the caller's rows."""
     labels, distances = np.empty_like(result.pseudo_labels), np.empty_like(result.distances)
     labels[order], distances[order] = result.pseudo_labels, result.distances
@@ -310,7 +310,7 @@ def _iterated(
 ) -> Clustering:
     centroids, num_reseeded, objective = _iterate(points, found, centroids_CD, num_iterations, TOLERANCE, progress)
     sizes = points.sizes(found, len(centroids))
-    arrays = found.labels.cpu().numpy(), centroids.cpu().numpy(), _distances(found.cosines), sizes.cpu().numpy()
+    arrays = found.labels.cpu().numpy(), centroids.cpu().numpy(), distances_of(found.cosines), sizes.cpu().numpy()
     return Clustering(*arrays, objective=objective, num_reseeded=num_reseeded)
 
 
@@ -355,7 +355,8 @@ def _lists(points: SharedPoints, found: Assignment, num_clusters: int) -> list[S
     return [] if quick or num_clusters < MIN_CENTROIDS else [Shortlists() for _ in points.parts(found)]
 
 
-def _distances(cosines: torch.Tensor) -> NDArray[np.float32]:
+def distances_of(cosines: torch.Tensor) -> NDArray[np.float32]:
+    """Return 1 - cosines, in [0, 2]."""
     distances: NDArray[np.float32] = (1.0 - cosines).clamp(0.0, 2.0).cpu().numpy()
     return distances
 

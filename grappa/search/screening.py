@@ -10,6 +10,8 @@ float32 alone, up to the rounding of float32.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,7 @@ MIN_COLUMNS = 256
 MAX_SHARE = 64
 PAIR_BLOCK = 512
 MANTISSA_BITS = 8
+_wanted = True
 SLACK = 1e-4  # a product is summed up in float32; this is far above the rounding of these sums
 
 
@@ -34,7 +37,21 @@ class Rounded:
 
 def worthwhile(device: torch.device, num_columns: int) -> bool:
     """Tell whether screening saves time: the CPU multiplies bfloat16 in hardware, and there are columns enough."""
-    return device.type == "cpu" and num_columns >= MIN_COLUMNS and has_bfloat16_products()
+    return _wanted and device.type == "cpu" and num_columns >= MIN_COLUMNS and has_bfloat16_products()
+
+
+@contextmanager
+def without_screening() -> Iterator[None]:
+    """Compute all products in float32 meanwhile: for work on matrices of very many shapes.
+
+    oneDNN keeps the kernel that it makes for each shape of bfloat16 matrices, some 2 MB for each part of a clustering.
+    """
+    global _wanted
+    before, _wanted = _wanted, False
+    try:
+        yield
+    finally:
+        _wanted = before
 
 
 def rounded(vectors_CD: torch.Tensor) -> Rounded:

@@ -142,6 +142,9 @@ class Clusters(Section):
     max_clusters: Annotated[int, Field(ge=2, le=LARGEST)] | None = provenance(
         65_536, "auto: clusters of the finest granularity, at most (the others keep their ratio to it); null: N/3"
     )
+    two_level_above: PositiveInt | None = provenance(
+        100_000, "more clusters than this are made in two levels: parts, then clusters within them; null: never"
+    )
     view: Literal["images", "objects"] = provenance(
         "images", "whose features are clustered: the images', or those of their object views (see objects)"
     )
@@ -162,6 +165,10 @@ class Clusters(Section):
         if not value or min(value) < 2 or len(set(value)) != len(value):
             raise ValueError(f"found {list(value)}; give one or more different numbers, each at least 2")
         return tuple(sorted(value))
+
+    def in_two_levels(self, num_clusters: int) -> bool:
+        """Tell whether so many clusters are made in two levels."""
+        return self.two_level_above is not None and num_clusters > self.two_level_above
 
 
 class Objects(Section):

@@ -29,7 +29,7 @@ Settings = dict[str, dict[str, Any]]
 FORMER: Settings = {  # defaults that were others when runs were made
     "images": {"cache_size": 256, "cache": "raw"},
     "features": {"whitening_power": 0.0},
-    "clusters": {"max_clusters": None},
+    "clusters": {"max_clusters": None, "two_level_above": None},
     "neighbors": {"engine": "exact"},
     "selection": {"sets": "all"},
     "student": {"whitening_power": 0.0},

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from grappa.pipeline.config.schema import Config, identity_settings
+from grappa.pipeline.config.schema import Config
 from grappa.pipeline.engine.externals import (
     MissingInputError,
     backbone_digests,
@@ -16,7 +16,7 @@ from grappa.pipeline.engine.externals import (
     given_digests,
 )
 from grappa.pipeline.graph.node import Node
-from grappa.pipeline.graph.stages import Input, find_stage
+from grappa.pipeline.graph.stages import Input, find_stage, settings_of
 from grappa.pipeline.store.artifacts import CorruptManifest, Manifest, RunFolder, quoted
 
 Read = Callable[[Node], Manifest | None]
@@ -59,7 +59,7 @@ def expected_fingerprint(run: RunFolder, config: Config, node: Node, read: Read 
         known = manifest.provenance.get("embeddings") if manifest else None
         inputs["embeddings"], notes = given_digests(config, run, known)
     fingerprint = {"stage": node.stage, "instance": node.instance, "version": stage.version}
-    settings = identity_settings(config, stage.settings(node.instance))
+    settings = settings_of(node, config)
     if node.rows:  # which rows they are depends on the batches
         settings |= {RANGE: node.rows.name, "compute.inference_batch_size": config.compute.inference_batch_size}
     return Expected(fingerprint | {"config": settings, "inputs": inputs}, notes)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from grappa.pipeline.config.schema import Config, SampledViews
+from grappa.pipeline.config.schema import Config, SampledViews, identity_settings, num_clusters_of
 from grappa.pipeline.graph.models import (
     CHOOSING_MODEL,
     Part,
@@ -52,7 +53,8 @@ class Input:
 class Stage:
     """One step of the pipeline.
 
-    ``settings`` returns the sections or single fields of the configuration that an instance reads. ``externals`` names
+    ``settings`` returns the sections or single fields of the configuration that an instance reads; ``choices`` what it
+    makes of fields that are provenance otherwise, where this can change its result. ``externals`` names
     the inputs that no stage makes (``sources``: the list of images; ``weights``: the backbone's file; ``originals``:
     the image files, whose digests the image table holds; ``detector``: the model of ``objects.model``; ``embeddings``:
     those of ``clusters.embeddings``). ``parallel``: whether several processes can compute the stage together; otherwise
@@ -69,6 +71,7 @@ class Stage:
     parallel: bool = False
     by_rows: bool = False
     function: str = ""
+    choices: Callable[[Config, str | None], dict[str, Any]] = lambda config, instance: {}
 
     @property
     def module(self) -> str:
@@ -136,6 +139,12 @@ def _neighbor_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
 def _cluster_inputs(config: Config, instance: str | None) -> tuple[Input, ...]:
     node = clustered_node(config)
     return (Input("images", ("images.parquet",)), Input(node.stage, ("features.npy",), node.instance))
+
+
+def _cluster_choices(config: Config, instance: str | None) -> dict[str, Any]:
+    """Return the way to many clusters; the one to few is what it was before there were two."""
+    two = config.clusters.in_two_levels(num_clusters_of(str(instance)))
+    return {"clusters.in_two_levels": True} if two else {}
 
 
 def centroids_are_features(config: Config) -> bool:
@@ -365,6 +374,7 @@ STAGES: tuple[Stage, ...] = (
         _cluster_inputs,
         _granularities,
         parallel=True,
+        choices=_cluster_choices,
     ),
     Stage("adaptors", 1, _settings("adaptors"), _set_inputs, adaptor_sets, parallel=True),
     Stage(
@@ -446,6 +456,12 @@ def nodes(config: Config) -> Iterator[Node]:
 def inputs_of(node: Node, config: Config) -> tuple[Input, ...]:
     """Return the files that a node reads."""
     return find_stage(node.stage).inputs(config, node.instance)
+
+
+def settings_of(node: Node, config: Config) -> dict[str, Any]:
+    """Return the settings that are a part of a node's fingerprint, with what it chooses by others."""
+    stage = find_stage(node.stage)
+    return identity_settings(config, stage.settings(node.instance)) | stage.choices(config, node.instance)
 
 
 def upstream(node: Node, config: Config) -> list[Node]:

@@ -1,8 +1,12 @@
-"""Stage ``clusters``: a partition of the train images for each granularity; test images get their nearest centroid."""
+"""Stage ``clusters``: a partition of the train images for each granularity, of very many clusters in two levels.
+
+Test images get their nearest centroid as train images do: of many clusters, among those of the parts near the image.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +21,27 @@ from grappa.pipeline.config.schema import num_clusters_of
 from grappa.pipeline.engine.context import StageContext
 from grappa.pipeline.graph.stages import clustered_node
 from grappa.pipeline.opening import read_images, settle_device
-from grappa.search.kmeans import Clustering, assign, cluster, cluster_health, memory_needed, num_assignments
+from grappa.search import kmeans, two_levels
+from grappa.search.kmeans import Clustering, assign, cluster, cluster_health
 from grappa.search.shared_points import most_rows, own_parts, own_rows
+from grappa.search.two_levels import assign_in_two_levels, cluster_in_two_levels
+
+Nearest = Callable[[NDArray[np.float32]], tuple[NDArray[np.int64], NDArray[np.float32]]]
 
 
 def run(context: StageContext) -> str:
-    settings, images = context.config.clusters, read_images(context.input("images"))
+    images = read_images(context.input("images"))
     node = clustered_node(context.config)
     file = context.input(node.stage, node.instance) / "features.npy"
     features = np.load(file, mmap_mode="r", allow_pickle=False)
     rows, ids = train_rows_by_id(images)
     num_clusters = num_clusters_of(str(context.instance))
+    two = context.config.clusters.in_two_levels(num_clusters)
+    memory_needed = two_levels.memory_needed if two else kmeans.memory_needed
     context.need_memory(memory_needed(len(rows), features.shape[1], num_clusters, context.team.size))
-    device = str(settle_device(context))
-    own = rows[own_rows(len(rows), context.processes)]
-    total = num_assignments(len(rows), [num_clusters], settings.num_iterations) // len(rows) * len(own)
-    with context.task("clustering", total, unit="assignments") as advance:
-        found = cluster(
-            read_rows(file, own),
-            num_clusters=num_clusters,
-            ids=ids,
-            num_iterations=settings.num_iterations,
-            seed=settings.seed,
-            device=device,
-            progress=advance,
-            processes=context.processes,
-        )
-    labels, distances = _all_rows(context, file, rows, found, device)
+    clustered, own = _in_two_levels if two else _in_one_level, own_rows(len(rows), context.processes)
+    found, nearest = clustered(context, read_rows(file, rows[own]), ids, num_clusters)
+    labels, distances = _all_rows(context, file, rows, found, nearest)
     if not context.leads:
         return ""
     for row, other in copies(images, features):
@@ -53,15 +51,55 @@ def run(context: StageContext) -> str:
     return _summary(found, len(rows))
 
 
+def _in_one_level(
+    context: StageContext, own: NDArray[np.float32], ids: NDArray[np.uint64], num_clusters: int
+) -> tuple[Clustering, Nearest]:
+    """Return the clusters, and how other images get theirs."""
+    device, num_iterations = str(settle_device(context)), context.config.clusters.num_iterations
+    total = kmeans.num_assignments(len(ids), [num_clusters], num_iterations) // len(ids) * len(own)
+    with context.task("clustering", total, unit="assignments") as advance:
+        found = cluster(
+            own,
+            num_clusters=num_clusters,
+            ids=ids,
+            num_iterations=num_iterations,
+            seed=context.config.clusters.seed,
+            device=device,
+            progress=advance,
+            processes=context.processes,
+        )
+    return found, partial(assign, centroids=found.centroids, device=device)
+
+
+def _in_two_levels(
+    context: StageContext, own: NDArray[np.float32], ids: NDArray[np.uint64], num_clusters: int
+) -> tuple[Clustering, Nearest]:
+    """Return the same of clusters in two levels."""
+    device, num_iterations = str(settle_device(context)), context.config.clusters.num_iterations
+    total = two_levels.num_assignments(len(ids), num_clusters, num_iterations) // len(ids) * len(own)
+    with context.task("clustering in two levels", total, unit="assignments") as advance:
+        found, parts = cluster_in_two_levels(
+            own,
+            num_clusters=num_clusters,
+            ids=ids,
+            num_iterations=num_iterations,
+            seed=context.config.clusters.seed,
+            device=device,
+            progress=advance,
+            processes=context.processes,
+        )
+    return found, partial(assign_in_two_levels, centroids=found.centroids, parts=parts, device=device)
+
+
 def _all_rows(
-    context: StageContext, file: Path, rows: NDArray[np.int64], found: Clustering, device: str
+    context: StageContext, file: Path, rows: NDArray[np.int64], found: Clustering, nearest: Nearest
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return labels and distances of all images in the first process; the images that are in no train row are assigned
     now, each process its parts of them."""
     number = len(np.load(file, mmap_mode="r", allow_pickle=False))
     others = np.setdiff1d(np.arange(number), rows, assume_unique=True)
     parts = [others[part] for part in own_parts(len(others), context.processes)]
-    assigned = [assign(read_rows(file, part), found.centroids, device=device) for part in parts]
+    assigned = [nearest(read_rows(file, part)) for part in parts]
     labels, distances = np.empty(number, dtype=np.int64), np.empty(number, dtype=np.float32)
     for place, own, values in (
         (labels, found.pseudo_labels, [one for one, _ in assigned]),

@@ -19,8 +19,9 @@ from grappa.search import kmeans, screening, shared_points
 from grappa.search.assignment import Assignment
 from grappa.search.kmeans import assign, cluster, fill_empty
 from grappa.search.shared_points import SharedPoints, own_parts, own_rows
+from grappa.search.two_levels import assign_in_two_levels, cluster_in_two_levels
 
-PART_ROWS, MIN_SAMPLE, NUM_SEEDED = 256, 2048, 80
+PART_ROWS, MIN_SAMPLE, NUM_SEEDED, NUM_IN_TWO_LEVELS = 256, 2048, 80, 400
 CASES = {  # points, clusters, whether bfloat16 screens the centroids
     "few": (2000, 7, False),
     "lists": (1900, 90, False),
@@ -47,7 +48,8 @@ def results(processes: Processes = ALONE) -> dict[str, np.ndarray[Any, Any]]:
     with parts, mock.patch.object(kmeans, "MIN_SAMPLE", MIN_SAMPLE):
         assert kmeans._num_first(*CASES["sample"][:2]) < CASES["sample"][0]
         found = {f"{name}/{key}": each for name in CASES for key, each in _result(name, processes).items()}
-        return {**found, **{f"seeded/{key}": each for key, each in _seeded(processes).items()}}
+        further = {"seeded": _seeded(processes), "two_levels": _in_two_levels(processes)}
+        return {**found, **{f"{name}/{key}": each for name, fields in further.items() for key, each in fields.items()}}
 
 
 def _result(name: str, processes: Processes) -> dict[str, np.ndarray[Any, Any]]:
@@ -71,6 +73,20 @@ def _seeded(processes: Processes) -> dict[str, np.ndarray[Any, Any]]:
     shared.improve(found, centroids[:1])  # equal columns of a product need not have equal bits
     seeded, number = fill_empty(shared, found, centroids)
     return {"centroids": seeded.numpy(), "pseudo_labels": found.labels.numpy(), "num_reseeded": np.array(number)}
+
+
+def _in_two_levels(processes: Processes) -> dict[str, np.ndarray[Any, Any]]:
+    """Return all fields of a clustering in two levels, what its progress was told, and labels when assigned again."""
+    number, seen = CASES["lists"][0], list[int]()
+    own, ids = points("lists")[own_rows(number, processes)], np.sort(id_numbers([str(i) for i in range(number)]))
+    options: dict[str, Any] = {"processes": processes, "progress": seen.append}
+    found, parts = cluster_in_two_levels(own, num_clusters=NUM_IN_TWO_LEVELS, ids=ids, **options)
+    labels = [found.pseudo_labels[:0]]
+    whole = points("lists")
+    labels += [assign_in_two_levels(whole[part], found.centroids, parts)[0] for part in own_parts(number, processes)]
+    more = {"assigned": np.concatenate(labels), "coarse": parts.centroids, "first": parts.first}
+    told = {"told": np.array([sum(seen) * number / len(own)])}
+    return {key: np.asarray(value) for key, value in {**asdict(found), **more, **told}.items()}
 
 
 if __name__ == "__main__":

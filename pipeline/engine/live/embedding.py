@@ -142,7 +142,7 @@ def _placed(run: RunFolder, config: Config, features: NDArray[np.float32], devic
 def _write_assignments(
     run: RunFolder, config: Config, ids: pd.Series, placed: NDArray[np.float32], out: Path, device: str
 ) -> None:
-    """Write the nearest centroid of each image at each granularity, as test images of a run get theirs."""
+    """Write the nearest centroid of each image at each granularity: of all, where a run has two levels too."""
     table = pd.DataFrame({"image_id": ids.to_numpy()})
     for name in assigned_granularities(config):
         file = published(run, f"clusters/{name}", "centroids.npy") / "centroids.npy"

@@ -27,7 +27,7 @@ from grappa.pipeline.engine import memory_limit as machine
 from grappa.pipeline.engine.memory_limit import NotEnoughMemoryError, available_memory, require_memory
 from grappa.pipeline.opening import shape_of
 from grappa.search import index as indexes
-from grappa.search import kmeans
+from grappa.search import kmeans, two_levels
 from grappa.search import neighbors as neighborhoods
 from grappa.search.index import SearchIndex
 from grappa.search.kmeans import assign, cluster
@@ -46,6 +46,13 @@ def clustering(features: np.ndarray, ids: np.ndarray) -> object:
     found = cluster(points, num_clusters=NUM_CLUSTERS, ids=ids.astype(np.uint64), num_iterations=2)
     del points
     return assign(features, found.centroids)
+
+
+def clustering_in_two_levels(features: np.ndarray, ids: np.ndarray) -> object:
+    points = features.copy()  # what the stage reads
+    return two_levels.cluster_in_two_levels(
+        points, num_clusters=NUM_CLUSTERS, ids=ids.astype(np.uint64), num_iterations=2
+    )
 
 
 def neighbors(features: np.ndarray, ids: np.ndarray) -> object:
@@ -68,6 +75,7 @@ def index(features: np.ndarray, ids: np.ndarray) -> object:
 
 STEPS: dict[str, tuple[Callable[[np.ndarray, np.ndarray], object], int]] = {
     "clustering": (clustering, kmeans.memory_needed(NUM, WIDTH, NUM_CLUSTERS)),
+    "two_levels": (clustering_in_two_levels, two_levels.memory_needed(NUM, WIDTH, NUM_CLUSTERS)),
     "neighbors": (neighbors, neighborhoods.memory_needed(NUM, NUM, WIDTH, NUM_NEIGHBORS)),
     "evaluation": (evaluation, retrieval.memory_needed(NUM, WIDTH)),
     "head": (head, heads.memory_needed(NUM, NUM, WIDTH, NUM_CLUSTERS)),

@@ -36,7 +36,7 @@ def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return [dict(np.load(folder / f"rank{rank}.npz")) for rank in range(request.param)]
 
 
-@pytest.mark.parametrize("name", [*CASES, "seeded"])
+@pytest.mark.parametrize("name", [*CASES, "seeded", "two_levels"])
 def test_several_processes_give_the_bytes_of_one(name: str, alone: Results, together: list[Results]) -> None:
     """By all ways of comparing, with a start on a sample, with clusters seeded again, with processes without rows."""
     for key in [key for key in alone if key.startswith(f"{name}/")]:

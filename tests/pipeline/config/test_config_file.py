@@ -67,7 +67,7 @@ def test_missing_and_empty_sections_have_the_defaults(tmp_path: Path) -> None:
         images=Images(cache_size=256, cache="raw"),
         features=Features(whitening_power=0.0),
         neighbors=Neighbors(engine="exact"),
-        clusters=Clusters(max_clusters=None),
+        clusters=Clusters(max_clusters=None, two_level_above=None),
         views=SampledViews(num_judged=None),
         evaluation=Evaluation(max_queries=None),
         selection=Selection(sets="all"),
