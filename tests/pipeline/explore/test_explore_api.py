@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -29,7 +31,7 @@ from grappa.pipeline.pages.explore.groups import Groups, Purity
 from grappa.pipeline.pages.explore.similar import Near, near_duplicates
 from grappa.pipeline.pages.explore.thumbnails import Thumbnails
 from grappa.pipeline.pages.explore.web.guard import MAX_BODY_BYTES
-from grappa.pipeline.pages.explore.web.server import STATIC, address_of, listening, make_app
+from grappa.pipeline.pages.explore.web.server import STATIC, address_of, listening, make_app, serve
 from grappa.pipeline.pages.explore.workspace import Workspace
 from grappa.pipeline.store.artifacts import RunFolder
 from tests.helpers.tiny import make_run, run_all, tiny_cache, with_other_bytes
@@ -417,3 +419,16 @@ def test_the_command_serves_until_it_is_stopped(run: RunFolder, tmp_path: Path) 
     assert server.returncode == 0 and out == "ended\n"
     assert "no authentication" in said and "Traceback" not in said
     assert not (copy / "explore.lock").exists()
+
+
+def test_a_signal_before_the_server_runs_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+
+    def run(server: uvicorn.Server, sockets: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        ends.append(server.should_exit)
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    with listening("127.0.0.1", 0) as listener:
+        serve(make_app, listener)  # type: ignore[arg-type]
+    assert ends == [True]
