@@ -13,7 +13,6 @@ from pydantic import ValidationError
 
 from grappa.core.home import expanded
 from grappa.core.printing import sentence, shown
-from grappa.pipeline.config.plain_yaml import plain_sections
 from grappa.pipeline.config.schema import Config
 from grappa.pipeline.config.section import Place, Section
 
@@ -81,8 +80,7 @@ def read_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: found bytes that are not UTF-8, expected a YAML text file") from None
-    plain = plain_sections(text)
-    return plain if plain is not None else _parsed(text, f"{path}: not valid YAML", "correct it or restore the file")
+    return _parsed(text, f"{path}: not valid YAML", "correct it or restore the file")
 
 
 def _parsed(text: str, where: str, advice: str) -> Any:

@@ -194,11 +194,6 @@ def test_the_command_line_loads_nothing_heavy() -> None:
     assert not heavy, f"importing {COMMAND_LINE} loads {', '.join(heavy)}"
 
 
-def test_states_are_judged_without_pyyaml() -> None:
-    loaded = loaded_by("grappa.pipeline.engine.glance")
-    assert "yaml" not in loaded, f"{loaded['yaml']} imports yaml, which the configuration of a run does not need"
-
-
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import runpy, sys\n"
