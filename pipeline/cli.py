@@ -468,6 +468,5 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     arguments = [_from_home(text) for text in sys.argv[1:]]
-    command_for(arguments)(
-        arguments, prog_name="grappa"
-    )  # also as `python -m grappa`: completion is installed for this name
+    # The name is this one also as `python -m grappa`: completion is installed for it.
+    command_for(arguments)(arguments, prog_name="grappa")

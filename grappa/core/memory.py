@@ -3,9 +3,9 @@
 The need of a step that grows with the images stands beside that step (``memory_needed`` in ``grappa.search.kmeans``,
 ``grappa.search.two_levels``, ``grappa.search.neighbors``, ``grappa.search.index``, ``grappa.method.head`` and
 ``grappa.metrics.retrieval``). Such a sum counts the arrays that the step holds at once, and ``WORK`` for its blocks of
-work, whose size is bounded. Embedding
-and training read memory-mapped files: their need depends on the model and the batch only, and without a pixel cache on
-the originals that are decoded at once. Decoding states no need: its blocks are the shards of the pixel cache.
+work, whose size is bounded. Embedding and training read memory-mapped files: their need depends on the model and the
+batch only, and without a pixel cache on the originals that are decoded at once. Decoding states no need: its blocks are
+the shards of the pixel cache.
 """
 
 from __future__ import annotations

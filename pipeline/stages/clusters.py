@@ -37,10 +37,14 @@ def run(context: StageContext) -> str:
     rows, ids = train_rows_by_id(images)
     num_clusters = num_clusters_of(str(context.instance))
     two = context.config.clusters.in_two_levels(num_clusters)
-    memory_needed = two_levels.memory_needed if two else kmeans.memory_needed
+    memory_needed, clustered = (
+        (two_levels.memory_needed, _in_two_levels) if two else (kmeans.memory_needed, _in_one_level)
+    )
     context.need_memory(memory_needed(len(rows), features.shape[1], num_clusters, context.team.size))
-    clustered, own = _in_two_levels if two else _in_one_level, own_rows(len(rows), context.processes)
-    found, nearest = clustered(context, read_rows(file, rows[own]), ids, num_clusters)
+    own, settings = own_rows(len(rows), context.processes), context.config.clusters
+    given = {"num_clusters": num_clusters, "ids": ids, "num_iterations": settings.num_iterations, "seed": settings.seed}
+    given |= {"device": str(settle_device(context)), "processes": context.processes}
+    found, nearest = clustered(context, read_rows(file, rows[own]), given)
     labels, distances = _all_rows(context, file, rows, found, nearest)
     if not context.leads:
         return ""
@@ -51,44 +55,24 @@ def run(context: StageContext) -> str:
     return _summary(found, len(rows))
 
 
-def _in_one_level(
-    context: StageContext, own: NDArray[np.float32], ids: NDArray[np.uint64], num_clusters: int
-) -> tuple[Clustering, Nearest]:
-    """Return the clusters, and how other images get theirs."""
-    device, num_iterations = str(settle_device(context)), context.config.clusters.num_iterations
-    total = kmeans.num_assignments(len(ids), [num_clusters], num_iterations) // len(ids) * len(own)
+def _in_one_level(context: StageContext, own: NDArray[np.float32], given: dict[str, Any]) -> tuple[Clustering, Nearest]:
+    """Return the clusters, and how other images get theirs; given: the arguments of ``cluster``."""
+    number, k, num_iterations = len(given["ids"]), given["num_clusters"], given["num_iterations"]
+    total = kmeans.num_assignments(number, [k], num_iterations) // number * len(own)
     with context.task("clustering", total, unit="assignments") as advance:
-        found = cluster(
-            own,
-            num_clusters=num_clusters,
-            ids=ids,
-            num_iterations=num_iterations,
-            seed=context.config.clusters.seed,
-            device=device,
-            progress=advance,
-            processes=context.processes,
-        )
-    return found, partial(assign, centroids=found.centroids, device=device)
+        found = cluster(own, progress=advance, **given)
+    return found, partial(assign, centroids=found.centroids, device=given["device"])
 
 
 def _in_two_levels(
-    context: StageContext, own: NDArray[np.float32], ids: NDArray[np.uint64], num_clusters: int
+    context: StageContext, own: NDArray[np.float32], given: dict[str, Any]
 ) -> tuple[Clustering, Nearest]:
     """Return the same of clusters in two levels."""
-    device, num_iterations = str(settle_device(context)), context.config.clusters.num_iterations
-    total = two_levels.num_assignments(len(ids), num_clusters, num_iterations) // len(ids) * len(own)
+    number, k, num_iterations = len(given["ids"]), given["num_clusters"], given["num_iterations"]
+    total = two_levels.num_assignments(number, k, num_iterations) // number * len(own)
     with context.task("clustering in two levels", total, unit="assignments") as advance:
-        found, parts = cluster_in_two_levels(
-            own,
-            num_clusters=num_clusters,
-            ids=ids,
-            num_iterations=num_iterations,
-            seed=context.config.clusters.seed,
-            device=device,
-            progress=advance,
-            processes=context.processes,
-        )
-    return found, partial(assign_in_two_levels, centroids=found.centroids, parts=parts, device=device)
+        found, parts = cluster_in_two_levels(own, progress=advance, **given)
+    return found, partial(assign_in_two_levels, centroids=found.centroids, parts=parts, device=given["device"])
 
 
 def _all_rows(
